@@ -1,0 +1,1 @@
+"""From images of identities seen by cameras to a small, verified retrieval network."""

@@ -1,0 +1,1 @@
+"""How long the exported files take."""

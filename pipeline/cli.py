@@ -1,0 +1,107 @@
+"""The command `smaller-student`; what is heavy is imported by the command that needs it."""
+
+import difflib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.files import Files, write_text
+from pipeline.ops.stage import guarded
+
+app = typer.Typer(
+    help="An image-retrieval network that shrinks while it learns.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+DEBUG = typer.Option("--debug", help="Show tracebacks.")
+
+
+@app.callback()
+def _options(debug: Annotated[bool, DEBUG] = False) -> None:  # read from sys.argv where errors are reported
+    pass
+
+
+@app.command()
+def preset(
+    name: Annotated[str, typer.Argument(help="A file in presets/, without its ending.")],
+    force: Annotated[bool, typer.Option(help="Overwrite a params.yaml that is no preset.")] = False,
+) -> None:
+    """Write params.yaml from presets/NAME.yaml."""
+    from pipeline.ops.params import load
+
+    files = Files.here()
+    folder = files.root / "presets"
+    presets = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    if name not in presets:
+        near = difflib.get_close_matches(name, presets, n=1)
+        hint = f"; nearest: `{near[0]}`" if near else ""
+        raise Refusal(f"preset `{name}` is unknown{hint}; there are: {', '.join(presets) or f'none in {folder}'}")
+    text = presets[name].read_text(encoding="utf-8")
+    if files.params.exists() and not force:
+        present = files.params.read_text(encoding="utf-8")
+        if all(present != path.read_text(encoding="utf-8") for path in presets.values()):
+            raise Refusal("params.yaml holds changes of your own; `--force` overwrites them")
+    load(presets[name])
+    write_text(files.params, text)
+    typer.echo(f"params.yaml is preset {name} now; `dvc repro` runs it")
+
+
+@app.command()
+def retrain(
+    force: Annotated[bool, typer.Option(help="Record an execution even if nothing changed.")] = False,
+) -> None:
+    """Run what changed, as a Prefect flow."""
+    from pipeline.ops.execution import retraining
+    from pipeline.ops.params import load
+
+    files = Files.here()
+    load(files.params)
+    with retraining(files):  # taken here already: importing Prefect takes seconds, and who is refused hears it at once
+        from pipeline.ops.flow import retrain as flow
+
+        state = flow(force=force, return_state=True)
+    typer.echo(f"{state.name}: {state.message}")
+    state.result(raise_on_failure=True)
+
+
+@app.command()
+def compare() -> None:
+    """Show what each stage led to, and where report and ONNX file lie."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from pipeline.ops.figures import table
+
+    files = Files.here()
+    rows = table(files)
+    if not rows:
+        raise Refusal("no stage has run yet; run `dvc repro` first")
+    shown = Table(title="Protocol market, batch 1, all threads")
+    for heading in rows[0]:
+        shown.add_column(heading, justify="left" if heading == "stage" else "right")
+    for row in rows:
+        shown.add_row(*row.values())
+    console = Console()
+    console.print(shown)
+    for what, path in (("report", files.report / "index.html"), ("ONNX", files.artifacts("export") / "model.onnx")):
+        if path.is_file():
+            console.print(f"{what}: {_short(path)}", highlight=False, soft_wrap=True)
+
+
+class Refusal(ValueError):
+    """The command cannot do what is asked; its text says why."""
+
+    exit_code = 2
+
+
+def _short(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def main() -> None:
+    """Entry point of `smaller-student`."""
+    sys.exit(guarded("smaller-student", app))

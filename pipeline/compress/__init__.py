@@ -1,0 +1,1 @@
+"""What shrinks a network: compactors, resetting, budgets, folding, surgery."""

@@ -1,0 +1,61 @@
+"""Putting compactors into a network, shrinking their rows, and asking which are left."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from pipeline.models.resnet import RetrievalNet, convert
+
+
+def row_norms(matrix: Tensor) -> Tensor:
+    """L2 norms of rows, (C, ...) -> (C,)."""
+    return torch.linalg.vector_norm(matrix.flatten(start_dim=1), dim=1)
+
+
+def shrink_rows(matrix: Tensor, threshold: float) -> Tensor:
+    """Proximal operator of `threshold * sum of row norms` (block soft thresholding).
+
+    `W_r <- W_r * max(0, 1 - threshold / ||W_r||)`: a row of norm n is exactly zero after `ceil(n / threshold)` steps,
+    and a row of zeros stays one (the lasso's gradient would divide by its norm).
+
+    Source: Parikh and Boyd, "Proximal Algorithms", 2014, section 6.5.4.
+
+    Args:
+        matrix: (C, ...), rows to shrink.
+        threshold: What each row's norm loses.
+
+    Returns:
+        The shrunken rows, same shape.
+    """
+    norms = row_norms(matrix)
+    factors = torch.where(norms > threshold, 1 - threshold / norms.clamp_min(threshold), torch.zeros_like(norms))
+    return matrix * factors.reshape(-1, *(1,) * (matrix.dim() - 1))
+
+
+def attach(net: RetrievalNet, sites: Iterable[str]) -> RetrievalNet:
+    """The same function, with compactors that start as the identity.
+
+    Args:
+        net: Network to take the weights from.
+        sites: Dimensions that get a compactor, such as ``layer1.0.conv2``; those that have one keep it.
+    """
+    wanted = set(sites) | set(net.spec.compactors)
+    ordered = tuple(site for site in net.spec.sites if site in wanted)
+    return convert(net, net.spec.model_copy(update={"compactors": ordered}))
+
+
+def alive(net: RetrievalNet, tolerance: float = 0.0) -> dict[str, Tensor]:
+    """Channels that a compactor still lets through.
+
+    Args:
+        net: Network with compactors.
+        tolerance: Largest row norm that counts as zero.
+
+    Returns:
+        By site, indices of the rows whose norm exceeds the tolerance, int64, ascending.
+    """
+    return {
+        site: torch.nonzero(row_norms(compactor.matrix.detach()) > tolerance).flatten().cpu()
+        for site, compactor in net.compactors().items()
+    }

@@ -1,0 +1,86 @@
+"""Multiplying compactors into the convolution and batch norm before them.
+
+In evaluation mode a compactor K sees K (s (W x - mu) + b) with s = gamma / sqrt(var + eps). With A = K diag(s) that is
+A W x + c, c = K (b - s mu): a convolution W' = A W and a batch norm that adds c. The new batch norm may subtract any
+mean and divide by any deviation as long as its scale and shift undo it, so the statistics are those that W' x has, and
+training can go on from there.
+
+Source: Ding et al., "ResRep", ICCV 2021, section 3.3, with statistics kept.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from pipeline.models.resnet import RetrievalNet, convert
+from pipeline.models.spec import compactor_of, norm_of
+from pipeline.models.taps import Taps
+
+EPS = 1e-5
+"""Epsilon of torch's batch norms."""
+
+
+def fold(net: RetrievalNet, sites: Iterable[str]) -> RetrievalNet:
+    """Remove compactors without changing the function in evaluation mode.
+
+    Args:
+        net: Network with compactors at `sites`.
+        sites: Compactors to fold.
+
+    Returns:
+        A new network; the mean of each new batch norm is exact, its variance treats channels as uncorrelated
+        (`recentre` measures it).
+
+    Raises:
+        KeyError: If a site has no compactor.
+    """
+    folding = tuple(sites)
+    state = dict(net.state_dict())
+    for site in folding:
+        matrix = state.pop(f"{compactor_of(site)}.weight")[:, :, 0, 0]
+        state |= _folded(state, site, matrix)
+    left = tuple(site for site in net.spec.compactors if site not in folding)
+    return convert(net, net.spec.model_copy(update={"compactors": left}), state)
+
+
+def _folded(state: Mapping[str, Tensor], site: str, matrix: Tensor) -> dict[str, Tensor]:
+    """Convolution and batch norm of a site with its compactor's matrix (C', C) multiplied in."""
+    norm = norm_of(site)
+    mean, variance = state[f"{norm}.running_mean"], state[f"{norm}.running_var"]
+    scaled = matrix * (state[f"{norm}.weight"] / torch.sqrt(variance + EPS))
+    weight = torch.einsum("oi,ichw->ochw", scaled, state[f"{site}.weight"])
+    shift = matrix @ state[f"{norm}.bias"] - scaled @ mean
+    return {f"{site}.weight": weight} | _norm(norm, scaled @ mean, scaled.square() @ variance, shift)
+
+
+def _norm(norm: str, mean: Tensor, variance: Tensor, shift: Tensor) -> dict[str, Tensor]:
+    """A batch norm with given statistics that only adds `shift`."""
+    return {
+        f"{norm}.running_mean": mean,
+        f"{norm}.running_var": variance,
+        f"{norm}.weight": torch.sqrt(variance + EPS),
+        f"{norm}.bias": mean + shift,
+    }
+
+
+@torch.no_grad()
+def recentre(net: RetrievalNet, sites: Iterable[str], images: Tensor) -> None:
+    """Give batch norms the statistics that their convolutions have on some images, the function unchanged.
+
+    Args:
+        net: Network in evaluation mode, changed in place.
+        sites: Convolutions whose batch norms only shift, as `fold` leaves them.
+        images: Normalised images (B, 3, H, W).
+    """
+    folded = tuple(sites)
+    with Taps(net, folded) as taps:
+        net(images)
+        outputs = taps.read()
+    state = net.state_dict()
+    for site in folded:
+        norm = norm_of(site)
+        shift = state[f"{norm}.bias"] - state[f"{norm}.running_mean"]
+        variance, mean = torch.var_mean(outputs[site], dim=(0, 2, 3))
+        for name, value in _norm(norm, mean, variance, shift).items():
+            state[name].copy_(value)

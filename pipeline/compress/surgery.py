@@ -1,0 +1,177 @@
+"""Cutting channels out of a network.
+
+A plan names the channels that stay at each site. From it follow the new spec and, for every tensor by name, what is
+taken along which dimension; the same slices serve weights and the optimiser's state.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.compress.compactor import alive
+from pipeline.compress.fold import fold
+from pipeline.config import Surgery
+from pipeline.files import read_json, write_text
+from pipeline.models.resnet import RetrievalNet, convert
+from pipeline.models.spec import ArchSpec, compactor_of, consumer_of, norm_of
+
+
+PLAN = "plan.json"
+
+EXACT = 1e-10
+"""Largest difference that float64 arithmetic may leave between the function before and after."""
+
+
+class SurgeryError(RuntimeError):
+    """A cut that would change what the network computes, or leave widths that were not asked for."""
+
+
+@dataclass(frozen=True)
+class SurgeryPlan:
+    """Which channels stay.
+
+    Attributes:
+        kept: By site, indices of the channels that stay, ascending.
+    """
+
+    kept: Mapping[str, tuple[int, ...]]
+
+    def write(self, folder: Path) -> None:
+        """Write plan.json."""
+        write_text(folder / PLAN, json.dumps({"kept": self.kept}) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "SurgeryPlan":
+        """Read plan.json."""
+        return cls({site: tuple(rows) for site, rows in read_json(folder / PLAN)["kept"].items()})
+
+    def after(self, earlier: "SurgeryPlan") -> "SurgeryPlan":
+        """This plan in terms of the channels that `earlier` started from."""
+        kept = dict(earlier.kept)
+        for site, rows in self.kept.items():
+            kept[site] = tuple(earlier.kept[site][row] for row in rows) if site in earlier.kept else rows
+        return SurgeryPlan(kept)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What surgery leaves.
+
+    Attributes:
+        net: The narrow network, without compactors and classifier, float32, in evaluation mode.
+        plan: What it kept of the network it was given.
+        max_abs_diff: Largest absolute difference of the embeddings before and after, in float64.
+    """
+
+    net: RetrievalNet
+    plan: SurgeryPlan
+    max_abs_diff: float
+
+
+def operate(net: RetrievalNet, config: Surgery, probe: Tensor) -> Operation:
+    """Plan, fold, cut, and verify that the function is the same.
+
+    Args:
+        net: Trained student in evaluation mode, on the CPU; not changed.
+        config: Section of params.yaml.
+        probe: Normalised images (B, 3, H, W) to compare embeddings on.
+
+    Raises:
+        SurgeryError: If widths come out wrong or the function changes.
+    """
+    plan = plan_cut(net, config.tolerance, config.channel_multiple)
+    exact = convert(net, net.spec).double()
+    narrow = fold_and_cut(exact, plan)
+    difference = largest_difference(exact, narrow, probe.double())
+    if not difference <= EXACT:
+        raise SurgeryError(
+            f"surgery changes embeddings by {difference:.3g}, more than {EXACT:g}, in float64; channels that are not zero "
+            f"were cut: lower `surgery.tolerance` ({config.tolerance:g})"
+        )
+    bare = convert(narrow, narrow.spec.model_copy(update={"identities": 0})).float()
+    return Operation(bare, plan, difference)
+
+
+def plan_cut(net: RetrievalNet, tolerance: float, multiple: int) -> SurgeryPlan:
+    """Keep the channels whose compactor rows are not zero.
+
+    Args:
+        net: Network with compactors.
+        tolerance: Largest row norm that counts as zero.
+        multiple: What every width that shrinks must be a multiple of.
+
+    Raises:
+        SurgeryError: If a width would be none, or no whole multiple.
+    """
+    kept = {site: tuple(rows.tolist()) for site, rows in alive(net, tolerance).items()}
+    for site, rows in kept.items():
+        if not rows:
+            raise SurgeryError(f"every channel of {site} is zero; lower `surgery.tolerance` or the budget")
+        if len(rows) % multiple and len(rows) < net.spec.widths[site]:
+            raise SurgeryError(
+                f"{site} would keep {len(rows)} channels, no multiple of `surgery.channel_multiple` {multiple}; train "
+                "the student with that multiple"
+            )
+    return SurgeryPlan(kept)
+
+
+def cut_spec(spec: ArchSpec, plan: SurgeryPlan) -> ArchSpec:
+    """The spec after a cut."""
+    return spec.model_copy(update={"widths": {**spec.widths, **{site: len(rows) for site, rows in plan.kept.items()}}})
+
+
+def slices(spec: ArchSpec, plan: SurgeryPlan) -> dict[str, list[tuple[int, Tensor]]]:
+    """What is taken from each tensor: pairs of a dimension and the indices that stay, by tensor name.
+
+    Tensors that are not named keep their shape. A compactor loses rows and columns alike.
+    """
+    taken: dict[str, list[tuple[int, Tensor]]] = {}
+    for site, rows in plan.kept.items():
+        index = torch.tensor(rows, dtype=torch.int64)
+        taken.setdefault(f"{site}.weight", []).append((0, index))
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            taken[f"{norm_of(site)}.{name}"] = [(0, index)]
+        if site in spec.compactors:
+            taken[f"{compactor_of(site)}.weight"] = [(0, index), (1, index)]
+        taken.setdefault(f"{consumer_of(site)}.weight", []).append((1, index))
+    return taken
+
+
+def take(tensor: Tensor, pieces: Iterable[tuple[int, Tensor]]) -> Tensor:
+    """Select indices along dimensions, one after the other."""
+    for dimension, index in pieces:
+        tensor = tensor.index_select(dimension, index.to(tensor.device))
+    return tensor
+
+
+def cut(net: RetrievalNet, plan: SurgeryPlan) -> RetrievalNet:
+    """A narrower network; the function is the same if what is cut was zero.
+
+    Args:
+        net: Network whose sites in `plan` have no compactor any more.
+        plan: Channels that stay.
+    """
+    taken = slices(net.spec, plan)
+    state = {name: take(tensor, taken.get(name, ())) for name, tensor in net.state_dict().items()}
+    return convert(net, cut_spec(net.spec, plan), state)
+
+
+def fold_and_cut(net: RetrievalNet, plan: SurgeryPlan) -> RetrievalNet:
+    """Fold the compactors of the plan's sites, then cut."""
+    return cut(fold(net, [site for site in net.spec.compactors if site in plan.kept]), plan)
+
+
+@torch.no_grad()
+def largest_difference(before: RetrievalNet, after: RetrievalNet, images: Tensor) -> float:
+    """Largest absolute difference between the embeddings of two networks, in their own precision.
+
+    Args:
+        before: Network in evaluation mode.
+        after: Another with the same dtype.
+        images: Normalised images (B, 3, H, W) of that dtype.
+    """
+    return float((before(images).embedding - after(images).embedding).abs().max())

@@ -1,0 +1,1 @@
+"""Images and who is on them: sources, manifest, decoded cache, augmentation, sampling."""

@@ -1,0 +1,141 @@
+"""Decoded images: the one way from a file to pixels, and a cache of all of them.
+
+Preprocessing is the same everywhere: EXIF orientation, RGB, antialiased bilinear resize.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from pipeline.config import Params
+from pipeline.data.manifest import DataError, Manifest, Rows
+from pipeline.data.parallel import in_threads
+from pipeline.files import Files, write_atomically
+from pipeline.progress import track
+
+Pixels = npt.NDArray[np.uint8]
+
+MAX_PIXELS = 50_000_000
+"""Larger images are refused from their header alone: a small file can unpack to gigabytes."""
+
+
+def open_rgb(path: Path) -> Image.Image:
+    """Decode an image in full, upright and in RGB.
+
+    Raises:
+        DataError: If it is too large, or deeper than 8 bits (Pillow would destroy its values without a word).
+        OSError: If it cannot be decoded to the end (the decoder may raise others too).
+    """
+    with Image.open(path) as image:
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise DataError(f"{width} x {height} pixels exceed {MAX_PIXELS}; make it smaller")
+        if image.mode.startswith(("I", "F")):
+            raise DataError(f"mode {image.mode} has more than 8 bits a channel; convert it to 8 bits")
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def decode(path: Path, size: tuple[int, int]) -> Pixels:
+    """Decode and resize an image.
+
+    Args:
+        path: Image file.
+        size: Height and width, pixels.
+
+    Returns:
+        (height, width, 3) uint8.
+    """
+    height, width = size
+    return np.asarray(open_rgb(path).resize((width, height), Image.Resampling.BILINEAR))  # Pillow's antialiases
+
+
+def build_cache(manifest: Manifest, size: tuple[int, int], path: Path) -> None:
+    """Write all images of the manifest as one array (N, height, width, 3) uint8, atomically.
+
+    Args:
+        manifest: Row r of the array is item r.
+        size: Height and width, pixels.
+        path: A .npy file.
+    """
+    paths = [manifest.root / item.path for item in manifest.items]
+
+    def write(temporary: Path) -> None:
+        array = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(paths), *size, 3))
+        images = in_threads(lambda image: decode(image, size), paths)
+        for row, image in enumerate(track(images, len(paths), "caching images")):
+            array[row] = image
+        array.flush()
+
+    write_atomically(path, write)
+
+
+class Images:
+    """The images of a manifest, by row, from the cache or else from their files.
+
+    Args:
+        manifest: Says which row is which image.
+        size: Height and width, pixels.
+        cache: What `build_cache` wrote, or None.
+
+    Raises:
+        FileNotFoundError: If the cache is not there.
+        DataError: If the cache belongs to other images or another size.
+    """
+
+    def __init__(self, manifest: Manifest, size: tuple[int, int], cache: Path | None) -> None:
+        self.manifest, self.size, self.cache = manifest, size, cache
+        self._array = None if cache is None else self._open(cache)
+
+    def __len__(self) -> int:
+        return len(self.manifest)
+
+    def __getitem__(self, row: int) -> Pixels:
+        """Image (height, width, 3) uint8."""
+        image: Pixels = self.batch([row])[0]
+        return image
+
+    def batch(self, rows: Rows | Sequence[int]) -> Pixels:
+        """Images (n, height, width, 3) uint8, a copy."""
+        if self.cache is not None:
+            if self._array is None:
+                self._array = self._open(self.cache)
+            return np.asarray(self._array[np.asarray(rows, np.int64)])
+        batch = np.empty((len(rows), *self.size, 3), np.uint8)
+        for place, row in enumerate(rows):
+            batch[place] = decode(self.manifest.root / self.manifest.items[row].path, self.size)
+        return batch
+
+    def _open(self, cache: Path) -> Pixels:
+        try:
+            array: Pixels = np.load(cache, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{cache} is missing; run `dvc repro prepare` or `dvc pull` first") from error
+        expected = (len(self.manifest), *self.size, 3)
+        if array.shape != expected or array.dtype != np.uint8:
+            raise DataError(f"{cache} holds {array.shape} {array.dtype}, not {expected} uint8; run prepare again")
+        return array
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickled memory map would carry every pixel to the worker; it opens the file itself.
+        return {**self.__dict__, "_array": None}
+
+
+def data_root(files: Files, params: Params) -> Path:
+    """Folder that the paths of the manifest are relative to."""
+    return files.vehicles if params.data.source == "vehicles" else files.root / params.data.root
+
+
+def open_images(files: Files, params: Params) -> tuple[Manifest, Images]:
+    """What stage `prepare` left: the manifest and its images.
+
+    Raises:
+        FileNotFoundError: If the stage has not run.
+        DataError: If what it left is of another run.
+    """
+    manifest = Manifest.read(files.manifest, data_root(files, params))
+    height, width = params.data.image_size
+    return manifest, Images(manifest, (height, width), files.image_cache if params.data.cache else None)

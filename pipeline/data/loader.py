@@ -1,0 +1,120 @@
+"""Training batches: sampled, augmented, and the same for any number of workers."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.config import Augment, Batch, Params, Training
+from pipeline.data.augment import as_tensor, augment
+from pipeline.data.images import Images
+from pipeline.data.manifest import Manifest, Rows
+from pipeline.data.sampler import IdentitySampler
+
+Sample = tuple[int, int]
+"""Epoch and index: all that an augmented image depends on, beside the seed."""
+Loaded = tuple[Tensor, Tensor, Tensor]
+
+
+class _Samples(Dataset[Loaded]):
+    """Augmented images by (epoch, index); stateless, so a worker needs not know which epoch it is."""
+
+    def __init__(self, images: Images, rows: Rows, labels: Rows, augment: Augment, seed: int) -> None:
+        self.images, self.rows, self.labels, self.augment, self.seed = images, rows, labels, augment, seed
+
+    def __getitems__(self, samples: list[Sample]) -> Loaded:
+        """A whole batch; torch calls it instead of fetching one by one."""
+        epochs, indices = zip(*samples, strict=True)
+        rows = self.rows[list(indices)]
+        plain = as_tensor(self.images.batch(rows))
+        jobs = zip(plain, epochs, rows.tolist(), strict=True)
+        changed = torch.stack([augment(image, self.augment, self.seed, epoch, row) for image, epoch, row in jobs])
+        return changed, torch.from_numpy(self.labels[list(indices)]), torch.from_numpy(rows)
+
+
+class _Schedule:
+    """Batches of (epoch, index) for the epoch that is set; read once an epoch, in the training process."""
+
+    def __init__(self, sampler: IdentitySampler) -> None:
+        self.sampler, self.epoch = sampler, 0
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        for batch in self.sampler.batches(self.epoch):
+            yield [(self.epoch, index) for index in batch.tolist()]
+
+
+class TrainLoader:
+    """P x K batches of augmented training images.
+
+    Args:
+        images: Of the whole manifest.
+        rows: (N,) rows of the manifest to train on.
+        labels: (N,) class numbers of the rows.
+        batch: P and K.
+        augment: Section of params.yaml.
+        seed: Of the run.
+        workers: Processes that load; 0 loads in this one.
+        rank: Which of the training processes this one is.
+        world: Number of training processes.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        rows: Rows,
+        labels: Rows,
+        batch: Batch,
+        augment: Augment,
+        seed: int,
+        workers: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self._schedule = _Schedule(IdentitySampler(labels, batch, seed, rank, world))
+        self._loader: DataLoader[Loaded] = DataLoader(
+            _Samples(images, np.asarray(rows, np.int64), np.asarray(labels, np.int64), augment, seed),
+            batch_sampler=self._schedule,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # of its own: the global one must not depend on how data are loaded
+        )
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return len(self._schedule)
+
+    def epoch(self, epoch: int) -> Iterator[Loaded]:
+        """Images (B, 3, H, W) uint8, labels (B,) int64 and rows (B,) int64 of each batch of an epoch, from 0."""
+        self._schedule.epoch = epoch
+        yield from self._loader
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def training_loader(
+    manifest: Manifest, images: Images, training: Training, params: Params, rank: int = 0, world: int = 1
+) -> TrainLoader:
+    """The loader of split `train`; the class number of an identity is its place in `manifest.train_identities`.
+
+    Args:
+        manifest: Labels.
+        images: Pixels.
+        training: Section of params.yaml of the stage.
+        params: All of params.yaml.
+        rank: Which of the training processes this one is.
+        world: Number of training processes.
+    """
+    rows = manifest.rows("train")
+    labels = np.searchsorted(np.array(manifest.train_identities), manifest.identities(rows))
+    return TrainLoader(
+        images, rows, labels, training.batch, training.augment, params.seed, params.runtime.workers, rank, world
+    )

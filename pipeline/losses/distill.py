@@ -1,0 +1,36 @@
+"""What a student takes over from its teacher."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def soft_targets(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """KL divergence between softened predictions, times the square of the temperature.
+
+    Source: Hinton et al., 2015, section 2.
+
+    Args:
+        student: (B, identities), logits.
+        teacher: (B, identities), logits of the frozen teacher.
+        temperature: Divisor of the logits.
+
+    Returns:
+        Mean over the batch, a scalar.
+    """
+    log_student = functional.log_softmax(student.to(torch.float32) / temperature, dim=1)
+    log_teacher = functional.log_softmax(teacher.to(torch.float32) / temperature, dim=1)
+    return functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def features(student: Tensor, teacher: Tensor) -> Tensor:
+    """L2 distance between the feature vectors of student and teacher at each position.
+
+    Args:
+        student: (B, C, H, W).
+        teacher: (B, C, H, W), of the frozen teacher.
+
+    Returns:
+        Mean over batch and positions, a scalar.
+    """
+    return torch.linalg.vector_norm((student - teacher).to(torch.float32), dim=1).mean()

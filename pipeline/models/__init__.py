@@ -1,0 +1,1 @@
+"""The networks: architecture as data, residual blocks with compactor slots, cost."""

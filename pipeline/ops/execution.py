@@ -1,0 +1,184 @@
+"""What belongs together: one execution is one dvc process or one flow run, whatever it runs or takes from its cache.
+
+The processes of an execution know each other by its key (kind, pid and start time of the owner) and share one small
+file of state under `files.tracking`.
+"""
+
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import psutil
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ValidationError
+
+from pipeline.files import Files, read_json, write_json
+
+VARIABLE = "SMALLER_STUDENT_EXECUTION"
+"""Environment variable that hands a flow run's key to the dvc processes and stages below it."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """An execution, named after the process that owns it.
+
+    Attributes:
+        kind: `dvc`, `flow` or `stage` (a stage that was started by hand).
+        pid: Process id of the owner.
+        started: Start of the owner, whole seconds since 1970; with the pid it names one process for ever.
+    """
+
+    kind: str
+    pid: int
+    started: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.kind}-{self.pid}-{self.started}"
+
+    @classmethod
+    def parse(cls, key: str) -> "Execution":
+        kind, pid, started = key.split("-")
+        return cls(kind, int(pid), int(started))
+
+    @classmethod
+    def of(cls, kind: str, process: psutil.Process) -> "Execution":
+        return cls(kind, process.pid, int(process.create_time()))
+
+    @property
+    def alive(self) -> bool:
+        return alive(self.pid, self.started)
+
+
+def alive(pid: int, started: int) -> bool:
+    """Whether the process of this number that started then still runs (numbers are used again)."""
+    try:
+        process = psutil.Process(pid)
+        return int(process.create_time()) == started and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def current() -> Execution:
+    """The execution that this process is part of."""
+    if key := os.environ.get(VARIABLE):
+        return Execution.parse(key)
+    here = psutil.Process()
+    if "DVC_STAGE" in os.environ:
+        for ancestor in here.parents():
+            if _is_dvc(ancestor):
+                return Execution.of("dvc", ancestor)
+    return Execution.of("stage", here)
+
+
+def _is_dvc(process: psutil.Process) -> bool:
+    """`dvc repro`, `python /venv/bin/dvc repro` and `python -m dvc repro`, but not `sh -c "dvc repro"`."""
+    try:
+        command = process.cmdline()
+    except psutil.Error:
+        return False
+    return "dvc" in [Path(part).name.removesuffix(".exe") for part in command[:4]]
+
+
+# --- state ------------------------------------------------------------------------------------------------------------
+
+
+class Child(BaseModel):
+    """One stage of an execution in MLflow."""
+
+    run: str
+    status: str
+    pid: int = 0
+    started: int = 0
+    """The process that records it; only while the status is RUNNING."""
+
+
+class State(BaseModel):
+    """What MLflow was told about an execution."""
+
+    uri: str
+    parent: str
+    children: dict[str, Child] = {}
+    summarised: bool = False
+
+
+def load(files: Files, key: str) -> State | None:
+    """State of an execution, or None where there is none (or half a file of another version)."""
+    try:
+        return State.model_validate(read_json(_path(files, key)))
+    except (FileNotFoundError, ValueError, ValidationError):
+        return None
+
+
+def save(files: Files, key: str, state: State) -> None:
+    write_json(_path(files, key), state.model_dump())
+
+
+def forget(files: Files, key: str) -> None:
+    _path(files, key).unlink(missing_ok=True)
+
+
+def ended(files: Files) -> Iterator[str]:
+    """Keys of the executions whose owner runs no more."""
+    for path in sorted(_path(files, "").parent.glob("*.json")):
+        if not Execution.parse(path.stem).alive:
+            yield path.stem
+
+
+def _path(files: Files, key: str) -> Path:
+    return files.tracking / "executions" / f"{key}.json"
+
+
+# --- one writer -------------------------------------------------------------------------------------------------------
+
+
+class Busy(RuntimeError):
+    """Another process does this already."""
+
+    exit_code = 75
+
+
+@contextmanager
+def sole_writer(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock that the system gives back when this process ends, however it ends; to hold it twice is no harm.
+
+    Args:
+        path: Lock file; who holds it stands beside it.
+        what: What is going on, for the message.
+
+    Raises:
+        Busy: At once, naming the holder's process, host and since when.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    holder = path.with_suffix(".json")
+    lock = FileLock(path, is_singleton=True, thread_local=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise Busy(f"busy: {what} runs already ({_holder(holder)}); wait for it or end it") from error
+    try:
+        if lock.lock_counter == 1:
+            since = datetime.now().astimezone().isoformat(" ", "seconds")
+            write_json(holder, {"pid": os.getpid(), "host": platform.node(), "since": since})
+        yield
+    finally:
+        if lock.lock_counter == 1:
+            holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def retraining(files: Files) -> AbstractContextManager[None]:
+    """Who holds this may retrain the checkout."""
+    return sole_writer(files.tracking / "retrain.lock", "retraining")
+
+
+def _holder(path: Path) -> str:
+    try:
+        holder = read_json(path)
+        return f"pid {holder['pid']} on {holder['host']} since {holder['since']}"
+    except (OSError, ValueError, KeyError):
+        return "holder unknown"

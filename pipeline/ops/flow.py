@@ -1,0 +1,140 @@
+"""Prefect flow `retrain`: the stages of `dvc repro` as tasks with live logs, one writer at a time.
+
+Runs with no server of its own (`smaller-student retrain`: Prefect then starts one for the time of the run) or against
+the server that the user's Prefect profile names; PREFECT_HOME stays as it is. Mutual exclusion rests on a lock of the
+system, not on Prefect.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
+
+from pipeline.files import Files
+from pipeline.ops import figures, params, tracking
+from pipeline.ops.execution import VARIABLE, Execution, retraining
+from pipeline.records import RECORDS
+
+STOPPING = ((signal.SIGINT, 18.0), (signal.SIGTERM, 4.0))
+"""How a dvc process is asked to end, and how many seconds it has for it; Prefect's worker kills after 30."""
+
+
+class StageError(RuntimeError):
+    """A stage failed; what dvc said stands in the log."""
+
+
+@flow(name="retrain", log_prints=False)
+def retrain(force: bool = False) -> State[None]:
+    """Bring every stage up to date, as `dvc repro` does.
+
+    Args:
+        force: Record an execution even if nothing changed: each stage then comes from what is there. Nothing is
+            computed again whose inputs are the same.
+
+    Returns:
+        Completed, under the name NoChange where there was nothing to do.
+
+    Raises:
+        Busy: If another process retrains this checkout.
+        ParamsError: If params.yaml is wrong.
+        StageError: If a stage fails.
+    """
+    files = Files.here()
+    with retraining(files):
+        checked = params.load(files.params)
+        changed = changes()
+        if not changed and not force:
+            return Completed(name="NoChange", message="nothing changed since the last run")
+        get_run_logger().info("changed: %s", ", ".join(changed) or "nothing")
+        execution = Execution.of("flow", psutil.Process())
+        for stage in RECORDS:
+            reproduce.with_options(name=stage, task_run_name=stage)(stage, execution.key)
+        tracking.complete(files, checked, execution)
+        create_table_artifact(table=figures.table(files), key="result", description="What each stage led to.")
+    return Completed(message=f"ran {', '.join(changed) or 'nothing anew'}")
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def reproduce(stage: str, execution: str) -> None:
+    """`dvc repro` of one stage, its output line by line in the log."""
+    log = get_run_logger()
+    with dvc("repro", "--single-item", stage, **{VARIABLE: execution}) as process:
+        for line in process.stdout or ():
+            if line := line.rstrip():
+                log.info(line)
+        if code := process.wait():
+            raise StageError(f"stage {stage} failed: `dvc repro` ended with {code}, its reason stands above in the log")
+
+
+def changes() -> list[str]:
+    """Stages whose inputs, outputs or params differ from dvc.lock.
+
+    Raises:
+        StageError: If `dvc status` fails.
+    """
+    done = subprocess.run(  # noqa: S603 - fixed words
+        [*DVC, "status", "--json"], capture_output=True, text=True, env=_environment()
+    )
+    if done.returncode:
+        raise StageError(f"`dvc status` failed: {done.stderr.strip()}")
+    return list(json.loads(done.stdout or "{}"))
+
+
+# --- dvc --------------------------------------------------------------------------------------------------------------
+
+DVC = (sys.executable, "-m", "dvc")
+
+
+def _environment(**extra: str) -> dict[str, str]:
+    """The own environment, with the own Python first: dvc.yaml says `python`."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **extra}
+
+
+@contextmanager
+def dvc(*words: str, **extra: str) -> Iterator[subprocess.Popen[str]]:
+    """A dvc process, in a process group that is ended as a whole when the block is left early.
+
+    Prefect cancels by ending one process; dvc in a group of its own would live on.
+    """
+    process = subprocess.Popen(
+        [*DVC, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=_environment(**extra),
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """SIGINT, which dvc handles cleanly, then SIGTERM, then SIGKILL, to the whole group."""
+    if os.name == "nt":
+        process.terminate()
+        return
+    for number, seconds in STOPPING:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+            return
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

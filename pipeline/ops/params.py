@@ -1,0 +1,191 @@
+"""Read params.yaml, and say everything that is wrong with it at once and in the user's words.
+
+Imports nothing heavy: a mistyped key is refused in well under two seconds.
+"""
+
+import difflib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
+
+from pipeline.config import Params
+
+REMEDY = "`smaller-student preset NAME` writes a complete one"
+
+
+class ParamsError(ValueError):
+    """Everything that is wrong with params.yaml.
+
+    Attributes:
+        complaints: One sentence each, with the line where there is one.
+    """
+
+    exit_code = 2
+
+    def __init__(self, path: Path, complaints: Sequence[str]) -> None:
+        self.complaints = tuple(complaints)
+        super().__init__("\n".join(f"{path.name}: {complaint}" for complaint in complaints))
+
+
+def load(path: Path) -> Params:
+    """Read and check params.yaml.
+
+    YAML 1.2 by ruamel.yaml, as DVC reads it: `1e-3` is a number and `no` a string.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ParamsError: Listing all complaints.
+    """
+    text = _read(path)
+    try:
+        root = _parser().compose(text)
+        content = _parser().load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f" (line {mark.line + 1})" if mark else ""
+        raise ParamsError(path, [f"{_sentence(error)}{where}"]) from error
+    except (YAMLError, RecursionError, ValueError) as error:
+        raise ParamsError(path, [f"is not YAML: {str(error).splitlines()[0]}"]) from error
+    if content is None:
+        raise ParamsError(path, [f"is empty; {REMEDY}"])
+    if not isinstance(content, dict):
+        raise ParamsError(path, [f"must hold sections, got a {_kind(content)}; {REMEDY}"])
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        complaints = {line: None for detail in error.errors() for line in _complaints(detail, root)}  # ordered, once
+        raise ParamsError(path, list(complaints)) from None
+
+
+def _parser() -> YAML:
+    return YAML(typ="safe", pure=True)
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ParamsError(path, [f"is missing in {path.parent.resolve()}; {REMEDY}"]) from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ParamsError(path, [f"is not UTF-8 (line {line}); save it as UTF-8"]) from error
+    except OSError as error:
+        raise ParamsError(path, [f"cannot be read: {error.strerror}"]) from error
+    if text.startswith("\ufeff"):
+        # DVC and this parser would differ about it, and editors hide it.
+        raise ParamsError(path, ["begins with a byte order mark (line 1); save it as UTF-8 without BOM"])
+    return text
+
+
+def _sentence(error: MarkedYAMLError) -> str:
+    problem = (error.problem or error.context or "is not YAML").strip()
+    if "\\t" in problem:
+        return "a tab stands where only spaces may; indent with spaces"
+    return problem.splitlines()[0]
+
+
+# --- complaints -------------------------------------------------------------------------------------------------------
+
+LIMITS = {
+    "greater_than": ("must be greater than", "gt"),
+    "greater_than_equal": ("must be at least", "ge"),
+    "less_than": ("must be less than", "lt"),
+    "less_than_equal": ("must be at most", "le"),
+    "multiple_of": ("must be a multiple of", "multiple_of"),
+    "too_short": ("must have at least", "min_length"),
+    "too_long": ("must have at most", "max_length"),
+    "literal_error": ("must be", "expected"),
+}
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "a text", "list": "a list"}
+
+
+def _complaints(detail: Mapping[str, Any], root: Node) -> Iterator[str]:
+    """Turn one of pydantic's errors into sentences."""
+    location, error, value = detail["loc"], detail["type"], detail["input"]
+    context = detail.get("ctx", {})
+    name = f"`{dotted(location)}`"
+    line = _line(root, location)
+    where = f" (line {line})" if line else ""
+    if error == "missing":
+        yield f"{name} is missing"
+    elif error == "extra_forbidden":
+        nearest = _nearest(dotted(location))
+        yield f"{name} is unknown{f'; nearest: `{nearest}`' if nearest else ''}{where}"
+    elif error == "value_error":  # one of config's own checks, which names its keys itself
+        for part in str(context["error"]).split("; "):
+            yield f"{name}: {part}{where}" if location else part
+    elif error in LIMITS:
+        words, key = LIMITS[error]
+        limit = context[key]
+        if isinstance(limit, float) and limit.is_integer():
+            limit = int(limit)
+        unit = "" if not key.endswith("length") else " entry" if limit == 1 else " entries"
+        yield f"{name} {words} {limit}{unit}, got {_shown(value)}{where}"
+    elif error == "finite_number":
+        yield f"{name} must be finite, got {_shown(value)}{where}"
+    elif error == "string_too_short":
+        yield f"{name} must not be empty{where}"
+    elif error in ("model_type", "dict_type"):
+        yield f"{name} must be a section with keys of its own, got {_shown(value)}{where}"
+    elif (kind := error.partition("_")[0]) in KINDS:
+        yield f"{name} must be {KINDS[kind]}, got {_shown(value)}{where}"
+    else:
+        yield f"{name}: {detail['msg']}{where}"
+
+
+def dotted(location: Sequence[str | int]) -> str:
+    """Write `("data", "image_size", 0)` as `data.image_size[0]`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "nothing"}[value]
+    return f"the {_kind(value)} {value!r:.40}" if isinstance(value, str | dict | list) else str(value)
+
+
+def _kind(value: object) -> str:
+    return {str: "text", dict: "section", list: "list"}.get(type(value), type(value).__name__)
+
+
+def keys(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all sections and keys of the schema."""
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}"
+        if inspect.isclass(section := field.annotation) and issubclass(section, BaseModel):
+            yield from keys(section, f"{prefix}{name}.")
+
+
+def _nearest(name: str) -> str | None:
+    """The known key that looks most like `name`, in its own section or else anywhere by its last part."""
+    known = list(keys())
+    section, _, last = name.rpartition(".")
+    siblings = [key for key in known if key.rpartition(".")[0] == section]
+    for candidates, cutoff in ((siblings, 0.7), (known, 0.8)):
+        if near := difflib.get_close_matches(last, [key.rpartition(".")[2] for key in candidates], 1, cutoff):
+            same = [key for key in candidates if key.rpartition(".")[2] == near[0]]
+            return difflib.get_close_matches(name, same, 1, 0)[0]
+    return None
+
+
+def _line(root: Node, location: Sequence[str | int]) -> int | None:
+    """Line of the key (or list entry) that `location` leads to, counted from 1."""
+    node, line = root, None
+    for part in location:
+        if isinstance(node, MappingNode):
+            found = [(key, value) for key, value in node.value if key.value == part]
+            if not found:
+                return line
+            line, node = found[-1][0].start_mark.line + 1, found[-1][1]
+        elif isinstance(node, SequenceNode) and isinstance(part, int):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+    return line

@@ -1,0 +1,125 @@
+"""What a stage reports: frozen records that become metrics/<stage>.json and come back from it.
+
+Numbers only. Rates are fractions in [0, 1]; `macs` are multiply-accumulates for one image at the run's size; `params`
+and `macs` count backbone and embedding head, never the classifier.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Record(BaseModel):
+    """Base of all records."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def flat(self) -> dict[str, float]:
+        """The numbers under dotted names, nested ones joined with a dot."""
+        return dict(_flatten("", self.model_dump(exclude_none=True)))
+
+
+def _flatten(prefix: str, numbers: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    for key, value in numbers.items():
+        if isinstance(value, dict):
+            yield from _flatten(f"{prefix}{key}.", value)
+        else:
+            yield f"{prefix}{key}", float(value)
+
+
+class Scores(Record):
+    """Retrieval quality under the `market` protocol."""
+
+    map: float
+    rank1: float
+    rank5: float
+    rank10: float
+    minp: float
+    queries: int
+    dropped: int
+
+
+class PrepareRecord(Record):
+    """Stage `prepare`: counts of images, except identities and cameras."""
+
+    images: int
+    identities: int
+    cameras: int
+    train: int
+    validation: int
+    query: int
+    gallery: int
+    quarantined: int
+    leaked: int
+
+
+class TeacherRecord(Scores):
+    """Stage `teacher`."""
+
+    params: int
+    macs: int
+
+
+class StudentRecord(TeacherRecord):
+    """Stage `student`: params and macs as after folding and cutting."""
+
+    params_reduction: float
+    macs_reduction: float
+    target: float
+
+
+class SurgeryRecord(TeacherRecord):
+    """Stage `surgery`; `max_abs_diff` compares embeddings in float64 before and after."""
+
+    params_reduction: float
+    macs_reduction: float
+    max_abs_diff: float
+    widths: dict[str, int]
+
+
+class ExportRecord(Record):
+    """Stage `export`: `map` and `bytes` of model.onnx, the same of teacher.onnx, parity with torch."""
+
+    map: float
+    map_teacher: float
+    min_cosine: float
+    bytes: int
+    bytes_teacher: int
+    params: int
+    macs: int
+    params_reduction: float
+    macs_reduction: float
+    int8_published: int
+
+
+class Latency(Record):
+    """One file at one setting, milliseconds a call."""
+
+    p50: float
+    p90: float
+
+
+class BenchmarkRecord(Record):
+    """Stage `benchmark`: `speedup` is the ratio of p50 at batch 1 with all threads; `realised` its share of the ideal.
+
+    `teacher` and `student` hold latencies by setting, named `batch<B>_threads<T>` (T = `all` or a number).
+    """
+
+    speedup: float
+    speedup_by_setting: dict[str, float]
+    ideal_speedup: float
+    realised: float
+    teacher: dict[str, Latency]
+    student: dict[str, Latency]
+
+
+RECORDS: dict[str, type[Record]] = {
+    "prepare": PrepareRecord,
+    "teacher": TeacherRecord,
+    "student": StudentRecord,
+    "surgery": SurgeryRecord,
+    "export": ExportRecord,
+    "benchmark": BenchmarkRecord,
+}
+"""The stages, in the order in which they run, and what each reports."""

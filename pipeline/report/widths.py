@@ -1,0 +1,61 @@
+"""Where the capacity went: the width of every layer before and after."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+
+from pipeline.report.style import STUDENT, TEACHER, new_figure, styled
+
+ROW = 0.24
+"""Height of a layer, inches."""
+
+
+def widths(teacher: Mapping[str, int], student: Mapping[str, int], sites: Sequence[str]) -> Figure:
+    """A line a layer, from what the teacher has to what the student kept; the axis doubles at every mark.
+
+    Args:
+        teacher: Channels by dimension name.
+        student: The same of the student.
+        sites: Names to show, from input to output.
+
+    Raises:
+        KeyError: Naming a site that one of them has not.
+        ValueError: If there is no site.
+    """
+    if not sites:
+        raise ValueError("no layer was compressed, so there are no widths to compare")
+    before, after = (np.array([net[site] for site in sites]) for net in (teacher, student))
+    rows = np.arange(len(sites))
+    with styled():
+        figure = new_figure(1.3 + ROW * len(sites))
+        chart = figure.subplots()
+        chart.hlines(rows, after, before, color="#9fb8c8", linewidth=3)
+        chart.plot(before, rows, "s", color="white", markeredgecolor=TEACHER, markeredgewidth=1.8, label="teacher")
+        chart.plot(after, rows, "o", color=STUDENT, markersize=7, label="student")
+        for row in rows:
+            chart.annotate(
+                f"{after[row]} of {before[row]}",
+                (before[row], row),
+                xytext=(9, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8.5,
+                color="#4a555c",
+            )
+        ticks = 2 ** np.arange(np.floor(np.log2(after.min())), np.ceil(np.log2(before.max())) + 1)
+        chart.set_xscale("log", base=2)
+        chart.set_xlim(ticks[0] / 1.2, before.max() * 2)  # room for the numbers at the right
+        chart.xaxis.set_major_locator(FixedLocator(ticks.tolist()))
+        chart.xaxis.set_minor_locator(NullLocator())
+        chart.xaxis.set_major_formatter(ScalarFormatter())
+        chart.set_yticks(rows, sites, fontsize=8.5)
+        chart.set_ylim(len(sites) - 0.4, -0.6)
+        chart.set_xlabel("channels")
+        chart.grid(axis="y", visible=False)
+        for row in rows[1:]:
+            if sites[row].split(".")[0] != sites[row - 1].split(".")[0]:
+                chart.axhline(row - 0.5, color="#d9dee2", linewidth=0.8)
+        figure.legend(*chart.get_legend_handles_labels(), loc="outside upper left", ncols=2)
+    return figure

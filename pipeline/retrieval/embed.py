@@ -1,0 +1,137 @@
+"""From images to embeddings, and from those to scores."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from pipeline.progress import track
+from pipeline.retrieval.metrics import Retrieval
+from pipeline.retrieval.protocols import MARKET, PROTOCOLS
+
+Rows = npt.NDArray[np.int64]
+"""Rows of the manifest, (n,)."""
+
+Embedder = Callable[[Rows], npt.NDArray[np.float32]]
+"""Embeddings (n, D) of the images in these rows, whatever runs the network."""
+
+
+class Images(Protocol):
+    """Pictures by their row in the manifest."""
+
+    def batch(self, rows: Rows) -> npt.NDArray[np.uint8]:
+        """Images (n, h, w, 3) of these rows, RGB."""
+
+
+class Manifest(Protocol):
+    """What is evaluated on: `items[row].path`, rows of splits, and labels of rows."""
+
+    @property
+    def items(self) -> Sequence[Any]:
+        """The images, in the order of their rows."""
+
+    def rows(self, *splits: str) -> Rows:
+        """Rows of these splits."""
+
+    def identities(self, rows: Rows) -> npt.NDArray[np.str_]:
+        """Identities (n,) of these rows."""
+
+    def cameras(self, rows: Rows) -> npt.NDArray[np.str_]:
+        """Cameras (n,) of these rows."""
+
+
+def embed(
+    net: nn.Module,
+    images: Images,
+    rows: Rows,
+    preprocess: Callable[[Tensor], Tensor],
+    device: torch.device | str = "cpu",
+    batch: int = 128,
+) -> npt.NDArray[np.float32]:
+    """Embed images with a torch network.
+
+    Args:
+        net: Already on `device`; returns something with `.embedding` (B, D). Every module is in the mode that it was in
+            when this returns.
+        images: Where the pixels come from.
+        rows: (n,) which images.
+        preprocess: From uint8 (B, 3, h, w) to the network's float input.
+        device: Where the network is.
+        batch: Images at a time.
+
+    Returns:
+        (n, D) float32, of length 1.
+    """
+    chunks = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+    embeddings = []
+    with _evaluating(net), torch.inference_mode():
+        for chunk in track(chunks, total=len(chunks), label="embedding"):
+            pixels = torch.from_numpy(images.batch(chunk)).to(device).permute(0, 3, 1, 2)  # (B, 3, h, w)
+            embedding = net(preprocess(pixels).contiguous(memory_format=torch.channels_last)).embedding
+            embeddings.append(nn.functional.normalize(embedding.float(), dim=1).cpu().numpy())
+    return np.concatenate(embeddings)
+
+
+def evaluate(
+    net: nn.Module,
+    manifest: Manifest,
+    images: Images,
+    query_split: str,
+    gallery_split: str,
+    preprocess: Callable[[Tensor], Tensor],
+    device: torch.device | str = "cpu",
+    batch: int = 128,
+    protocol: str = MARKET,
+) -> Retrieval:
+    """Score a torch network on two splits of the manifest; arguments as in `embed`.
+
+    Raises:
+        ValueError: If an embedding is not finite, naming its image, or no query has a match.
+    """
+
+    def embedder(rows: Rows) -> npt.NDArray[np.float32]:
+        return embed(net, images, rows, preprocess, device, batch)
+
+    return evaluate_embedder(embedder, manifest, query_split, gallery_split, protocol)
+
+
+def evaluate_embedder(
+    embedder: Embedder, manifest: Manifest, query_split: str, gallery_split: str, protocol: str = MARKET
+) -> Retrieval:
+    """Score whatever turns rows into embeddings on two splits of the manifest.
+
+    Raises:
+        ValueError: If an embedding is not finite, naming its image, or no query has a match.
+    """
+    query, gallery = manifest.rows(query_split), manifest.rows(gallery_split)
+    embeddings = embedder(np.concatenate([query, gallery]))
+    broken = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
+    if len(broken):
+        path = manifest.items[np.concatenate([query, gallery])[broken[0]]].path
+        raise ValueError(
+            f"embedding of {path} is not finite ({len(broken)} of {len(embeddings)} images); the network diverged"
+        )
+    return PROTOCOLS[protocol](
+        embeddings[: len(query)],
+        embeddings[len(query) :],
+        manifest.identities(query),
+        manifest.identities(gallery),
+        manifest.cameras(query),
+        manifest.cameras(gallery),
+    )
+
+
+@contextmanager
+def _evaluating(net: nn.Module) -> Iterator[None]:
+    """Put a network in eval mode and each module back into its own: `net.train()` would wake frozen ones."""
+    training = [module for module in net.modules() if module.training]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

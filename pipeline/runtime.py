@@ -1,0 +1,61 @@
+"""Device, precision, threads and seed: the only place that knows what hardware there is."""
+
+import logging
+import math
+import os
+from pathlib import Path
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.utilities.seed import seed_everything
+
+from pipeline.config import Runtime
+
+log = logging.getLogger(__name__)
+
+
+def available_threads() -> int:
+    """Processors this process may use: the affinity mask, further bounded by a control group's quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        limit, period = quota.read_text().split()
+        if limit != "max":
+            count = min(count, max(1, math.floor(int(limit) / int(period))))
+    return count
+
+
+def launch(runtime: Runtime, seed: int) -> Fabric:
+    """Start Fabric with everything that makes a run repeatable.
+
+    Args:
+        runtime: Section of params.yaml.
+        seed: Seed of all global generators.
+
+    Raises:
+        ValueError: If a GPU is asked for and there is none, or 16-bit training on a processor without it.
+    """
+    gpu = torch.cuda.is_available()
+    if runtime.accelerator == "gpu" and not gpu:
+        raise ValueError("`runtime.accelerator` is gpu, but torch sees none; set it to auto or cpu")
+    accelerator = "cuda" if gpu and runtime.accelerator != "cpu" else "cpu"
+    precision = runtime.precision
+    if precision == "auto":
+        precision = "32-true" if accelerator == "cpu" else "bf16-mixed"
+    if accelerator == "cpu" and precision != "32-true":
+        # bf16 without AMX or AVX-512 is emulated: many times slower, and nothing is gained.
+        raise ValueError(f"`runtime.precision` is {precision}, which a CPU emulates slowly; set it to auto or 32-true")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable only with it
+    torch.set_num_threads(available_threads())
+    torch.use_deterministic_algorithms(True, warn_only=accelerator != "cpu")
+    seed_everything(seed, workers=True, verbose=False)
+    fabric = Fabric(
+        accelerator=accelerator,
+        devices=runtime.devices,
+        num_nodes=runtime.nodes,
+        strategy=runtime.strategy,
+        precision=precision,
+    )
+    fabric.launch()
+    log.info("%s on %s, %d threads, %s", accelerator, fabric.device, torch.get_num_threads(), precision)
+    return fabric

@@ -1,0 +1,115 @@
+"""Everything a training needs to go on, as one object, and its generations on disk."""
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline.config import Optimizer
+from pipeline.files import write_atomically
+from pipeline.models.resnet import RetrievalNet
+from pipeline.models.spec import ArchSpec
+from pipeline.training.optim import build, load_state_tensors, state_tensors
+
+log = logging.getLogger(__name__)
+
+GENERATIONS = 2
+"""Saved states that are kept: the newest, and one to fall back on."""
+
+
+@dataclass
+class TrainingState:
+    """A training after some epochs.
+
+    Random choices derive from (seed, epoch, sample), so no generator's state belongs to it.
+
+    Attributes:
+        net: The network, as narrow as it is by now.
+        optimizer: Over the network's parameters.
+        epoch: Epochs done.
+        curve: One row an epoch: named losses and what else was measured.
+        extra: What the task remembers, by name.
+    """
+
+    net: RetrievalNet
+    optimizer: torch.optim.Optimizer
+    epoch: int = 0
+    curve: list[dict[str, float]] = field(default_factory=list)
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write the state to one safetensors file, atomically."""
+        tensors = {f"net/{name}": tensor for name, tensor in self.net.state_dict().items()}
+        tensors |= {f"optimizer/{name}": tensor for name, tensor in state_tensors(self.optimizer, self.net).items()}
+        tensors |= {f"extra/{name}": tensor for name, tensor in self.extra.items()}
+        plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        header = {"spec": self.net.spec.model_dump_json(), "epoch": str(self.epoch), "curve": json.dumps(self.curve)}
+        write_atomically(path, lambda temporary: save_file(plain, temporary, metadata=header))
+
+    @classmethod
+    def load(cls, path: Path, config: Optimizer, device: torch.device) -> "TrainingState":
+        """Read a state back.
+
+        Args:
+            path: File that `save` wrote.
+            config: How to build the optimiser.
+            device: Where network and optimiser live.
+
+        Raises:
+            SafetensorError: If the file is damaged.
+        """
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+        net = RetrievalNet(ArchSpec.model_validate_json(header["spec"]))
+        net.load_state_dict(part("net/"), strict=True)
+        net = net.to(device=device, memory_format=torch.channels_last)
+        optimizer = build(net, config)
+        load_state_tensors(optimizer, net, part("optimizer/"))
+        return cls(net, optimizer, int(header["epoch"]), json.loads(header["curve"]), part("extra/"))
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The states of one training: files named by epoch in a folder of its own.
+
+    Attributes:
+        folder: Its name tells apart trainings with other params, inputs, code or library versions.
+    """
+
+    folder: Path
+
+    def _generations(self) -> list[Path]:
+        return sorted(self.folder.glob("epoch-*.safetensors"), reverse=True)
+
+    def save(self, state: TrainingState) -> None:
+        """Write the newest generation and drop those that are no longer needed."""
+        state.save(self.folder / f"epoch-{state.epoch:05d}.safetensors")
+        for path in self._generations()[GENERATIONS:]:
+            path.unlink()
+
+    def newest(self, config: Optimizer, device: torch.device) -> TrainingState | None:
+        """The newest state that can be read, None where there is none."""
+        for path in self._generations():
+            try:
+                state = TrainingState.load(path, config, device)
+            except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
+                log.warning("%s cannot be read (%s); going back one generation", path.name, error)
+                continue
+            log.info("going on after epoch %d, from %s", state.epoch, path.name)
+            return state
+        return None
+
+    def clear(self) -> None:
+        """Forget this training: its result is written."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,218 @@
+"""What the student learns: the teacher's lessons, and to do with less while it learns them.
+
+Capacity dynamic distillation (Xie et al., CVPR 2023) with compactors on both sides of each 3x3, a budget, masks that can
+be revised, and proximal shrinking.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.compress.budget import refuse_unreachable
+from pipeline.compress.capacity import Capacity
+from pipeline.compress.compactor import alive, attach
+from pipeline.compress.fold import recentre
+from pipeline.compress.resetting import nearest
+from pipeline.compress.surgery import SurgeryPlan, cut_spec, fold_and_cut, slices, take
+from pipeline.config import Params, Student
+from pipeline.losses import distill
+from pipeline.models import cost
+from pipeline.models.resnet import Output, RetrievalNet, convert
+from pipeline.models.spec import ArchSpec, compactor_of, norm_of
+from pipeline.models.taps import Taps, pooled
+from pipeline.retrieval.embed import Rows
+from pipeline.training.loop import Forward, Reshaped
+from pipeline.training.teacher import Validate, fresh_teacher, retrieval_losses
+
+log = logging.getLogger(__name__)
+
+STAGES = ("layer1", "layer2", "layer3", "layer4")
+"""Where student and teacher features are compared."""
+
+CALIBRATION = 128
+"""Training images that folded batch norms are measured on."""
+
+
+@dataclass
+class StudentTask:
+    """Distillation, with shrinking where there is a capacity.
+
+    Attributes:
+        config: Section of params.yaml.
+        teacher: Frozen, in evaluation mode.
+        image_size: Height and width, pixels.
+        total_steps: Steps of the whole training.
+        capacity: What shrinks, None for plain distillation.
+        calibration: Normalised training images (B, 3, H, W) that folded batch norms are measured on.
+        validate: mAP on held-out identities, None where there are none.
+    """
+
+    config: Student
+    teacher: RetrievalNet
+    image_size: tuple[int, int]
+    total_steps: int
+    capacity: Capacity | None
+    calibration: Tensor
+    validate: Validate | None
+
+    def losses(self, net: RetrievalNet, forward: Forward, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Retrieval losses, KL of the logits, distance of the stages' features; scores the channels on the way."""
+        scoring = self.capacity is not None and not self.capacity.settled
+        sites = {compactor_of(site): site for site in self.capacity.sites} if self.capacity and scoring else {}
+        with torch.no_grad(), Taps(self.teacher, STAGES) as stages, Taps(self.teacher, sites, pooled) as inner:
+            taught: Output = self.teacher(images)
+            teacher_stages, teacher_inner = stages.read(), inner.read()
+        with Taps(net, STAGES) as stages, Taps(net, sites, pooled) as inner:
+            output = forward(images)
+            student_stages, student_inner = stages.read(), inner.read()
+        if self.capacity and scoring:
+            self.capacity.observe(
+                {site: student_inner[module] for module, site in sites.items()},
+                {site: teacher_inner[module] for module, site in sites.items()},
+                nearest(taught.embedding, self.config.resetting.neighbours),
+            )
+        losses = retrieval_losses(output, labels, self.config)
+        losses["kl"] = self.config.distill.kl * distill.soft_targets(
+            self._sharpened(output), self._sharpened(taught), self.config.distill.temperature
+        )
+        losses["feature"] = self.config.distill.feature * torch.stack(
+            [distill.features(student_stages[stage], teacher_stages[stage]) for stage in STAGES]
+        ).sum()
+        return {"loss": torch.stack(list(losses.values())).sum(), **losses}
+
+    def _sharpened(self, output: Output) -> Tensor:
+        """Logits as the identity loss sees them: cosines times their scale."""
+        if output.logits is None:
+            raise ValueError("distillation needs a teacher and a student with a classifier")
+        return output.logits * (self.config.losses.scale if self.config.recipe == "scratch" else 1.0)
+
+    def step(self, net: RetrievalNet, optimizer: Callable[[], object], progress: float) -> None:
+        """Revise the masks now and then, keep retrieval off the masked rows, step, shrink them."""
+        if self.capacity is None:
+            optimizer()
+            return
+        if round(progress * self.total_steps) % self.config.budget.every == 0 or progress >= self.config.budget.end:
+            self.capacity.revise(progress)
+        compactors = net.compactors()
+        self.capacity.reset(compactors)
+        before = self.capacity.before_step(compactors)
+        optimizer()
+        self.capacity.after_step(compactors, before, 1 / (self.config.budget.fade * self.total_steps))
+
+    def reshape(self, net: RetrievalNet) -> Reshaped | None:
+        """Cut out what died in this epoch, and carry on with fresh compactors there."""
+        if self.capacity is None or self.config.shrink == "off":
+            return None
+        plan = SurgeryPlan(
+            {
+                site: tuple(rows.tolist())
+                for site, rows in alive(net).items()
+                if len(rows) < net.spec.widths[site]
+            }
+        )
+        if not plan.kept:
+            return None
+        shrunk = attach(fold_and_cut(net, plan), plan.kept)
+        recentre(shrunk, plan.kept, self.calibration)
+        for site, rows in plan.kept.items():
+            self.capacity.sites[site] = self.capacity.sites[site].select(torch.tensor(rows))
+        taken = slices(net.spec, plan)
+        folded = {f"{site}.weight" for site in plan.kept} | {f"{compactor_of(site)}.weight" for site in plan.kept}
+        folded |= {f"{norm_of(site)}.{name}" for site in plan.kept for name in ("weight", "bias")}
+
+        def carry(name: str, state: Tensor) -> Tensor | None:
+            return None if name in folded else take(state, taken.get(name, ()))
+
+        log.info("cut %d channels out of %d sites", _removed(net.spec, shrunk.spec), len(plan.kept))
+        return Reshaped(shrunk, carry)
+
+    def measure(self, net: RetrievalNet, progress: float, validate: bool) -> dict[str, float]:
+        """Capacity that is left once masked rows are gone, and mAP on held-out identities."""
+        row = {}
+        if self.capacity is not None:
+            full = self.capacity.spec
+            small = full.model_copy(update={"widths": self.capacity.masked_widths})
+            row["macs_reduction"] = 1 - cost.macs(small, self.image_size) / cost.macs(full, self.image_size)
+            row["params_reduction"] = 1 - cost.params(small) / cost.params(full)
+            row["target_reduction"] = self.capacity.due(progress)
+        if validate and self.validate:
+            row["validation_map"] = self.validate(net)
+        return row
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The capacity's."""
+        return {} if self.capacity is None else self.capacity.state_dict()
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """The capacity's."""
+        if self.capacity is not None:
+            self.capacity.load_state_dict(tensors)
+
+
+    def plan(self) -> SurgeryPlan:
+        """Channels of the uncompressed network that are still present, cut ones left out."""
+        sites = {} if self.capacity is None else self.capacity.sites
+        return SurgeryPlan({name: tuple(site.kept.tolist()) for name, site in sites.items()})
+
+
+def spread(rows: Rows, count: int) -> Rows:
+    """At most `count` of the rows, evenly spaced."""
+    return rows[:: max(1, math.ceil(len(rows) / count))]
+
+
+def fresh_student(params: Params, teacher: RetrievalNet) -> RetrievalNet:
+    """A student before its first epoch: as heavy as the teacher, with compactors where it may shrink."""
+    if params.student.init == "teacher":
+        net = convert(teacher, teacher.spec)
+    else:
+        net = fresh_teacher(params.teacher.model_copy(update={"weights": "imagenet"}), teacher.spec.identities)
+    return net if params.student.method == "none" else attach(net, shrinking_sites(teacher.spec, params.student))
+
+
+def shrinking_sites(spec: ArchSpec, config: Student) -> tuple[str, ...]:
+    """Dimensions that get a compactor."""
+    return tuple(site for site in spec.sites if site.rpartition(".")[2] in config.sites)
+
+
+def student_task(
+    params: Params, teacher: RetrievalNet, steps: int, calibration: Tensor, validate: Validate | None
+) -> StudentTask:
+    """What the student is trained for.
+
+    Args:
+        params: All of params.yaml.
+        teacher: In evaluation mode, on the training device; it is frozen here.
+        steps: Steps of the whole training.
+        calibration: Normalised training images that folded batch norms are measured on.
+        validate: mAP on held-out identities.
+
+    Raises:
+        BudgetError: If the budget cannot be kept.
+    """
+    config, spec = params.student, teacher.spec.model_copy(update={"compactors": ()})
+    teacher.eval().requires_grad_(False)
+    height, width = params.data.image_size
+    capacity = None
+    if config.method == "budget":
+        counted = cost.params_model(spec) if config.budget.of == "params" else cost.macs_model(spec, (height, width))
+        sites = shrinking_sites(spec, config)
+        refuse_unreachable(counted, spec, sites, config.channel_multiple, config.budget.reduction)
+        capacity = Capacity.start(
+            spec, sites, counted, config.budget, config.channel_multiple, config.resetting.momentum
+        )
+    return StudentTask(config, teacher, (height, width), steps, capacity, calibration, validate)
+
+
+def _removed(before: ArchSpec, after: ArchSpec) -> int:
+    """Channels that one spec has more than another."""
+    return sum(before.widths.values()) - sum(after.widths.values())
+
+
+def remaining_spec(net: RetrievalNet) -> ArchSpec:
+    """What is left of a student after folding its compactors and cutting dead channels, without the classifier."""
+    plan = SurgeryPlan({site: tuple(rows.tolist()) for site, rows in alive(net).items()})
+    return cut_spec(net.spec, plan).model_copy(update={"compactors": (), "identities": 0})

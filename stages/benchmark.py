@@ -1,0 +1,86 @@
+"""Stage `benchmark`: time the ONNX files of teacher and student, and write the report of the run.
+
+Reads   artifacts/prepare/, artifacts/teacher/spec.json, artifacts/surgery/spec.json, artifacts/surgery/plan.json,
+        artifacts/export/, metrics/*.json, plots/teacher.csv, plots/student.csv
+Writes  artifacts/benchmark/latency.csv, artifacts/benchmark/report/, metrics/benchmark.json
+"""
+
+import platform
+from importlib.metadata import version
+from typing import TypeVar
+
+import numpy as np
+
+from pipeline import checkpoint
+from pipeline.benchmark.latency import measure
+from pipeline.benchmark.table import STUDENT, TEACHER, benchmark_record, write_csv
+from pipeline.data.augment import normalise
+from pipeline.data.images import open_images
+from pipeline.export.session import embed, open_session
+from pipeline.files import read_json
+from pipeline.ops.stage import Run, run_stage
+from pipeline.records import (
+    BenchmarkRecord,
+    ExportRecord,
+    PrepareRecord,
+    Record,
+    StudentRecord,
+    SurgeryRecord,
+    TeacherRecord,
+)
+from pipeline.report.build import Evidence, write_report
+from pipeline.report.curves import read_curves
+from pipeline.runtime import available_threads
+
+R = TypeVar("R", bound=Record)
+
+FILES = {TEACHER: "teacher.onnx", STUDENT: "model.onnx"}
+
+
+def benchmark(run: Run) -> BenchmarkRecord:
+    """Time the files, let both rank the test set, write the table and the report."""
+    params, files = run.params, run.files
+    height, width = params.data.image_size
+    settings = params.benchmark
+
+    def read(stage: str, kind: type[R]) -> R:
+        return kind.model_validate(read_json(files.metrics(stage)))
+
+    teacher, export = read("teacher", TeacherRecord), read("export", ExportRecord)
+    onnx = {name: files.artifacts("export") / file for name, file in FILES.items()}
+    timings = measure(onnx, (height, width), settings.batches, settings.threads, settings.repeats)
+    record = benchmark_record(timings, teacher.macs, export.macs)
+    write_csv(timings, run.out / "latency.csv")
+
+    manifest, images = open_images(files, params)
+    rows = np.concatenate([manifest.rows("query"), manifest.rows("gallery")])
+    specs = {
+        name: checkpoint.load_spec(files.artifacts(stage))
+        for name, stage in ((TEACHER, "teacher"), (STUDENT, "surgery"))
+    }
+    kept = read_json(files.artifacts("surgery") / "plan.json")["kept"]
+    evidence = Evidence(
+        data=f"{params.data.source}, {height} x {width} pixels",
+        machine=f"ONNX Runtime {version('onnxruntime')}, {platform.machine()}, {available_threads()} threads in all",
+        seed=params.seed,
+        prepare=read("prepare", PrepareRecord),
+        teacher=teacher,
+        student=read("student", StudentRecord),
+        surgery=read("surgery", SurgeryRecord),
+        export=export,
+        benchmark=record,
+        timings=timings,
+        curves={name: read_curves(files.plots(name)) for name in (TEACHER, STUDENT)},
+        widths={name: spec.widths for name, spec in specs.items()},
+        sites=[site for site in specs[TEACHER].sites if site in kept],
+        embeddings={name: embed(open_session(path), images, rows, normalise) for name, path in onnx.items()},
+        manifest=manifest,
+        images=images,
+        panels=settings.panels,
+    )
+    write_report(files.report, evidence)
+    return record
+
+
+if __name__ == "__main__":
+    run_stage(benchmark)

@@ -1,0 +1,44 @@
+"""Stage `surgery`: fold the compactors and cut away the channels that the student drove to zero.
+
+Reads   artifacts/prepare/, artifacts/student/, artifacts/teacher/spec.json
+Writes  artifacts/surgery/, metrics/surgery.json
+"""
+
+from pipeline import checkpoint
+from pipeline.compress.surgery import SurgeryPlan, operate
+from pipeline.data.augment import as_tensor, normalise
+from pipeline.data.images import open_images
+from pipeline.models import cost
+from pipeline.ops.stage import Run, run_stage
+from pipeline.records import SurgeryRecord
+from pipeline.retrieval.embed import evaluate
+from pipeline.runtime import launch
+
+
+def surgery(run: Run) -> SurgeryRecord:
+    """Cut, verify in float64 that nothing changed, write the narrow network, score it."""
+    params = run.params
+    fabric = launch(params.runtime, params.seed)
+    manifest, images = open_images(run.files, params)
+    probe = normalise(as_tensor(images.batch(manifest.rows("gallery")[:8])))
+    operation = operate(checkpoint.load(run.files.artifacts("student")), params.surgery, probe)
+    operation.plan.after(SurgeryPlan.read(run.files.artifacts("student"))).write(run.out)
+    checkpoint.save(run.out, operation.net)
+    net = operation.net.to(fabric.device)
+    scores = evaluate(net, manifest, images, "query", "gallery", normalise, fabric.device).scores()
+    height, width = params.data.image_size
+    full = checkpoint.load_spec(run.files.artifacts("teacher"))
+    params_left, macs_left = cost.params(net.spec), cost.macs(net.spec, (height, width))
+    return SurgeryRecord(
+        **scores.model_dump(),
+        params=params_left,
+        macs=macs_left,
+        params_reduction=1 - params_left / cost.params(full),
+        macs_reduction=1 - macs_left / cost.macs(full, (height, width)),
+        max_abs_diff=operation.max_abs_diff,
+        widths=net.spec.widths,
+    )
+
+
+if __name__ == "__main__":
+    run_stage(surgery)

@@ -1,0 +1,38 @@
+"""Stage `teacher`: fine-tune the heavy network that the student will learn from.
+
+Reads   artifacts/prepare/
+Writes  artifacts/teacher/, metrics/teacher.json, plots/teacher.csv
+"""
+
+from pipeline import checkpoint
+from pipeline.data.augment import normalise
+from pipeline.data.images import open_images
+from pipeline.data.loader import training_loader
+from pipeline.models import cost
+from pipeline.ops.stage import Run, run_stage
+from pipeline.records import TeacherRecord
+from pipeline.retrieval.embed import evaluate
+from pipeline.runtime import launch
+from pipeline.training.loop import Fit
+from pipeline.training.teacher import TeacherTask, fresh_teacher, validation
+
+
+def teacher(run: Run) -> TeacherRecord:
+    """Train, write the network, score it on the test set."""
+    params = run.params
+    fabric = launch(params.runtime, params.seed)
+    manifest, images = open_images(run.files, params)
+    loader = training_loader(manifest, images, params.teacher, params, fabric.global_rank, fabric.world_size)
+    task = TeacherTask(params.teacher, validation(manifest, images, normalise, fabric.device))
+    fit = Fit(fabric, params.teacher, task, loader, normalise, run.checkpoints("data", "teacher"), run.curve)
+    net = fit.run(lambda: fresh_teacher(params.teacher, len(manifest.train_identities)))
+    checkpoint.save(run.out, net)
+    scores = evaluate(net, manifest, images, "query", "gallery", normalise, fabric.device).scores()
+    height, width = params.data.image_size
+    return TeacherRecord(
+        **scores.model_dump(), params=cost.params(net.spec), macs=cost.macs(net.spec, (height, width))
+    )
+
+
+if __name__ == "__main__":
+    run_stage(teacher)

@@ -1,0 +1,106 @@
+"""The budget: exact, within its window, aligned, and honest about what cannot be."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.compress.budget import (
+    WINDOW,
+    Allotment,
+    BudgetError,
+    Site,
+    least_widths,
+    refuse_unreachable,
+    scheduled,
+)
+from pipeline.models import cost
+from pipeline.models.spec import ArchSpec
+
+SIZE = (64, 64)
+
+
+def offers(spec: ArchSpec, multiple: int, seed: int = 0) -> dict[str, Site]:
+    rng = np.random.default_rng(seed)
+    least = least_widths(spec, spec.sites, multiple)
+    return {
+        site: Site(spec.widths[site], least[site], np.sort(rng.gamma(2, size=spec.widths[site])))
+        for site in spec.sites
+    }
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    depth=st.sampled_from([18, 26, 50]),
+    of=st.sampled_from(["macs", "params"]),
+    multiple=st.sampled_from([1, 8]),
+    asked=st.floats(0.2, 0.7),
+    seed=st.integers(0, 1000),
+)
+def test_the_reduction_lies_in_its_window_and_widths_are_multiples(
+    depth: int, of: str, multiple: int, asked: float, seed: int
+) -> None:
+    spec = ArchSpec.full(depth, 32, 128)
+    model = cost.params_model(spec) if of == "params" else cost.macs_model(spec, SIZE)
+    allotment = Allotment(model, spec.widths, offers(spec, multiple, seed), multiple)
+    allotment.settle(asked)
+    narrow = spec.model_copy(update={"widths": allotment.widths})
+    count = cost.params if of == "params" else lambda s: cost.macs(s, SIZE)
+    assert asked <= 1 - count(narrow) / count(spec) <= asked + WINDOW
+    assert all(allotment.widths[site] % multiple == 0 and allotment.widths[site] >= multiple for site in spec.sites)
+
+
+def test_the_reduction_is_tracked_exactly_while_spending() -> None:
+    spec = ArchSpec.full(26, 32, 128)
+    model = cost.macs_model(spec, SIZE)
+    allotment = Allotment(model, spec.widths, offers(spec, 8), 8)
+    for due in (0.1, 0.3, 0.5):
+        allotment.spend(due, limit=0.6)
+        assert allotment.reduction == 1 - model(allotment.widths) / model(spec.widths)
+        assert due <= allotment.reduction <= 0.6
+
+
+def test_spending_never_passes_its_limit() -> None:
+    spec = ArchSpec.full(14, 16, 32)
+    allotment = Allotment(cost.macs_model(spec, SIZE), spec.widths, offers(spec, 8), 8)
+    allotment.spend(0.4, limit=0.401)
+    assert allotment.reduction <= 0.401
+
+
+def test_channels_that_retrieval_does_not_need_go_first() -> None:
+    spec = ArchSpec.full(26, 32, 128)
+    sites = offers(spec, 8)
+    useless = "layer3.1.conv2"
+    sites[useless] = Site(128, 8, np.full(128, 1e-9))
+    allotment = Allotment(cost.macs_model(spec, SIZE), spec.widths, sites, 8)
+    allotment.spend(0.03, limit=1.0)
+    assert {site for site in spec.sites if allotment.widths[site] < spec.widths[site]} == {useless}
+
+
+def test_a_narrow_site_keeps_what_it_has() -> None:
+    spec = ArchSpec.full(26, 8, 32)
+    spec = spec.model_copy(update={"widths": spec.widths | {"layer1.0.conv1": 5}})
+    assert least_widths(spec, spec.sites, 8)["layer1.0.conv1"] == 5
+
+
+def test_the_unreachable_is_refused_with_the_floor_and_what_binds() -> None:
+    spec = ArchSpec.full(26, 32, 256)
+    model = cost.macs_model(spec, SIZE)
+    with pytest.raises(BudgetError, match=r"0\.8 cannot be reached.*reduction is 0\.7334.*layer4 \d+%"):
+        refuse_unreachable(model, spec, spec.sites, 8, 0.8)
+    refuse_unreachable(model, spec, spec.sites, 8, 0.73)
+
+
+def test_the_published_ceilings_of_one_and_two_sided_compactors_hold() -> None:
+    # one compactor a block, behind the 3x3: 70.4 % of the MACs of a ResNet-101 at most; two: 91.9 %
+    spec = ArchSpec.full(101, 64, 512)
+    model = cost.macs_model(spec, (256, 256))
+    for sites, ceiling in (([s for s in spec.sites if s.endswith("conv2")], 0.704), (list(spec.sites), 0.919)):
+        floor = {**spec.widths, **least_widths(spec, sites, 1)}
+        assert 1 - model(floor) / model(spec.widths) == pytest.approx(ceiling, abs=0.006)
+
+
+def test_the_schedule_rises_from_start_to_end() -> None:
+    assert scheduled(0.1, 0.1, 0.5) == 0.0
+    assert scheduled(0.3, 0.1, 0.5) == 1 - 0.5**3
+    assert scheduled(0.5, 0.1, 0.5) == scheduled(1.0, 0.1, 0.5) == 1.0

@@ -1,0 +1,137 @@
+"""Folding and cutting change nothing that a network computes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline import checkpoint
+from pipeline.compress.compactor import alive, attach
+from pipeline.compress.fold import fold, recentre
+from pipeline.compress.surgery import (
+    SurgeryError,
+    SurgeryPlan,
+    fold_and_cut,
+    largest_difference,
+    operate,
+    plan_cut,
+    slices,
+    take,
+)
+from pipeline.config import Surgery
+from pipeline.models.resnet import RetrievalNet
+
+Make = Callable[..., RetrievalNet]
+IMAGES = torch.randn(3, 3, 32, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+CONFIG = Surgery(tolerance=0.0, channel_multiple=8)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(depth=st.sampled_from([14, 18, 26]), seed=st.integers(0, 10_000), multiple=st.sampled_from([1, 4, 8]))
+def test_any_network_computes_the_same_after_surgery(dying_net: Make, depth: int, seed: int, multiple: int) -> None:
+    net = dying_net(depth, seed, multiple)
+    plan = plan_cut(net, 0.0, multiple)
+    narrow = fold_and_cut(net, plan)
+    assert largest_difference(net, narrow, IMAGES) <= 1e-10
+    assert narrow.spec.compactors == ()
+    for site, rows in plan.kept.items():
+        assert narrow.spec.widths[site] == len(rows) >= multiple
+        assert narrow.get_submodule(site).weight.shape[0] == len(rows)
+
+
+def test_cutting_a_living_channel_is_noticed(dying_net: Make) -> None:
+    net = dying_net()
+    kept = dict(plan_cut(net, 0.0, 8).kept)
+    kept["layer2.0.conv1"] = kept["layer2.0.conv1"][1:]
+    assert largest_difference(net, fold_and_cut(net, SurgeryPlan(kept)), IMAGES) > 1e-6
+
+
+def test_surgery_refuses_when_a_living_channel_would_go(dying_net: Make) -> None:
+    net = dying_net()
+    with torch.no_grad():
+        net.compactors()["layer4.0.conv2"].weight[:, :, 0, 0] *= 1e-3
+    loose = Surgery(tolerance=1e-2, channel_multiple=1)
+    with pytest.raises(SurgeryError):
+        operate(net.float(), loose, IMAGES)
+
+
+def test_surgery_drops_compactors_and_classifier_and_tells_the_difference(dying_net: Make) -> None:
+    net = dying_net(identities=5).float()
+    operation = operate(net, CONFIG, IMAGES.float())
+    assert operation.max_abs_diff <= 1e-10
+    assert operation.net.classifier is None
+    assert operation.net.conv1.weight.dtype == torch.float32
+    assert largest_difference(net, operation.net, IMAGES.float()) < 1e-3
+
+
+def test_a_width_that_is_no_multiple_is_refused_by_name(dying_net: Make) -> None:
+    net = dying_net(multiple=8)
+    with torch.no_grad():
+        net.compactors()["layer3.0.conv1"].weight[:3] = 0.0
+        net.compactors()["layer3.0.conv1"].weight[3:, :, 0, 0] = torch.eye(64)[3:]
+    with pytest.raises(SurgeryError, match=r"layer3\.0\.conv1 would keep 61 channels"):
+        plan_cut(net, 0.0, 8)
+
+
+def test_a_dead_site_is_refused_by_name(dying_net: Make) -> None:
+    net = dying_net()
+    with torch.no_grad():
+        net.compactors()["layer2.0.conv2"].weight.zero_()
+    with pytest.raises(SurgeryError, match=r"every channel of layer2\.0\.conv2"):
+        plan_cut(net, 0.0, 8)
+
+
+def test_measured_statistics_leave_the_function_as_it_is(dying_net: Make) -> None:
+    net = dying_net()
+    folded = fold(net, net.spec.sites)
+    recentre(folded, net.spec.sites, IMAGES)
+    assert largest_difference(net, folded, IMAGES[:1]) <= 1e-10
+    captured = {}
+    folded.layer2[0].conv2.register_forward_hook(lambda _m, _i, output: captured.update(x=output))
+    folded(IMAGES)
+    torch.testing.assert_close(folded.layer2[0].bn2.running_mean, captured["x"].mean(dim=(0, 2, 3)))
+    torch.testing.assert_close(folded.layer2[0].bn2.running_var, captured["x"].var(dim=(0, 2, 3)))
+
+
+def test_slices_fit_every_tensor_of_the_narrow_network(dying_net: Make) -> None:
+    net = dying_net(26)
+    plan = plan_cut(net, 0.0, 8)
+    narrow = attach(fold_and_cut(net, plan), plan.kept)
+    taken = slices(net.spec, plan)
+    for name, tensor in net.state_dict().items():
+        assert take(tensor, taken.get(name, ())).shape == narrow.state_dict()[name].shape, name
+
+
+def test_plans_compose_in_channels_of_the_first_network() -> None:
+    earlier = SurgeryPlan({"a": (1, 4, 6), "b": (0, 2)})
+    later = SurgeryPlan({"a": (0, 2), "c": (5,)})
+    assert later.after(earlier).kept == {"a": (1, 6), "b": (0, 2), "c": (5,)}
+
+
+def test_a_plan_and_a_network_survive_the_disk(dying_net: Make, tmp_path: Path) -> None:
+    net = dying_net(18).float()
+    plan = plan_cut(net, 0.0, 8)
+    plan.write(tmp_path)
+    assert SurgeryPlan.read(tmp_path) == plan
+    narrow = fold_and_cut(net, plan)
+    checkpoint.save(tmp_path, narrow)
+    assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "spec.json", "weights.safetensors"}
+    assert largest_difference(narrow, checkpoint.load(tmp_path), IMAGES.float()) == 0.0
+
+
+def test_weights_that_do_not_fit_the_spec_are_refused(dying_net: Make, tmp_path: Path) -> None:
+    net = dying_net().float()
+    checkpoint.save(tmp_path, net)
+    spec = (tmp_path / "spec.json").read_text().replace('"layer1.0.conv1": 16', '"layer1.0.conv1": 8')
+    (tmp_path / "spec.json").write_text(spec)
+    with pytest.raises(RuntimeError, match=r"layer1\.0"):
+        checkpoint.load(tmp_path)
+
+
+def test_fresh_compactors_change_nothing(dying_net: Make) -> None:
+    net = fold_and_cut(dying := dying_net(), plan_cut(dying, 0.0, 8))
+    assert largest_difference(net, attach(net, net.spec.sites), IMAGES) == 0.0
+    assert all(len(rows) == net.spec.widths[site] for site, rows in alive(attach(net, net.spec.sites)).items())

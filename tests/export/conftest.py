@@ -1,0 +1,65 @@
+"""A tiny network, exported once for all tests: the exporter takes seconds."""
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import pytest
+from tiny_network import MEAN, SIZE, STD, Pictures, normalise, tiny_net
+
+from pipeline.config import Gates
+from pipeline.export.onnx import Metadata, finish, to_onnx
+from pipeline.export.parity import Probe
+from pipeline.models.resnet import RetrievalNet
+from pipeline.retrieval.embed import embed
+
+
+@pytest.fixture(scope="session")
+def net() -> RetrievalNet:
+    return tiny_net(0)
+
+
+@pytest.fixture(scope="session")
+def translated(net: RetrievalNet) -> bytes:
+    """What `to_onnx` returns, as bytes: messages are mutable."""
+    return to_onnx(net, SIZE, opset=18).SerializeToString()
+
+
+@pytest.fixture(scope="session")
+def metadata() -> Metadata:
+    return Metadata(
+        data="vehicles",
+        data_digest="d" * 64,
+        params_digest="p" * 64,
+        protocol="market",
+        map=0.625,
+        image_size=SIZE,
+        mean=MEAN,
+        std=STD,
+        embedding_dim=16,
+        params=1234,
+        macs=56789,
+    )
+
+
+@pytest.fixture(scope="session")
+def content(translated: bytes, metadata: Metadata) -> bytes:
+    """Content of a finished file."""
+    return finish(onnx.load_from_string(translated), metadata)
+
+
+@pytest.fixture(scope="session")
+def reference(net: RetrievalNet) -> np.ndarray:
+    """Torch's embeddings of all pictures."""
+    return embed(net, Pictures(), np.arange(12), normalise)
+
+
+@pytest.fixture
+def probe() -> Callable[..., Probe]:
+    """Makes probes of all pictures; what is given replaces the default."""
+
+    def make(score: Callable[[np.ndarray], float] = lambda _: 0.5, **gates: float) -> Probe:
+        bounds = Gates(**{"min_cosine": 0.99999, "map_difference": 1e-4} | gates)
+        return Probe(Pictures(), np.arange(12), normalise, score, bounds)
+
+    return make

@@ -1,0 +1,36 @@
+"""The folder with checksums."""
+
+import hashlib
+import shutil
+import subprocess
+
+import pytest
+
+from pipeline.export import release
+from pipeline.export.release import write_release
+
+
+def test_sums_are_those_of_the_files_and_sha256sum_agrees(tmp_path):
+    write_release(tmp_path, {"model.onnx": b"one", "card.md": b"two"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["SHA256SUMS", "card.md", "model.onnx"]
+    digests = [hashlib.sha256(content).hexdigest() for content in (b"one", b"two")]
+    expected = f"{digests[0]}  model.onnx\n{digests[1]}  card.md\n"
+    assert (tmp_path / "SHA256SUMS").read_bytes() == expected.encode()
+    if tool := shutil.which("sha256sum"):
+        subprocess.run([tool, "-c", "SHA256SUMS"], cwd=tmp_path, check=True)  # noqa: S603
+        (tmp_path / "model.onnx").write_bytes(b"One")
+        assert subprocess.run([tool, "-c", "SHA256SUMS"], cwd=tmp_path, check=False).returncode  # noqa: S603
+
+
+def test_a_folder_that_was_not_finished_has_no_sums(tmp_path, monkeypatch):
+    write_release(tmp_path, {"a": b"old", "b": b"old"})
+
+    def full_disk(path, write):
+        if path.name == "b":
+            raise OSError("disk full")
+        write(path)
+
+    monkeypatch.setattr(release, "write_atomically", full_disk)
+    with pytest.raises(OSError, match="disk full"):
+        write_release(tmp_path, {"a": b"new", "b": b"new"})
+    assert not (tmp_path / "SHA256SUMS").exists()

@@ -1,0 +1,92 @@
+"""Our networks against torchvision's, and a spec against what it builds."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from pipeline.models import cost
+from pipeline.models.resnet import RetrievalNet, convert
+from pipeline.models.spec import ArchSpec
+from pipeline.models.taps import Taps
+
+
+def counted_macs(net: nn.Module, size: tuple[int, int]) -> int:
+    """Multiply-accumulates as hooks count them, layer by layer."""
+    total = 0
+
+    def count(module: nn.Module, _inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        nonlocal total
+        total += output.numel() * module.weight[0].numel()
+
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(count)
+    net(torch.zeros(1, 3, *size))
+    return total
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_torchvision_weights_give_torchvision_features(depth: int) -> None:
+    theirs = getattr(torchvision.models, f"resnet{depth}")().eval()
+    ours = RetrievalNet(ArchSpec.full(depth, 64, 128, last_stride=2)).eval()
+    ours.load_backbone(theirs.state_dict(), "torchvision")
+    theirs.fc = nn.Identity()
+    image = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), Taps(ours, ["layer4"]) as taps:
+        ours(image)
+        torch.testing.assert_close(taps.read()["layer4"].mean(dim=(2, 3)), theirs(image))
+
+
+def test_weights_of_another_depth_are_refused_with_names_and_remedy() -> None:
+    net = RetrievalNet(ArchSpec.full(50, 64, 128))
+    with pytest.raises(ValueError, match=r"not those of a ResNet-50.*missing.*set `depth` and `width`"):
+        net.load_backbone(torchvision.models.resnet18().state_dict(), "resnet18.pth")
+
+
+@pytest.mark.parametrize("depth", [14, 18, 26, 34, 50, 101])
+@pytest.mark.parametrize("last_stride", [1, 2])
+def test_cost_from_the_spec_is_what_the_network_does(depth: int, last_stride: int) -> None:
+    spec = ArchSpec.full(depth, 16, 24, last_stride)
+    narrower = {site: width - 1 - index % 5 for index, (site, width) in enumerate(spec.widths.items())}
+    spec = spec.model_copy(update={"widths": spec.widths | {site: narrower[site] for site in spec.sites}})
+    net = RetrievalNet(spec).eval()
+    assert cost.params(spec) == sum(parameter.numel() for parameter in net.parameters())
+    assert cost.macs(spec, (65, 48)) == counted_macs(net, (65, 48))
+
+
+def test_a_spec_survives_json() -> None:
+    spec = ArchSpec.full(26, 16, 32, identities=7, cosine=True).model_copy(update={"compactors": ("layer2.1.conv2",)})
+    assert ArchSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"depth": 19}, "depth 19 is none of"),
+        ({"widths": {"conv1": 8}}, "missing or unknown"),
+        ({"compactors": ("layer9.0.conv1",)}, "unknown sites"),
+    ],
+)
+def test_a_spec_that_makes_no_network_is_refused(change: dict[str, object], complaint: str) -> None:
+    content = ArchSpec.full(26, 16, 32).model_dump() | change
+    with pytest.raises(ValueError, match=complaint):
+        ArchSpec.model_validate(content)
+
+
+def test_converting_without_a_weight_names_it() -> None:
+    net = RetrievalNet(ArchSpec.full(14, 8, 16))
+    state = dict(net.state_dict())
+    del state["layer3.0.conv2.weight"]
+    with pytest.raises(KeyError, match=r"layer3\.0\.conv2\.weight"):
+        convert(net, net.spec, state)
+
+
+def test_taps_are_empty_once_read_and_silent_once_closed() -> None:
+    net = RetrievalNet(ArchSpec.full(14, 8, 16)).eval()
+    with Taps(net, ["layer1.0.compactor1", "layer2"]) as taps:
+        net(torch.zeros(1, 3, 32, 32))
+        assert set(taps.read()) == {"layer1.0.compactor1", "layer2"}
+        assert taps.read() == {}
+    net(torch.zeros(1, 3, 32, 32))
+    assert taps.read() == {}

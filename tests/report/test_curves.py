@@ -1,0 +1,67 @@
+"""Training curves."""
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from pipeline.report.curves import capacity, loss_names, read_curves, training
+
+STUDENT = """epoch,loss,kl,macs_reduction,params_reduction,target_reduction,validation_map
+1,2.5,0.5,0.0,0.0,0.1,
+2,1.5,0.25,0.5,0.4,0.5,0.6
+3,1.25,0.125,0.65,0.62,0.65,
+4,1.0,0.1,0.65,0.62,0.65,0.7
+"""
+TEACHER = "epoch,loss,triplet,validation_map\n1,3.0,1.0,0.2\n2,2.0,0.5,0.5\n"
+
+
+@pytest.fixture
+def student(tmp_path):
+    (tmp_path / "student.csv").write_text(STUDENT)
+    return read_curves(tmp_path / "student.csv")
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    (tmp_path / "teacher.csv").write_text(TEACHER)
+    return read_curves(tmp_path / "teacher.csv")
+
+
+def lines(axes):
+    return {line.get_label(): line for line in axes.get_lines()}
+
+
+def test_an_empty_cell_is_nothing_measured_and_not_zero(student):
+    assert_array_equal(student["validation_map"], [np.nan, 0.6, np.nan, 0.7])
+    assert_array_equal(student["epoch"], [1, 2, 3, 4])
+
+
+def test_losses_are_what_is_left_of_the_columns(student, teacher):
+    assert loss_names(student) == ["loss", "kl"]
+    assert loss_names(teacher) == ["loss", "triplet"]
+
+
+def test_a_file_without_epochs_is_refused(tmp_path):
+    (tmp_path / "student.csv").write_text("epoch,loss\n")
+    with pytest.raises(ValueError, match=r"student\.csv"):
+        read_curves(tmp_path / "student.csv")
+
+
+def test_capacity_is_what_reductions_leave(student):
+    left, score = capacity(student).axes
+    drawn = lines(left)
+    assert_array_equal(drawn["MACs"].get_ydata(), 1 - student["macs_reduction"])
+    assert_array_equal(drawn["parameters"].get_ydata(), 1 - student["params_reduction"])
+    assert_array_equal(drawn["allowed by the schedule"].get_ydata(), 1 - student["target_reduction"])
+    assert left.get_ylim()[0] == 0
+    assert_array_equal(lines(score)["student"].get_xdata(), [2, 4])
+    assert_array_equal(lines(score)["student"].get_ydata(), [0.6, 0.7])
+
+
+def test_training_has_a_chart_for_validation_and_each_loss_of_either(student, teacher):
+    charts = {axes.get_title(loc="left"): lines(axes) for axes in training(teacher, student).axes}
+    assert list(charts) == ["validation mAP", "loss", "triplet", "kl"]
+    assert set(charts["loss"]) == {"teacher", "student"}
+    assert set(charts["triplet"]) == {"teacher"}
+    assert set(charts["kl"]) == {"student"}
+    assert_array_equal(charts["validation mAP"]["student"].get_xdata(), [2, 4])

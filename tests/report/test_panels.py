@@ -1,0 +1,114 @@
+"""Ranked panels."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.colors import to_hex
+from matplotlib.patches import Rectangle
+
+from pipeline.report.panels import Ranking, choose, describe, panel, rank
+from pipeline.report.style import RIGHT, WRONG
+from pipeline.retrieval.metrics import evaluate_market
+
+NAN = float("nan")
+precisions = st.lists(
+    st.tuples(*[st.one_of(st.just(NAN), st.integers(0, 8).map(lambda n: n / 8))] * 2), min_size=1, max_size=30
+)
+
+
+def test_half_are_spread_over_ap_and_half_differ_most():
+    teacher = np.array([0.9, 0.1, 0.5, 0.8, 0.2, 0.6])
+    student = np.array([0.9, 0.9, 0.5, 0.1, 0.2, 0.6])
+    choices = choose(teacher, student, 4)
+    # differing: 1 (by 0.8), 3 (by 0.7); of the rest 0.9, 0.6, 0.5, 0.2 the places at a quarter and three quarters
+    assert [choice.query for choice in choices] == [5, 4, 1, 3]
+    assert [choice.reason.split()[0] for choice in choices] == ["spread", "spread", "teacher", "teacher"]
+
+
+def test_a_single_panel_shows_a_middling_query():
+    ap = np.array([1.0, 0.5, 0.0])
+    assert [choice.query for choice in choose(ap, ap, 1)] == [1]
+
+
+@settings(deadline=None)
+@given(precisions, st.integers(1, 12))
+def test_choices_are_distinct_valid_and_as_many_as_there_are(pairs, count):
+    teacher, student = np.array(pairs).T
+    queries = [choice.query for choice in choose(teacher, student, count)]
+    valid = np.isfinite(teacher) & np.isfinite(student)
+    assert len(queries) == len(set(queries)) == min(count, valid.sum())
+    assert valid[queries].all()
+
+
+@settings(deadline=None)
+@given(precisions, st.integers(1, 12))
+def test_no_query_left_out_differs_more_than_one_shown_for_differing(pairs, count):
+    teacher, student = np.array(pairs).T
+    choices = choose(teacher, student, count)
+    differing = [choice.query for choice in choices if choice.reason.startswith("teacher")]
+    gaps = np.abs(teacher - student)
+    others = np.delete(gaps, differing)
+    if differing and np.isfinite(others).any():
+        assert gaps[differing].min() >= np.nanmax(others)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 1000))
+def test_the_order_is_the_one_that_is_scored(seed):
+    rng = np.random.default_rng(seed)
+    ids, cameras = rng.choice(["-1", "0", "1", "2"], 40), rng.choice(["a", "b", "c"], 40)
+    gallery = rng.integers(-1, 2, (40, 3)).astype(np.float32)  # few values, many ties
+    query = rng.integers(-1, 2, (1, 3)).astype(np.float32)
+    gallery[0], ids[0], cameras[0] = query[0], "1", "b"
+    gallery /= np.maximum(np.linalg.norm(gallery, axis=1, keepdims=True), 1e-12)
+    query /= np.maximum(np.linalg.norm(query, axis=1, keepdims=True), 1e-12)
+
+    order = rank(query[0], gallery, ids == "1", cameras == "a", ids, top=40)
+
+    assert not (ids[order] == "-1").any()
+    assert not ((ids[order] == "1") & (cameras[order] == "a")).any()
+    places = np.flatnonzero(ids[order] == "1") + 1
+    ap = np.mean(np.arange(1, len(places) + 1) / places)
+    scored = evaluate_market(query, gallery, np.array(["1"]), ids, np.array(["a"]), cameras).ap[0]
+    assert ap == pytest.approx(scored, abs=1e-12)
+
+
+def rankings(tall=8, wide=8):
+    images = np.zeros((3, tall, wide, 3), dtype=np.uint8)
+    return [
+        Ranking("teacher", 0.5, images, np.array([True, False, True])),
+        Ranking("student", 0.25, images, np.array([False, False, True])),
+    ]
+
+
+def test_right_and_wrong_differ_in_colour_and_in_mark():
+    (chart,) = panel(np.zeros((8, 8, 3), dtype=np.uint8), rankings()).axes
+    frames = [
+        to_hex(patch.get_edgecolor())
+        for patch in chart.patches
+        if isinstance(patch, Rectangle) and not patch.get_fill()
+    ]
+    assert frames == [RIGHT, WRONG, RIGHT, WRONG, WRONG, RIGHT]
+    marks = [text.get_text() for text in chart.texts if text.get_text() in "✓✕"]
+    assert marks == ["✓", "✕", "✓", "✕", "✕", "✓"]
+
+
+def test_a_panel_names_rows_and_their_ap():
+    (chart,) = panel(np.zeros((8, 8, 3), dtype=np.uint8), rankings()).axes
+    assert {"query", "teacher", "student", "AP 0.50", "AP 0.25"} <= {text.get_text() for text in chart.texts}
+
+
+def test_images_keep_their_shape():
+    (chart,) = panel(np.zeros((16, 8, 3), dtype=np.uint8), rankings(16, 8)).axes
+    assert len(chart.images) == 1 + 3 + 3
+    for image in chart.images:
+        left, right, bottom, top = image.get_extent()
+        assert (bottom - top) / (right - left) == pytest.approx(2)
+
+
+def test_a_ranking_can_be_read_aloud():
+    first, second = rankings()
+    assert describe(first) == "teacher: right at 1, 3 of the first 3, AP 0.50"
+    nothing = Ranking("student", 0.0, second.images, np.zeros(3, dtype=bool))
+    assert describe(nothing) == "student: right at none of the first 3, AP 0.00"

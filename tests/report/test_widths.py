@@ -1,0 +1,43 @@
+"""Widths per layer."""
+
+import pytest
+from numpy.testing import assert_array_equal
+
+from pipeline.report.widths import widths
+
+TEACHER = {"conv1": 32, "layer1.0.conv1": 32, "layer1.0.conv2": 32, "layer2.0.conv1": 64}
+STUDENT = {"conv1": 32, "layer1.0.conv1": 8, "layer1.0.conv2": 32, "layer2.0.conv1": 24}
+SITES = ["layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1"]
+
+
+def test_each_site_shows_both_widths_by_name():
+    (chart,) = widths(TEACHER, STUDENT, SITES).axes
+    drawn = {line.get_label(): line.get_xdata() for line in chart.get_lines()}
+    assert_array_equal(drawn["teacher"], [32, 32, 64])
+    assert_array_equal(drawn["student"], [8, 32, 24])
+    assert [text.get_text() for text in chart.texts] == ["8 of 32", "32 of 32", "24 of 64"]
+    assert [label.get_text() for label in chart.get_yticklabels()] == SITES
+    low, high = chart.get_xlim()
+    assert low < 8
+    assert high > 64
+
+
+def test_the_first_layer_is_on_top():
+    (chart,) = widths(TEACHER, STUDENT, SITES).axes
+    bottom, top = chart.get_ylim()
+    assert bottom > top
+
+
+def test_a_deep_network_gets_a_taller_picture():
+    many = {f"layer1.{block}.conv1": 64 for block in range(60)}
+    assert widths(many, many, list(many)).get_figheight() > 3 * widths(TEACHER, STUDENT, SITES).get_figheight()
+
+
+def test_an_unknown_site_is_named():
+    with pytest.raises(KeyError, match=r"layer9\.0\.conv1"):
+        widths(TEACHER, STUDENT, [*SITES, "layer9.0.conv1"])
+
+
+def test_no_site_is_an_error():
+    with pytest.raises(ValueError, match="no layer"):
+        widths(TEACHER, STUDENT, [])

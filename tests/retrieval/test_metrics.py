@@ -1,0 +1,190 @@
+"""`evaluate_market` against a slow, literal reading of the definition, and against every trap public code fell into."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from pipeline.retrieval.metrics import Retrieval, evaluate_market
+
+DIM = 16  # vectors of +-1 have length 4: cosines are whole sixteenths, exact in float32, and full of ties
+
+
+def literal(query, gallery, query_ids, gallery_ids, query_cameras, gallery_cameras):
+    """AP, first rank and INP of each query, by walking down its ranked list."""
+    results = []
+    for vector, identity, camera in zip(query, query_ids, query_cameras, strict=True):
+        ranked = []
+        for other, other_identity, other_camera in zip(gallery, gallery_ids, gallery_cameras, strict=True):
+            same = other_identity == identity
+            if other_identity == "-1" or (same and other_camera == camera):
+                continue
+            cosine = np.dot(vector, other) / np.sqrt(np.dot(vector, vector) * np.dot(other, other))
+            ranked.append((-cosine, same))  # at equal cosine False (a negative) sorts first
+        ranked.sort()
+        hits, precisions, ranks = 0, [], []
+        for position, (_, same) in enumerate(ranked, start=1):
+            if same:
+                hits += 1
+                precisions.append(hits / position)
+                ranks.append(position)
+        results.append((np.mean(precisions), ranks[0], hits / ranks[-1]) if hits else (np.nan, 0, np.nan))
+    return [np.array(column) for column in zip(*results, strict=True)]
+
+
+@st.composite
+def retrievals(draw):
+    queries, gallery = draw(st.integers(1, 9)), draw(st.integers(1, 40))
+    signs = st.sampled_from([-1.0, 1.0])
+    identities = st.sampled_from(["-1", "0", "007", "7", "b"])
+    cameras = st.sampled_from(["c1", "c2", "c3"])
+    vectors = [draw(hnp.arrays(np.float64, (n, DIM), elements=signs)) for n in (queries, gallery)]
+    labels = [
+        np.array(draw(st.lists(kind, min_size=n, max_size=n)))
+        for kind in (identities, cameras)
+        for n in (queries, gallery)
+    ]
+    return (*vectors, *labels)
+
+
+def agrees(result: Retrieval, arrays) -> None:
+    ap, first, inp = literal(*arrays)
+    np.testing.assert_allclose(result.ap, ap, atol=1e-12, rtol=0)
+    np.testing.assert_array_equal(result.first_rank, first)
+    np.testing.assert_allclose(result.inp, inp, atol=1e-12, rtol=0)
+
+
+@given(retrievals(), st.integers(1, 10))
+def test_it_agrees_with_the_definition_for_every_size_of_block(arrays, block):
+    if not literal(*arrays)[1].any():
+        with pytest.raises(ValueError, match="has a match"):
+            evaluate_market(*arrays, block=block)
+    else:
+        agrees(evaluate_market(*arrays, block=block), arrays)
+
+
+@given(retrievals(), st.randoms(use_true_random=False))
+def test_scores_do_not_depend_on_the_order_of_a_gallery_full_of_ties(arrays, random):
+    if not literal(*arrays)[1].any():
+        return
+    query, gallery, query_ids, gallery_ids, query_cameras, gallery_cameras = arrays
+    order = random.sample(range(len(gallery)), len(gallery))
+    shuffled = evaluate_market(
+        query, gallery[order], query_ids, gallery_ids[order], query_cameras, gallery_cameras[order]
+    )
+    np.testing.assert_array_equal(shuffled.ap, evaluate_market(*arrays).ap)
+
+
+def test_duplicates_tie_wherever_they_stand_in_the_gallery():
+    # BLAS rounds equal columns differently by their position: without care a copy of the positive under another
+    # identity is now before it, now behind it.
+    rng = np.random.default_rng(0)
+    query, images = rng.normal(size=(20, 512)), rng.normal(size=(100, 512))
+    images[:, 0] = 0.0
+    gallery = np.concatenate([images, images, images])
+    gallery[100:200, 0] = -0.0
+    ids = np.array([f"{row % 20}" for row in range(100)] + ["other"] * 200)
+    cameras = np.array(["c2"] * 300)
+    results = []
+    for seed in range(4):
+        order = np.random.default_rng(seed).permutation(300)
+        result = evaluate_market(
+            query, gallery[order], np.arange(20).astype(str), ids[order], np.array(["c1"] * 20), cameras[order]
+        )
+        assert (result.first_rank >= 3).all()  # two copies, both before the positive
+        results.append(result.ap)
+    assert all(np.array_equal(results[0], other) for other in results[1:])
+
+
+def line(*gallery: tuple[str, str]) -> Retrieval:
+    """Score one query (identity 1, camera c1) whose gallery, (identity, camera), stands in the order of similarity."""
+    angles = np.linspace(0.1, 1.5, len(gallery))
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    ids, cameras = (np.array(column) for column in zip(*gallery, strict=True))
+    return evaluate_market(np.array([[1.0, 0.0]]), vectors, np.array(["1"]), ids, np.array(["c1"]), cameras)
+
+
+def test_average_precision_is_the_mean_of_precisions_at_the_positives():
+    scores = line(("2", "c1"), ("1", "c2"), ("1", "c3"), ("3", "c2"), ("1", "c2")).scores()
+    assert scores.map == pytest.approx((1 / 2 + 2 / 3 + 3 / 5) / 3, abs=1e-15)
+    assert scores.minp == pytest.approx(3 / 5, abs=1e-15)
+    assert (scores.rank1, scores.rank5, scores.queries, scores.dropped) == (0.0, 1.0, 1, 0)
+
+
+def test_same_identity_and_camera_is_left_out_but_the_rest_of_the_camera_is_not():
+    assert line(("1", "c1"), ("1", "c2")).scores().map == 1.0
+    assert line(("2", "c1"), ("1", "c2")).scores().map == 1 / 2
+
+
+def test_junk_is_left_out_and_identity_zero_is_a_distractor():
+    assert line(("-1", "c2"), ("1", "c2")).scores().map == 1.0
+    assert line(("0", "c2"), ("1", "c2")).scores().map == 1 / 2
+
+
+def test_identities_are_strings():
+    assert line(("01", "c2"), ("1", "c2")).scores().map == 1 / 2
+
+
+def test_a_gallery_smaller_than_ten_still_has_a_rank_ten():
+    assert line(("2", "c2"), ("1", "c2")).scores().rank10 == 1.0
+
+
+def test_an_identity_behind_its_query_by_index_is_not_taken_for_the_query_itself():
+    assert line(("1", "c2"), ("2", "c2"), ("1", "c3")).scores().map == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_near_duplicates_do_not_tie():
+    gallery = np.array([[1.0, 2e-3], [1.0, 1e-3]])  # cosines 1 - 2e-6 and 1 - 5e-7
+    result = evaluate_market(
+        np.array([[1.0, 0.0]]),
+        gallery,
+        np.array(["1"]),
+        np.array(["2", "1"]),
+        np.array(["c1"]),
+        np.array(["c2", "c2"]),
+    )
+    assert result.scores().rank1 == 1.0
+
+
+def test_a_collapsed_network_gets_the_worst_score_not_the_best():
+    assert evaluate_market(
+        np.zeros((1, 4)),
+        np.zeros((4, 4)),
+        np.array(["1"]),
+        np.array(["1", "2", "3", "4"]),
+        np.array(["c1"]),
+        np.array(["c2"] * 4),
+    ).ap == pytest.approx([1 / 4])
+
+
+def test_queries_without_a_match_are_out_of_the_mean_but_counted():
+    gallery = np.array([[1.0, 0.0], [0.0, 1.0]])
+    scores = evaluate_market(
+        np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]),
+        gallery,
+        np.array(["1", "nobody", "2"]),
+        np.array(["1", "2"]),
+        np.array(["c1", "c1", "c2"]),
+        np.array(["c2", "c2"]),
+    ).scores()
+    assert (scores.map, scores.rank1, scores.queries, scores.dropped) == (1.0, 1.0, 3, 2)
+
+
+@pytest.mark.parametrize("which", ["query", "gallery"])
+def test_an_embedding_that_is_not_finite_is_named_by_its_row(which):
+    arrays = {"query": np.ones((3, 2)), "gallery": np.ones((3, 2))}
+    arrays[which][2, 1] = np.nan
+    labels = np.array(["1", "2", "3"])
+    with pytest.raises(ValueError, match=f"{which} embedding in row 2"):
+        evaluate_market(*arrays.values(), labels, labels, labels, labels)
+
+
+def test_shapes_that_disagree_are_refused():
+    labels = np.array(["1", "2"])
+    with pytest.raises(ValueError, match="3 dimensions"):
+        evaluate_market(np.ones((2, 3)), np.ones((2, 4)), labels, labels, labels, labels)
+    with pytest.raises(ValueError, match="gallery: 3 embeddings, 2 identities"):
+        evaluate_market(np.ones((2, 3)), np.ones((3, 3)), labels, labels, labels, labels)
+    with pytest.raises(ValueError, match="n >= 1"):
+        evaluate_market(np.ones((2, 3)), np.ones((0, 3)), labels, np.array([]), labels, np.array([]))

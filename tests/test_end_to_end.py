@@ -1,0 +1,207 @@
+"""All six stages through `dvc repro`, on the smoke preset: the exact files, nothing to do twice, and kills."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STAGES = ("prepare", "teacher", "student", "surgery", "export", "benchmark")
+
+ARTIFACTS = {
+    "prepare/images.npy",
+    "prepare/manifest.csv",
+    "prepare/quarantine.csv",
+    "teacher/spec.json",
+    "teacher/weights.safetensors",
+    "student/plan.json",
+    "student/spec.json",
+    "student/weights.safetensors",
+    "surgery/plan.json",
+    "surgery/spec.json",
+    "surgery/weights.safetensors",
+    "export/SHA256SUMS",
+    "export/card.md",
+    "export/model.onnx",
+    "export/teacher.onnx",
+    "benchmark/latency.csv",
+    "benchmark/report/index.html",
+}
+"""What the pipeline leaves, the rendered images and the report's pictures apart."""
+
+
+def environment() -> dict[str, str]:
+    # The checkout's own code runs, whatever is installed in the environment.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "DVC_", "PYTEST_"))}
+    return kept | {"PATH": path, "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def checkout(folder: Path, preset: str = "smoke") -> Path:
+    """A clone with what is in the working tree, and a preset in params.yaml."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    shutil.copy2(ROOT / "presets" / f"{preset}.yaml", folder / "params.yaml")
+    for produced in ("dvc.lock", "metrics", "plots"):
+        path = folder / produced
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "all"]):
+        subprocess.run([*git, *command], cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+def repro(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dvc", "repro", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+
+
+def metrics(folder: Path, stage: str) -> dict[str, float]:
+    return json.loads((folder / "metrics" / f"{stage}.json").read_text())
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Hashes of everything that must be the same for the same seed."""
+    found = {}
+    for path in sorted(p for top in ("artifacts", "metrics", "plots") for p in (folder / top).rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if "benchmark" not in name:
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = checkout(tmp_path_factory.mktemp("finished"))
+    done = repro(folder)
+    assert done.returncode == 0, done.stdout
+    return folder
+
+
+def test_the_pipeline_writes_exactly_these_files(finished: Path) -> None:
+    artifacts = finished / "artifacts"
+    names = {path.relative_to(artifacts).as_posix() for path in artifacts.rglob("*") if path.is_file()}
+    pictures = {name for name in names if name.startswith("benchmark/report/") and name.endswith(".png")}
+    rendered = {name for name in names if name.startswith("prepare/vehicles/")}
+    assert names - pictures - rendered == ARTIFACTS
+    assert len(pictures) >= 4
+    assert {path.name for path in (finished / "metrics").iterdir()} == {f"{stage}.json" for stage in STAGES}
+    assert {path.name for path in (finished / "plots").iterdir()} == {"teacher.csv", "student.csv"}
+    assert {path.name for path in (finished / "timings").iterdir()} == {f"{stage}.json" for stage in STAGES}
+    leftovers = [path for path in (finished / ".checkpoints").rglob("*") if path.is_file()]
+    assert leftovers == []
+
+
+def test_the_student_keeps_to_its_budget_and_surgery_changes_nothing(finished: Path) -> None:
+    student, surgery, export = (metrics(finished, stage) for stage in ("student", "surgery", "export"))
+    assert student["target"] <= student["macs_reduction"] <= student["target"] + 0.01
+    assert surgery["macs_reduction"] == student["macs_reduction"]
+    assert surgery["params"] == student["params"]
+    assert surgery["max_abs_diff"] <= 1e-10
+    assert surgery["map"] == pytest.approx(student["map"], abs=5e-4)
+    assert export["map"] == pytest.approx(surgery["map"], abs=1e-4)
+    assert export["map_teacher"] == pytest.approx(metrics(finished, "teacher")["map"], abs=1e-4)
+    assert export["min_cosine"] >= 0.99999
+    assert export["int8_published"] == 0
+
+
+def test_metrics_hold_numbers_only(finished: Path) -> None:
+    def numbers(value: object) -> bool:
+        if isinstance(value, dict):
+            return all(numbers(inner) for inner in value.values())
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    assert all(numbers(metrics(finished, stage)) for stage in STAGES)
+
+
+def test_the_onnx_file_embeds_any_number_of_images(finished: Path) -> None:
+    session = onnxruntime.InferenceSession(finished / "artifacts" / "export" / "model.onnx")
+    for images in (1, 3, 8):
+        noise = np.random.default_rng(0).normal(size=(images, 3, 32, 32)).astype(np.float32)
+        (embedding,) = session.run(None, {"image": noise})
+        np.testing.assert_allclose(np.linalg.norm(embedding, axis=1), 1, atol=1e-5)
+        assert embedding.shape == (images, 32)
+
+
+def test_checksums_are_those_that_sha256sum_checks(finished: Path) -> None:
+    export = finished / "artifacts" / "export"
+    for line in (export / "SHA256SUMS").read_text().splitlines():
+        digest, _, name = line.partition("  ")
+        assert hashlib.sha256((export / name).read_bytes()).hexdigest() == digest
+
+
+def test_a_second_repro_does_nothing(finished: Path) -> None:
+    before = digests(finished)
+    done = repro(finished)
+    assert done.returncode == 0
+    assert "Data and pipelines are up to date." in done.stdout
+    assert digests(finished) == before
+
+
+def test_a_change_of_the_budget_leaves_the_teacher_alone(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "changed", symlinks=True)
+    folder = tmp_path / "changed"
+    text = (folder / "params.yaml").read_text()
+    (folder / "params.yaml").write_text(text.replace("reduction: 0.4", "reduction: 0.3"))
+    done = repro(folder, "--dry")
+    ran = {stage for stage in STAGES if f"Running stage '{stage}'" in done.stdout}
+    assert ran == {"student", "surgery", "export", "benchmark"}, done.stdout
+
+
+def kill_when_saved(folder: Path, stage: str, epoch: int) -> None:
+    """Run `dvc repro` and kill everything once `stage` has saved its state after `epoch`."""
+    command = [sys.executable, "-m", "dvc", "repro"]
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment(), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    while not list((folder / ".checkpoints" / stage).glob(f"*/epoch-{epoch:05d}.safetensors")):
+        assert process.poll() is None, f"dvc ended before {stage} had finished epoch {epoch}"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_trainings_go_on_and_end_with_the_same_bytes(finished: Path, tmp_path: Path) -> None:
+    folder = checkout(tmp_path / "killed")
+    kill_when_saved(folder, "teacher", 1)
+    kill_when_saved(folder, "student", 2)
+    done = repro(folder)
+    assert done.returncode == 0, done.stdout
+    assert "going on after epoch 2" in done.stdout
+    assert digests(folder) == digests(finished)
+
+
+def test_bad_params_are_refused_at_once_and_all_together(finished: Path, tmp_path: Path) -> None:
+    text = (ROOT / "presets" / "smoke.yaml").read_text()
+    text = text.replace("  epochs: 2\n", "  epochs: 0\n", 1).replace("validation:", "validaton:")
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    (folder / "params.yaml").write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.teacher"],
+        cwd=folder, env=environment() | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "`data.validaton` is unknown; nearest: `data.validation`" in done.stderr
+    assert "`teacher.epochs` must be at least 1, got 0" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,245 @@
+"""Teacher and student training on a handful of random images: budgets, resuming, divergence."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.compress.compactor import alive, row_norms
+from pipeline.compress.surgery import largest_difference, operate
+from pipeline.config import Params
+from pipeline.models import cost
+from pipeline.models.resnet import RetrievalNet
+from pipeline.ops.params import load
+from pipeline.runtime import launch
+from pipeline.training.loop import Batch, DivergedError, Fit
+from pipeline.training.optim import build, learning_rate, load_state_tensors, state_tensors
+from pipeline.training.state import Checkpoints
+from pipeline.training.student import StudentTask, fresh_student, remaining_spec, spread, student_task
+from pipeline.training.teacher import TeacherTask, fresh_teacher, pretrained
+
+PRESETS = Path(__file__).parents[2] / "presets"
+IDENTITIES, PER_IDENTITY, STEPS = 4, 2, 6
+
+
+class RandomImages:
+    """Batches of noise with a colour for each identity, the same for the same epoch."""
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        for step in range(STEPS):
+            generator = torch.Generator().manual_seed(epoch * 1000 + step)
+            labels = torch.arange(IDENTITIES).repeat_interleave(PER_IDENTITY)
+            images = torch.randint(0, 128, (len(labels), 3, 32, 32), generator=generator, dtype=torch.uint8)
+            images[:, 0] += (labels * 30).to(torch.uint8)[:, None, None]
+            yield images, labels, torch.arange(len(labels))
+
+
+def preprocess(images: Tensor) -> Tensor:
+    return (images.float() / 255 - 0.5).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture(scope="module")
+def params() -> Params:
+    smoke = load(PRESETS / "smoke.yaml").model_dump()
+    smoke["data"] |= {"image_size": [32, 32]}
+    smoke["teacher"] |= {"depth": 26, "width": 16, "embedding_dim": 16, "epochs": 1}
+    smoke["student"] |= {"epochs": 4, "validate_every": 1}
+    smoke["student"]["budget"] |= {"reduction": 0.4, "start": 0.05, "end": 0.5, "fade": 0.15, "every": 2}
+    return Params.model_validate(smoke)
+
+
+def change(params: Params, stage: str, **values: object) -> Params:
+    content = params.model_dump()
+    content[stage] |= values
+    return Params.model_validate(content)
+
+
+@pytest.fixture(scope="module")
+def teacher(params: Params) -> RetrievalNet:
+    torch.manual_seed(0)
+    return fresh_teacher(params.teacher, IDENTITIES).eval()
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    sha = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sha.update(name.encode() + tensor.detach().contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def prepared(params: Params, teacher: RetrievalNet, folder: Path) -> tuple[StudentTask, Fit, list[dict[str, float]]]:
+    fabric = launch(params.runtime, params.seed)
+    rows: list[dict[str, float]] = []
+    calibration = preprocess(next(RandomImages().epoch(99))[0])
+    task = student_task(params, teacher, STEPS * params.student.epochs, calibration, None)
+    fit = Fit(fabric, params.student, task, RandomImages(), preprocess, Checkpoints(folder), rows.append)
+    return task, fit, rows
+
+
+class Killed(Exception):
+    """Stands for the moment of a kill."""
+
+
+@pytest.mark.parametrize("shrink", ["live", "off"])
+def test_a_student_hits_its_budget_exactly_and_leaves_its_teacher_alone(
+    params: Params, teacher: RetrievalNet, tmp_path: Path, shrink: str
+) -> None:
+    params = change(params, "student", shrink=shrink)
+    before = digest(teacher.state_dict())
+    task, fit, rows = prepared(params, teacher, tmp_path)
+    net = fit.run(lambda: fresh_student(params, teacher))
+    small = remaining_spec(net)
+    reduction = 1 - cost.macs(small, (32, 32)) / cost.macs(teacher.spec, (32, 32))
+    assert 0.4 <= reduction <= 0.41
+    assert rows[-1]["macs_reduction"] == reduction
+    assert all(small.widths[site] % 8 == 0 for site in small.sites)
+    assert digest(teacher.state_dict()) == before
+    plan = task.plan()
+    if shrink == "live":
+        assert net.spec.widths == small.widths
+        assert {site: len(kept) for site, kept in plan.kept.items()} == {site: small.widths[site] for site in small.sites}
+    else:
+        assert net.spec.widths == teacher.spec.widths
+        masked = task.capacity.sites["layer4.0.conv1"].masked
+        assert torch.equal(row_norms(net.compactors()["layer4.0.conv1"].matrix.detach()) == 0, masked)
+    operation = operate(net, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
+    assert operation.net.spec == small
+    assert operation.max_abs_diff <= 1e-10
+
+
+@pytest.mark.parametrize("killed_after", [1, 2, 3])
+def test_a_killed_student_ends_with_the_same_bytes(
+    params: Params, teacher: RetrievalNet, tmp_path: Path, killed_after: int
+) -> None:
+    _, whole, whole_rows = prepared(params, teacher, tmp_path / "whole")
+    expected = whole.run(lambda: fresh_student(params, teacher))
+
+    def dying(row: dict[str, float]) -> None:
+        if row["epoch"] == killed_after:
+            raise Killed
+
+    task, first, _ = prepared(params, teacher, tmp_path / "killed")
+    with pytest.raises(Killed):
+        Fit(first.fabric, first.config, task, first.loader, preprocess, first.checkpoints, dying).run(
+            lambda: fresh_student(params, teacher)
+        )
+    _, second, rows = prepared(params, teacher, tmp_path / "killed")
+
+    def must_not_start() -> RetrievalNet:
+        raise AssertionError("started anew")
+
+    resumed = second.run(must_not_start)
+    assert resumed.spec == expected.spec
+    assert digest(resumed.state_dict()) == digest(expected.state_dict())
+    assert rows == whole_rows
+
+
+def test_a_damaged_generation_is_passed_over(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
+    _, fit, _ = prepared(params, teacher, tmp_path)
+    expected = fit.run(lambda: fresh_student(params, teacher))
+    newest = tmp_path / "epoch-00004.safetensors"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    _, again, rows = prepared(params, teacher, tmp_path)
+    assert digest(again.run(lambda: fresh_student(params, teacher)).state_dict()) == digest(expected.state_dict())
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+
+
+def test_live_shrinking_carries_the_optimiser_where_nothing_was_folded(
+    params: Params, teacher: RetrievalNet, tmp_path: Path
+) -> None:
+    task, _, _ = prepared(params, teacher, tmp_path)
+    net = fresh_student(params, teacher)
+    optimizer = build(net, params.student.optimizer)
+    net(preprocess(next(RandomImages().epoch(0))[0])).embedding.square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        net.compactors()["layer2.0.conv1"].weight[8:] = 0.0
+    reshaped = task.reshape(net.eval())
+    assert reshaped is not None
+    assert reshaped.net.spec.widths["layer2.0.conv1"] == 8
+    renewed = build(reshaped.net, params.student.optimizer)
+    load_state_tensors(renewed, reshaped.net, state_tensors(optimizer, net), reshaped.carry)
+    old, new = state_tensors(optimizer, net), state_tensors(renewed, reshaped.net)
+    torch.testing.assert_close(new["exp_avg/layer2.0.conv2.weight"], old["exp_avg/layer2.0.conv2.weight"][:, :8])
+    torch.testing.assert_close(new["exp_avg/layer1.0.conv1.weight"], old["exp_avg/layer1.0.conv1.weight"])
+    assert "exp_avg/layer2.0.conv1.weight" not in new
+    image = preprocess(next(RandomImages().epoch(5))[0])
+    assert largest_difference(net, reshaped.net, image) < 1e-4
+
+
+def test_nothing_shrinks_without_a_capacity(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
+    params = change(params, "student", method="none", epochs=1)
+    _, fit, _ = prepared(params, teacher, tmp_path)
+    net = fit.run(lambda: fresh_student(params, teacher))
+    assert net.spec == teacher.spec
+    assert alive(net) == {}
+
+
+@pytest.mark.parametrize("recipe", ["scratch", "paper"])
+def test_a_teacher_learns_under_both_recipes(params: Params, tmp_path: Path, recipe: str) -> None:
+    content = params.model_dump()
+    for stage in ("teacher", "student"):
+        content[stage]["recipe"] = recipe
+    content["teacher"]["epochs"] = 3
+    if recipe == "paper":
+        content["teacher"]["optimizer"] |= {"name": "sgd", "lr": 0.05}
+    params = Params.model_validate(content)
+    fabric, rows = launch(params.runtime, 0), []
+    fit = Fit(fabric, params.teacher, TeacherTask(params.teacher, None), RandomImages(), preprocess,
+              Checkpoints(tmp_path), rows.append)  # fmt: skip
+    fit.run(lambda: fresh_teacher(params.teacher, IDENTITIES))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[0]["loss"] == pytest.approx(rows[0]["identity"] + rows[0]["triplet"])
+
+
+def test_a_diverging_loss_stops_with_epoch_and_step(params: Params, tmp_path: Path) -> None:
+    fabric = launch(params.runtime, 0)
+    net = fresh_teacher(params.teacher, IDENTITIES)
+    with torch.no_grad():
+        net.head.fc.weight.fill_(torch.nan)
+    fit = Fit(fabric, params.teacher, TeacherTask(params.teacher, None), RandomImages(), preprocess,
+              Checkpoints(tmp_path), lambda row: None)  # fmt: skip
+    with pytest.raises(DivergedError, match=r"loss is nan in epoch 1, step 1"):
+        fit.run(lambda: net)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_learning_rate_warms_up_holds_and_falls(params: Params) -> None:
+    config = params.teacher.optimizer.model_copy(update={"lr": 1.0, "warmup": 0.1, "hold": 0.5, "final_lr": 0.01})
+    rates = [learning_rate(progress, config) for progress in (0.0, 0.05, 0.1, 0.49, 0.75, 1.0)]
+    assert rates == pytest.approx([0.1, 0.55, 1.0, 1.0, 0.505, 0.01])
+
+
+def test_calibration_rows_are_spread_and_few() -> None:
+    assert list(spread(torch.arange(10).numpy(), 4)) == [0, 3, 6, 9]
+    assert list(spread(torch.arange(3).numpy(), 4)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_a_teacher_starts_from_a_file_of_torchvision_weights(params: Params, tmp_path: Path, suffix: str) -> None:
+    import torchvision
+    from safetensors.torch import save_file
+
+    state = torchvision.models.resnet18().state_dict()
+    path = tmp_path / f"weights.{suffix}"
+    if suffix == "pth":
+        torch.save(state, path)
+    else:
+        save_file(state, path)
+    config = params.teacher.model_copy(update={"depth": 18, "width": 64, "weights": str(path)})
+    net = fresh_teacher(config, IDENTITIES)
+    assert torch.equal(net.layer3[1].conv2.weight, state["layer3.1.conv2.weight"])
+    assert net.classifier.weight.shape == (IDENTITIES, 16)
+
+
+def test_weights_that_cannot_be_had_are_one_clear_sentence(params: Params, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth, which is no file; set it to none, imagenet or a path"):
+        pretrained(str(tmp_path / "nowhere.pth"), 50)
+    with pytest.raises(ValueError, match=r"torchvision publishes no resnet26"):
+        pretrained("imagenet", 26)
