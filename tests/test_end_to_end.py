@@ -162,7 +162,7 @@ def test_a_change_of_the_budget_leaves_the_teacher_alone(finished: Path, tmp_pat
     (folder / "params.yaml").write_text(text.replace("reduction: 0.4", "reduction: 0.3"))
     done = repro(folder, "--dry")
     ran = {stage for stage in STAGES if f"Running stage '{stage}'" in done.stdout}
-    assert ran == {"student", "surgery", "export", "benchmark"}, done.stdout
+    assert ran == {"student"}, done.stdout  # a dry run does not see that what follows will change too
 
 
 def kill_when_saved(folder: Path, stage: str, epoch: int) -> None:

@@ -22,12 +22,12 @@ BURST, SETTLE = 5, 2
 """Timed calls in a row before it is the next file's turn, and untimed ones before them.
 
 Where files took turns call by call, the threads of one session were still spinning when the next was timed: a file of
-43 % of the MACs came out 3.8 times as fast at batch 1, where either alone gave 1.7. Calls in a row are also how a file
-is used.
+43 % of the MACs came out 3.8 times as fast at batch 1 and 1.8 times at batch 32, where timing each alone gave 1.7 and
+2.2. Calls in a row are also how a file is used.
 """
 
 NOISY = 0.5
-"""Spread above which a setting is called noisy: something else used the machine."""
+"""Spread above which a timing means little: something else used the machine."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class Timing:
     def images_per_second(self) -> float:
         """Throughput at the median."""
         return 1000 * self.batch / self.p50_ms
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the calls differ too much for a conclusion."""
+        return self.spread > NOISY
 
 
 def measure(
@@ -117,7 +122,7 @@ def summarise(file: str, batch: int, threads: int, seconds: Sequence[float]) -> 
         seconds: Time of each call, at least one.
     """
     p10, p50, p90 = 1000 * np.quantile(np.asarray(seconds, dtype=np.float64), (0.1, 0.5, 0.9))
-    spread = float((p90 - p10) / p50)
-    if spread > NOISY:
-        log.warning("%s, batch %d: calls differ by %.0f %%; is the machine busy?", file, batch, 100 * spread)
-    return Timing(file, batch, threads, float(p50), float(p90), spread)
+    timing = Timing(file, batch, threads, float(p50), float(p90), float((p90 - p10) / p50))
+    if timing.noisy:
+        log.warning("%s, batch %d: calls differ by %.0f %%; is the machine busy?", file, batch, 100 * timing.spread)
+    return timing

@@ -151,6 +151,9 @@ def _complaints(items: tuple[Item, ...]) -> Iterator[str]:
     nameless = [item.path for item in items if not (item.path and item.identity and item.camera)]
     if nameless:
         yield f"path, identity or camera is empty in {some(map(repr, nameless))}"
+    returns = [item.path for item in items if "\r" in item.path + item.identity + item.camera]
+    if returns:
+        yield f"carriage returns, which do not survive a CSV file, in {some(map(repr, returns))}"
     outside = [item.path for item in items if item.path and not _inside(item.path)]
     if outside:
         yield f"paths must be relative, with forward slashes and without `..`: {some(outside)}"

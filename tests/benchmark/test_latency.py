@@ -94,5 +94,5 @@ def test_a_noisy_setting_is_said(caplog):
     with caplog.at_level(logging.WARNING):
         summarise("teacher.onnx", 1, 0, [0.010] * 10)
         assert not caplog.records
-        summarise("teacher.onnx", 1, 0, [0.010] * 5 + [0.030] * 5)
+        assert summarise("teacher.onnx", 1, 0, [0.010] * 5 + [0.030] * 5).noisy
     assert "teacher.onnx" in caplog.text

@@ -120,6 +120,7 @@ def test_the_headline_tells_quality_cost_and_speed_beside_the_ideal(html):
         "ideal 4.00x",
     ):
         assert number in header
+    assert "noisy" not in header
 
 
 def test_every_stage_has_a_row_with_its_own_numbers(html):
@@ -132,6 +133,14 @@ def test_every_stage_has_a_row_with_its_own_numbers(html):
     assert cells["teacher.onnx"] == ["0.6680", "1.0000", "4 M", "80 M", "0.0 %", "0.0 %"]
     assert cells["model.onnx (student)"][0] == "0.6721"
     assert cells["batch 1, all threads"] == ["2.00x", "4.00x", "50.0 %", "4.00", "5.00", "2.00", "2.50", "20.0 %"]
+
+
+def test_a_busy_machine_is_said_in_headline_and_row(tmp_path):
+    timings = [Timing("teacher", 1, 0, 4.0, 7.0, 0.9), Timing("student", 1, 0, 2.0, 2.5, 0.2)]
+    write_report(tmp_path, evidence(timings=timings, panels=1))
+    text = plain((tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert "ideal 4.00x, noisy</dd>" in text
+    assert "<td>90.0 %, noisy</td>" in text
 
 
 def test_panels_say_in_words_what_they_show(html):

@@ -1,0 +1,108 @@
+"""The table that later stages trust."""
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.data.manifest import DataError, Item, Manifest
+
+GOOD = (
+    Item("a/1.jpg", "007", "c001", "train"),
+    Item("a/2.jpg", "8", "c001", "train"),
+    Item("a/3.jpg", "9", "c001", "validation-query"),
+    Item("a/4.jpg", "9", "c002", "validation-gallery"),
+    Item("b/5.jpg", "10", "c001", "query"),
+    Item("b/6.jpg", "10", "c002", "gallery"),
+)
+
+
+def test_rows_identities_and_cameras_belong_to_the_splits_that_are_asked_for():
+    manifest = Manifest(GOOD, Path())
+    rows = manifest.rows("query", "train")
+    assert rows.dtype == np.int64 and rows.tolist() == [0, 1, 4]
+    assert manifest.identities(rows).tolist() == ["007", "8", "10"]
+    assert manifest.cameras(manifest.rows("validation-gallery")).tolist() == ["c002"]
+    assert manifest.train_identities == ("007", "8")
+    with pytest.raises(KeyError, match="no such|no split 'test'"):
+        manifest.rows("test")
+
+
+def test_writing_and_reading_keeps_leading_zeros_and_the_digest(tmp_path):
+    written = Manifest(GOOD, tmp_path)
+    written.write(tmp_path / "m.csv")
+    read = Manifest.read(tmp_path / "m.csv", tmp_path)
+    assert read.items == GOOD and read.digest == written.digest
+    assert (tmp_path / "m.csv").read_bytes().startswith(b"path,identity,camera,split\na/1.jpg,007,c001,train\n")
+
+
+@given(st.text(st.characters(exclude_characters="\\/\0\r", exclude_categories=("Cs",)), min_size=1))
+def test_any_name_survives_the_file(tmp_path_factory, name):
+    folder = tmp_path_factory.mktemp("m")
+    items = (Item(f"x{name}.jpg", f"i{name}", f"c{name}", "train"), *GOOD[1:])
+    Manifest(items, folder).write(folder / "m.csv")
+    assert Manifest.read(folder / "m.csv", folder).items == items
+
+
+def test_the_digest_changes_with_any_field():
+    digests = {Manifest(GOOD, Path()).digest}
+    for change in ({"path": "z.jpg"}, {"identity": "z"}, {"camera": "z"}, {"split": "validation-query"}):
+        digests.add(Manifest((GOOD[0], replace(GOOD[1], **change), *GOOD[2:]), Path()).digest)
+    digests.add(Manifest(GOOD[::-1], Path()).digest)
+    assert len(digests) == 6
+
+
+@pytest.mark.parametrize(
+    ("row", "change", "complaint"),
+    [
+        (0, {"split": "training"}, "unknown splits training"),
+        (1, {"identity": "10"}, "in training and in test: 10"),
+        (2, {"identity": "10"}, "in training and in test: 10"),
+        (1, {"identity": "9"}, "in training and in validation: 9"),
+        (3, {"split": "train", "identity": "8"}, "validation needs both"),
+        (4, {"split": "gallery"}, "no images in query"),
+        (5, {"split": "query"}, "no images in gallery"),
+        (0, {"camera": ""}, "is empty in 'a/1.jpg'"),
+        (0, {"identity": ""}, "is empty in 'a/1.jpg'"),
+        (0, {"path": "a/2.jpg"}, "more than once: a/2.jpg"),
+        (0, {"path": "/a/1.jpg"}, "must be relative"),
+        (0, {"path": "a/../../1.jpg"}, "must be relative"),
+        (0, {"path": "a\\1.jpg"}, "must be relative"),
+        (0, {"identity": "7\r"}, "carriage returns"),
+    ],
+)
+def test_what_is_wrong_is_named(row, change, complaint):
+    items = [replace(item, **change) if number == row else item for number, item in enumerate(GOOD)]
+    with pytest.raises(DataError, match=complaint) as error:
+        Manifest(items, Path())
+    assert error.value.exit_code == 3
+
+
+def test_everything_that_is_wrong_is_said_at_once():
+    with pytest.raises(DataError, match=r"more than once: a/1.jpg; there are no images in query, gallery"):
+        Manifest([GOOD[0], GOOD[0]], Path())
+
+
+def test_junk_may_be_anywhere():
+    junk = [Item(f"{split}.jpg", "-1", "c001", split) for split in ("train", "gallery")]
+    assert len(Manifest([*GOOD, *junk], Path())) == 8
+
+
+def test_a_file_that_is_no_manifest_is_refused(tmp_path):
+    path = tmp_path / "m.csv"
+    with pytest.raises(FileNotFoundError, match="dvc repro prepare"):
+        Manifest.read(path, tmp_path)
+    for text, complaint in (("", "first line"), ("a,b\n", "first line"), ("path,identity,camera,split\nx,1\n", "row 2")):
+        path.write_text(text)
+        with pytest.raises(DataError, match=complaint):
+            Manifest.read(path, tmp_path)
+
+
+def test_the_file_is_plain_csv(tmp_path):
+    Manifest([Item('a,"b".jpg', "7", "c1", "train"), *GOOD[1:]], tmp_path).write(tmp_path / "m.csv")
+    with (tmp_path / "m.csv").open(newline="") as file:
+        assert next(csv.DictReader(file))["path"] == 'a,"b".jpg'
