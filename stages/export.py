@@ -5,9 +5,9 @@ Writes  artifacts/export/, metrics/export.json
 """
 
 import numpy as np
-from pipeline.data.augment import MEAN, STD, normalise
 
 from pipeline import checkpoint
+from pipeline.data.augment import MEAN, STD, normalise
 from pipeline.data.images import open_images
 from pipeline.export.card import Entry, card
 from pipeline.export.onnx import Metadata, finish, params_digest, serialise, to_onnx

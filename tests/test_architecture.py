@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from imports import ROOT, files_of, imported, rooms_of, sources
 
 BASE = {"config", "records", "files", "progress"}

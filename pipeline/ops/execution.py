@@ -115,10 +115,12 @@ def load(files: Files, key: str) -> State | None:
 
 
 def save(files: Files, key: str, state: State) -> None:
+    """Write the state of an execution."""
     write_json(_path(files, key), state.model_dump())
 
 
 def forget(files: Files, key: str) -> None:
+    """Drop the state of an execution that is over."""
     _path(files, key).unlink(missing_ok=True)
 
 
@@ -143,21 +145,22 @@ class Busy(RuntimeError):
 
 
 @contextmanager
-def sole_writer(path: Path, what: str) -> Iterator[None]:
+def sole_writer(path: Path, what: str, patience: float = 0) -> Iterator[None]:
     """Hold a lock that the system gives back when this process ends, however it ends; to hold it twice is no harm.
 
     Args:
         path: Lock file; who holds it stands beside it.
         what: What is going on, for the message.
+        patience: Seconds to wait for the lock.
 
     Raises:
-        Busy: At once, naming the holder's process, host and since when.
+        Busy: Naming the holder's process, host and since when.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     holder = path.with_suffix(".json")
     lock = FileLock(path, is_singleton=True, thread_local=False)
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=patience)
     except Timeout as error:
         raise Busy(f"busy: {what} runs already ({_holder(holder)}); wait for it or end it") from error
     try:

@@ -69,9 +69,13 @@ def summary(files: Files) -> dict[str, float]:
     """What an execution led to: the student's final figures, and its teacher's beside them."""
     figures: dict[str, float] = {}
     for stage in ("student", "surgery", "export", "benchmark"):
-        figures |= {key: v for key, v in finals(files, stage).items() if key.startswith(("eval/", "model/", "latency/"))}
+        figures |= {
+            key: v for key, v in finals(files, stage).items() if key.startswith(("eval/", "model/", "latency/"))
+        }
     teacher = finals(files, "teacher")
-    return figures | {f"teacher/{key.partition('/')[2]}": teacher[key] for key in ("eval/mAP", "model/params", "model/macs")}
+    return figures | {
+        f"teacher/{key.partition('/')[2]}": teacher[key] for key in ("eval/mAP", "model/params", "model/macs")
+    }
 
 
 def curve(row: Mapping[str, float]) -> dict[str, float]:
@@ -106,7 +110,9 @@ def table(files: Files) -> list[dict[str, str]]:
     for stage in ("teacher", "student", "surgery", "export"):
         if files.metrics(stage).is_file():
             figures = finals(files, stage)
-            cells = {title: form.format(figures[key]) if key in figures else "" for key, (title, form) in COLUMNS.items()}
+            cells = {
+                title: form.format(figures[key]) if key in figures else "" for key, (title, form) in COLUMNS.items()
+            }
             rows.append({"stage": stage, **cells, "latency p50": _latency(files, stage)})
     return rows
 

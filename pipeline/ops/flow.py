@@ -83,7 +83,7 @@ def changes() -> list[str]:
     Raises:
         StageError: If `dvc status` fails.
     """
-    done = subprocess.run(  # noqa: S603 - fixed words
+    done = subprocess.run(
         [*DVC, "status", "--json"], capture_output=True, text=True, env=_environment()
     )
     if done.returncode:

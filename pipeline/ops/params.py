@@ -153,7 +153,8 @@ def _shown(value: object) -> str:
 
 
 def _kind(value: object) -> str:
-    return {str: "text", dict: "section", list: "list"}.get(type(value), type(value).__name__)
+    names: dict[type, str] = {str: "text", dict: "section", list: "list"}
+    return names.get(type(value), type(value).__name__)
 
 
 def keys(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[str]:

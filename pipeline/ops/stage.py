@@ -40,6 +40,8 @@ DEBUG = "SMALLER_STUDENT_DEBUG"
 """Environment variable that asks for tracebacks, as `--debug` does."""
 LIBRARIES = ("torch", "numpy", "pillow", "onnx", "onnxruntime", "dvc", "mlflow")
 """Versions that are noted beside the timings."""
+LAST_WORKERS = 10.0
+"""Seconds in which the image loaders of a killed stage, which still hold its lock, notice that it is gone."""
 BIG = 16 * 2**20
 """Bytes; larger dependencies are told apart by size and time of change, smaller ones by content."""
 
@@ -183,7 +185,7 @@ def guarded(what: str, work: Callable[[], object]) -> int:
         message, code = str(error), error.exit_code
     except KeyboardInterrupt:
         message, code = "stopped by Ctrl-C", 128 + signal.SIGINT
-    except Exception as error:  # noqa: BLE001 - the last place that can turn it into a sentence
+    except Exception as error:
         if "--debug" in sys.argv or os.environ.get(DEBUG):
             traceback.print_exc()
         message, code = _sentence(error), exit_code(error)
@@ -212,7 +214,7 @@ def _run(stage: str, function: Callable[[Run], Record]) -> None:
         function(Run(stage, params, files, execution))
         return
     with (
-        sole_writer(files.root / ".tracking" / "stage.lock", "a stage of this checkout"),
+        sole_writer(files.root / ".tracking" / "stage.lock", "a stage of this checkout", LAST_WORKERS),
         Tracker(files, params, execution, stage) as tracker,
     ):
         started = time.monotonic()

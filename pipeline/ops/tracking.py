@@ -16,12 +16,13 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import Self
 
 import pipeline
 from pipeline.config import Params
 from pipeline.files import Files
-from pipeline.ops.execution import Execution
+from pipeline.ops.execution import Execution, load
+from pipeline.records import RECORDS
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +92,8 @@ class Tracker:
             os.register_at_fork(after_in_child=self._close)
         self._start = time.monotonic()
         self._say(self._order)
-        if self._stage in CALM:
-            self._wait_until_calm(self._recorder.stdout)
+        if self._stage in CALM and os.name != "nt":  # pipes cannot be waited for with a limit there
+            select.select([self._recorder.stdout], [], [], START)
         return self
 
     def curve(self, row: Mapping[str, float]) -> None:
@@ -137,12 +138,10 @@ class Tracker:
             with contextlib.suppress(OSError):
                 self._recorder.stdin.close()
 
-    def _wait_until_calm(self, said: IO[str]) -> None:
-        if os.name != "nt":  # pipes cannot be waited for with a limit there
-            select.select([said], [], [], PATIENCE)
-
 
 def complete(files: Files, params: Params, execution: Execution) -> None:
     """Replay from disk what an execution did not run, so that it stands in MLflow as a whole."""
-    with Tracker(files, params, execution, stage=None):
-        pass
+    state = load(files, execution.key)
+    if state is None or any(stage not in state.children for stage in RECORDS):
+        with Tracker(files, params, execution, stage=None):
+            pass

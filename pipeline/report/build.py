@@ -93,11 +93,11 @@ def write_report(folder: Path, evidence: Evidence) -> None:
     write_text(folder / PAGE, html)
 
 
-STAGES_TEXT = "Surgery and export must change nothing: their rows repeat the student's mAP."
+STAGES_TEXT = "Surgery and export must change nothing: the three rows of the student should agree."
 SPEED_TEXT = (
     "Milliseconds a call in ONNX Runtime on the CPU. The ideal is the ratio of MACs: what the student would gain if "
-    "time followed arithmetic. Where calls of one file differ too much, the row is called noisy: measure again on a quiet "
-    "machine."
+    "time followed arithmetic. A row is called noisy where calls of one file differ too much to conclude anything: "
+    "measure again on a quiet machine."
 )
 PANELS_TEXT = (
     "Each query with the images of the gallery that either network puts first, best on the left. Green frame and tick: "

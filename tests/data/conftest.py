@@ -1,5 +1,6 @@
-"""Small sets of images that the tests of this room share."""
+"""Images for the tests of this room."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,21 +9,24 @@ from PIL import Image
 
 from pipeline.data.manifest import Item, Manifest
 
-SPLITS = ("train", "train", "query", "gallery", "gallery")
 
+@pytest.fixture
+def picture() -> Callable[..., None]:
+    """Writes random pixels in the format that the name says."""
 
-def picture(path: Path, seed: int, size: tuple[int, int] = (20, 30)) -> None:
-    """Write random pixels, losslessly unless the name says otherwise."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+    def write(path: Path, seed: int, size: tuple[int, int] = (20, 30)) -> None:
+        pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+
+    return write
 
 
 @pytest.fixture
-def manifest(tmp_path: Path) -> Manifest:
+def manifest(tmp_path: Path, picture: Callable[..., None]) -> Manifest:
     """Five PNG files of 20 x 30 pixels: identities 1, 1 | 2, 2, 3."""
     items = []
-    for number, (split, identity) in enumerate(zip(SPLITS, "11223", strict=True)):
+    for number, split in enumerate(("train", "train", "query", "gallery", "gallery")):
         picture(tmp_path / f"{number}.png", number)
-        items.append(Item(f"{number}.png", identity, f"c{number % 2}", split))
+        items.append(Item(f"{number}.png", "11223"[number], f"c{number % 2}", split))
     return Manifest(items, tmp_path)

@@ -4,7 +4,6 @@ import pickle
 
 import numpy as np
 import pytest
-from conftest import picture
 from PIL import Image
 
 from pipeline.data import images
@@ -46,7 +45,7 @@ def test_deeper_images_are_refused_and_not_destroyed(tmp_path, kind):
         open_rgb(tmp_path / "x.tif")
 
 
-def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path, monkeypatch, picture):
     picture(tmp_path / "x.png", 0)
     whole = (tmp_path / "x.png").read_bytes()
     (tmp_path / "x.png").write_bytes(whole[: len(whole) // 2])  # decoding would fail
@@ -73,7 +72,7 @@ def test_the_cache_is_not_carried_to_workers_but_opened_there(manifest, tmp_path
     cached = Images(manifest, (64, 64), tmp_path / "images.npy")
     carried = pickle.dumps(cached)
     assert len(carried) < 64 * 64 * 3
-    np.testing.assert_array_equal(pickle.loads(carried)[1], cached[1])  # noqa: S301
+    np.testing.assert_array_equal(pickle.loads(carried)[1], cached[1])
 
 
 def test_a_cache_that_fails_leaves_nothing_behind(manifest, tmp_path):

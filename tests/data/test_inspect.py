@@ -3,8 +3,7 @@
 from collections import defaultdict
 from dataclasses import replace
 
-from conftest import picture
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.inspect import inspect, leaks, split_validation
@@ -16,7 +15,7 @@ def train_items(views):
     return [Item(f"{n}.jpg", identity, camera, "train") for n, (identity, camera) in enumerate(views)]
 
 
-def test_what_does_not_decode_to_its_end_is_quarantined_with_a_reason(tmp_path):
+def test_what_does_not_decode_to_its_end_is_quarantined_with_a_reason(tmp_path, picture):
     names = ["good.jpg", "cut.jpg", "empty.jpg", "page.jpg", "gone.jpg", "last.jpg"]
     for number, name in enumerate(names[:-2] + names[-1:]):
         picture(tmp_path / name, number, (64, 64))
@@ -33,7 +32,7 @@ def test_what_does_not_decode_to_its_end_is_quarantined_with_a_reason(tmp_path):
     assert all(str(tmp_path) not in reason for reason in reasons.values())
 
 
-def test_the_same_pixels_in_training_and_test_are_a_leak_whatever_the_file(tmp_path):
+def test_the_same_pixels_in_training_and_test_are_a_leak_whatever_the_file(tmp_path, picture):
     for name in ("a.png", "b.bmp", "c.png"):
         picture(tmp_path / name, 0)
     picture(tmp_path / "d.png", 1)
@@ -44,7 +43,7 @@ def test_the_same_pixels_in_training_and_test_are_a_leak_whatever_the_file(tmp_p
     assert leaks(tests_only) == []  # VeRi-776's queries are in its gallery too
 
 
-def test_equal_bytes_of_another_shape_are_no_duplicate(tmp_path):
+def test_equal_bytes_of_another_shape_are_no_duplicate(tmp_path, picture):
     for name, size in (("a.png", (4, 6)), ("b.png", (6, 4))):
         picture(tmp_path / name, 0, size)
     found = inspect([Item("a.png", "1", "c1", "train"), Item("b.png", "2", "c1", "query")], tmp_path)
@@ -64,11 +63,16 @@ def test_where_cameras_have_one_image_every_other_one_asks():
 
 
 def test_without_a_share_nothing_is_held_out_and_test_images_never_are():
-    items = [*train_items([("1", "a"), ("1", "b")]), Item("q.jpg", "2", "a", "query"), Item("g.jpg", "2", "b", "gallery")]
+    items = [
+        *train_items([("1", "a"), ("1", "b")]),
+        Item("q.jpg", "2", "a", "query"),
+        Item("g.jpg", "2", "b", "gallery"),
+    ]
     assert split_validation(items, 0.0, seed=0) == items
     assert split_validation(items, 1.0, seed=0)[2:] == items[2:]
 
 
+@settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.tuples(st.sampled_from("12345"), st.sampled_from("abc")), min_size=1, max_size=40),
     st.sampled_from([0.0, 0.2, 0.5, 1.0]),

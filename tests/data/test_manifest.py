@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.manifest import DataError, Item, Manifest
@@ -28,7 +28,7 @@ def test_rows_identities_and_cameras_belong_to_the_splits_that_are_asked_for():
     assert manifest.identities(rows).tolist() == ["007", "8", "10"]
     assert manifest.cameras(manifest.rows("validation-gallery")).tolist() == ["c002"]
     assert manifest.train_identities == ("007", "8")
-    with pytest.raises(KeyError, match="no such|no split 'test'"):
+    with pytest.raises(KeyError, match="no split"):
         manifest.rows("test")
 
 
@@ -40,6 +40,7 @@ def test_writing_and_reading_keeps_leading_zeros_and_the_digest(tmp_path):
     assert (tmp_path / "m.csv").read_bytes().startswith(b"path,identity,camera,split\na/1.jpg,007,c001,train\n")
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.text(st.characters(exclude_characters="\\/\0\r", exclude_categories=("Cs",)), min_size=1))
 def test_any_name_survives_the_file(tmp_path_factory, name):
     folder = tmp_path_factory.mktemp("m")
@@ -96,7 +97,11 @@ def test_a_file_that_is_no_manifest_is_refused(tmp_path):
     path = tmp_path / "m.csv"
     with pytest.raises(FileNotFoundError, match="dvc repro prepare"):
         Manifest.read(path, tmp_path)
-    for text, complaint in (("", "first line"), ("a,b\n", "first line"), ("path,identity,camera,split\nx,1\n", "row 2")):
+    for text, complaint in (
+        ("", "first line"),
+        ("a,b\n", "first line"),
+        ("path,identity,camera,split\nx,1\n", "row 2"),
+    ):
         path.write_text(text)
         with pytest.raises(DataError, match=complaint):
             Manifest.read(path, tmp_path)

@@ -37,7 +37,7 @@ def test_veri776_is_read_in_the_order_of_its_lists(veri):
 
 def test_a_missing_list_folder_or_image_is_named(veri):
     (veri / "image_test" / NAMES["test"][0]).unlink()
-    with pytest.raises(FileNotFoundError, match="0776_c020_00000007_0.jpg"):
+    with pytest.raises(FileNotFoundError, match=r"0776_c020_00000007_0\.jpg"):
         read_source("veri776", veri)
     (veri / "name_query.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"name_query.txt is missing; `data.root`"):

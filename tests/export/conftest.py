@@ -5,13 +5,13 @@ from collections.abc import Callable
 import numpy as np
 import onnx
 import pytest
-from tiny_network import MEAN, SIZE, STD, Pictures, normalise, tiny_net
 
 from pipeline.config import Gates
 from pipeline.export.onnx import Metadata, finish, to_onnx
 from pipeline.export.parity import Probe
 from pipeline.models.resnet import RetrievalNet
 from pipeline.retrieval.embed import embed
+from tests.export.tiny_network import MEAN, SIZE, STD, Pictures, normalise, tiny_net
 
 
 @pytest.fixture(scope="session")

@@ -13,12 +13,12 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
-from tiny_network import SIZE, Pictures, normalise, tiny_net
 
 from pipeline.export.onnx import finish, params_digest, to_onnx
 from pipeline.export.session import embed, open_session
 from pipeline.models import cost
 from pipeline.ops.params import load
+from tests.export.tiny_network import SIZE, Pictures, normalise, tiny_net
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,14 +100,12 @@ def test_equal_weights_give_equal_bytes_in_another_process(translated):
     code = """
 import hashlib
 from pipeline.export.onnx import to_onnx
-from tiny_network import SIZE, tiny_net
+from tests.export.tiny_network import SIZE, tiny_net
 print(hashlib.sha256(to_onnx(tiny_net(0), SIZE, opset=18).SerializeToString()).hexdigest())
 """
     command = [sys.executable, "-W", "ignore", "-c", code]
-    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}"}
-    other = subprocess.run(  # noqa: S603
-        command, env=environment, capture_output=True, text=True, check=True
-    )
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}
+    other = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert other.stdout.split()[-1] == hashlib.sha256(translated).hexdigest()
 
 

@@ -5,9 +5,9 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from tiny_network import Pictures, normalise
 
 from pipeline.export.parity import Parity, ParityError, cosines, verify, verify_batches
+from tests.export.tiny_network import Pictures, normalise
 
 
 def damaged(content: bytes) -> bytes:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -55,6 +55,7 @@ def agrees(result: Retrieval, arrays) -> None:
     np.testing.assert_allclose(result.inp, inp, atol=1e-12, rtol=0)
 
 
+@settings(deadline=None)
 @given(retrievals(), st.integers(1, 10))
 def test_it_agrees_with_the_definition_for_every_size_of_block(arrays, block):
     if not literal(*arrays)[1].any():
@@ -64,6 +65,7 @@ def test_it_agrees_with_the_definition_for_every_size_of_block(arrays, block):
         agrees(evaluate_market(*arrays, block=block), arrays)
 
 
+@settings(deadline=None)
 @given(retrievals(), st.randoms(use_true_random=False))
 def test_scores_do_not_depend_on_the_order_of_a_gallery_full_of_ties(arrays, random):
     if not literal(*arrays)[1].any():
@@ -79,20 +81,19 @@ def test_scores_do_not_depend_on_the_order_of_a_gallery_full_of_ties(arrays, ran
 def test_duplicates_tie_wherever_they_stand_in_the_gallery():
     # BLAS rounds equal columns differently by their position: without care a copy of the positive under another
     # identity is now before it, now behind it.
+    count = 103
     rng = np.random.default_rng(0)
-    query, images = rng.normal(size=(20, 512)), rng.normal(size=(100, 512))
+    query, images = rng.normal(size=(count, 512)), rng.normal(size=(count, 512))
     images[:, 0] = 0.0
     gallery = np.concatenate([images, images, images])
-    gallery[100:200, 0] = -0.0
-    ids = np.array([f"{row % 20}" for row in range(100)] + ["other"] * 200)
-    cameras = np.array(["c2"] * 300)
+    gallery[count : 2 * count, 0] = -0.0
+    identities, cameras = np.arange(count).astype(str), np.full(3 * count, "c2")
+    ids = np.concatenate([identities, np.full(2 * count, "other")])
     results = []
     for seed in range(4):
-        order = np.random.default_rng(seed).permutation(300)
-        result = evaluate_market(
-            query, gallery[order], np.arange(20).astype(str), ids[order], np.array(["c1"] * 20), cameras[order]
-        )
-        assert (result.first_rank >= 3).all()  # two copies, both before the positive
+        order = np.random.default_rng(seed).permutation(3 * count)
+        result = evaluate_market(query, gallery[order], identities, ids[order], np.full(count, "c1"), cameras[order])
+        assert (result.first_rank % 3 == 0).all()  # every image is there three times, the positive after its copies
         results.append(result.ap)
     assert all(np.array_equal(results[0], other) for other in results[1:])
 

@@ -1,0 +1,45 @@
+# Each target is what a person could have typed; VENV may be shared by several clones.
+VENV ?= .venv
+PYTHON ?= python3
+LOCK := $(shell cksum < requirements.lock | cut -d ' ' -f 1)
+STAMP := $(VENV)/.installed-$(LOCK)
+
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+export DO_NOT_TRACK := true
+export MLFLOW_DISABLE_TELEMETRY := true
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+
+.PHONY: setup demo test test-stack lint ui lock clean
+
+setup: $(STAMP)
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	python -m pip install --disable-pip-version-check --require-hashes -r requirements.lock
+	python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: setup
+	python -m dvc repro
+	python -m pipeline compare
+
+test: setup
+	python -m pytest -m "not stack"
+
+test-stack: setup
+	python -m pytest -m stack
+
+lint: setup
+	python -m ruff check .
+	python -m ruff format --check .
+	python -m mypy pipeline stages
+
+ui: setup
+	python -m mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000 --workers 1
+
+lock:
+	uv pip compile --universal --python-version 3.11 --generate-hashes --extra dev --custom-compile-command "make lock" -o requirements.lock pyproject.toml
+
+clean:
+	rm -rf .checkpoints .tracking timings mlflow.db* mlartifacts artifacts .pytest_cache .hypothesis .mypy_cache .ruff_cache

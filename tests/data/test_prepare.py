@@ -1,0 +1,89 @@
+"""Stage `prepare`, in one process and without its surroundings."""
+
+import csv
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from pipeline.config import Data, Vehicles
+from pipeline.data.images import open_images
+from pipeline.data.manifest import DataError
+from pipeline.files import Files
+from stages.prepare import prepare
+
+
+class Run(SimpleNamespace):
+    """What a stage needs of a run."""
+
+    def __init__(self, root, **data):
+        size = Vehicles(train_identities=4, test_identities=2, views=2, size=16)
+        defaults = {"source": "vehicles", "root": "data", "image_size": [20, 16], "cache": True, "validation": 0.5}
+        settings = Data(**{**defaults, "max_quarantined": 0.0, "vehicles": size, **data})
+        files = Files(root, root)
+        super().__init__(params=SimpleNamespace(seed=0, data=settings), files=files, seconds={})
+
+    def timing(self, name, seconds):
+        self.seconds[name] = seconds
+
+
+@pytest.fixture
+def veri(tmp_path, picture):
+    """Two identities to train on, one to test with, in the layout of VeRi-776."""
+    names = {
+        "train": [
+            f"000{identity}_c00{camera}_0000000{view}_0.jpg" for identity in "12" for camera in "12" for view in "01"
+        ],
+        "query": ["0003_c001_00000000_0.jpg"],
+        "test": ["0003_c001_00000001_0.jpg", "0003_c002_00000000_0.jpg"],
+    }
+    seed = 0
+    for part, listed in names.items():
+        for name in listed:
+            picture(tmp_path / "data" / f"image_{part}" / name, seed := seed + 1)
+        (tmp_path / "data" / f"name_{part}.txt").write_text("\n".join(listed))
+    return tmp_path
+
+
+def test_the_default_set_is_rendered_split_and_cached(tmp_path):
+    run = Run(tmp_path)
+    record = prepare(run)
+    counted = record.model_dump()
+    assert counted == {
+        **{"images": 72, "identities": 6, "cameras": 6, "train": 24, "validation": 24},
+        **{"query": 4, "gallery": 20, "quarantined": 0, "leaked": 0},
+    }
+    outs = {path.relative_to(tmp_path / "artifacts/prepare").parts[0] for path in tmp_path.rglob("*") if path.is_file()}
+    assert outs == {"vehicles", "manifest.csv", "images.npy", "quarantine.csv"}
+    manifest, images = open_images(run.files, run.params)
+    assert images.batch(manifest.rows("query")).shape == (4, 20, 16, 3)
+    assert len(manifest.rows("validation-query")) == 12
+    assert "render" in run.seconds
+
+
+def test_own_images_are_read_where_they_are(veri):
+    run = Run(veri, source="veri776", cache=False)
+    assert prepare(run).train == 4
+    manifest, images = open_images(run.files, run.params)
+    assert manifest.root == veri / "data" and not run.files.image_cache.exists()
+    assert images.batch(np.arange(11)).shape == (11, 20, 16, 3)
+
+
+def test_unreadable_images_are_left_out_up_to_the_limit_and_listed(veri):
+    broken = veri / "data" / "image_train" / "0001_c001_00000000_0.jpg"
+    broken.write_bytes(broken.read_bytes()[:400])
+    with pytest.raises(DataError, match=r"1 of 11 images .*max_quarantined.*0001_c001_00000000_0.jpg") as error:
+        prepare(Run(veri, source="veri776", max_quarantined=0.09))
+    assert error.value.exit_code == 3 and not Files(veri, veri).manifest.exists()
+    with Files(veri, veri).quarantine.open() as file:
+        (row,) = csv.DictReader(file)
+    assert row["path"] == "image_train/0001_c001_00000000_0.jpg" and "truncated" in row["reason"].lower()
+    assert prepare(Run(veri, source="veri776", max_quarantined=0.1)).quarantined == 1
+
+
+def test_a_test_image_that_is_a_training_image_stops_everything(veri):
+    source = veri / "data" / "image_train" / "0002_c002_00000001_0.jpg"
+    (veri / "data" / "image_test" / "0003_c002_00000000_0.jpg").write_bytes(source.read_bytes())
+    with pytest.raises(DataError, match=r"1 test images.*image_test/0003_c002_00000000_0.jpg = image_train/0002_c002"):
+        prepare(Run(veri, source="veri776"))
+    assert not Files(veri, veri).manifest.exists()
