@@ -317,8 +317,8 @@ class Params(Section):
             for stage, section in (("teacher", self.teacher), ("student", self.student)):
                 if section.batch.identities > training:
                     complaints.append(
-                        f"`{stage}.batch.identities` ({section.batch.identities}) exceeds the {int(training)} identities "
-                        "that are left for training"
+                        f"`{stage}.batch.identities` ({section.batch.identities}) exceeds the {int(training)} "
+                        "identities that are left for training"
                     )
         if self.student.channel_multiple % self.surgery.channel_multiple:
             complaints.append(

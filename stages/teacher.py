@@ -29,9 +29,7 @@ def teacher(run: Run) -> TeacherRecord:
     checkpoint.save(run.out, net)
     scores = evaluate(net, manifest, images, "query", "gallery", normalise, fabric.device).scores()
     height, width = params.data.image_size
-    return TeacherRecord(
-        **scores.model_dump(), params=cost.params(net.spec), macs=cost.macs(net.spec, (height, width))
-    )
+    return TeacherRecord(**scores.model_dump(), params=cost.params(net.spec), macs=cost.macs(net.spec, (height, width)))
 
 
 if __name__ == "__main__":

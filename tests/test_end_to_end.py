@@ -80,7 +80,9 @@ def metrics(folder: Path, stage: str) -> dict[str, float]:
 def digests(folder: Path) -> dict[str, str]:
     """Hashes of everything that must be the same for the same seed."""
     found = {}
-    for path in sorted(p for top in ("artifacts", "metrics", "plots") for p in (folder / top).rglob("*") if p.is_file()):
+    for path in sorted(
+        p for top in ("artifacts", "metrics", "plots") for p in (folder / top).rglob("*") if p.is_file()
+    ):
         name = path.relative_to(folder).as_posix()
         if "benchmark" not in name:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()

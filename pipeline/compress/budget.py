@@ -42,7 +42,9 @@ def least_widths(spec: ArchSpec, sites: Iterable[str], multiple: int) -> dict[st
     return {site: min(multiple, spec.widths[site]) for site in sites}
 
 
-def refuse_unreachable(cost: CostModel, spec: ArchSpec, sites: tuple[str, ...], multiple: int, reduction: float) -> None:
+def refuse_unreachable(
+    cost: CostModel, spec: ArchSpec, sites: tuple[str, ...], multiple: int, reduction: float
+) -> None:
     """Complain before training about a budget that the structure cannot keep.
 
     Raises:
@@ -181,7 +183,9 @@ class Allotment:
             if best is None or key[:2] < best[:2]:
                 best = key
         if best is None:
-            raise BudgetError(f"a reduction of {asked:g} is out of reach: {self.reduction:.4f} is the most that is left")
+            raise BudgetError(
+                f"a reduction of {asked:g} is out of reach: {self.reduction:.4f} is the most that is left"
+            )
         self.widths = best[2]
 
     def _moves(self, site: str) -> list[tuple[str, int]]:

@@ -1,8 +1,8 @@
 """The student's capacity over time: what is scored, masked, dying and gone.
 
-A row of a compactor is *present* while it is in the network, *masked* once the budget has chosen it (retrieval no longer
-moves it, the proximal step shrinks it), and *committed* when a masked row of its site has reached zero: until then the
-choice may be revised. Whole groups are masked and committed together, so widths stay multiples at every moment.
+A row of a compactor is *present* while it is in the network, *masked* once the budget has chosen it (retrieval no
+longer moves it, the proximal step shrinks it), and *committed* when a masked row of its site has reached zero: until
+then the choice may be revised. Whole groups are masked and committed together, so widths stay multiples throughout.
 """
 
 from collections.abc import Mapping

@@ -19,7 +19,6 @@ from pipeline.files import read_json, write_text
 from pipeline.models.resnet import RetrievalNet, convert
 from pipeline.models.spec import ArchSpec, compactor_of, consumer_of, norm_of
 
-
 PLAN = "plan.json"
 
 EXACT = 1e-10
@@ -89,8 +88,8 @@ def operate(net: RetrievalNet, config: Surgery, probe: Tensor) -> Operation:
     difference = largest_difference(exact, narrow, probe.double())
     if not difference <= EXACT:
         raise SurgeryError(
-            f"surgery changes embeddings by {difference:.3g}, more than {EXACT:g}, in float64; channels that are not zero "
-            f"were cut: lower `surgery.tolerance` ({config.tolerance:g})"
+            f"surgery changes embeddings by {difference:.3g}, more than {EXACT:g}, in float64; channels that are not "
+            f"zero were cut: lower `surgery.tolerance` ({config.tolerance:g})"
         )
     bare = convert(narrow, narrow.spec.model_copy(update={"identities": 0})).float()
     return Operation(bare, plan, difference)

@@ -106,15 +106,13 @@ class RetrievalNet(nn.Module):
             stage = nn.Sequential(*(ResidualBlock(next(blocks), spec) for _ in range(count)))
             self.add_module(f"layer{index + 1}", stage)
         self.head = EmbeddingHead(spec.widths["layer4"], spec.embedding_dim)
-        self.classifier = (
-            Classifier(spec.embedding_dim, spec.identities, spec.cosine) if spec.identities else None
-        )
+        self.classifier = Classifier(spec.embedding_dim, spec.identities, spec.cosine) if spec.identities else None
 
     def forward(self, x: Tensor) -> Output:
         """Embed normalised images, (B, 3, H, W)."""
         x = self.maxpool(functional.relu(self.bn1(self.conv1(x))))
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+        for index in range(len(BLOCKS[self.spec.depth])):
+            x = self.get_submodule(f"layer{index + 1}")(x)
         embedding = self.head(x)
         return Output(embedding, None if self.classifier is None else self.classifier(embedding))
 
@@ -173,8 +171,6 @@ def convert(net: RetrievalNet, spec: ArchSpec, state: Mapping[str, Tensor] | Non
     given = net.state_dict() if state is None else state
     own = converted.state_dict()
     slots = tuple(f"{compactor_of(site)}." for site in spec.compactors)
-    loaded = {
-        name: own[name] if name not in given and name.startswith(slots) else given[name] for name in own
-    }
+    loaded = {name: own[name] if name not in given and name.startswith(slots) else given[name] for name in own}
     converted.load_state_dict(loaded, strict=True)
     return converted.to(memory_format=torch.channels_last).train(net.training)

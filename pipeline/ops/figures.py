@@ -69,13 +69,14 @@ def summary(files: Files) -> dict[str, float]:
     """What an execution led to: the student's final figures, and its teacher's beside them."""
     figures: dict[str, float] = {}
     for stage in ("student", "surgery", "export", "benchmark"):
-        figures |= {
-            key: v for key, v in finals(files, stage).items() if key.startswith(("eval/", "model/", "latency/"))
-        }
-    teacher = finals(files, "teacher")
-    return figures | {
-        f"teacher/{key.partition('/')[2]}": teacher[key] for key in ("eval/mAP", "model/params", "model/macs")
-    }
+        if files.metrics(stage).is_file():
+            shared = ("eval/", "model/", "latency/")
+            figures |= {key: value for key, value in finals(files, stage).items() if key.startswith(shared)}
+    if files.metrics("teacher").is_file():
+        teacher = finals(files, "teacher")
+        kept = ("eval/mAP", "model/params", "model/macs")
+        figures |= {f"teacher/{key.partition('/')[2]}": teacher[key] for key in kept}
+    return figures
 
 
 def curve(row: Mapping[str, float]) -> dict[str, float]:

@@ -22,7 +22,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from pipeline.files import Files
-from pipeline.ops import figures, params, tracking
+from pipeline.ops import execution, figures, params, tracking
 from pipeline.ops.execution import VARIABLE, Execution, retraining
 from pipeline.records import RECORDS
 
@@ -57,19 +57,22 @@ def retrain(force: bool = False) -> State[None]:
         if not changed and not force:
             return Completed(name="NoChange", message="nothing changed since the last run")
         get_run_logger().info("changed: %s", ", ".join(changed) or "nothing")
-        execution = Execution.of("flow", psutil.Process())
-        for stage in RECORDS:
-            reproduce.with_options(name=stage, task_run_name=stage)(stage, execution.key)
-        tracking.complete(files, checked, execution)
+        owner = Execution.of("flow", psutil.Process())
+        try:
+            for stage in RECORDS:
+                reproduce.with_options(name=stage, task_run_name=stage)(stage, owner.key)
+            tracking.complete(files, checked, owner)
+        finally:
+            execution.forget(files, owner.key)  # another run in this process is another execution
         create_table_artifact(table=figures.table(files), key="result", description="What each stage led to.")
     return Completed(message=f"ran {', '.join(changed) or 'nothing anew'}")
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def reproduce(stage: str, execution: str) -> None:
+def reproduce(stage: str, owner: str) -> None:
     """`dvc repro` of one stage, its output line by line in the log."""
     log = get_run_logger()
-    with dvc("repro", "--single-item", stage, **{VARIABLE: execution}) as process:
+    with dvc("repro", "--single-item", stage, **{VARIABLE: owner}) as process:
         for line in process.stdout or ():
             if line := line.rstrip():
                 log.info(line)

@@ -107,7 +107,7 @@ class Recorder:
         """Where a run comes from."""
         content = json.dumps(self.params, sort_keys=True).encode()
         return {
-            "mlflow.user": getpass.getuser(),
+            "mlflow.user": _user(),
             "mlflow.source.name": self.files.root.name,
             "mlflow.source.type": "PROJECT",
             "params_digest": hashlib.sha256(content).hexdigest(),
@@ -125,10 +125,11 @@ class Recorder:
             state = execution.load(self.files, key)
             if state is None or state.uri != self.uri:
                 continue
-            for child in state.children.values():
-                if child.status == "RUNNING" and not execution.alive(child.pid, child.started):
-                    self.client.set_terminated(child.run, "KILLED")
-                    self.client.set_terminated(state.parent, "KILLED")
+            running = [child for child in state.children.values() if child.status == "RUNNING"]
+            if any(execution.alive(child.pid, child.started) for child in running):
+                continue  # its recorder is about to end it
+            for run in [*(child.run for child in running), *([state.parent] if running else [])]:
+                self.client.set_terminated(run, "KILLED")
             execution.forget(self.files, key)
 
     # --- one stage ----------------------------------------------------------------------------------------------------
@@ -233,6 +234,13 @@ class Recorder:
 
     def _digest(self, stage: str) -> str:
         return hashlib.sha256(self.files.metrics(stage).read_bytes()).hexdigest()
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user need not have a name
+        return "unknown"
 
 
 def _git(root: Path) -> dict[str, str]:

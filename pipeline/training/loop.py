@@ -123,7 +123,7 @@ class Fit:
         optimizer: Optimizer = self.config.optimizer
         state = self.checkpoints.newest(optimizer, self.fabric.device)
         if state is None:
-            net = start().to(device=self.fabric.device, memory_format=torch.channels_last)
+            net = start().to(self.fabric.device).to(memory_format=torch.channels_last)
             state = TrainingState(net, build(net, optimizer))
         else:
             self.task.load_state_dict(state.extra)
@@ -153,8 +153,8 @@ class Fit:
             values = {name: float(value.detach()) for name, value in losses.items()}
             if not math.isfinite(values["loss"]):
                 raise DivergedError(
-                    f"the loss is {values['loss']} in epoch {epoch + 1}, step {number + 1} (first row of the manifest in "
-                    f"the batch: {int(rows[0])}); lower `optimizer.lr`, or look at {values}"
+                    f"the loss is {values['loss']} in epoch {epoch + 1}, step {number + 1} (first row of the manifest "
+                    f"in the batch: {int(rows[0])}); lower `optimizer.lr`, or look at {values}"
                 )
             optimizer.zero_grad(set_to_none=True)
             self.fabric.backward(losses["loss"])

@@ -83,7 +83,9 @@ def load_state_tensors(
             kind: value if value.dim() == 0 else change(name, value)
             for kind, value in by_parameter.get(name, {}).items()
         }
-        if changed and all(value is not None and (value.dim() == 0 or value.shape == parameter.shape) for value in changed.values()):
+        if changed and all(
+            value is not None and (value.dim() == 0 or value.shape == parameter.shape) for value in changed.values()
+        ):
             optimizer.state[parameter] = {
                 # scalars such as Adam's step stay on the CPU, where torch keeps them
                 kind: value.clone() if value.dim() == 0 else torch.empty_like(parameter).copy_(value)

@@ -73,7 +73,7 @@ class TrainingState:
 
         net = RetrievalNet(ArchSpec.model_validate_json(header["spec"]))
         net.load_state_dict(part("net/"), strict=True)
-        net = net.to(device=device, memory_format=torch.channels_last)
+        net = net.to(device).to(memory_format=torch.channels_last)
         optimizer = build(net, config)
         load_state_tensors(optimizer, net, part("optimizer/"))
         return cls(net, optimizer, int(header["epoch"]), json.loads(header["curve"]), part("extra/"))

@@ -1,7 +1,7 @@
 """What the student learns: the teacher's lessons, and to do with less while it learns them.
 
-Capacity dynamic distillation (Xie et al., CVPR 2023) with compactors on both sides of each 3x3, a budget, masks that can
-be revised, and proximal shrinking.
+Capacity dynamic distillation (Xie et al., CVPR 2023) with compactors on both sides of each 3x3, a budget, masks that
+can be revised, and proximal shrinking.
 """
 
 import logging
@@ -79,9 +79,10 @@ class StudentTask:
         losses["kl"] = self.config.distill.kl * distill.soft_targets(
             self._sharpened(output), self._sharpened(taught), self.config.distill.temperature
         )
-        losses["feature"] = self.config.distill.feature * torch.stack(
-            [distill.features(student_stages[stage], teacher_stages[stage]) for stage in STAGES]
-        ).sum()
+        losses["feature"] = (
+            self.config.distill.feature
+            * torch.stack([distill.features(student_stages[stage], teacher_stages[stage]) for stage in STAGES]).sum()
+        )
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
     def _sharpened(self, output: Output) -> Tensor:
@@ -108,11 +109,7 @@ class StudentTask:
         if self.capacity is None or self.config.shrink == "off":
             return None
         plan = SurgeryPlan(
-            {
-                site: tuple(rows.tolist())
-                for site, rows in alive(net).items()
-                if len(rows) < net.spec.widths[site]
-            }
+            {site: tuple(rows.tolist()) for site, rows in alive(net).items() if len(rows) < net.spec.widths[site]}
         )
         if not plan.kept:
             return None
@@ -151,7 +148,6 @@ class StudentTask:
         """The capacity's."""
         if self.capacity is not None:
             self.capacity.load_state_dict(tensors)
-
 
     def plan(self) -> SurgeryPlan:
         """Channels of the uncompressed network that are still present, cut ones left out."""

@@ -72,7 +72,7 @@ class TeacherTask:
         return None
 
     def measure(self, net: RetrievalNet, progress: float, validate: bool) -> dict[str, float]:
-        """mAP on held-out identities, now and then."""
+        """MAP on held-out identities, now and then."""
         return {"validation_map": self.validate(net)} if validate and self.validate else {}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -132,12 +132,14 @@ def pretrained(weights: str, depth: int) -> dict[str, Tensor]:
     if weights == "imagenet":
         name = f"resnet{depth}"
         if name not in torchvision.models.list_models():
-            raise ValueError(f"torchvision publishes no {name}; set `depth` to 18, 34, 50, 101 or 152, or `weights` to none")
+            raise ValueError(
+                f"torchvision publishes no {name}; set `depth` to 18, 34, 50, 101 or 152, or `weights` to none"
+            )
         try:
             return dict(torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(check_hash=True))
         except (URLError, OSError) as error:
             raise ConnectionError(
-                f"the published weights of {name} cannot be had ({error}); set `weights` to none or to the path of a file"
+                f"the published weights of {name} cannot be had ({error}); set `weights` to none or a file's path"
             ) from error
     path = Path(weights)
     if not path.is_file():

@@ -24,8 +24,7 @@ def offers(spec: ArchSpec, multiple: int, seed: int = 0) -> dict[str, Site]:
     rng = np.random.default_rng(seed)
     least = least_widths(spec, spec.sites, multiple)
     return {
-        site: Site(spec.widths[site], least[site], np.sort(rng.gamma(2, size=spec.widths[site])))
-        for site in spec.sites
+        site: Site(spec.widths[site], least[site], np.sort(rng.gamma(2, size=spec.widths[site]))) for site in spec.sites
     }
 
 

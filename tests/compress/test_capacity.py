@@ -30,7 +30,8 @@ def test_contributions_are_the_mean_product_with_the_neighbours() -> None:
     expected = torch.zeros(4)
     for i in range(5):
         order = sorted(
-            (j for j in range(5) if j != i), key=lambda j: -float(torch.cosine_similarity(teacher[i], teacher[j], dim=0))
+            (j for j in range(5) if j != i),
+            key=lambda j: -float(torch.cosine_similarity(teacher[i], teacher[j], dim=0)),
         )
         assert set(neighbours[i].tolist()) == set(order[:2])
         for j in order[:2]:

@@ -62,6 +62,16 @@ def test_where_it_comes_out_even_each_image_is_shown_exactly_once():
         assert sorted(np.concatenate(sampler.batches(epoch))) == list(range(360))
 
 
+def test_an_identity_with_more_chunks_than_batches_is_in_every_batch_and_displaces_nobody():
+    labels = np.repeat(np.arange(9), [60, *[4] * 8])
+    sampler = IdentitySampler(labels, Batch(identities=2, instances=4), 0)
+    assert len(sampler) == 12  # (15 + 8) chunks / 2, rounded up
+    for epoch in range(20):
+        batches = sampler.batches(epoch)
+        assert all(0 in labels[batch] for batch in batches)
+        assert set(range(60, 92)) <= set(np.concatenate(batches).tolist())
+
+
 def test_batches_follow_from_seed_and_epoch():
     labels, batch = labels_of([9, 5, 12, 4, 8, 3]), Batch(identities=3, instances=4)
 

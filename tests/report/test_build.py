@@ -70,7 +70,7 @@ def evidence(**changes):
         "benchmark": benchmark_record(timings, teacher.macs, small["macs"]),
         "timings": timings,
         "curves": {"teacher": epochs, "student": epochs | reductions},
-        "widths": {"teacher": WIDTHS, "student": {name: 8 for name in WIDTHS}},
+        "widths": {"teacher": WIDTHS, "student": dict.fromkeys(WIDTHS, 8)},
         "sites": tuple(WIDTHS),
         "embeddings": {"teacher": embeddings(0.0), "student": embeddings(2.0)},
         "manifest": Manifest(),

@@ -103,7 +103,9 @@ def test_a_student_hits_its_budget_exactly_and_leaves_its_teacher_alone(
     plan = task.plan()
     if shrink == "live":
         assert net.spec.widths == small.widths
-        assert {site: len(kept) for site, kept in plan.kept.items()} == {site: small.widths[site] for site in small.sites}
+        assert {site: len(kept) for site, kept in plan.kept.items()} == {
+            site: small.widths[site] for site in small.sites
+        }
     else:
         assert net.spec.widths == teacher.spec.widths
         masked = task.capacity.sites["layer4.0.conv1"].masked

@@ -1,0 +1,113 @@
+"""dvc.yaml says what the sources do: what a stage imports, it depends on; what can be set, some stage tracks."""
+
+import ast
+
+import pytest
+from imports import ROOT, files_of, rooms_of
+from ruamel.yaml import YAML
+
+from pipeline.ops.params import keys
+from pipeline.records import RECORDS
+
+PIPELINE = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())
+STAGES = PIPELINE["stages"]
+
+EDGE = {"ops", "cli", "config", "progress"}
+"""Rooms that change no result: tracking and commands; values are tracked by `params`."""
+WITHOUT_RESULT = {
+    "runtime.accelerator",
+    "runtime.strategy",
+    "runtime.workers",
+    "tracking.experiment",
+    "tracking.model_name",
+}
+"""Keys that say where and how fast it runs and where it is recorded, not what comes out."""
+
+
+def reached(stage: str) -> set[str]:
+    """Rooms that a stage imports, directly or through other rooms."""
+    found: set[str] = set()
+    todo = [ROOT / "stages" / f"{stage}.py"]
+    while todo:
+        for room in rooms_of(todo.pop()) - found - EDGE:
+            found.add(room)
+            todo += files_of(room)
+    return found
+
+
+def test_the_stages_are_those_that_report() -> None:
+    assert list(STAGES) == list(RECORDS)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_all_that_it_imports_and_on_no_other_code(stage: str) -> None:
+    code = {dep for dep in STAGES[stage]["deps"] if dep.startswith("pipeline/")}
+    rooms = {f"pipeline/{room}" if (ROOT / "pipeline" / room).is_dir() else f"pipeline/{room}.py" for room in reached(stage)}
+    assert code == rooms
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_itself_and_on_the_versions_of_the_libraries(stage: str) -> None:
+    assert {f"stages/{stage}.py", "requirements.lock"} <= set(STAGES[stage]["deps"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_reads_only_what_it_depends_on(stage: str) -> None:
+    texts = [node.value for node in ast.walk(tree(stage)) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    calls = [node for node in ast.walk(tree(stage)) if isinstance(node, ast.Call)]
+    read = {
+        f"{kind}/{call.args[0].value}"
+        for call in calls
+        for kind in ("artifacts", "metrics", "plots")
+        if ast.unparse(call.func).endswith(f"files.{kind}") and isinstance(call.args[0], ast.Constant)
+    }
+    named = {part.rstrip("/,") for text in texts for part in text.split() if part.startswith("artifacts/")}
+    tops = {"/".join(name.split("/")[:2]) for name in read | named if name.startswith("artifacts/")} - {f"artifacts/{stage}"}
+    assert tops <= set(STAGES[stage]["deps"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_writes_its_artifacts_metrics_and_curves(stage: str) -> None:
+    assert STAGES[stage]["outs"] == [f"artifacts/{stage}"]
+    assert STAGES[stage]["metrics"] == [{f"metrics/{stage}.json": {"cache": False}}]
+    plots = [name for plot in STAGES[stage].get("plots", []) for name in plot]
+    assert plots == ([f"plots/{stage}.csv"] if stage in ("teacher", "student") else [])
+    assert STAGES[stage]["cmd"] == f"python -m stages.{stage}"
+
+
+def test_new_images_make_prepare_run() -> None:
+    assert "${data.root}" in STAGES["prepare"]["deps"]
+
+
+def tree(stage: str) -> ast.Module:
+    return ast.parse((ROOT / "stages" / f"{stage}.py").read_text())
+
+
+def tracked(stage: str, key: str) -> bool:
+    """Whether `key`, or a section around it, stands in the stage's params."""
+    return any(key == name or key.startswith(f"{name}.") for name in STAGES[stage]["params"])
+
+
+def leaves() -> list[str]:
+    known = list(keys())
+    return [key for key in known if not any(other.startswith(f"{key}.") for other in known)]
+
+
+@pytest.mark.parametrize("key", leaves())
+def test_a_key_that_is_set_differently_makes_some_stage_run(key: str) -> None:
+    assert any(tracked(stage, key) for stage in STAGES) != (key in WITHOUT_RESULT)
+
+
+def test_only_keys_that_exist_are_tracked() -> None:
+    assert {name for stage in STAGES.values() for name in stage["params"]} <= set(keys())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_stage_reads_of_params_it_tracks(stage: str) -> None:
+    chains = {ast.unparse(node) for node in ast.walk(tree(stage)) if isinstance(node, ast.Attribute)}
+    read = {chain.removeprefix("run.").removeprefix("params.") for chain in chains if chain.startswith(("params.", "run.params."))}
+    exact = {key for key in read if key in set(keys())}
+    assert exact, "the stage reads params under another name; this test must learn it"
+    deepest = {key for key in exact if not any(other.startswith(f"{key}.") for other in exact)}
+    untracked = {key for key in deepest if not tracked(stage, key)} - {"runtime"}
+    assert not untracked
