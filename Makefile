@@ -11,13 +11,16 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
 .PHONY: setup demo test test-stack lint ui lock clean
 
+# The environment, and this checkout's own command in it (a shared one may hold another clone's).
 setup: $(STAMP)
+	@[ "$$(cat $(VENV)/.checkout 2>/dev/null)" = "$(CURDIR)" ] || { \
+	    python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . && \
+	    echo "$(CURDIR)" > $(VENV)/.checkout; }
 
 $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	python -m pip install --disable-pip-version-check --require-hashes -r requirements.lock
-	python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
 demo: setup
@@ -39,7 +42,7 @@ ui: setup
 	python -m mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000 --workers 1
 
 lock:
-	uv pip compile --universal --python-version 3.11 --generate-hashes --extra dev --custom-compile-command "make lock" -o requirements.lock pyproject.toml
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate --extra dev --custom-compile-command "make lock" -o requirements.lock pyproject.toml
 
 clean:
 	rm -rf .checkpoints .tracking timings mlflow.db* mlartifacts artifacts .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.files import write_atomically, write_text
@@ -45,4 +46,4 @@ def load(folder: Path) -> RetrievalNet:
     """
     net = RetrievalNet(load_spec(folder))
     net.load_state_dict(load_file(folder / WEIGHTS), strict=True)
-    return net.eval()
+    return net.to(memory_format=torch.channels_last).eval()

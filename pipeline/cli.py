@@ -64,8 +64,9 @@ def retrain(
         from pipeline.ops.flow import retrain as flow
 
         state = flow(force=force, return_state=True)
+    if not state.is_completed():
+        raise RuntimeError(state.message)
     typer.echo(f"{state.name}: {state.message}")
-    state.result(raise_on_failure=True)
 
 
 @app.command()

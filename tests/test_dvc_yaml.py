@@ -3,7 +3,7 @@
 import ast
 
 import pytest
-from imports import ROOT, files_of, rooms_of
+from tests.imports import ROOT, files_of, rooms_of
 from ruamel.yaml import YAML
 
 from pipeline.ops.params import keys

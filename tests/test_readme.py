@@ -17,7 +17,7 @@ PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
 
 
 def test_every_make_target_that_is_named_exists() -> None:
-    named = set(re.findall(r"make ([a-z][a-z-]*)", README))
+    named = set(re.findall(r"(?:`|\$ |=\S+ )make ([a-z][a-z-]*)", README))
     targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     assert {"demo", "test", "test-stack", "ui", "lint"} <= named
     assert named <= targets

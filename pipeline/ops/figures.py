@@ -95,14 +95,14 @@ def curves(path: Path) -> list[dict[str, float]]:
 # --- result table -----------------------------------------------------------------------------------------------------
 
 COLUMNS = {
-    "eval/mAP": ("mAP (market)", "{:.4f}"),
-    "eval/rank1": ("rank-1", "{:.4f}"),
-    "model/params": ("params", "{:,.0f}"),
-    "model/macs": ("MACs", "{:,.0f}"),
-    "model/params_reduction": ("params cut", "{:.1%}"),
-    "model/flops_reduction": ("MACs cut", "{:.1%}"),
+    "eval/mAP": ("mAP", "{:.4f}", 1),
+    "eval/rank1": ("rank-1", "{:.4f}", 1),
+    "model/params": ("params", "{:.2f} M", 1e6),
+    "model/macs": ("MACs", "{:.1f} M", 1e6),
+    "model/params_reduction": ("params cut", "{:.1%}", 1),
+    "model/flops_reduction": ("MACs cut", "{:.1%}", 1),
 }
-"""Metric key: heading and format."""
+"""Metric key: heading, format and unit; short enough for a terminal of 80 columns."""
 
 
 def table(files: Files) -> list[dict[str, str]]:
@@ -112,9 +112,10 @@ def table(files: Files) -> list[dict[str, str]]:
         if files.metrics(stage).is_file():
             figures = finals(files, stage)
             cells = {
-                title: form.format(figures[key]) if key in figures else "" for key, (title, form) in COLUMNS.items()
+                title: form.format(figures[key] / unit) if key in figures else ""
+                for key, (title, form, unit) in COLUMNS.items()
             }
-            rows.append({"stage": stage, **cells, "latency p50": _latency(files, stage)})
+            rows.append({"stage": stage, **cells, "p50": _latency(files, stage)})
     return rows
 
 

@@ -19,11 +19,11 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
-from prefect.states import Completed
+from prefect.states import Completed, Failed
 
 from pipeline.files import Files
 from pipeline.ops import execution, figures, params, tracking
-from pipeline.ops.execution import VARIABLE, Execution, retraining
+from pipeline.ops.execution import VARIABLE, Busy, Execution, retraining
 from pipeline.records import RECORDS
 
 STOPPING = ((signal.SIGINT, 18.0), (signal.SIGTERM, 4.0))
@@ -43,41 +43,47 @@ def retrain(force: bool = False) -> State[None]:
             computed again whose inputs are the same.
 
     Returns:
-        Completed, under the name NoChange where there was nothing to do.
-
-    Raises:
-        Busy: If another process retrains this checkout.
-        ParamsError: If params.yaml is wrong.
-        StageError: If a stage fails.
+        Completed, under the name NoChange where there was nothing to do; Failed, with a sentence that says why.
     """
     files = Files.here()
-    with retraining(files):
-        checked = params.load(files.params)
-        changed = changes()
-        if not changed and not force:
-            return Completed(name="NoChange", message="nothing changed since the last run")
-        get_run_logger().info("changed: %s", ", ".join(changed) or "nothing")
-        owner = Execution.of("flow", psutil.Process())
-        try:
-            for stage in RECORDS:
-                reproduce.with_options(name=stage, task_run_name=stage)(stage, owner.key)
-            tracking.complete(files, checked, owner)
-        finally:
-            execution.forget(files, owner.key)  # another run in this process is another execution
-        create_table_artifact(table=figures.table(files), key="result", description="What each stage led to.")
+    try:
+        with retraining(files):
+            return _retrain(files, force)
+    except (Busy, params.ParamsError, StageError) as error:
+        return Failed(name=type(error).__name__, message=str(error))  # raised, Prefect would log a traceback
+
+
+def _retrain(files: Files, force: bool) -> State[None]:
+    checked = params.load(files.params)
+    changed = changes()
+    if not changed and not force:
+        return Completed(name="NoChange", message="nothing changed since the last run")
+    get_run_logger().info("changed: %s", ", ".join(changed) or "nothing")
+    owner = Execution.of("flow", psutil.Process())
+    try:
+        for stage in RECORDS:
+            state = reproduce.with_options(name=stage, task_run_name=stage)(stage, owner.key, return_state=True)
+            if not state.is_completed():
+                raise StageError(state.message)
+        tracking.complete(files, checked, owner)
+    finally:
+        execution.forget(files, owner.key)  # another run in this process is another execution
+    create_table_artifact(table=figures.table(files), key="result", description="What each stage led to.")
     return Completed(message=f"ran {', '.join(changed) or 'nothing anew'}")
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def reproduce(stage: str, owner: str) -> None:
+def reproduce(stage: str, owner: str) -> State[None]:
     """`dvc repro` of one stage, its output line by line in the log."""
     log = get_run_logger()
     with dvc("repro", "--single-item", stage, **{VARIABLE: owner}) as process:
         for line in process.stdout or ():
             if line := line.rstrip():
                 log.info(line)
-        if code := process.wait():
-            raise StageError(f"stage {stage} failed: `dvc repro` ended with {code}, its reason stands above in the log")
+        code = process.wait()
+    if code:
+        return Failed(message=f"stage {stage} failed (`dvc repro` ended with {code}); its reason stands above in the log")
+    return Completed(message=f"stage {stage} is up to date")
 
 
 def changes() -> list[str]:

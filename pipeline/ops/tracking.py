@@ -108,6 +108,8 @@ class Tracker:
         status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
         self._say({"end": status, "error": str(error or "")})
         self._close()
+        if status == "KILLED":
+            return  # whoever stopped the stage wants it gone; the recorder writes that down and leaves by itself
         patience = self._patience(status)
         try:
             self._recorder.wait(patience)

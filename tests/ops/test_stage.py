@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import NUMBERS, OFF, Start
+from tests.fake_stages import NUMBERS, OFF, Start
 
 from pipeline.files import Files, write_text
 from pipeline.ops.execution import Execution

@@ -1,0 +1,162 @@
+"""The flow as users start it, with Prefect's own temporary server."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+from tests.fake_stages import OFF, Start
+
+from pipeline.files import Files
+from pipeline.ops import flow
+from pipeline.ops.execution import retraining
+from pipeline.records import RECORDS
+
+RETRAIN = ("-m", "pipeline", "retrain")
+
+
+def home(files: Files) -> dict[str, str]:
+    return {"PREFECT_HOME": str(files.root / "prefect"), "COLUMNS": "200"}
+
+
+def flow_runs(files: Files) -> list[tuple[str, str]]:
+    with sqlite3.connect(files.root / "prefect" / "prefect.db") as database:
+        return database.execute("select state_type, state_name from flow_run order by created").fetchall()
+
+
+def recorded(files: Files) -> list[tuple[str, str, str]]:
+    client = MlflowClient(f"sqlite:///{files.root}/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name != "Default"]
+    found = client.search_runs(experiment.experiment_id, "tags.stage != ''", order_by=["attributes.start_time ASC"])
+    return [(run.data.tags["stage"], run.data.tags["cached"], run.info.status) for run in found]
+
+
+def test_retrain_runs_what_changed_then_nothing_and_records_all_if_forced(pipeline: Files, start: Start) -> None:
+    first = start(pipeline, *RETRAIN, **home(pipeline), **OFF)
+    out, err = first.communicate()
+    assert first.returncode == 0, err
+    assert out.splitlines()[-1] == "Completed: ran prepare, teacher, student, surgery, export, benchmark"
+    assert "Task run 'teacher' - > python -m stages.teacher" in err  # live, line by line
+    assert "Task run 'teacher' - running" in err
+    with sqlite3.connect(pipeline.root / "prefect" / "prefect.db") as database:
+        tasks = database.execute("select name, state_type from task_run order by created").fetchall()
+        (result,) = database.execute("select data from artifact where key = 'result'").fetchone()
+    assert tasks == [(stage, "COMPLETED") for stage in RECORDS]
+    assert "rank-1" in result
+
+    second = start(pipeline, *RETRAIN, **home(pipeline))
+    out, err = second.communicate()
+    assert second.returncode == 0, err
+    assert out.splitlines()[-1] == "NoChange: nothing changed since the last run"
+    assert flow_runs(pipeline)[-1] == ("COMPLETED", "NoChange")
+
+    third = start(pipeline, *RETRAIN, "--force", **home(pipeline))
+    out, err = third.communicate()
+    assert third.returncode == 0, err
+    assert "Running stage" not in err
+    assert recorded(pipeline) == [(stage, "true", "FINISHED") for stage in RECORDS]
+
+
+def test_a_stage_that_fails_fails_the_flow_and_ends_it_there(pipeline: Files, start: Start) -> None:
+    process = start(pipeline, *RETRAIN, FAIL="teacher", **home(pipeline), **OFF)
+    _, err = process.communicate()
+    assert process.returncode == 1
+    assert "the parity is gone; train again" in err  # what the stage said
+    assert "\nsmaller-student: stage teacher failed (`dvc repro` ended with " in err
+    assert "Traceback" not in err
+    assert not pipeline.metrics("student").exists()
+    assert flow_runs(pipeline)[-1][0] == "FAILED"
+
+
+def test_a_flow_that_is_told_to_stop_leaves_nothing_running(pipeline: Files, start: Start) -> None:
+    process = start(pipeline, *RETRAIN, NAP="600", **home(pipeline))
+    assert process.stderr is not None
+    while "naps" not in (line := process.stderr.readline()):
+        assert line, "the flow ended before the stage napped"
+    below = psutil.Process(process.pid).children(recursive=True)
+    stages = [child for child in below if "stages.prepare" in child.cmdline()]
+    assert stages
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    _, still = psutil.wait_procs(stages, timeout=5)
+    assert not still
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    psutil.wait_procs(below, timeout=30)
+    assert not [child for child in below if child.is_running()]
+    assert recorded(pipeline) == [("prepare", "false", "KILLED")]
+    assert time.monotonic() - began < 60
+
+
+def test_who_comes_second_is_told_so_before_prefect_is_imported(pipeline: Files, start: Start) -> None:
+    with retraining(pipeline):
+        began = time.monotonic()
+        process = start(pipeline, *RETRAIN, **home(pipeline))
+        _, err = process.communicate()
+        assert time.monotonic() - began < 2
+    assert process.returncode == 75
+    assert err.startswith(f"smaller-student: busy: retraining runs already (pid {os.getpid()} on ")
+    assert not (pipeline.root / "prefect").exists()
+
+
+def test_bad_params_are_refused_before_prefect_is_imported(pipeline: Files, start: Start) -> None:
+    pipeline.params.write_text("seed: 0\n")
+    process = start(pipeline, *RETRAIN, **home(pipeline))
+    _, err = process.communicate()
+    assert process.returncode == 2 and "`teacher` is missing" in err
+    assert not (pipeline.root / "prefect").exists()
+
+
+STUBBORN = """
+import signal, subprocess, sys, time
+ignored = [getattr(signal, name) for name in sys.argv[1].split(",") if name]
+for number in ignored:
+    signal.signal(number, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def stubborn(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """A dvc that ignores some signals; the patience for each is half a second."""
+    monkeypatch.setattr(flow, "STOPPING", tuple((number, 0.5) for number, _ in flow.STOPPING))
+    return lambda ignored: monkeypatch.setattr(flow, "DVC", (sys.executable, "-c", STUBBORN, ignored))
+
+
+@pytest.mark.parametrize("ignored", ["", "SIGINT", "SIGINT,SIGTERM"])
+def test_a_dvc_that_is_left_early_ends_with_all_its_children(
+    stubborn: Callable[[str], None], ignored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stubborn(ignored)
+    with pytest.raises(KeyboardInterrupt), flow.dvc("repro") as process:
+        assert process.stdout is not None
+        child = psutil.Process(int(process.stdout.readline()))
+        raise KeyboardInterrupt
+    assert process.poll() is not None
+    psutil.wait_procs([child], timeout=5)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_dvc_status_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(flow.StageError, match="`dvc status` failed: .*not inside of a DVC repository"):
+        flow.changes()
+
+
+def test_stages_run_with_the_python_that_runs_the_flow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(flow, "DVC", ("python", "-c", "import sys; print(sys.prefix)"))
+    with flow.dvc() as process:
+        out, _ = process.communicate()
+    assert out.strip() == sys.prefix
+    assert isinstance(process, subprocess.Popen)

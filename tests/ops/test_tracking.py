@@ -1,0 +1,123 @@
+"""The recorder as a process of its own, beside real stages."""
+
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+from tests.fake_stages import OFF, Start
+
+from pipeline.files import Files
+
+TEACHER = ("-m", "stages.teacher")
+
+
+def statuses(files: Files) -> dict[str, str]:
+    client = MlflowClient(f"sqlite:///{files.root}/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name != "Default"]
+    found = client.search_runs(experiment.experiment_id)
+    return {run.data.tags.get("stage", "execution"): run.info.status for run in found}
+
+
+def wait_until(condition, seconds: float) -> None:  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def recorder_of(pid: int) -> psutil.Process:
+    found: list[psutil.Process] = []
+
+    def there() -> bool:
+        children = psutil.Process(pid).children()
+        found[:] = [child for child in children if "pipeline.ops.recorder" in child.cmdline()]
+        return bool(found)
+
+    wait_until(there, 10)
+    return found[0]
+
+
+def test_a_stage_is_recorded_in_the_repositorys_own_database(checkout: Files, start: Start) -> None:
+    process = start(checkout, *TEACHER)
+    _, err = process.communicate()
+    assert process.returncode == 0
+    assert "warning" not in err and "mlflow" not in err.lower()
+    assert statuses(checkout) == {"execution": "FINISHED", "teacher": "FINISHED"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stage_that_is_stopped_or_killed_ends_as_killed(
+    checkout: Files, start: Start, number: signal.Signals
+) -> None:
+    process = start(checkout, *TEACHER, NAP="60")
+    recorder = recorder_of(process.pid)
+    wait_until(lambda: (checkout.tracking / "executions").is_dir(), 60)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    recorder.wait(timeout=60)
+    assert statuses(checkout) == {"execution": "KILLED", "teacher": "KILLED"}
+
+
+def test_a_stage_that_fails_ends_as_failed(checkout: Files, start: Start) -> None:
+    process = start(checkout, *TEACHER, FAIL="teacher")
+    process.communicate()
+    assert process.returncode == 4
+    assert statuses(checkout) == {"execution": "FAILED", "teacher": "FAILED"}
+
+
+def test_nothing_is_recorded_if_that_is_asked_for(checkout: Files, start: Start) -> None:
+    process = start(checkout, *TEACHER, **OFF)
+    process.communicate()
+    assert process.returncode == 0
+    assert not (checkout.root / "mlflow.db").exists()
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """A server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken: list[socket.socket] = []
+
+        def accept() -> None:
+            while True:
+                try:
+                    taken.append(server.accept()[0])
+                except OSError:
+                    return
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+        for connection in taken:
+            connection.close()
+
+
+def test_a_server_that_is_down_costs_one_warning(checkout: Files, start: Start) -> None:
+    process = start(checkout, *TEACHER, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    _, err = process.communicate()
+    assert process.returncode == 0 and checkout.metrics("teacher").is_file()
+    assert err.count("warning") == 1
+    assert "warning: MLflow at http://127.0.0.1:9 does not record teacher ([Errno" in err
+    assert "the run goes on" in err and "Traceback" not in err
+
+
+def test_a_server_that_never_answers_costs_seconds_and_one_warning(checkout: Files, start: Start, silent: str) -> None:
+    began = time.monotonic()
+    process = start(checkout, *TEACHER, NAP="12", MLFLOW_TRACKING_URI=silent)
+    _, err = process.communicate()
+    assert process.returncode == 0 and checkout.metrics("teacher").is_file()
+    assert err.count("warning") == 1 and "timed out" in err.lower()
+    assert time.monotonic() - began < 12 + 5 + 2  # the stage's own time, the cost, starting Python
+
+
+def test_a_recorder_that_dies_does_not_take_the_stage_along(checkout: Files, start: Start) -> None:
+    process = start(checkout, *TEACHER, NAP="1")
+    recorder_of(process.pid).kill()
+    _, err = process.communicate()
+    assert process.returncode == 0 and "Traceback" not in err
+    assert checkout.metrics("teacher").is_file()

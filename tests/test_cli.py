@@ -1,0 +1,99 @@
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.fake_stages import NUMBERS
+
+from pipeline.cli import main
+from pipeline.files import Files, write_json, write_text
+from pipeline.ops.params import load
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
+    """A folder with two presets, which the commands run in."""
+    smoke = (ROOT / "presets" / "smoke.yaml").read_text()
+    write_text(tmp_path / "presets" / "smoke.yaml", smoke)
+    write_text(tmp_path / "presets" / "larger.yaml", smoke.replace("seed: 0", "seed: 1"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    return Files(tmp_path, tmp_path)
+
+
+def smaller_student(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["smaller-student", *words])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return int(caught.value.code or 0)
+
+
+def test_a_preset_becomes_params_yaml(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert smaller_student(monkeypatch, "preset", "smoke") == 0
+    assert smaller_student(monkeypatch, "preset", "larger") == 0  # a preset may be replaced
+    assert files.params.read_bytes() == (files.root / "presets" / "larger.yaml").read_bytes()
+
+
+def test_an_unknown_preset_is_answered_with_the_known_ones(
+    files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert smaller_student(monkeypatch, "preset", "smok") == 2
+    assert capsys.readouterr().err == (
+        "smaller-student: preset `smok` is unknown; nearest: `smoke`; there are: larger, smoke\n"
+    )
+    assert not files.params.exists()
+
+
+def test_changes_of_ones_own_are_overwritten_only_by_force(
+    files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_text(files.params, "seed: 7\n")
+    assert smaller_student(monkeypatch, "preset", "smoke") == 2
+    assert "params.yaml holds changes of your own; `--force` overwrites them" in capsys.readouterr().err
+    assert files.params.read_text() == "seed: 7\n"
+    assert smaller_student(monkeypatch, "preset", "smoke", "--force") == 0
+    assert load(files.params).seed == 0
+
+
+def test_a_preset_that_is_wrong_is_not_written(
+    files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_text(files.root / "presets" / "broken.yaml", "seed: 0\n")
+    assert smaller_student(monkeypatch, "preset", "broken") == 2
+    assert "broken.yaml: `teacher` is missing" in capsys.readouterr().err
+    assert not files.params.exists()
+
+
+def test_compare_shows_each_network_and_where_the_results_lie(
+    files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    for stage, numbers in NUMBERS.items():
+        write_json(files.metrics(stage), numbers)
+    write_text(files.report / "index.html", "")
+    write_text(files.artifacts("export") / "model.onnx", "")
+    assert smaller_student(monkeypatch, "compare") == 0
+    lines = capsys.readouterr().out.splitlines()
+    row = {line.split()[1]: line for line in lines if line.startswith("│")}
+    assert list(row) == ["teacher", "student", "surgery", "export"]
+    assert all(figure in row["export"] for figure in ("0.5900", "0.50 M", "9.0 M", "50.0%", "55.0%", "2.00 ms"))
+    assert lines[-2:] == ["report: artifacts/benchmark/report/index.html", "ONNX: artifacts/export/model.onnx"]
+
+
+def test_compare_before_the_first_run_names_the_remedy(
+    files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert smaller_student(monkeypatch, "compare") == 2
+    assert capsys.readouterr().err == "smaller-student: no stage has run yet; run `dvc repro` first\n"
+
+
+def test_retrain_refuses_bad_params_at_once(
+    files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_text(files.params, "seed: x\n")
+    began = time.monotonic()
+    assert smaller_student(monkeypatch, "retrain") == 2
+    assert time.monotonic() - began < 2
+    assert "`seed` must be a whole number, got the text 'x' (line 1)" in capsys.readouterr().err
