@@ -1,0 +1,68 @@
+"""Servers on this machine, and a browser."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from playwright.sync_api import Page, sync_playwright
+
+QUIET = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture
+def page() -> Iterator[Page]:
+    """A page of the machine's own Chromium; Playwright's is downloaded from elsewhere."""
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    assert found, f"none of {', '.join(BROWSERS)} is installed; the package is called chromium"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=list(QUIET))
+        yield browser.new_page(viewport={"width": 1600, "height": 900})
+        browser.close()
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[[str], str]]:
+    """Starts MLflow's server over a store, waits until it answers, and returns its address."""
+    servers = []
+
+    def begin(store: str) -> str:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
+        log = (tmp_path / "server.log").open("w")
+        server = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)], cwd=tmp_path, env=os.environ, stdout=log, stderr=log
+        )
+        servers.append(server)
+        address = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 120
+        while server.poll() is None and time.monotonic() < deadline:
+            with suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=2):
+                return address
+            time.sleep(0.2)
+        raise AssertionError((tmp_path / "server.log").read_text())
+
+    yield begin
+    for server in servers:
+        for process in [*psutil.Process(server.pid).children(recursive=True), server]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        server.wait()
