@@ -8,7 +8,13 @@ NUMBERS = {
     "prepare": {"images": 9, "identities": 3, "cameras": 2, "train": 4, "validation": 0, "query": 2, "gallery": 3},
     "teacher": {"params": 1_000_000, "macs": 20_000_000},
     "student": {"params": 500_000, "macs": 9_000_000, "params_reduction": 0.5, "macs_reduction": 0.55, "target": 0.55},
-    "surgery": {"params": 500_000, "macs": 9_000_000, "params_reduction": 0.5, "macs_reduction": 0.55, "max_abs_diff": 1e-14},
+    "surgery": {
+        "params": 500_000,
+        "macs": 9_000_000,
+        "params_reduction": 0.5,
+        "macs_reduction": 0.55,
+        "max_abs_diff": 1e-14,
+    },
     "export": {"map": 0.59, "map_teacher": 0.61, "min_cosine": 0.999999, "bytes": 2000, "bytes_teacher": 4000},
     "benchmark": {"speedup": 2.0, "ideal_speedup": 2.5, "realised": 0.8},
 }
@@ -22,7 +28,13 @@ NUMBERS["prepare"] |= {"quarantined": 0, "leaked": 0}
 for _stage in ("teacher", "student", "surgery"):
     NUMBERS[_stage] |= SCORES | ({"map": 0.61} if _stage == "teacher" else {})
 NUMBERS["surgery"] |= {"widths": {"layer1.0.conv1": 8}}
-NUMBERS["export"] |= {"params": 500_000, "macs": 9_000_000, "params_reduction": 0.5, "macs_reduction": 0.55, "int8_published": 0}
+NUMBERS["export"] |= {
+    "params": 500_000,
+    "macs": 9_000_000,
+    "params_reduction": 0.5,
+    "macs_reduction": 0.55,
+    "int8_published": 0,
+}
 NUMBERS["benchmark"] |= LATENCIES
 
 STAGE = """

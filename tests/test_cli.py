@@ -3,11 +3,11 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.fake_stages import NUMBERS
 
 from pipeline.cli import main
 from pipeline.files import Files, write_json, write_text
 from pipeline.ops.params import load
+from tests.fake_stages import NUMBERS
 
 ROOT = Path(__file__).parents[1]
 

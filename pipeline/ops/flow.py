@@ -82,7 +82,9 @@ def reproduce(stage: str, owner: str) -> State[None]:
                 log.info(line)
         code = process.wait()
     if code:
-        return Failed(message=f"stage {stage} failed (`dvc repro` ended with {code}); its reason stands above in the log")
+        return Failed(
+            message=f"stage {stage} failed (`dvc repro` ended with {code}); its reason stands above in the log"
+        )
     return Completed(message=f"stage {stage} is up to date")
 
 
@@ -92,9 +94,7 @@ def changes() -> list[str]:
     Raises:
         StageError: If `dvc status` fails.
     """
-    done = subprocess.run(
-        [*DVC, "status", "--json"], capture_output=True, text=True, env=_environment()
-    )
+    done = subprocess.run([*DVC, "status", "--json"], capture_output=True, text=True, env=_environment())
     if done.returncode:
         raise StageError(f"`dvc status` failed: {done.stderr.strip()}")
     return list(json.loads(done.stdout or "{}"))

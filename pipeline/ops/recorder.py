@@ -32,6 +32,8 @@ from pipeline.ops.tracking import UPLOADS, tracking_uri, upload_folder
 from pipeline.records import RECORDS
 
 PARENT = "mlflow.parentRunId"
+KIND = {"mlflow.experimentKind": "custom_model_development", "mlflow.experiment.primaryMetric.name": "eval/mAP"}
+"""Tags that tell the UI how to show the experiment."""
 MOST_PARAMS, MOST_METRICS = 100, 1000
 """What MLflow takes in one call."""
 
@@ -87,7 +89,7 @@ class Recorder:
         # A server keeps artifacts where it likes; a database alone would put them into the current directory.
         home = None if self.uri.startswith("http") else self.files.mlflow_artifacts.resolve().as_uri()
         try:
-            return self.client.create_experiment(name, artifact_location=home)
+            return self.client.create_experiment(name, home, KIND)
         except MlflowException:  # another process was faster
             if found := self.client.get_experiment_by_name(name):
                 return found.experiment_id

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.fake_stages import NUMBERS, Start, source
 from ruamel.yaml import YAML
 
 from pipeline.files import Files, write_json, write_text
 from pipeline.records import RECORDS
+from tests.fake_stages import NUMBERS, Start, source
 
 ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Files:
@@ -70,7 +71,9 @@ def start() -> Iterator[Start]:
 
     def begin(files: Files, *words: str, **extra: str) -> "subprocess.Popen[str]":
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "DVC_", "SMALLER_"))}
+        kept = {
+            name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "DVC_", "SMALLER_"))
+        }
         library = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         environment = {**kept, "PATH": path, "PYTHONPATH": library, **extra}
         process = subprocess.Popen(
@@ -87,4 +90,3 @@ def start() -> Iterator[Start]:
                 with suppress(psutil.NoSuchProcess):
                     below.kill()
         process.communicate()
-

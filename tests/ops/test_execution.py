@@ -64,7 +64,9 @@ def test_all_stages_of_one_dvc_process_belong_together(tmp_path: Path, shell: bo
 
 def test_state_survives_and_half_a_file_counts_as_none(tmp_path: Path) -> None:
     files, key = Files(tmp_path, tmp_path), "dvc-1-2"
-    state = State(uri="sqlite:///x", parent="p", children={"teacher": Child(run="t", status="RUNNING", pid=3, started=4)})
+    state = State(
+        uri="sqlite:///x", parent="p", children={"teacher": Child(run="t", status="RUNNING", pid=3, started=4)}
+    )
     execution.save(files, key, state)
     assert execution.load(files, key) == state
     (path,) = (files.tracking / "executions").iterdir()
@@ -100,9 +102,9 @@ def test_who_comes_second_hears_at_once_who_is_first(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert first.stdout is not None and first.stdout.readline() == "holds\n"
-    with pytest.raises(Busy, match=rf"^busy: training runs already \(pid {first.pid} on \S+ since 20") as caught:
-        with sole_writer(path, "training"):
-            pass
+    message = rf"^busy: training runs already \(pid {first.pid} on \S+ since 20"
+    with pytest.raises(Busy, match=message) as caught, sole_writer(path, "training"):
+        pass
     assert caught.value.exit_code == 75
     first.kill()  # even then the lock is free at once
     first.communicate()

@@ -12,12 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 from mlflow import MlflowClient
-from tests.fake_stages import OFF, Start
 
 from pipeline.files import Files
 from pipeline.ops import flow
 from pipeline.ops.execution import retraining
 from pipeline.records import RECORDS
+from tests.fake_stages import OFF, Start
 
 RETRAIN = ("-m", "pipeline", "retrain")
 
@@ -149,7 +149,7 @@ def test_a_dvc_that_is_left_early_ends_with_all_its_children(
 
 def test_a_dvc_status_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(flow.StageError, match="`dvc status` failed: .*not inside of a DVC repository"):
+    with pytest.raises(flow.StageError, match=r"`dvc status` failed: .*not inside of a DVC repository"):
         flow.changes()
 
 

@@ -110,7 +110,7 @@ def test_objects_of_python_are_not_made(path: Path) -> None:
 
 
 def test_a_missing_file_names_the_remedy(path: Path) -> None:
-    with pytest.raises(ParamsError, match="is missing in .*smaller-student preset NAME"):
+    with pytest.raises(ParamsError, match=r"is missing in .*smaller-student preset NAME"):
         load(path)
 
 
@@ -134,7 +134,9 @@ def test_keys_are_all_of_the_schema_and_no_more() -> None:
 
 
 @given(st.text(max_size=60))
-def test_any_text_is_refused_with_complaints_and_never_crashes(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+def test_any_text_is_refused_with_complaints_and_never_crashes(
+    tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
     path = tmp_path_factory.mktemp("any") / "params.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ParamsError) as caught:

@@ -4,7 +4,6 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from tests.fake_stages import NUMBERS
 
 from pipeline.files import Files, write_json
 from pipeline.ops import execution, figures
@@ -14,6 +13,7 @@ from pipeline.ops.process import identity
 from pipeline.ops.recorder import Recorder, chunks, flatten
 from pipeline.ops.tracking import tracking_uri
 from pipeline.records import RECORDS
+from tests.fake_stages import NUMBERS
 
 BEGAN = 1_800_000_000_000
 

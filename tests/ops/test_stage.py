@@ -10,13 +10,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.fake_stages import NUMBERS, OFF, Start
 
 from pipeline.files import Files, write_text
 from pipeline.ops.execution import Execution
 from pipeline.ops.params import load
 from pipeline.ops.stage import Run, exit_code, guarded, table
 from pipeline.records import Record, TeacherRecord
+from tests.fake_stages import NUMBERS, OFF, Start
 
 TEACHER = ("-m", "stages.teacher")
 
@@ -204,7 +204,9 @@ def test_a_training_with_other_params_inputs_or_code_starts_anew(
 
 def test_params_of_others_do_not_matter(checkout: Files, inputs: Path) -> None:
     before = folder(checkout, "teacher")
-    checkout.params.write_text(checkout.params.read_text().replace("workers: 0", "workers: 1").replace("repeats: 5", "repeats: 6"))
+    checkout.params.write_text(
+        checkout.params.read_text().replace("workers: 0", "workers: 1").replace("repeats: 5", "repeats: 6")
+    )
     assert folder(checkout, "teacher") == before
 
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import psutil
 import pytest
 from mlflow import MlflowClient
-from tests.fake_stages import OFF, Start
 
 from pipeline.files import Files
+from tests.fake_stages import OFF, Start
 
 TEACHER = ("-m", "stages.teacher")
 

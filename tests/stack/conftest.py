@@ -34,7 +34,7 @@ def page() -> Iterator[Page]:
     assert found, f"none of {', '.join(BROWSERS)} is installed; the package is called chromium"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=list(QUIET))
-        yield browser.new_page(viewport={"width": 1600, "height": 900})
+        yield browser.new_page(viewport={"width": 2300, "height": 700})
         browser.close()
 
 
