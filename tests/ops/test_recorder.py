@@ -182,10 +182,8 @@ def test_what_a_dead_recorder_left_running_is_ended_by_the_next(here: Files) -> 
     execution.save(here, gone.key, left.state)
     recorder(here)
     dead = [run for run in runs(here) if run.data.tags["execution"] == gone.key]
-    assert {run.info.run_name: run.info.status for run in dead if run.data.tags.get("stage") != "prepare"} == {
-        "teacher": "KILLED",
-        dead[0].info.run_name: "KILLED",
-    }
+    ended = {run.data.tags.get("stage", "parent"): run.info.status for run in dead}
+    assert {name: ended[name] for name in ("parent", "teacher")} == {"parent": "KILLED", "teacher": "KILLED"}
     assert execution.load(here, gone.key) is None
 
 
