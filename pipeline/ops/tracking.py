@@ -92,8 +92,8 @@ class Tracker:
             os.register_at_fork(after_in_child=self._close)
         self._start = time.monotonic()
         self._say(self._order)
-        if self._stage in CALM and os.name != "nt":  # pipes cannot be waited for with a limit there
-            select.select([self._recorder.stdout], [], [], START)
+        if self._stage in CALM and self._recorder.stdout and os.name != "nt":  # pipes cannot be waited for with a limit there
+            select.select([self._recorder.stdout.fileno()], [], [], START)
         return self
 
     def curve(self, row: Mapping[str, float]) -> None:
