@@ -92,7 +92,7 @@ class Tracker:
             os.register_at_fork(after_in_child=self._close)
         self._start = time.monotonic()
         self._say(self._order)
-        if self._stage in CALM and self._recorder.stdout and os.name != "nt":  # pipes cannot be waited for with a limit there
+        if self._stage in CALM and self._recorder.stdout and os.name != "nt":  # Windows cannot wait for a pipe so
             select.select([self._recorder.stdout.fileno()], [], [], START)
         return self
 
