@@ -1,6 +1,7 @@
 """A checkout in which every stage takes milliseconds."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -79,6 +80,8 @@ def start() -> Iterator[Start]:
         process = subprocess.Popen(
             [sys.executable, *words], cwd=files.root, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            # A shell's background jobs ignore Ctrl-C and would hand that down.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         started.append(process)
         return process
