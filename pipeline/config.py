@@ -278,9 +278,9 @@ class Runtime(Section):
     """Devices a node."""
     nodes: Count
     """Machines."""
-    strategy: Literal["auto", "ddp", "fsdp"]
+    strategy: Literal["auto", "ddp"]
     """How Lightning Fabric spreads training over devices."""
-    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
+    precision: Literal["auto", "32-true", "bf16-mixed"]
     """`auto`: bf16-mixed on a GPU, 32-true on a CPU."""
     workers: Annotated[int, Field(ge=0, le=256)]
     """Processes that load images; 0 loads in the training process."""

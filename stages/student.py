@@ -31,6 +31,7 @@ def student(run: Run) -> StudentRecord:
     task = student_task(params, teacher.to(fabric.device), steps, calibration, validate)
     fit = Fit(fabric, params.student, task, loader, normalise, run.checkpoints("data", "teacher", "student"), run.curve)
     net = fit.run(lambda: fresh_student(params, teacher))
+    task.check(net)
     task.plan().write(run.out)
     checkpoint.save(run.out, net)
     scores = evaluate(net, manifest, images, "query", "gallery", normalise, fabric.device).scores()

@@ -21,13 +21,13 @@ def surgery(run: Run) -> SurgeryRecord:
     fabric = launch(params.runtime, params.seed)
     manifest, images = open_images(run.files, params)
     probe = normalise(as_tensor(images.batch(manifest.rows("gallery")[:8])))
-    operation = operate(checkpoint.load(run.files.artifacts("student")), params.surgery, probe)
+    full = checkpoint.load_spec(run.files.artifacts("teacher"))
+    operation = operate(checkpoint.load(run.files.artifacts("student")), full, params.surgery, probe)
     operation.plan.after(SurgeryPlan.read(run.files.artifacts("student"))).write(run.out)
     checkpoint.save(run.out, operation.net)
     net = operation.net.to(fabric.device)
     scores = evaluate(net, manifest, images, "query", "gallery", normalise, fabric.device).scores()
     height, width = params.data.image_size
-    full = checkpoint.load_spec(run.files.artifacts("teacher"))
     params_left, macs_left = cost.params(net.spec), cost.macs(net.spec, (height, width))
     return SurgeryRecord(
         **scores.model_dump(),

@@ -22,6 +22,14 @@ WINDOW = 0.01
 class BudgetError(ValueError):
     """A reduction that no choice of widths reaches."""
 
+    exit_code = 2
+
+
+class BudgetMissedError(RuntimeError):
+    """A trained student that does not keep to its budget."""
+
+    exit_code = 4
+
 
 def scheduled(progress: float, start: float, end: float) -> float:
     """Share of the reduction that is due.
@@ -161,32 +169,32 @@ class Allotment:
         """Reach the final reduction: at least `asked`, and above it by as little as costs least.
 
         Spends up to `asked`, then looks for the one or two groups (given up, or one given back for another) that land
-        in the window at the lowest loss; where none does, for those that overshoot least.
+        in the window at the lowest loss.
 
         Raises:
-            BudgetError: If what is left to give up does not suffice.
+            BudgetError: If none does.
         """
         self.spend(asked, limit=asked)
         if self.reduction >= asked:
             return
-        best: tuple[bool, float, dict[str, int]] | None = None
+        best: tuple[float, dict[str, int]] | None = None
         singles = [move for site in self._sites for move in self._moves(site)]
         for moves in itertools.chain(((move,) for move in singles), itertools.combinations(singles, 2)):
             if len({site for site, _ in moves}) < len(moves):
                 continue
             trial = {**self.widths, **dict(moves)}
             excess = 1 - self._cost(trial) / self._base - asked
-            if excess < 0:
+            if not 0 <= excess <= WINDOW:
                 continue
-            outside = excess > WINDOW
-            key = (outside, excess if outside else sum(self._loss(site, width) for site, width in moves), trial)
-            if best is None or key[:2] < best[:2]:
-                best = key
+            loss = sum(self._loss(site, width) for site, width in moves)
+            if best is None or loss < best[0]:
+                best = (loss, trial)
         if best is None:
             raise BudgetError(
-                f"a reduction of {asked:g} is out of reach: {self.reduction:.4f} is the most that is left"
+                f"no widths in multiples of {self._multiple} give a reduction in [{asked:g}, {asked + WINDOW:g}] from "
+                f"{self.reduction:.4f}; change `student.budget.reduction` a little or lower `student.channel_multiple`"
             )
-        self.widths = best[2]
+        self.widths = best[1]
 
     def _moves(self, site: str) -> list[tuple[str, int]]:
         """Widths one group below and one group above the present one."""

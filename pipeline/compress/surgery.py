@@ -28,6 +28,8 @@ EXACT = 1e-10
 class SurgeryError(RuntimeError):
     """A cut that would change what the network computes, or leave widths that were not asked for."""
 
+    exit_code = 4
+
 
 @dataclass(frozen=True)
 class SurgeryPlan:
@@ -71,18 +73,19 @@ class Operation:
     max_abs_diff: float
 
 
-def operate(net: RetrievalNet, config: Surgery, probe: Tensor) -> Operation:
+def operate(net: RetrievalNet, full: ArchSpec, config: Surgery, probe: Tensor) -> Operation:
     """Plan, fold, cut, and verify that the function is the same.
 
     Args:
         net: Trained student in evaluation mode, on the CPU; not changed.
+        full: The uncompressed network, the teacher's.
         config: Section of params.yaml.
         probe: Normalised images (B, 3, H, W) to compare embeddings on.
 
     Raises:
         SurgeryError: If widths come out wrong or the function changes.
     """
-    plan = plan_cut(net, config.tolerance, config.channel_multiple)
+    plan = plan_cut(net, config.tolerance, config.channel_multiple, full)
     exact = convert(net, net.spec).double()
     narrow = fold_and_cut(exact, plan)
     difference = largest_difference(exact, narrow, probe.double())
@@ -95,13 +98,14 @@ def operate(net: RetrievalNet, config: Surgery, probe: Tensor) -> Operation:
     return Operation(bare, plan, difference)
 
 
-def plan_cut(net: RetrievalNet, tolerance: float, multiple: int) -> SurgeryPlan:
+def plan_cut(net: RetrievalNet, tolerance: float, multiple: int, full: ArchSpec) -> SurgeryPlan:
     """Keep the channels whose compactor rows are not zero.
 
     Args:
         net: Network with compactors.
         tolerance: Largest row norm that counts as zero.
         multiple: What every width that shrinks must be a multiple of.
+        full: The uncompressed network: a student may have been cut while it learned.
 
     Raises:
         SurgeryError: If a width would be none, or no whole multiple.
@@ -110,7 +114,7 @@ def plan_cut(net: RetrievalNet, tolerance: float, multiple: int) -> SurgeryPlan:
     for site, rows in kept.items():
         if not rows:
             raise SurgeryError(f"every channel of {site} is zero; lower `surgery.tolerance` or the budget")
-        if len(rows) % multiple and len(rows) < net.spec.widths[site]:
+        if len(rows) % multiple and len(rows) != full.widths[site]:
             raise SurgeryError(
                 f"{site} would keep {len(rows)} channels, no multiple of `surgery.channel_multiple` {multiple}; train "
                 "the student with that multiple"

@@ -132,8 +132,10 @@ class RetrievalNet(nn.Module):
             ValueError: If names or shapes differ from this network's.
         """
         own = self.state_dict()
-        wanted = {name for name in own if not name.startswith(("head.", "classifier."))}
-        given = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
+        # Files of before 2018 do not count batches, and nothing here reads the count.
+        counts = "num_batches_tracked"
+        wanted = {name for name in own if not name.startswith(("head.", "classifier.")) and not name.endswith(counts)}
+        given = {n: tensor for n, tensor in state.items() if not n.startswith("fc.") and not n.endswith(counts)}
         missing, unknown = sorted(wanted - set(given)), sorted(set(given) - wanted)
         shapes = [
             f"{name} {tuple(given[name].shape)}, wanted {tuple(own[name].shape)}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.compress.budget import refuse_unreachable
+from pipeline.compress.budget import WINDOW, BudgetMissedError, refuse_unreachable
 from pipeline.compress.capacity import Capacity
 from pipeline.compress.compactor import alive, attach
 from pipeline.compress.fold import recentre
@@ -96,7 +96,10 @@ class StudentTask:
         if self.capacity is None:
             optimizer()
             return
-        if round(progress * self.total_steps) % self.config.budget.every == 0 or progress >= self.config.budget.end:
+        number = round(progress * self.total_steps)
+        if number == self.total_steps - 1:
+            progress = 1.0  # whatever the schedule says, nothing is chosen after the last step
+        if number % self.config.budget.every == 0 or progress >= self.config.budget.end:
             self.capacity.revise(progress)
         compactors = net.compactors()
         self.capacity.reset(compactors)
@@ -148,6 +151,22 @@ class StudentTask:
         """The capacity's."""
         if self.capacity is not None:
             self.capacity.load_state_dict(tensors)
+
+    def check(self, net: RetrievalNet) -> None:
+        """Refuse a trained student whose living channels do not keep to the budget.
+
+        Raises:
+            BudgetMissedError: With the reduction that was reached.
+        """
+        if self.capacity is None:
+            return
+        asked, cost_of = self.config.budget.reduction, self.capacity.cost
+        reached = 1 - cost_of(remaining_spec(net).widths) / cost_of(self.capacity.spec.widths)
+        if not asked <= reached <= asked + WINDOW:
+            raise BudgetMissedError(
+                f"the student ended at a reduction of {reached:.4f}, not in [{asked:g}, {asked + WINDOW:g}]: masked "
+                "rows have not reached zero; lower `student.budget.end`, `student.budget.fade` or `student.optimizer.lr`"
+            )
 
     def plan(self) -> SurgeryPlan:
         """Channels of the uncompressed network that are still present, cut ones left out."""

@@ -33,7 +33,7 @@ CONFIG = Surgery(tolerance=0.0, channel_multiple=8)
 @given(depth=st.sampled_from([14, 18, 26]), seed=st.integers(0, 10_000), multiple=st.sampled_from([1, 4, 8]))
 def test_any_network_computes_the_same_after_surgery(dying_net: Make, depth: int, seed: int, multiple: int) -> None:
     net = dying_net(depth, seed, multiple)
-    plan = plan_cut(net, 0.0, multiple)
+    plan = plan_cut(net, 0.0, multiple, net.spec)
     narrow = fold_and_cut(net, plan)
     assert largest_difference(net, narrow, IMAGES) <= 1e-10
     assert narrow.spec.compactors == ()
@@ -44,7 +44,7 @@ def test_any_network_computes_the_same_after_surgery(dying_net: Make, depth: int
 
 def test_cutting_a_living_channel_is_noticed(dying_net: Make) -> None:
     net = dying_net()
-    kept = dict(plan_cut(net, 0.0, 8).kept)
+    kept = dict(plan_cut(net, 0.0, 8, net.spec).kept)
     kept["layer2.0.conv1"] = kept["layer2.0.conv1"][1:]
     assert largest_difference(net, fold_and_cut(net, SurgeryPlan(kept)), IMAGES) > 1e-6
 
@@ -55,12 +55,12 @@ def test_surgery_refuses_when_a_living_channel_would_go(dying_net: Make) -> None
         net.compactors()["layer4.0.conv2"].weight[:, :, 0, 0] *= 1e-3
     loose = Surgery(tolerance=1e-2, channel_multiple=1)
     with pytest.raises(SurgeryError):
-        operate(net.float(), loose, IMAGES)
+        operate(net.float(), net.spec, loose, IMAGES)
 
 
 def test_surgery_drops_compactors_and_classifier_and_tells_the_difference(dying_net: Make) -> None:
     net = dying_net(identities=5).float()
-    operation = operate(net, CONFIG, IMAGES.float())
+    operation = operate(net, net.spec, CONFIG, IMAGES.float())
     assert operation.max_abs_diff <= 1e-10
     assert operation.net.classifier is None
     assert operation.net.conv1.weight.dtype == torch.float32
@@ -73,7 +73,15 @@ def test_a_width_that_is_no_multiple_is_refused_by_name(dying_net: Make) -> None
         net.compactors()["layer3.0.conv1"].weight[:3] = 0.0
         net.compactors()["layer3.0.conv1"].weight[3:, :, 0, 0] = torch.eye(64)[3:]
     with pytest.raises(SurgeryError, match=r"layer3\.0\.conv1 would keep 61 channels"):
-        plan_cut(net, 0.0, 8)
+        plan_cut(net, 0.0, 8, net.spec)
+
+
+def test_a_width_that_was_cut_while_learning_must_be_a_multiple_too(dying_net: Make) -> None:
+    full = dying_net()
+    kept = {"layer3.0.conv1": tuple(range(61))}
+    cut_live = attach(fold_and_cut(full, SurgeryPlan(kept)), kept)
+    with pytest.raises(SurgeryError, match=r"layer3\.0\.conv1 would keep 61 channels"):
+        plan_cut(cut_live, 0.0, 8, full.spec)
 
 
 def test_a_dead_site_is_refused_by_name(dying_net: Make) -> None:
@@ -81,7 +89,7 @@ def test_a_dead_site_is_refused_by_name(dying_net: Make) -> None:
     with torch.no_grad():
         net.compactors()["layer2.0.conv2"].weight.zero_()
     with pytest.raises(SurgeryError, match=r"every channel of layer2\.0\.conv2"):
-        plan_cut(net, 0.0, 8)
+        plan_cut(net, 0.0, 8, net.spec)
 
 
 def test_measured_statistics_leave_the_function_as_it_is(dying_net: Make) -> None:
@@ -98,7 +106,7 @@ def test_measured_statistics_leave_the_function_as_it_is(dying_net: Make) -> Non
 
 def test_slices_fit_every_tensor_of_the_narrow_network(dying_net: Make) -> None:
     net = dying_net(26)
-    plan = plan_cut(net, 0.0, 8)
+    plan = plan_cut(net, 0.0, 8, net.spec)
     narrow = attach(fold_and_cut(net, plan), plan.kept)
     taken = slices(net.spec, plan)
     for name, tensor in net.state_dict().items():
@@ -113,7 +121,7 @@ def test_plans_compose_in_channels_of_the_first_network() -> None:
 
 def test_a_plan_and_a_network_survive_the_disk(dying_net: Make, tmp_path: Path) -> None:
     net = dying_net(18).float()
-    plan = plan_cut(net, 0.0, 8)
+    plan = plan_cut(net, 0.0, 8, net.spec)
     plan.write(tmp_path)
     assert SurgeryPlan.read(tmp_path) == plan
     narrow = fold_and_cut(net, plan)
@@ -132,6 +140,6 @@ def test_weights_that_do_not_fit_the_spec_are_refused(dying_net: Make, tmp_path:
 
 
 def test_fresh_compactors_change_nothing(dying_net: Make) -> None:
-    net = fold_and_cut(dying := dying_net(), plan_cut(dying, 0.0, 8))
+    net = fold_and_cut(dying := dying_net(), plan_cut(dying, 0.0, 8, dying.spec))
     assert largest_difference(net, attach(net, net.spec.sites), IMAGES) == 0.0
     assert all(len(rows) == net.spec.widths[site] for site, rows in alive(attach(net, net.spec.sites)).items())

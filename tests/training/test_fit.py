@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.compress.budget import BudgetMissedError
 from pipeline.compress.compactor import alive, row_norms
 from pipeline.compress.surgery import largest_difference, operate
 from pipeline.config import Params
@@ -100,6 +101,7 @@ def test_a_student_hits_its_budget_exactly_and_leaves_its_teacher_alone(
     assert rows[-1]["macs_reduction"] == reduction
     assert all(small.widths[site] % 8 == 0 for site in small.sites)
     assert digest(teacher.state_dict()) == before
+    task.check(net)
     plan = task.plan()
     if shrink == "live":
         assert net.spec.widths == small.widths
@@ -110,7 +112,7 @@ def test_a_student_hits_its_budget_exactly_and_leaves_its_teacher_alone(
         assert net.spec.widths == teacher.spec.widths
         masked = task.capacity.sites["layer4.0.conv1"].masked
         assert torch.equal(row_norms(net.compactors()["layer4.0.conv1"].matrix.detach()) == 0, masked)
-    operation = operate(net, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
+    operation = operate(net, teacher.spec, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
     assert operation.net.spec == small
     assert operation.max_abs_diff <= 1e-10
 
@@ -140,6 +142,24 @@ def test_a_killed_student_ends_with_the_same_bytes(
     assert resumed.spec == expected.spec
     assert digest(resumed.state_dict()) == digest(expected.state_dict())
     assert rows == whole_rows
+
+
+def test_a_student_that_misses_its_budget_is_refused(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
+    task, _, _ = prepared(params, teacher, tmp_path)
+    with pytest.raises(BudgetMissedError, match=r"ended at a reduction of 0\.0000, not in \[0\.4, 0\.41\]"):
+        task.check(fresh_student(params, teacher))
+
+
+def test_a_budget_that_ends_with_the_last_step_is_still_chosen(
+    params: Params, teacher: RetrievalNet, tmp_path: Path
+) -> None:
+    content = params.model_dump()
+    content["student"]["epochs"] = 1
+    content["student"]["budget"] |= {"end": 0.97, "fade": 0.01, "every": 4}
+    task, fit, _ = prepared(Params.model_validate(content), teacher, tmp_path)
+    fit.run(lambda: fresh_student(params, teacher))
+    assert task.capacity is not None
+    assert task.capacity.settled
 
 
 def test_a_damaged_generation_is_passed_over(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
