@@ -165,7 +165,7 @@ class StudentTask:
         if not asked <= reached <= asked + WINDOW:
             raise BudgetMissedError(
                 f"the student ended at a reduction of {reached:.4f}, not in [{asked:g}, {asked + WINDOW:g}]: masked "
-                "rows have not reached zero; lower `student.budget.end`, `student.budget.fade` or `student.optimizer.lr`"
+                "rows have not reached zero; lower `end` or `fade` of `student.budget`, or `student.optimizer.lr`"
             )
 
     def plan(self) -> SurgeryPlan:
