@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
+PUBLISHED = (18, 34, 50, 101, 152)
+"""Depths that torchvision publishes weights of, at width 64."""
+
 
 class Section(BaseModel):
     """A frozen part of params.yaml that refuses keys it does not know."""
@@ -163,7 +166,7 @@ class Budget(Section):
     end: Fraction
     """Share of the steps after which all of the budget is masked (cubic schedule in between)."""
     fade: Annotated[float, Field(gt=0, le=1)]
-    """Share of the steps that a masked row of norm 1 takes to become exactly zero."""
+    """Share of the steps that a masked row takes to become exactly zero."""
     every: Annotated[int, Field(ge=1, le=10_000)]
     """Steps between two revisions of the masks."""
 
@@ -171,10 +174,10 @@ class Budget(Section):
     def _room_to_fade(self) -> Self:
         if self.start >= self.end:
             raise ValueError(f"`start` ({self.start}) must lie before `end` ({self.end})")
-        if self.end + 2 * self.fade > 1:
+        if self.end + self.fade > 1:
             raise ValueError(
-                f"`end` + 2 * `fade` must not exceed 1, got {self.end} + 2 * {self.fade}: rows masked last could not "
-                "reach zero before training ends"
+                f"`end` + `fade` must not exceed 1, got {self.end} + {self.fade}: rows masked last could not reach "
+                "zero before training ends"
             )
         return self
 
@@ -272,6 +275,10 @@ class Benchmark(Section):
 class Runtime(Section):
     """Where it runs."""
 
+    def alone(self) -> "Runtime":
+        """The same on one device, for all that is not training."""
+        return self.model_copy(update={"devices": 1, "nodes": 1, "strategy": "auto"})
+
     accelerator: Literal["auto", "cpu", "gpu"]
     """`auto` takes a GPU where there is one."""
     devices: Count
@@ -281,7 +288,7 @@ class Runtime(Section):
     strategy: Literal["auto", "ddp"]
     """How Lightning Fabric spreads training over devices."""
     precision: Literal["auto", "32-true", "bf16-mixed"]
-    """`auto`: bf16-mixed on a GPU, 32-true on a CPU."""
+    """`auto`: bf16-mixed on a GPU that has it, else 32-true."""
     workers: Annotated[int, Field(ge=0, le=256)]
     """Processes that load images; 0 loads in the training process."""
 
@@ -330,6 +337,14 @@ class Params(Section):
                 f"`student.recipe` ({self.student.recipe}) must equal `teacher.recipe` ({self.teacher.recipe}): their "
                 "logits are compared"
             )
+        published = self.teacher.depth in PUBLISHED and self.teacher.width == 64
+        for name, asked in (("teacher.weights", self.teacher.weights), ("student.init", self.student.init)):
+            if asked == "imagenet" and not published:
+                complaints.append(
+                    f"`{name}` is imagenet, but torchvision publishes no ResNet-{self.teacher.depth} of width "
+                    f"{self.teacher.width}: set `teacher.depth` to one of {', '.join(map(str, PUBLISHED))} and "
+                    "`teacher.width` to 64, or use other weights"
+                )
         if complaints:
             raise ValueError("; ".join(complaints))
         return self

@@ -41,12 +41,13 @@ def launch(runtime: Runtime, seed: int) -> Fabric:
     accelerator = "cuda" if gpu and runtime.accelerator != "cpu" else "cpu"
     precision = runtime.precision
     if precision == "auto":
-        precision = "32-true" if accelerator == "cpu" else "bf16-mixed"
+        native = accelerator == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16-mixed" if native else "32-true"
     if accelerator == "cpu" and precision != "32-true":
         # bf16 without AMX or AVX-512 is emulated: many times slower, and nothing is gained.
         raise ValueError(f"`runtime.precision` is {precision}, which a CPU emulates slowly; set it to auto or 32-true")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable only with it
-    torch.set_num_threads(available_threads())
+    torch.set_num_threads(max(1, available_threads() // (runtime.devices if accelerator == "cpu" else 1)))
     torch.use_deterministic_algorithms(True, warn_only=accelerator != "cpu")
     seed_everything(seed, workers=True, verbose=False)
     fabric = Fabric(

@@ -26,7 +26,7 @@ FILES = {"model.onnx": ("surgery", "the student"), "teacher.onnx": ("teacher", "
 def export(run: Run) -> ExportRecord:
     """Translate, compare with torch on all test images; only if all gates hold, write."""
     params = run.params
-    fabric = launch(params.runtime, params.seed)
+    fabric = launch(params.runtime.alone(), params.seed)
     manifest, images = open_images(run.files, params)
     height, width = params.data.image_size
     probe = Probe(

@@ -28,7 +28,7 @@ def student(run: Run) -> StudentRecord:
     validate = validation(manifest, images, normalise, fabric.device)
     calibration = normalise(as_tensor(images.batch(spread(manifest.rows("train"), CALIBRATION))).to(fabric.device))
     steps = len(loader) * params.student.epochs
-    task = student_task(params, teacher.to(fabric.device), steps, calibration, validate)
+    task = student_task(fabric, params, teacher, steps, calibration, validate)
     fit = Fit(fabric, params.student, task, loader, normalise, run.checkpoints("data", "teacher", "student"), run.curve)
     net = fit.run(lambda: fresh_student(params, teacher))
     task.check(net)

@@ -18,7 +18,7 @@ from pipeline.runtime import launch
 def surgery(run: Run) -> SurgeryRecord:
     """Cut, verify in float64 that nothing changed, write the narrow network, score it."""
     params = run.params
-    fabric = launch(params.runtime, params.seed)
+    fabric = launch(params.runtime.alone(), params.seed)
     manifest, images = open_images(run.files, params)
     probe = normalise(as_tensor(images.batch(manifest.rows("gallery")[:8])))
     full = checkpoint.load_spec(run.files.artifacts("teacher"))

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.models.cost import CostModel, Term
+from pipeline.config import Budget, Student
+from pipeline.models.cost import CostModel, Term, macs_model, params_model
 from pipeline.models.spec import ArchSpec
 
 WINDOW = 0.01
@@ -50,14 +51,47 @@ def least_widths(spec: ArchSpec, sites: Iterable[str], multiple: int) -> dict[st
     return {site: min(multiple, spec.widths[site]) for site in sites}
 
 
-def refuse_unreachable(
-    cost: CostModel, spec: ArchSpec, sites: tuple[str, ...], multiple: int, reduction: float
-) -> None:
+def shrinking_sites(spec: ArchSpec, config: Student) -> tuple[str, ...]:
+    """Dimensions that get a compactor.
+
+    Raises:
+        BudgetError: If there are none.
+    """
+    found = tuple(site for site in spec.sites if site.rpartition(".")[2] in config.sites)
+    if not found:
+        raise BudgetError(
+            f"`student.sites` {config.sites} names no site of a ResNet-{spec.depth}, whose blocks are basic: set it to "
+            "[conv1]"
+        )
+    return found
+
+
+def cost_model(spec: ArchSpec, budget: Budget, size: tuple[int, int]) -> CostModel:
+    """What the budget counts.
+
+    Args:
+        spec: The uncompressed network.
+        budget: Section of params.yaml.
+        size: Height and width of an image, pixels.
+    """
+    return params_model(spec) if budget.of == "params" else macs_model(spec, size)
+
+
+def refuse_unreachable(spec: ArchSpec, config: Student, size: tuple[int, int]) -> None:
     """Complain before training about a budget that the structure cannot keep.
+
+    Args:
+        spec: The uncompressed network.
+        config: Section of params.yaml.
+        size: Height and width of an image, pixels.
 
     Raises:
         BudgetError: With the largest possible reduction and the layers that bind.
     """
+    if config.method != "budget":
+        return
+    cost, multiple, reduction = cost_model(spec, config.budget, size), config.channel_multiple, config.budget.reduction
+    sites = shrinking_sites(spec, config)
     floor = {**spec.widths, **least_widths(spec, sites, multiple)}
     possible = 1 - cost(floor) / cost(spec.widths)
     if reduction <= possible:

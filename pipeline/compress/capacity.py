@@ -1,12 +1,14 @@
 """The student's capacity over time: what is scored, masked, dying and gone.
 
 A row of a compactor is *present* while it is in the network, *masked* once the budget has chosen it (retrieval no
-longer moves it, the proximal step shrinks it), and *committed* when a masked row of its site has reached zero: until
-then the choice may be revised. Whole groups are masked and committed together, so widths stay multiples throughout.
+longer moves it, the proximal step shrinks it), and *committed* when it, or a row masked beside it, has reached zero:
+until then the choice may be revised. Whole groups are masked and committed together, so widths stay multiples.
+
+Nothing here waits for the device, but `revise`, which looks at all the scores now and then.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -30,16 +32,29 @@ class SiteState:
         score: (C,) float32, moving average of its contribution to retrieval.
         masked: (C,) bool.
         committed: (C,) bool, a subset of masked.
+        pace: (C,) float32, what a masked row's norm loses in a step, 0 where it is not masked.
     """
 
     kept: Tensor
     score: Tensor
     masked: Tensor
     committed: Tensor
+    pace: Tensor
+
+    @classmethod
+    def start(cls, width: int, device: torch.device) -> "SiteState":
+        """Everything present, nothing masked."""
+        none = torch.zeros(width, dtype=torch.bool, device=device)
+        zeros = torch.zeros(width, device=device)
+        return cls(torch.arange(width, device=device), zeros, none, none.clone(), zeros.clone())
 
     def select(self, rows: Tensor) -> "SiteState":
         """The same for some of the rows."""
-        return SiteState(self.kept[rows], self.score[rows], self.masked[rows], self.committed[rows])
+        return SiteState(**{key: value[rows.to(value.device)] for key, value in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass
@@ -52,6 +67,7 @@ class Capacity:
         budget: Section of params.yaml.
         multiple: Widths stay whole multiples of it.
         momentum: Of the moving average of contributions.
+        fade: Steps in which a masked row becomes zero.
         sites: State by site; filled from the spec.
         settled: Whether the final choice is made.
     """
@@ -61,24 +77,25 @@ class Capacity:
     budget: Budget
     multiple: int
     momentum: float
+    fade: int
     sites: dict[str, SiteState] = field(default_factory=dict)
     settled: bool = False
 
     @classmethod
     def start(
-        cls, spec: ArchSpec, sites: tuple[str, ...], cost: CostModel, budget: Budget, multiple: int, momentum: float
+        cls,
+        spec: ArchSpec,
+        sites: tuple[str, ...],
+        cost: CostModel,
+        budget: Budget,
+        multiple: int,
+        momentum: float,
+        fade: int,
+        device: torch.device,
     ) -> "Capacity":
         """Everything present, nothing masked."""
-        states = {
-            site: SiteState(
-                kept=torch.arange(spec.widths[site]),
-                score=torch.zeros(spec.widths[site]),
-                masked=torch.zeros(spec.widths[site], dtype=torch.bool),
-                committed=torch.zeros(spec.widths[site], dtype=torch.bool),
-            )
-            for site in sites
-        }
-        return cls(spec, cost, budget, multiple, momentum, states)
+        states = {site: SiteState.start(spec.widths[site], device) for site in sites}
+        return cls(spec, cost, budget, multiple, momentum, fade, states)
 
     @property
     def masked_widths(self) -> dict[str, int]:
@@ -103,18 +120,22 @@ class Capacity:
             neighbours: (B, k), the teacher's.
         """
         for name, site in self.sites.items():
-            kept = site.kept.to(teacher[name].device)
-            score = contributions(student[name], teacher[name][:, kept], neighbours).cpu()
+            score = contributions(student[name], teacher[name][:, site.kept], neighbours)
             site.score = torch.lerp(score, site.score, self.momentum)
 
-    def revise(self, progress: float) -> None:
-        """Choose anew which rows are masked; the last choice, at the end of the schedule, is final."""
+    def revise(self, progress: float, compactors: Mapping[str, Compactor]) -> None:
+        """Choose anew which rows are masked; the last choice, at the end of the schedule, is final.
+
+        Args:
+            progress: Share of the training done.
+            compactors: By site; a newly masked row fades from the norm that it has now.
+        """
         if self.settled or progress < self.budget.start:
             return
         least = least_widths(self.spec, self.sites, self.multiple)
         offers = {}
         for name, site in self.sites.items():
-            free = site.score[~site.committed].numpy().astype(np.float64)
+            free = site.score[~site.committed].cpu().numpy().astype(np.float64)
             offers[name] = Site(len(free), least[name], np.sort(free, kind="stable"))
         allotment = Allotment(self.cost, self.spec.widths, offers, self.multiple)
         if progress >= self.budget.end:
@@ -124,45 +145,54 @@ class Capacity:
             allotment.spend(self.due(progress), limit=self.budget.reduction)
         for name, site in self.sites.items():
             order = torch.argsort(site.score.masked_fill(site.committed, -torch.inf), stable=True)
-            site.masked = torch.zeros_like(site.masked)
-            site.masked[order[: len(order) - allotment.widths[name]]] = True
+            masked = torch.zeros_like(site.masked)
+            masked[order[: len(order) - allotment.widths[name]]] = True
+            # half a step short: the last one is sure to take the rest, whatever rounding has left
+            pace = row_norms(compactors[name].weight.detach()) / (self.fade - 0.5)
+            site.pace = torch.where(masked & site.masked, site.pace, pace * masked)
+            site.masked = masked
 
     def reset(self, compactors: Mapping[str, Compactor]) -> None:
         """After the backward pass: masked rows get no gradient from retrieval."""
         reset_gradients(compactors, {name: site.masked for name, site in self.sites.items()})
 
     def before_step(self, compactors: Mapping[str, Compactor]) -> dict[str, Tensor]:
-        """Masked rows as they are before the optimiser, whose momentum would move them on."""
-        return {name: compactors[name].weight.detach()[site.masked] for name, site in self.sites.items()}
+        """Compactors as they are before the optimiser, whose momentum would move masked rows on."""
+        return {name: compactors[name].weight.detach().clone() for name in self.sites}
 
     @torch.no_grad()
-    def after_step(self, compactors: Mapping[str, Compactor], before: Mapping[str, Tensor], threshold: float) -> None:
-        """Shrink the masked rows, and commit the sites where one has reached zero.
+    def after_step(self, compactors: Mapping[str, Compactor], before: Mapping[str, Tensor]) -> None:
+        """Shrink the masked rows; where one has just reached zero, those masked by then are committed.
 
         Args:
             compactors: By site.
             before: From `before_step`.
-            threshold: What the norm of each masked row loses.
         """
         for name, site in self.sites.items():
-            if not bool(site.masked.any()):
-                continue
-            rows = shrink_rows(before[name], threshold)
-            compactors[name].weight[site.masked] = rows
-            if bool((row_norms(rows) == 0).any()):
-                site.committed = site.masked.clone()
+            weight = compactors[name].weight
+            shrunk = shrink_rows(before[name], site.pace)
+            weight.copy_(torch.where(site.masked[:, None, None, None], shrunk, weight))
+            died = site.masked & ~site.committed & (row_norms(shrunk) == 0)
+            site.committed = torch.where(died.any(), site.masked, site.committed)
+
+    def levels(self, compactors: Mapping[str, Compactor]) -> dict[str, Tensor]:
+        """How far each row has faded, (C,) by site: its norm where it is masked and not yet zero, else 1."""
+        found = {}
+        for name, site in self.sites.items():
+            norms = row_norms(compactors[name].matrix.detach())
+            found[name] = torch.where(site.masked & (norms > 0), norms, torch.ones_like(norms))
+        return found
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that changes, as tensors by name."""
         tensors = {"settled": torch.tensor(self.settled)}
         for name, site in self.sites.items():
-            for key in ("kept", "score", "masked", "committed"):
-                tensors[f"{name}/{key}"] = getattr(site, key)
+            tensors |= {f"{name}/{key}": value for key, value in site.tensors().items()}
         return tensors
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` returned."""
         self.settled = bool(tensors["settled"])
-        for name in self.sites:
-            values = (tensors[f"{name}/{key}"] for key in ("kept", "score", "masked", "committed"))
-            self.sites[name] = SiteState(*values)
+        for name, site in self.sites.items():
+            values = {key: tensors[f"{name}/{key}"].to(value.device) for key, value in site.tensors().items()}
+            self.sites[name] = SiteState(**values)

@@ -1,11 +1,12 @@
 """Putting compactors into a network, shrinking their rows, and asking which are left."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from pipeline.models.resnet import RetrievalNet, convert
+from pipeline.models.spec import compactor_of
 
 
 def row_norms(matrix: Tensor) -> Tensor:
@@ -13,7 +14,7 @@ def row_norms(matrix: Tensor) -> Tensor:
     return torch.linalg.vector_norm(matrix.flatten(start_dim=1), dim=1)
 
 
-def shrink_rows(matrix: Tensor, threshold: float) -> Tensor:
+def shrink_rows(matrix: Tensor, threshold: Tensor) -> Tensor:
     """Proximal operator of `threshold * sum of row norms` (block soft thresholding).
 
     `W_r <- W_r * max(0, 1 - threshold / ||W_r||)`: a row of norm n is exactly zero after `ceil(n / threshold)` steps,
@@ -23,14 +24,28 @@ def shrink_rows(matrix: Tensor, threshold: float) -> Tensor:
 
     Args:
         matrix: (C, ...), rows to shrink.
-        threshold: What each row's norm loses.
+        threshold: (C,), what each row's norm loses; a row that loses 0 stays as it is.
 
     Returns:
         The shrunken rows, same shape.
     """
     norms = row_norms(matrix)
-    factors = torch.where(norms > threshold, 1 - threshold / norms.clamp_min(threshold), torch.zeros_like(norms))
-    return matrix * factors.reshape(-1, *(1,) * (matrix.dim() - 1))
+    left = 1 - threshold / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    return scaled(matrix, torch.where(norms > threshold, left, torch.zeros_like(norms)))
+
+
+def scaled(matrix: Tensor, factors: Tensor) -> Tensor:
+    """Rows (C, ...) times factors (C,)."""
+    return matrix * factors.to(matrix).reshape(-1, *(1,) * (matrix.dim() - 1))
+
+
+def scale_rows(net: RetrievalNet, factors: Mapping[str, Tensor]) -> RetrievalNet:
+    """A copy of a network whose compactor rows are multiplied by factors (C,), by site."""
+    state = dict(net.state_dict())
+    for site, factor in factors.items():
+        name = f"{compactor_of(site)}.weight"
+        state[name] = scaled(state[name], factor)
+    return convert(net, net.spec, state)
 
 
 def attach(net: RetrievalNet, sites: Iterable[str]) -> RetrievalNet:

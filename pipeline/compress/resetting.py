@@ -57,4 +57,4 @@ def reset_gradients(compactors: Mapping[str, Compactor], masked: Mapping[str, Te
     """
     for site, compactor in compactors.items():
         if compactor.weight.grad is not None:
-            compactor.weight.grad[masked[site]] = 0.0
+            compactor.weight.grad.masked_fill_(masked[site][:, None, None, None], 0.0)

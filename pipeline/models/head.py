@@ -48,7 +48,9 @@ class Classifier(nn.Linear):
         """Score embeddings, (B, D) -> (B, identities)."""
         if not self.cosine:
             return super().forward(embedding)
-        return functional.linear(functional.normalize(embedding), functional.normalize(self.weight))
+        with torch.autocast(embedding.device.type, enabled=False):  # half precision cannot tell near cosines apart
+            unit = functional.normalize(embedding.to(self.weight.dtype))
+            return functional.linear(unit, functional.normalize(self.weight))
 
 
 def l2_normalise(embedding: Tensor) -> Tensor:

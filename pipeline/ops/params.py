@@ -14,7 +14,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
+from pipeline.compress.budget import BudgetError, refuse_unreachable
 from pipeline.config import Params
+from pipeline.models.spec import ArchSpec
 
 REMEDY = "`smaller-student preset NAME` writes a complete one"
 
@@ -59,10 +61,21 @@ def load(path: Path) -> Params:
     if not isinstance(content, dict):
         raise ParamsError(path, [f"must hold sections, got a {_kind(content)}; {REMEDY}"])
     try:
-        return Params.model_validate(content)
+        params = Params.model_validate(content)
+        _refuse_unreachable(params)
     except ValidationError as error:
         complaints = {line: None for detail in error.errors() for line in _complaints(detail, root)}  # ordered, once
         raise ParamsError(path, list(complaints)) from None
+    except BudgetError as error:
+        raise ParamsError(path, [str(error)]) from None
+    return params
+
+
+def _refuse_unreachable(params: Params) -> None:
+    """Tell before anything is trained that the budget lies below the structure's floor."""
+    teacher, (height, width) = params.teacher, params.data.image_size
+    spec = ArchSpec.full(teacher.depth, teacher.width, teacher.embedding_dim, teacher.last_stride)
+    refuse_unreachable(spec, params.student, (height, width))
 
 
 def _parser() -> YAML:

@@ -15,6 +15,7 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -53,15 +54,21 @@ class Run:
         stage: Its name.
         params: Checked content of params.yaml.
         files: Paths of the checkout.
-        out: Its artifact folder, which exists.
+        out: Folder of what it writes, which exists: its artifacts', or one that is thrown away where another process
+            of the same training leads.
         execution: What the stage belongs to.
     """
 
     def __init__(
-        self, stage: str, params: Params, files: Files, execution: Execution, tracker: Tracker | None = None
+        self,
+        stage: str,
+        params: Params,
+        files: Files,
+        execution: Execution,
+        out: Path,
+        tracker: Tracker | None = None,
     ) -> None:
-        self.stage, self.params, self.files, self.execution = stage, params, files, execution
-        self.out = files.artifacts(stage)
+        self.stage, self.params, self.files, self.execution, self.out = stage, params, files, execution, out
         self.out.mkdir(parents=True, exist_ok=True)
         self.rows: list[dict[str, float]] = []
         self.seconds: dict[str, float] = {}
@@ -211,14 +218,15 @@ def _run(stage: str, function: Callable[[Run], Record]) -> None:
     params = params_file.load(files.params)
     execution = current()
     if not leads():
-        function(Run(stage, params, files, execution))
+        with tempfile.TemporaryDirectory() as scratch:
+            function(Run(stage, params, files, execution, Path(scratch)))
         return
     with (
         sole_writer(files.root / ".tracking" / "stage.lock", "a stage of this checkout", LAST_WORKERS),
         Tracker(files, params, execution, stage) as tracker,
     ):
         started = time.monotonic()
-        run = Run(stage, params, files, execution, tracker)
+        run = Run(stage, params, files, execution, files.artifacts(stage), tracker)
         record = function(run)
         run.write(record, time.monotonic() - started)
 

@@ -161,6 +161,8 @@ class Fit:
             self.task.step(net, optimizer.step, progress)
             for name, value in values.items():
                 sums[name] += value / steps
+        for buffer in net.buffers():  # each device has seen other images; all go on with the statistics of the first
+            buffer.copy_(self.fabric.broadcast(buffer))
         net.eval()
         done = replace(state, epoch=epoch + 1)
         reshaped = self.task.reshape(net)

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor
 
-from pipeline.compress.budget import WINDOW, BudgetMissedError, refuse_unreachable
+from pipeline.compress.budget import WINDOW, BudgetMissedError, cost_model, refuse_unreachable, shrinking_sites
 from pipeline.compress.capacity import Capacity
-from pipeline.compress.compactor import alive, attach
+from pipeline.compress.compactor import alive, attach, scale_rows
 from pipeline.compress.fold import recentre
 from pipeline.compress.resetting import nearest
 from pipeline.compress.surgery import SurgeryPlan, cut_spec, fold_and_cut, slices, take
@@ -42,6 +43,7 @@ class StudentTask:
     """Distillation, with shrinking where there is a capacity.
 
     Attributes:
+        fabric: Launched Fabric.
         config: Section of params.yaml.
         teacher: Frozen, in evaluation mode.
         image_size: Height and width, pixels.
@@ -51,6 +53,7 @@ class StudentTask:
         validate: mAP on held-out identities, None where there are none.
     """
 
+    fabric: Fabric
     config: Student
     teacher: RetrievalNet
     image_size: tuple[int, int]
@@ -63,7 +66,12 @@ class StudentTask:
         """Retrieval losses, KL of the logits, distance of the stages' features; scores the channels on the way."""
         scoring = self.capacity is not None and not self.capacity.settled
         sites = {compactor_of(site): site for site in self.capacity.sites} if self.capacity and scoring else {}
-        with torch.no_grad(), Taps(self.teacher, STAGES) as stages, Taps(self.teacher, sites, pooled) as inner:
+        with (
+            torch.no_grad(),
+            self.fabric.autocast(),
+            Taps(self.teacher, STAGES) as stages,
+            Taps(self.teacher, sites, pooled) as inner,
+        ):
             taught: Output = self.teacher(images)
             teacher_stages, teacher_inner = stages.read(), inner.read()
         with Taps(net, STAGES) as stages, Taps(net, sites, pooled) as inner:
@@ -96,19 +104,22 @@ class StudentTask:
         if self.capacity is None:
             optimizer()
             return
-        number = round(progress * self.total_steps)
-        if number == self.total_steps - 1:
-            progress = 1.0  # whatever the schedule says, nothing is chosen after the last step
-        if number % self.config.budget.every == 0 or progress >= self.config.budget.end:
-            self.capacity.revise(progress)
-        compactors = net.compactors()
+        number, compactors = round(progress * self.total_steps), net.compactors()
+        last_choice = min(math.ceil(self.config.budget.end * self.total_steps - 1e-6), self.total_steps - 1)
+        if number % self.config.budget.every == 0 or number == last_choice:
+            for site in self.capacity.sites.values():
+                site.score = self.fabric.all_reduce(site.score, reduce_op="mean")
+            self.capacity.revise(1.0 if number >= last_choice else progress, compactors)
         self.capacity.reset(compactors)
         before = self.capacity.before_step(compactors)
         optimizer()
-        self.capacity.after_step(compactors, before, 1 / (self.config.budget.fade * self.total_steps))
+        self.capacity.after_step(compactors, before)
 
     def reshape(self, net: RetrievalNet) -> Reshaped | None:
-        """Cut out what died in this epoch, and carry on with fresh compactors there."""
+        """Cut out what died in this epoch, and carry on with fresh compactors there.
+
+        Rows on their way out are folded at full length and go on fading in the fresh compactor.
+        """
         if self.capacity is None or self.config.shrink == "off":
             return None
         plan = SurgeryPlan(
@@ -116,10 +127,14 @@ class StudentTask:
         )
         if not plan.kept:
             return None
-        shrunk = attach(fold_and_cut(net, plan), plan.kept)
-        recentre(shrunk, plan.kept, self.calibration)
-        for site, rows in plan.kept.items():
-            self.capacity.sites[site] = self.capacity.sites[site].select(torch.tensor(rows))
+        kept = {site: torch.tensor(rows) for site, rows in plan.kept.items()}
+        levels = {site: self.capacity.levels(net.compactors())[site] for site in kept}
+        unfaded = scale_rows(net, {site: 1 / level for site, level in levels.items()})
+        shrunk = attach(fold_and_cut(unfaded, plan), kept)
+        recentre(shrunk, kept, self.calibration)
+        shrunk = scale_rows(shrunk, {site: levels[site][rows.to(levels[site].device)] for site, rows in kept.items()})
+        for site, rows in kept.items():
+            self.capacity.sites[site] = self.capacity.sites[site].select(rows)
         taken = slices(net.spec, plan)
         folded = {f"{site}.weight" for site in plan.kept} | {f"{compactor_of(site)}.weight" for site in plan.kept}
         folded |= {f"{norm_of(site)}.{name}" for site in plan.kept for name in ("weight", "bias")}
@@ -188,19 +203,15 @@ def fresh_student(params: Params, teacher: RetrievalNet) -> RetrievalNet:
     return net if params.student.method == "none" else attach(net, shrinking_sites(teacher.spec, params.student))
 
 
-def shrinking_sites(spec: ArchSpec, config: Student) -> tuple[str, ...]:
-    """Dimensions that get a compactor."""
-    return tuple(site for site in spec.sites if site.rpartition(".")[2] in config.sites)
-
-
 def student_task(
-    params: Params, teacher: RetrievalNet, steps: int, calibration: Tensor, validate: Validate | None
+    fabric: Fabric, params: Params, teacher: RetrievalNet, steps: int, calibration: Tensor, validate: Validate | None
 ) -> StudentTask:
     """What the student is trained for.
 
     Args:
+        fabric: Launched Fabric.
         params: All of params.yaml.
-        teacher: In evaluation mode, on the training device; it is frozen here.
+        teacher: It is moved to the training device, put in evaluation mode and frozen.
         steps: Steps of the whole training.
         calibration: Normalised training images that folded batch norms are measured on.
         validate: mAP on held-out identities.
@@ -209,17 +220,22 @@ def student_task(
         BudgetError: If the budget cannot be kept.
     """
     config, spec = params.student, teacher.spec.model_copy(update={"compactors": ()})
-    teacher.eval().requires_grad_(False)
-    height, width = params.data.image_size
+    teacher.to(fabric.device).eval().requires_grad_(False)
+    size = (params.data.image_size[0], params.data.image_size[1])
+    refuse_unreachable(spec, config, size)
     capacity = None
     if config.method == "budget":
-        counted = cost.params_model(spec) if config.budget.of == "params" else cost.macs_model(spec, (height, width))
-        sites = shrinking_sites(spec, config)
-        refuse_unreachable(counted, spec, sites, config.channel_multiple, config.budget.reduction)
         capacity = Capacity.start(
-            spec, sites, counted, config.budget, config.channel_multiple, config.resetting.momentum
+            spec,
+            shrinking_sites(spec, config),
+            cost_model(spec, config.budget, size),
+            config.budget,
+            config.channel_multiple,
+            config.resetting.momentum,
+            fade=max(1, math.floor(config.budget.fade * steps)),
+            device=fabric.device,
         )
-    return StudentTask(config, teacher, (height, width), steps, capacity, calibration, validate)
+    return StudentTask(fabric, config, teacher, size, steps, capacity, calibration, validate)
 
 
 def _removed(before: ArchSpec, after: ArchSpec) -> int:

@@ -1,5 +1,7 @@
 """The budget: exact, within its window, aligned, and honest about what cannot be."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,10 +16,18 @@ from pipeline.compress.budget import (
     refuse_unreachable,
     scheduled,
 )
+from pipeline.config import Student
 from pipeline.models import cost
 from pipeline.models.spec import ArchSpec
+from pipeline.ops.params import load
 
 SIZE = (64, 64)
+PRESETS = Path(__file__).parents[2] / "presets"
+
+
+def student(reduction: float) -> Student:
+    found = load(PRESETS / "vehicles.yaml").student
+    return found.model_copy(update={"budget": found.budget.model_copy(update={"reduction": reduction})})
 
 
 def offers(spec: ArchSpec, multiple: int, seed: int = 0) -> dict[str, Site]:
@@ -84,10 +94,17 @@ def test_a_narrow_site_keeps_what_it_has() -> None:
 
 def test_the_unreachable_is_refused_with_the_floor_and_what_binds() -> None:
     spec = ArchSpec.full(26, 32, 256)
-    model = cost.macs_model(spec, SIZE)
     with pytest.raises(BudgetError, match=r"0\.8 cannot be reached.*reduction is 0\.7334.*layer4 \d+%"):
-        refuse_unreachable(model, spec, spec.sites, 8, 0.8)
-    refuse_unreachable(model, spec, spec.sites, 8, 0.73)
+        refuse_unreachable(spec, student(reduction=0.8), SIZE)
+    refuse_unreachable(spec, student(reduction=0.73), SIZE)
+    refuse_unreachable(spec, student(reduction=0.8).model_copy(update={"method": "none"}), SIZE)
+
+
+def test_sites_that_basic_blocks_lack_are_refused() -> None:
+    with pytest.raises(BudgetError, match=r"`student\.sites` \['conv2'\] names no site of a ResNet-18"):
+        refuse_unreachable(
+            ArchSpec.full(18, 32, 256), student(reduction=0.3).model_copy(update={"sites": ["conv2"]}), SIZE
+        )
 
 
 def test_the_published_ceilings_of_one_and_two_sided_compactors_hold() -> None:

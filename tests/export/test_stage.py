@@ -38,7 +38,7 @@ def run(tmp_path: Path) -> Run:
     np.load(files.image_cache, mmap_mode="r+")[:] = Pictures.pixels
     for name in ("teacher", "surgery"):
         checkpoint.save(files.artifacts(name), tiny_net(0))
-    return Run("export", Params.model_validate(smoke), files, current())
+    return Run("export", Params.model_validate(smoke), files, current(), files.artifacts("export"))
 
 
 def written(run: Run) -> dict[str, bytes]:

@@ -23,7 +23,7 @@ TEACHER = ("-m", "stages.teacher")
 
 @pytest.fixture
 def run(checkout: Files) -> Run:
-    return Run("teacher", load(checkout.params), checkout, Execution("stage", 1, 2))
+    return Run("teacher", load(checkout.params), checkout, Execution("stage", 1, 2), checkout.artifacts("teacher"))
 
 
 def wait_for_nap(process: "subprocess.Popen[str]") -> None:
@@ -170,7 +170,8 @@ def inputs(checkout: Files) -> Path:
 
 
 def folder(files: Files, *sections: str) -> Path:
-    return Run("teacher", load(files.params), files, Execution("stage", 1, 2)).checkpoints(*sections).folder
+    run = Run("teacher", load(files.params), files, Execution("stage", 1, 2), files.artifacts("teacher"))
+    return run.checkpoints(*sections).folder
 
 
 def test_a_training_finds_its_states_again(checkout: Files, inputs: Path) -> None:

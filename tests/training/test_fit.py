@@ -78,7 +78,7 @@ def prepared(params: Params, teacher: RetrievalNet, folder: Path) -> tuple[Stude
     fabric = launch(params.runtime, params.seed)
     rows: list[dict[str, float]] = []
     calibration = preprocess(next(RandomImages().epoch(99))[0])
-    task = student_task(params, teacher, STEPS * params.student.epochs, calibration, None)
+    task = student_task(fabric, params, teacher, STEPS * params.student.epochs, calibration, None)
     fit = Fit(fabric, params.student, task, RandomImages(), preprocess, Checkpoints(folder), rows.append)
     return task, fit, rows
 
