@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from lightning_fabric import Fabric
@@ -108,7 +109,7 @@ class StudentTask:
         last_choice = min(math.ceil(self.config.budget.end * self.total_steps - 1e-6), self.total_steps - 1)
         if number % self.config.budget.every == 0 or number == last_choice:
             for site in self.capacity.sites.values():
-                site.score = self.fabric.all_reduce(site.score, reduce_op="mean")
+                site.score = cast(Tensor, self.fabric.all_reduce(site.score, reduce_op="mean"))
             self.capacity.revise(1.0 if number >= last_choice else progress, compactors)
         self.capacity.reset(compactors)
         before = self.capacity.before_step(compactors)

@@ -58,6 +58,25 @@ def test_pairs_that_contradict_each_other_are_named(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("weights: none", "weights: imagenet", "`teacher.weights` is imagenet, but torchvision publishes no ResNet-14"),
+        ("init: teacher", "init: imagenet", "`student.init` is imagenet, but torchvision publishes no ResNet-14"),
+        ("reduction: 0.4", "reduction: 0.9", "`student.budget.reduction` 0.9 cannot be reached"),
+        ("depth: 14", "depth: 18", "`student.sites` ['conv2'] names no site of a ResNet-18"),
+    ],
+)
+def test_what_no_structure_can_keep_is_refused_before_anything_is_trained(
+    path: Path, old: str, new: str, complaint: str
+) -> None:
+    text = SMOKE.replace(old, new)
+    if "depth" in new:
+        text = text.replace("sites: [conv1, conv2]", "sites: [conv2]")
+    (line,) = complaints(path, text)
+    assert line.startswith(complaint)
+
+
+@pytest.mark.parametrize(
     ("wrong", "nearest"),
     [
         ("student.lr", "student.optimizer.lr"),  # right name, wrong section

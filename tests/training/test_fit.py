@@ -1,6 +1,8 @@
 """Teacher and student training on a handful of random images: budgets, resuming, divergence."""
 
 import hashlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,14 +29,17 @@ IDENTITIES, PER_IDENTITY, STEPS = 4, 2, 6
 
 
 class RandomImages:
-    """Batches of noise with a colour for each identity, the same for the same epoch."""
+    """Batches of noise with a colour for each identity, the same for the same epoch and device."""
+
+    def __init__(self, device: int = 0) -> None:
+        self.device = device
 
     def __len__(self) -> int:
         return STEPS
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         for step in range(STEPS):
-            generator = torch.Generator().manual_seed(epoch * 1000 + step)
+            generator = torch.Generator().manual_seed(self.device * 10**6 + epoch * 1000 + step)
             labels = torch.arange(IDENTITIES).repeat_interleave(PER_IDENTITY)
             images = torch.randint(0, 128, (len(labels), 3, 32, 32), generator=generator, dtype=torch.uint8)
             images[:, 0] += (labels * 30).to(torch.uint8)[:, None, None]
@@ -115,6 +120,71 @@ def test_a_student_hits_its_budget_exactly_and_leaves_its_teacher_alone(
     operation = operate(net, teacher.spec, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
     assert operation.net.spec == small
     assert operation.max_abs_diff <= 1e-10
+
+
+def test_a_live_cut_leaves_fading_rows_at_their_level(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
+    task, _, _ = prepared(params, teacher, tmp_path)
+    assert task.capacity is not None
+    net = fresh_student(params, teacher).eval()
+    site = task.capacity.sites["layer4.0.conv1"]
+    norms = torch.linspace(0.1, 2.0, len(site.kept))
+    norms[3:8] = 0.0
+    site.masked[:16] = True
+    site.pace[:16] = 0.05
+    with torch.no_grad():
+        net.compactors()["layer4.0.conv1"].weight *= norms[:, None, None, None]
+    reshaped = task.reshape(net)
+    assert reshaped is not None
+    matrix = reshaped.net.compactors()["layer4.0.conv1"].matrix.detach()
+    expected = torch.where(torch.arange(len(norms)) < 16, norms, torch.ones_like(norms))[norms > 0]
+    torch.testing.assert_close(matrix, torch.diag(expected))
+    assert task.capacity.sites["layer4.0.conv1"].pace.tolist() == pytest.approx([0.05] * 11 + [0.0] * (len(norms) - 16))
+    image = preprocess(next(RandomImages().epoch(5))[0])
+    assert largest_difference(net, reshaped.net, image) < 1e-4
+
+
+def test_rows_that_fade_across_the_end_of_an_epoch_are_gone_in_time(
+    params: Params, teacher: RetrievalNet, tmp_path: Path
+) -> None:
+    """Some rows of a site die in an epoch and others, masked later, in the next; no step is left to spare."""
+    content = params.model_dump()
+    content["student"]["budget"] |= {"start": 0.0, "end": 0.7, "fade": 0.3, "every": 1}
+    task, fit, _ = prepared(Params.model_validate(content), teacher, tmp_path)
+    net = fit.run(lambda: fresh_student(params, teacher))
+    task.check(net)
+    assert task.capacity is not None
+    assert not any(site.masked.any() for site in task.capacity.sites.values())
+    assert net.spec.widths == remaining_spec(net).widths
+
+
+VARIANTS = {
+    "sgd": {"optimizer": {"name": "sgd", "lr": 0.01}},
+    "off": {"shrink": "off"},
+    "params": {"budget": {"of": "params", "reduction": 0.3}},
+    "none": {"method": "none"},
+    "one site": {"sites": ["conv2"], "budget": {"reduction": 0.2}},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_killed_student_of_any_kind_ends_with_the_same_bytes(
+    params: Params, teacher: RetrievalNet, tmp_path: Path, variant: str
+) -> None:
+    content = params.model_dump()
+    for key, value in VARIANTS[variant].items():
+        content["student"][key] = {**content["student"][key], **value} if isinstance(value, dict) else value
+    params = Params.model_validate(content)
+    test_a_killed_student_ends_with_the_same_bytes(params, teacher, tmp_path, 2)
+
+
+def test_basic_blocks_shrink_too(params: Params, tmp_path: Path) -> None:
+    content = params.model_dump()
+    content["teacher"] |= {"depth": 18}
+    content["student"]["sites"] = ["conv1"]
+    params = Params.model_validate(content)
+    torch.manual_seed(0)
+    teacher = fresh_teacher(params.teacher, IDENTITIES).eval()
+    test_a_student_hits_its_budget_exactly_and_leaves_its_teacher_alone(params, teacher, tmp_path, "live")
 
 
 @pytest.mark.parametrize("killed_after", [1, 2, 3])
@@ -201,6 +271,17 @@ def test_nothing_shrinks_without_a_capacity(params: Params, teacher: RetrievalNe
     net = fit.run(lambda: fresh_student(params, teacher))
     assert net.spec == teacher.spec
     assert alive(net) == {}
+
+
+def test_two_devices_end_with_the_same_narrow_student(params: Params, tmp_path: Path) -> None:
+    params = change(params, "runtime", devices=2, strategy="ddp")
+    (tmp_path / "params.json").write_text(params.model_dump_json())
+    subprocess.run(
+        [sys.executable, "-m", "tests.training.two_devices", tmp_path, tmp_path / "params.json"],
+        cwd=PRESETS.parent, check=True, timeout=300,
+    )  # fmt: skip
+    first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
+    assert first == second
 
 
 @pytest.mark.parametrize("recipe", ["scratch", "paper"])
