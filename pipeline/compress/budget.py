@@ -86,7 +86,7 @@ def refuse_unreachable(spec: ArchSpec, config: Student, size: tuple[int, int]) -
         size: Height and width of an image, pixels.
 
     Raises:
-        BudgetError: With the largest possible reduction and the layers that bind.
+        BudgetError: With the largest possible reduction and the layers that bind; or if there are no sites.
     """
     if config.method != "budget":
         return

@@ -4,7 +4,7 @@ A row of a compactor is *present* while it is in the network, *masked* once the 
 longer moves it, the proximal step shrinks it), and *committed* when it, or a row masked beside it, has reached zero:
 until then the choice may be revised. Whole groups are masked and committed together, so widths stay multiples.
 
-Nothing here waits for the device, but `revise`, which looks at all the scores now and then.
+No step waits for the device, but those that revise the masks.
 """
 
 from collections.abc import Mapping
@@ -32,21 +32,21 @@ class SiteState:
         score: (C,) float32, moving average of its contribution to retrieval.
         masked: (C,) bool.
         committed: (C,) bool, a subset of masked.
-        pace: (C,) float32, what a masked row's norm loses in a step, 0 where it is not masked.
+        left: (C,) int32, steps until a masked row is zero; 0 where it is, and where it is not masked.
     """
 
     kept: Tensor
     score: Tensor
     masked: Tensor
     committed: Tensor
-    pace: Tensor
+    left: Tensor
 
     @classmethod
     def start(cls, width: int, device: torch.device) -> "SiteState":
         """Everything present, nothing masked."""
         none = torch.zeros(width, dtype=torch.bool, device=device)
-        zeros = torch.zeros(width, device=device)
-        return cls(torch.arange(width, device=device), zeros, none, none.clone(), zeros.clone())
+        score = torch.zeros(width, device=device)
+        return cls(torch.arange(width, device=device), score, none, none.clone(), none.to(torch.int32))
 
     def select(self, rows: Tensor) -> "SiteState":
         """The same for some of the rows."""
@@ -123,13 +123,8 @@ class Capacity:
             score = contributions(student[name], teacher[name][:, site.kept], neighbours)
             site.score = torch.lerp(score, site.score, self.momentum)
 
-    def revise(self, progress: float, compactors: Mapping[str, Compactor]) -> None:
-        """Choose anew which rows are masked; the last choice, at the end of the schedule, is final.
-
-        Args:
-            progress: Share of the training done.
-            compactors: By site; a newly masked row fades from the norm that it has now.
-        """
+    def revise(self, progress: float) -> None:
+        """Choose anew which rows are masked; the last choice, at the end of the schedule, is final."""
         if self.settled or progress < self.budget.start:
             return
         least = least_widths(self.spec, self.sites, self.multiple)
@@ -147,9 +142,7 @@ class Capacity:
             order = torch.argsort(site.score.masked_fill(site.committed, -torch.inf), stable=True)
             masked = torch.zeros_like(site.masked)
             masked[order[: len(order) - allotment.widths[name]]] = True
-            # half a step short: the last one is sure to take the rest, whatever rounding has left
-            pace = row_norms(compactors[name].weight.detach()) / (self.fade - 0.5)
-            site.pace = torch.where(masked & site.masked, site.pace, pace * masked)
+            site.left = torch.where(masked & site.masked, site.left, masked * self.fade).to(torch.int32)
             site.masked = masked
 
     def reset(self, compactors: Mapping[str, Compactor]) -> None:
@@ -170,9 +163,10 @@ class Capacity:
         """
         for name, site in self.sites.items():
             weight = compactors[name].weight
-            shrunk = shrink_rows(before[name], site.pace)
+            shrunk = shrink_rows(before[name], site.left)
+            site.left = (site.left - 1).clamp_min(0)
             weight.copy_(torch.where(site.masked[:, None, None, None], shrunk, weight))
-            died = site.masked & ~site.committed & (row_norms(shrunk) == 0)
+            died = site.masked & ~site.committed & (site.left == 0)
             site.committed = torch.where(died.any(), site.masked, site.committed)
 
     def levels(self, compactors: Mapping[str, Compactor]) -> dict[str, Tensor]:

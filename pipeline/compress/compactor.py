@@ -14,24 +14,23 @@ def row_norms(matrix: Tensor) -> Tensor:
     return torch.linalg.vector_norm(matrix.flatten(start_dim=1), dim=1)
 
 
-def shrink_rows(matrix: Tensor, threshold: Tensor) -> Tensor:
-    """Proximal operator of `threshold * sum of row norms` (block soft thresholding).
+def shrink_rows(matrix: Tensor, left: Tensor) -> Tensor:
+    """Proximal step of the group lasso on rows that must be zero after a given number of steps.
 
-    `W_r <- W_r * max(0, 1 - threshold / ||W_r||)`: a row of norm n is exactly zero after `ceil(n / threshold)` steps,
-    and a row of zeros stays one (the lasso's gradient would divide by its norm).
+    Block soft thresholding, `W_r <- W_r * max(0, 1 - threshold / ||W_r||)`, takes the same from a row's norm in every
+    step. With `threshold = ||W_r|| / left` that is `W_r * (left - 1) / left`, which needs no norm: nothing divides by
+    zero, and the last step leaves exactly zero whatever rounding did before.
 
     Source: Parikh and Boyd, "Proximal Algorithms", 2014, section 6.5.4.
 
     Args:
         matrix: (C, ...), rows to shrink.
-        threshold: (C,), what each row's norm loses; a row that loses 0 stays as it is.
+        left: (C,) int, steps each row has left, this one counted; 0 for a row of zeros.
 
     Returns:
         The shrunken rows, same shape.
     """
-    norms = row_norms(matrix)
-    left = 1 - threshold / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-    return scaled(matrix, torch.where(norms > threshold, left, torch.zeros_like(norms)))
+    return scaled(matrix, (left - 1).clamp_min(0) / left.clamp_min(1))
 
 
 def scaled(matrix: Tensor, factors: Tensor) -> Tensor:

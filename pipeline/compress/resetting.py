@@ -49,7 +49,7 @@ def contributions(student: Tensor, teacher: Tensor, neighbours: Tensor) -> Tenso
 
 
 def reset_gradients(compactors: Mapping[str, Compactor], masked: Mapping[str, Tensor]) -> None:
-    """Take the retrieval gradient from masked rows, so that only the lasso moves them.
+    """Take the retrieval gradient from masked rows, so that only the proximal step moves them.
 
     Args:
         compactors: By site, after the backward pass.

@@ -5,7 +5,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -161,8 +161,9 @@ class Fit:
             self.task.step(net, optimizer.step, progress)
             for name, value in values.items():
                 sums[name] += value / steps
-        for buffer in net.buffers():  # each device has seen other images; all go on with the statistics of the first
-            buffer.copy_(self.fabric.broadcast(buffer))
+        for buffer in net.buffers():  # each device has seen other images; all go on with the mean of their statistics
+            if buffer.is_floating_point():
+                buffer.copy_(cast(Tensor, self.fabric.all_reduce(buffer, reduce_op="mean")))
         net.eval()
         done = replace(state, epoch=epoch + 1)
         reshaped = self.task.reshape(net)

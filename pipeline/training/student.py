@@ -108,20 +108,29 @@ class StudentTask:
         number, compactors = round(progress * self.total_steps), net.compactors()
         last_choice = min(math.ceil(self.config.budget.end * self.total_steps - 1e-6), self.total_steps - 1)
         if number % self.config.budget.every == 0 or number == last_choice:
-            for site in self.capacity.sites.values():
-                site.score = cast(Tensor, self.fabric.all_reduce(site.score, reduce_op="mean"))
-            self.capacity.revise(1.0 if number >= last_choice else progress, compactors)
+            self._share_scores()
+            self.capacity.revise(1.0 if number >= last_choice else progress)
         self.capacity.reset(compactors)
         before = self.capacity.before_step(compactors)
         optimizer()
         self.capacity.after_step(compactors, before)
+
+    def _share_scores(self) -> None:
+        """Average the scores over devices, so that all choose alike and any of them can be saved."""
+        if self.capacity is None or self.capacity.settled:
+            return
+        for site in self.capacity.sites.values():
+            site.score = cast(Tensor, self.fabric.all_reduce(site.score, reduce_op="mean"))
 
     def reshape(self, net: RetrievalNet) -> Reshaped | None:
         """Cut out what died in this epoch, and carry on with fresh compactors there.
 
         Rows on their way out are folded at full length and go on fading in the fresh compactor.
         """
-        if self.capacity is None or self.config.shrink == "off":
+        if self.capacity is None:
+            return None
+        self._share_scores()
+        if self.config.shrink == "off":
             return None
         plan = SurgeryPlan(
             {site: tuple(rows.tolist()) for site, rows in alive(net).items() if len(rows) < net.spec.widths[site]}
@@ -129,11 +138,11 @@ class StudentTask:
         if not plan.kept:
             return None
         kept = {site: torch.tensor(rows) for site, rows in plan.kept.items()}
-        levels = {site: self.capacity.levels(net.compactors())[site] for site in kept}
+        levels = {site: level for site, level in self.capacity.levels(net.compactors()).items() if site in kept}
         unfaded = scale_rows(net, {site: 1 / level for site, level in levels.items()})
         shrunk = attach(fold_and_cut(unfaded, plan), kept)
-        recentre(shrunk, kept, self.calibration)
         shrunk = scale_rows(shrunk, {site: levels[site][rows.to(levels[site].device)] for site, rows in kept.items()})
+        recentre(shrunk, kept, self.calibration)
         for site, rows in kept.items():
             self.capacity.sites[site] = self.capacity.sites[site].select(rows)
         taken = slices(net.spec, plan)
@@ -180,8 +189,8 @@ class StudentTask:
         reached = 1 - cost_of(remaining_spec(net).widths) / cost_of(self.capacity.spec.widths)
         if not asked <= reached <= asked + WINDOW:
             raise BudgetMissedError(
-                f"the student ended at a reduction of {reached:.4f}, not in [{asked:g}, {asked + WINDOW:g}]: masked "
-                "rows have not reached zero; lower `end` or `fade` of `student.budget`, or `student.optimizer.lr`"
+                f"the student ended at a reduction of {reached:.4f}, not in [{asked:g}, {asked + WINDOW:g}]: rows that "
+                "were not chosen are zero, or chosen ones are not; lower `student.optimizer.lr`, and report it"
             )
 
     def plan(self) -> SurgeryPlan:

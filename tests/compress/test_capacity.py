@@ -54,26 +54,29 @@ def test_any_batch_size_has_neighbours(images: int) -> None:
     assert all(i not in found[i].tolist() for i in range(images))
 
 
-def test_a_row_is_exactly_zero_after_norm_over_threshold_steps_and_stays_so() -> None:
+def test_a_row_loses_the_same_in_each_step_until_it_is_exactly_zero_and_stays_so() -> None:
     row = torch.tensor([[0.6, 0.8], [0.0, 0.0]], dtype=torch.float64)
     norms = []
-    for _ in range(5):
-        row = shrink_rows(row, torch.tensor([0.25, 0.0], dtype=torch.float64))
+    for left in (4, 3, 2, 1, 0):
+        expected = row * (1 - 0.25 / row_norms(row).clamp_min(0.25))[:, None]  # block soft thresholding
+        row = shrink_rows(row, torch.tensor([left, 0]))
+        torch.testing.assert_close(row, expected)
         norms.append(float(row_norms(row)[0]))
     assert norms == pytest.approx([0.75, 0.5, 0.25, 0.0, 0.0])
+    assert norms[3] == 0.0
     assert torch.equal(row, torch.zeros_like(row))
     assert torch.isfinite(row).all()
 
 
 def test_masks_follow_the_schedule_in_whole_groups_and_end_in_the_window() -> None:
-    tested, compactors = capacity(), attach(RetrievalNet(SPEC), SPEC.sites).compactors()
-    tested.revise(0.05, compactors)
+    tested = capacity()
+    tested.revise(0.05)
     assert tested.reduction == 0.0
     for progress in (0.15, 0.2, 0.3, 0.45):
-        tested.revise(progress, compactors)
+        tested.revise(progress)
         assert tested.reduction == pytest.approx(tested.due(progress), abs=0.05)
         assert all(int((~site.masked).sum()) % 8 == 0 for site in tested.sites.values())
-    tested.revise(0.5, compactors)
+    tested.revise(0.5)
     assert tested.settled
     assert 0.4 <= tested.reduction <= 0.41
 
@@ -81,19 +84,18 @@ def test_masks_follow_the_schedule_in_whole_groups_and_end_in_the_window() -> No
 def test_a_mask_is_revised_until_a_row_is_zero_and_kept_from_then_on() -> None:
     tested = capacity()
     compactors = attach(RetrievalNet(SPEC), SPEC.sites).compactors()
-    tested.revise(0.3, compactors)
+    tested.revise(0.3)
     first = {name: site.masked.clone() for name, site in tested.sites.items()}
     chosen = next(name for name, mask in first.items() if mask.any())
     other = next(name for name, mask in first.items() if mask.any() and name != chosen)
     tested.after_step(compactors, tested.before_step(compactors))
     assert not tested.sites[chosen].committed.any()
-    with torch.no_grad():  # one row of one site dies
-        row = int(torch.nonzero(first[chosen])[0])
-        compactors[chosen].weight[row] = 0.0
+    row = int(torch.nonzero(first[chosen])[0])
+    tested.sites[chosen].left[row] = 1  # its next step is its last
     tested.after_step(compactors, tested.before_step(compactors))
     for name in (chosen, other):  # what was unimportant becomes important
         tested.sites[name].score[first[name]] = 100.0
-    tested.revise(0.31, compactors)
+    tested.revise(0.31)
     assert tested.sites[chosen].masked[first[chosen]].all()
     assert not tested.sites[other].masked[first[other]].all()
 
@@ -106,7 +108,7 @@ def test_a_group_masked_beside_a_dead_one_can_still_be_revised() -> None:
     with torch.no_grad():
         compactors[name].weight[:8] = 0.0
     site.masked[8:16] = True
-    site.pace[8:16] = 0.3
+    site.left[8:16] = 4
     committed = []
     for _ in range(4):
         tested.after_step(compactors, tested.before_step(compactors))
@@ -119,7 +121,7 @@ def test_rows_fade_in_the_same_number_of_steps_whatever_their_norm() -> None:
     with torch.no_grad():
         for compactor in compactors.values():
             compactor.weight *= torch.linspace(0.1, 7.0, len(compactor.weight))[:, None, None, None]
-    tested.revise(1.0, compactors)
+    tested.revise(1.0)
     for step in range(FADE):
         assert all((row_norms(compactors[name].matrix)[site.masked] > 0).all() for name, site in tested.sites.items())
         tested.after_step(compactors, tested.before_step(compactors))
@@ -136,7 +138,7 @@ def test_masked_rows_move_by_the_proximal_step_alone() -> None:
     net = attach(RetrievalNet(SPEC), SPEC.sites)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.0)
     compactors = net.compactors()
-    tested.revise(0.4, compactors)
+    tested.revise(0.4)
     for _ in range(3):
         optimizer.zero_grad()
         net(torch.randn(4, 3, 32, 32)).embedding.square().sum().backward()
@@ -144,7 +146,7 @@ def test_masked_rows_move_by_the_proximal_step_alone() -> None:
         before = tested.before_step(compactors)
         optimizer.step()
         tested.after_step(compactors, before)
-    left = 1 - 3 / (FADE - 0.5)
+    left = 1 - 3 / FADE
     for name, site in tested.sites.items():
         norms = row_norms(compactors[name].matrix.detach())
         torch.testing.assert_close(norms[site.masked], torch.full_like(norms[site.masked], left))
@@ -154,7 +156,7 @@ def test_masked_rows_move_by_the_proximal_step_alone() -> None:
 
 def test_a_capacity_survives_its_state_dict() -> None:
     tested = capacity()
-    tested.revise(0.3, attach(RetrievalNet(SPEC), SPEC.sites).compactors())
+    tested.revise(0.3)
     other = fresh()
     other.load_state_dict(tested.state_dict())
     assert other.state_dict().keys() == tested.state_dict().keys()

@@ -16,6 +16,7 @@ from pipeline.compress.surgery import largest_difference, operate
 from pipeline.config import Params
 from pipeline.models import cost
 from pipeline.models.resnet import RetrievalNet
+from pipeline.models.taps import Taps
 from pipeline.ops.params import load
 from pipeline.runtime import launch
 from pipeline.training.loop import Batch, DivergedError, Fit
@@ -130,7 +131,7 @@ def test_a_live_cut_leaves_fading_rows_at_their_level(params: Params, teacher: R
     norms = torch.linspace(0.1, 2.0, len(site.kept))
     norms[3:8] = 0.0
     site.masked[:16] = True
-    site.pace[:16] = 0.05
+    site.left[:16] = 5
     with torch.no_grad():
         net.compactors()["layer4.0.conv1"].weight *= norms[:, None, None, None]
     reshaped = task.reshape(net)
@@ -138,9 +139,30 @@ def test_a_live_cut_leaves_fading_rows_at_their_level(params: Params, teacher: R
     matrix = reshaped.net.compactors()["layer4.0.conv1"].matrix.detach()
     expected = torch.where(torch.arange(len(norms)) < 16, norms, torch.ones_like(norms))[norms > 0]
     torch.testing.assert_close(matrix, torch.diag(expected))
-    assert task.capacity.sites["layer4.0.conv1"].pace.tolist() == pytest.approx([0.05] * 11 + [0.0] * (len(norms) - 16))
+    assert task.capacity.sites["layer4.0.conv1"].left.tolist() == [5] * 11 + [0] * (len(norms) - 16)
     image = preprocess(next(RandomImages().epoch(5))[0])
     assert largest_difference(net, reshaped.net, image) < 1e-4
+
+
+def test_norms_of_a_live_cut_are_measured_behind_the_faded_rows(
+    params: Params, teacher: RetrievalNet, tmp_path: Path
+) -> None:
+    task, _, _ = prepared(params, teacher, tmp_path)
+    assert task.capacity is not None
+    net = fresh_student(params, teacher).eval()
+    for name, dead in (("layer4.0.conv1", 0), ("layer4.0.conv2", 8)):
+        task.capacity.sites[name].masked[:16] = True
+        with torch.no_grad():
+            net.compactors()[name].weight[:16] *= 0.1
+            net.compactors()[name].weight[: dead or 1] = 0.0
+    reshaped = task.reshape(net)
+    assert reshaped is not None
+    narrow = reshaped.net
+    with Taps(narrow, ["layer4.0.conv2"]) as taps, torch.no_grad():
+        narrow(task.calibration)
+        variance, mean = torch.var_mean(taps.read()["layer4.0.conv2"], dim=(0, 2, 3))
+    torch.testing.assert_close(narrow.layer4[0].bn2.running_mean, mean)
+    torch.testing.assert_close(narrow.layer4[0].bn2.running_var, variance)
 
 
 def test_rows_that_fade_across_the_end_of_an_epoch_are_gone_in_time(
