@@ -107,7 +107,7 @@ class Optimizer(Section):
     classifier_lr: Annotated[float, Field(gt=0, le=100)]
     """Factor on the learning rate of the identity classifier (1.5 in the paper)."""
     weight_decay: Annotated[float, Field(ge=0, lt=1)]
-    """Weight decay; compactors have none."""
+    """Weight decay; compactors and gates have none."""
     momentum: Annotated[float, Field(ge=0, lt=1)]
     """Momentum of `sgd` (0.9 in the paper)."""
     warmup: Fraction
@@ -210,8 +210,9 @@ class Student(Training):
     init: Literal["teacher", "imagenet"]
     """Where the first weights come from."""
     budget: Budget
-    sites: Annotated[list[Literal["conv1", "conv2"]], Field(min_length=1, max_length=2)]
-    """Convolutions of a block whose outputs get a compactor."""
+    sites: Annotated[list[Literal["conv1", "conv2", "stream"]], Field(min_length=1, max_length=3)]
+    """What may become narrower: the outputs of a block's first or second convolution, which get compactors, and the
+    residual stream of each stage, which gets gates."""
     channel_multiple: Annotated[int, Field(ge=1, le=64)]
     """Widths stay whole multiples of it (8: the blocks of ONNX Runtime on AVX2), and at least one."""
     shrink: Literal["live", "off"]

@@ -72,7 +72,7 @@ def benchmark(run: Run) -> BenchmarkRecord:
         timings=timings,
         curves={name: read_curves(files.plots(name)) for name in (TEACHER, STUDENT)},
         widths={name: spec.widths for name, spec in specs.items()},
-        sites=[site for site in specs[TEACHER].sites if site in kept],
+        sites=[site for site in specs[TEACHER].widths if site in kept],
         embeddings={name: embed(open_session(path), images, rows, normalise) for name, path in onnx.items()},
         manifest=manifest,
         images=images,

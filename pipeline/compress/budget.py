@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.config import Budget, Student
 from pipeline.models.cost import CostModel, Term, macs_model, params_model
-from pipeline.models.spec import ArchSpec
+from pipeline.models.spec import ArchSpec, inner
 
 WINDOW = 0.01
 """The final reduction lies in [asked, asked + WINDOW]."""
@@ -52,16 +52,17 @@ def least_widths(spec: ArchSpec, sites: Iterable[str], multiple: int) -> dict[st
 
 
 def shrinking_sites(spec: ArchSpec, config: Student) -> tuple[str, ...]:
-    """Dimensions that get a compactor.
+    """Dimensions that get a compactor or gate, from input to output.
 
     Raises:
         BudgetError: If there are none.
     """
-    found = tuple(site for site in spec.sites if site.rpartition(".")[2] in config.sites)
+    kinds = set(config.sites)
+    found = tuple(name for name in spec.widths if (name.rpartition(".")[2] if inner(name) else "stream") in kinds)
     if not found:
         raise BudgetError(
-            f"`student.sites` {config.sites} names no site of a ResNet-{spec.depth}, whose blocks are basic: set it to "
-            "[conv1]"
+            f"`student.sites` {config.sites} names no site of a ResNet-{spec.depth}, whose blocks are basic: add "
+            "conv1 or stream"
         )
     return found
 

@@ -1,7 +1,7 @@
 """The student's capacity over time: what is scored, masked, dying and gone.
 
-A row of a compactor is *present* while it is in the network, *masked* once the budget has chosen it (retrieval no
-longer moves it, the proximal step shrinks it), and *committed* when it, or a row masked beside it, has reached zero:
+A row of a compactor or gate is *present* while it is in the network, *masked* once the budget has chosen it (retrieval
+no longer moves it, the proximal step shrinks it), and *committed* when it, or a row masked beside it, has reached zero:
 until then the choice may be revised. Whole groups are masked and committed together, so widths stay multiples.
 
 No step waits for the device, but those that revise the masks.
@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from pipeline.compress.budget import Allotment, Site, least_widths, scheduled
-from pipeline.compress.compactor import row_norms, shrink_rows
+from pipeline.compress.compactor import by_row, row_norms, shrink_rows
 from pipeline.compress.resetting import contributions, reset_gradients
 from pipeline.config import Budget
 from pipeline.models.cost import CostModel
-from pipeline.models.resnet import Compactor
+from pipeline.models.resnet import Indicator
 from pipeline.models.spec import ArchSpec
 
 
 @dataclass
 class SiteState:
-    """One site's rows, in the order in which they stand in the compactor.
+    """One site's rows, in the order in which they stand in the compactor or gate.
 
     Attributes:
         kept: (C,) int64, each row's channel index in the uncompressed network.
@@ -145,35 +145,35 @@ class Capacity:
             site.left = torch.where(masked & site.masked, site.left, masked * self.fade).to(torch.int32)
             site.masked = masked
 
-    def reset(self, compactors: Mapping[str, Compactor]) -> None:
+    def reset(self, indicators: Mapping[str, Indicator]) -> None:
         """After the backward pass: masked rows get no gradient from retrieval."""
-        reset_gradients(compactors, {name: site.masked for name, site in self.sites.items()})
+        reset_gradients(indicators, {name: site.masked for name, site in self.sites.items()})
 
-    def before_step(self, compactors: Mapping[str, Compactor]) -> dict[str, Tensor]:
+    def before_step(self, indicators: Mapping[str, Indicator]) -> dict[str, Tensor]:
         """Compactors as they are before the optimiser, whose momentum would move masked rows on."""
-        return {name: compactors[name].weight.detach().clone() for name in self.sites}
+        return {name: indicators[name].weight.detach().clone() for name in self.sites}
 
     @torch.no_grad()
-    def after_step(self, compactors: Mapping[str, Compactor], before: Mapping[str, Tensor]) -> None:
+    def after_step(self, indicators: Mapping[str, Indicator], before: Mapping[str, Tensor]) -> None:
         """Shrink the masked rows; where one has just reached zero, those masked by then are committed.
 
         Args:
-            compactors: By site.
+            indicators: By site.
             before: From `before_step`.
         """
         for name, site in self.sites.items():
-            weight = compactors[name].weight
+            weight = indicators[name].weight
             shrunk = shrink_rows(before[name], site.left)
             site.left = (site.left - 1).clamp_min(0)
-            weight.copy_(torch.where(site.masked[:, None, None, None], shrunk, weight))
+            weight.copy_(torch.where(by_row(site.masked, weight), shrunk, weight))
             died = site.masked & ~site.committed & (site.left == 0)
             site.committed = torch.where(died.any(), site.masked, site.committed)
 
-    def levels(self, compactors: Mapping[str, Compactor]) -> dict[str, Tensor]:
+    def levels(self, indicators: Mapping[str, Indicator]) -> dict[str, Tensor]:
         """How far each row has faded, (C,) by site: its norm where it is masked and not yet zero, else 1."""
         found = {}
         for name, site in self.sites.items():
-            norms = row_norms(compactors[name].matrix.detach())
+            norms = row_norms(indicators[name].matrix.detach())
             found[name] = torch.where(site.masked & (norms > 0), norms, torch.ones_like(norms))
         return found
 

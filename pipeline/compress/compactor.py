@@ -1,4 +1,4 @@
-"""Putting compactors into a network, shrinking their rows, and asking which are left."""
+"""Putting compactors and gates into a network, shrinking their rows, and asking which are left."""
 
 from collections.abc import Iterable, Mapping
 
@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from pipeline.models.resnet import RetrievalNet, convert
-from pipeline.models.spec import compactor_of
+from pipeline.models.spec import indicator_of
 
 
 def row_norms(matrix: Tensor) -> Tensor:
     """L2 norms of rows, (C, ...) -> (C,)."""
-    return torch.linalg.vector_norm(matrix.flatten(start_dim=1), dim=1)
+    return torch.linalg.vector_norm(matrix.reshape(len(matrix), -1), dim=1)
 
 
 def shrink_rows(matrix: Tensor, left: Tensor) -> Tensor:
@@ -30,46 +30,46 @@ def shrink_rows(matrix: Tensor, left: Tensor) -> Tensor:
     Returns:
         The shrunken rows, same shape.
     """
-    return scaled(matrix, (left - 1).clamp_min(0) / left.clamp_min(1))
+    return matrix * by_row((left - 1).clamp_min(0) / left.clamp_min(1), matrix)
 
 
-def scaled(matrix: Tensor, factors: Tensor) -> Tensor:
-    """Rows (C, ...) times factors (C,)."""
-    return matrix * factors.to(matrix).reshape(-1, *(1,) * (matrix.dim() - 1))
+def by_row(values: Tensor, like: Tensor) -> Tensor:
+    """Values (C,) in a shape that broadcasts over the rows of `like` (C, ...)."""
+    return values.reshape(-1, *(1,) * (like.dim() - 1))
 
 
 def scale_rows(net: RetrievalNet, factors: Mapping[str, Tensor]) -> RetrievalNet:
-    """A copy of a network whose compactor rows are multiplied by factors (C,), by site."""
+    """A copy of a network whose indicators' rows are multiplied by factors (C,), by site."""
     state = dict(net.state_dict())
     for site, factor in factors.items():
-        name = f"{compactor_of(site)}.weight"
-        state[name] = scaled(state[name], factor)
+        name = f"{indicator_of(site)}.weight"
+        state[name] = state[name] * by_row(factor, state[name])
     return convert(net, net.spec, state)
 
 
 def attach(net: RetrievalNet, sites: Iterable[str]) -> RetrievalNet:
-    """The same function, with compactors that start as the identity.
+    """The same function, with compactors and gates that start as the identity.
 
     Args:
         net: Network to take the weights from.
-        sites: Dimensions that get a compactor, such as ``layer1.0.conv2``; those that have one keep it.
+        sites: Dimensions that get one, such as ``layer1.0.conv2`` or ``layer1``; those that have one keep it.
     """
-    wanted = set(sites) | set(net.spec.compactors)
-    ordered = tuple(site for site in net.spec.sites if site in wanted)
-    return convert(net, net.spec.model_copy(update={"compactors": ordered}))
+    wanted = set(sites) | set(net.spec.indicators)
+    ordered = tuple(site for site in net.spec.widths if site in wanted)
+    return convert(net, net.spec.model_copy(update={"indicators": ordered}))
 
 
 def alive(net: RetrievalNet, tolerance: float = 0.0) -> dict[str, Tensor]:
-    """Channels that a compactor still lets through.
+    """Channels that a compactor or gate still lets through.
 
     Args:
-        net: Network with compactors.
+        net: Network with indicators.
         tolerance: Largest row norm that counts as zero.
 
     Returns:
         By site, indices of the rows whose norm exceeds the tolerance, int64, ascending.
     """
     return {
-        site: torch.nonzero(row_norms(compactor.matrix.detach()) > tolerance).flatten().cpu()
-        for site, compactor in net.compactors().items()
+        site: torch.nonzero(row_norms(indicator.matrix.detach()) > tolerance).flatten().cpu()
+        for site, indicator in net.indicators().items()
     }

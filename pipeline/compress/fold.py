@@ -1,4 +1,4 @@
-"""Multiplying compactors into the convolution and batch norm before them.
+"""Multiplying compactors into the convolution and batch norm before them, and gates into batch norms.
 
 In evaluation mode a compactor K sees K (s (W x - mu) + b) with s = gamma / sqrt(var + eps). With A = K diag(s) that is
 A W x + c, c = K (b - s mu): a convolution W' = A W and a batch norm that adds c. The new batch norm may subtract any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.resnet import RetrievalNet, convert
-from pipeline.models.spec import compactor_of, norm_of
+from pipeline.models.spec import Layer, indicator_of, inner
 from pipeline.models.taps import Taps
 
 EPS = 1e-5
@@ -22,36 +22,42 @@ EPS = 1e-5
 
 
 def fold(net: RetrievalNet, sites: Iterable[str]) -> RetrievalNet:
-    """Remove compactors without changing the function in evaluation mode.
+    """Remove compactors and gates without changing the function in evaluation mode.
 
     Args:
-        net: Network with compactors at `sites`.
-        sites: Compactors to fold.
+        net: Network with indicators at `sites`.
+        sites: Indicators to fold.
 
     Returns:
         A new network; the mean of each new batch norm is exact, its variance treats channels as uncorrelated
         (`recentre` measures it).
 
     Raises:
-        KeyError: If a site has no compactor.
+        KeyError: If a site has no indicator.
     """
     folding = tuple(sites)
     state = dict(net.state_dict())
     for site in folding:
-        matrix = state.pop(f"{compactor_of(site)}.weight")[:, :, 0, 0]
-        state |= _folded(state, site, matrix)
-    left = tuple(site for site in net.spec.compactors if site not in folding)
-    return convert(net, net.spec.model_copy(update={"compactors": left}), state)
+        weight = state.pop(f"{indicator_of(site)}.weight")
+        for layer in net.spec.layers():
+            if layer.target != site:
+                continue
+            if inner(site):
+                state |= _folded(state, layer, weight[:, :, 0, 0])
+            else:
+                state |= {f"{layer.norm}.{name}": weight * state[f"{layer.norm}.{name}"] for name in ("weight", "bias")}
+    left = tuple(site for site in net.spec.indicators if site not in folding)
+    return convert(net, net.spec.model_copy(update={"indicators": left}), state)
 
 
-def _folded(state: Mapping[str, Tensor], site: str, matrix: Tensor) -> dict[str, Tensor]:
-    """Convolution and batch norm of a site with its compactor's matrix (C', C) multiplied in."""
-    norm = norm_of(site)
+def _folded(state: Mapping[str, Tensor], layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
+    """Convolution and batch norm of a layer with its compactor's matrix (C', C) multiplied in."""
+    norm = layer.norm
     mean, variance = state[f"{norm}.running_mean"], state[f"{norm}.running_var"]
     scaled = matrix * (state[f"{norm}.weight"] / torch.sqrt(variance + EPS))
-    weight = torch.einsum("oi,ichw->ochw", scaled, state[f"{site}.weight"])
+    weight = torch.einsum("oi,ichw->ochw", scaled, state[f"{layer.name}.weight"])
     shift = matrix @ state[f"{norm}.bias"] - scaled @ mean
-    return {f"{site}.weight": weight} | _norm(norm, scaled @ mean, scaled.square() @ variance, shift)
+    return {f"{layer.name}.weight": weight} | _norm(norm, scaled @ mean, scaled.square() @ variance, shift)
 
 
 def _norm(norm: str, mean: Tensor, variance: Tensor, shift: Tensor) -> dict[str, Tensor]:
@@ -70,17 +76,16 @@ def recentre(net: RetrievalNet, sites: Iterable[str], images: Tensor) -> None:
 
     Args:
         net: Network in evaluation mode, changed in place.
-        sites: Convolutions whose batch norms only shift, as `fold` leaves them.
+        sites: Inner sites whose batch norms only shift, as `fold` leaves them.
         images: Normalised images (B, 3, H, W).
     """
-    folded = tuple(sites)
-    with Taps(net, folded) as taps:
+    norms = {layer.name: layer.norm for layer in net.spec.layers() if layer.target in set(sites)}
+    with Taps(net, norms) as taps:
         net(images)
         outputs = taps.read()
     state = net.state_dict()
-    for site in folded:
-        norm = norm_of(site)
+    for name, norm in norms.items():
         shift = state[f"{norm}.bias"] - state[f"{norm}.running_mean"]
-        variance, mean = torch.var_mean(outputs[site], dim=(0, 2, 3))
-        for name, value in _norm(norm, mean, variance, shift).items():
-            state[name].copy_(value)
+        variance, mean = torch.var_mean(outputs[name], dim=(0, 2, 3))
+        for key, value in _norm(norm, mean, variance, shift).items():
+            state[key].copy_(value)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.models.resnet import Compactor
+from pipeline.compress.compactor import by_row
+from pipeline.models.resnet import Indicator
 
 
 def nearest(embedding: Tensor, neighbours: int) -> Tensor:
@@ -48,13 +49,14 @@ def contributions(student: Tensor, teacher: Tensor, neighbours: Tensor) -> Tenso
     return (matches * student.abs()).mean(dim=0) * student.shape[1]
 
 
-def reset_gradients(compactors: Mapping[str, Compactor], masked: Mapping[str, Tensor]) -> None:
+def reset_gradients(indicators: Mapping[str, Indicator], masked: Mapping[str, Tensor]) -> None:
     """Take the retrieval gradient from masked rows, so that only the proximal step moves them.
 
     Args:
-        compactors: By site, after the backward pass.
+        indicators: By site, after the backward pass.
         masked: By site, (C,) bool.
     """
-    for site, compactor in compactors.items():
-        if compactor.weight.grad is not None:
-            compactor.weight.grad.masked_fill_(masked[site][:, None, None, None], 0.0)
+    for site, indicator in indicators.items():
+        gradient = indicator.weight.grad
+        if gradient is not None:
+            gradient.masked_fill_(by_row(masked[site], gradient), 0.0)

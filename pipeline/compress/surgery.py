@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from pipeline.compress.compactor import alive
-from pipeline.compress.fold import fold
+from pipeline.compress.fold import EPS, fold
 from pipeline.config import Surgery
 from pipeline.files import read_json, write_text
 from pipeline.models.resnet import RetrievalNet, convert
-from pipeline.models.spec import ArchSpec, compactor_of, consumer_of, norm_of
+from pipeline.models.spec import HEAD_NORM, ArchSpec, indicator_of, inner
 
 PLAN = "plan.json"
 
@@ -63,7 +63,7 @@ class Operation:
     """What surgery leaves.
 
     Attributes:
-        net: The narrow network, without compactors and classifier, float32, in evaluation mode.
+        net: The narrow network, without indicators and classifier, float32, in evaluation mode.
         plan: What it kept of the network it was given.
         max_abs_diff: Largest absolute difference of the embeddings before and after, in float64.
     """
@@ -102,7 +102,7 @@ def plan_cut(net: RetrievalNet, tolerance: float, multiple: int, full: ArchSpec)
     """Keep the channels whose compactor rows are not zero.
 
     Args:
-        net: Network with compactors.
+        net: Network with indicators.
         tolerance: Largest row norm that counts as zero.
         multiple: What every width that shrinks must be a multiple of.
         full: The uncompressed network: a student may have been cut while it learned.
@@ -132,15 +132,19 @@ def slices(spec: ArchSpec, plan: SurgeryPlan) -> dict[str, list[tuple[int, Tenso
 
     Tensors that are not named keep their shape. A compactor loses rows and columns alike.
     """
+    kept = {site: torch.tensor(rows, dtype=torch.int64) for site, rows in plan.kept.items()}
     taken: dict[str, list[tuple[int, Tensor]]] = {}
-    for site, rows in plan.kept.items():
-        index = torch.tensor(rows, dtype=torch.int64)
-        taken.setdefault(f"{site}.weight", []).append((0, index))
+    norms = [(HEAD_NORM, "layer4")]
+    for layer in spec.layers():
+        pieces = [(0, kept[layer.target])] if layer.target in kept else []
+        pieces += [(1, kept[layer.source])] if layer.source in kept else []
+        taken[f"{layer.name}.weight"] = pieces
+        norms.append((layer.norm, layer.target))
+    for norm, dimension in norms:
         for name in ("weight", "bias", "running_mean", "running_var"):
-            taken[f"{norm_of(site)}.{name}"] = [(0, index)]
-        if site in spec.compactors:
-            taken[f"{compactor_of(site)}.weight"] = [(0, index), (1, index)]
-        taken.setdefault(f"{consumer_of(site)}.weight", []).append((1, index))
+            taken[f"{norm}.{name}"] = [(0, kept[dimension])] if dimension in kept else []
+    for site in set(spec.indicators) & set(kept):
+        taken[f"{indicator_of(site)}.weight"] = [(0, kept[site])] + ([(1, kept[site])] if inner(site) else [])
     return taken
 
 
@@ -155,17 +159,28 @@ def cut(net: RetrievalNet, plan: SurgeryPlan) -> RetrievalNet:
     """A narrower network; the function is the same if what is cut was zero.
 
     Args:
-        net: Network whose sites in `plan` have no compactor any more.
+        net: Network whose inner sites in `plan` have no compactor any more.
         plan: Channels that stay.
     """
-    taken = slices(net.spec, plan)
-    state = {name: take(tensor, taken.get(name, ())) for name, tensor in net.state_dict().items()}
+    taken, whole = slices(net.spec, plan), net.state_dict()
+    state = {name: take(tensor, taken.get(name, ())) for name, tensor in whole.items()}
+    if "layer4" in plan.kept:
+        dead = torch.ones(net.spec.widths["layer4"], dtype=torch.bool)
+        dead[list(plan.kept["layer4"])] = False
+        state["head.bn2.running_mean"] = whole["head.bn2.running_mean"] - _constant(whole, dead)
     return convert(net, cut_spec(net.spec, plan), state)
 
 
+def _constant(state: Mapping[str, Tensor], dead: Tensor) -> Tensor:
+    """What channels that are always zero add to the embedding, (D,): the head's first norm shifts them."""
+    norm = {name: state[f"{HEAD_NORM}.{name}"] for name in ("weight", "bias", "running_mean", "running_var")}
+    shifted = norm["bias"] - norm["weight"] * norm["running_mean"] / torch.sqrt(norm["running_var"] + EPS)
+    return state["head.fc.weight"] @ (torch.relu(shifted) * dead.to(shifted))
+
+
 def fold_and_cut(net: RetrievalNet, plan: SurgeryPlan) -> RetrievalNet:
-    """Fold the compactors of the plan's sites, then cut."""
-    return cut(fold(net, [site for site in net.spec.compactors if site in plan.kept]), plan)
+    """Fold compactors and gates of the plan's sites, then cut."""
+    return cut(fold(net, [site for site in net.spec.indicators if site in plan.kept]), plan)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.models.head import Classifier, EmbeddingHead
-from pipeline.models.spec import BLOCKS, ArchSpec, Block, compactor_of
+from pipeline.models.spec import BLOCKS, ArchSpec, Block, indicator_of
 
 
 class Output(NamedTuple):
@@ -47,6 +47,33 @@ class Compactor(nn.Conv2d):
         return self.weight[:, :, 0, 0]
 
 
+class Gate(nn.Module):
+    """A factor on each channel of a stage's stream, shared by all that write to it; it starts at 1.
+
+    Where it is zero, the channel is zero throughout the stage, since the block's input is non-negative.
+
+    Args:
+        channels: Channels of the stream.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    @property
+    def matrix(self) -> Tensor:
+        """The factors as rows (C, 1); a view."""
+        return self.weight[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale channels, (B, C, H, W) -> same."""
+        return x * self.weight[:, None, None]
+
+
+Indicator = Compactor | Gate
+"""What tells by its rows which channels are needed: ``weight`` (C, ...) and ``matrix`` (C, n)."""
+
+
 class ResidualBlock(nn.Module):
     """A basic block (3x3, 3x3) or a bottleneck (1x1, 3x3, 1x1).
 
@@ -69,7 +96,7 @@ class ResidualBlock(nn.Module):
             self.add_module(f"conv{index + 1}", convolution)
             self.add_module(f"bn{index + 1}", nn.BatchNorm2d(widths[index + 1]))
         for index, site in enumerate(block.sites):
-            present = site in spec.compactors
+            present = site in spec.indicators
             self.add_module(f"compactor{index + 1}", Compactor(widths[index + 1]) if present else nn.Identity())
         self.downsample: nn.Sequential | None = None
         if block.shortcut:
@@ -78,14 +105,24 @@ class ResidualBlock(nn.Module):
                 nn.BatchNorm2d(widths[-1]),
             )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform a feature map, (B, C, H, W) -> (B, C', H', W')."""
+    def forward(self, x: Tensor, gate: nn.Module) -> Tensor:
+        """Transform a feature map, (B, C, H, W) -> (B, C', H', W'); `gate` is the stage's."""
         y = x
         for index in range(1, self.depth):
             y = self.get_submodule(f"bn{index}")(self.get_submodule(f"conv{index}")(y))
             y = functional.relu(self.get_submodule(f"compactor{index}")(y))
-        y = self.get_submodule(f"bn{self.depth}")(self.get_submodule(f"conv{self.depth}")(y))
-        return functional.relu(y + (x if self.downsample is None else self.downsample(x)))
+        y = gate(self.get_submodule(f"bn{self.depth}")(self.get_submodule(f"conv{self.depth}")(y)))
+        return functional.relu(y + (x if self.downsample is None else gate(self.downsample(x))))
+
+
+class Stage(nn.ModuleList):
+    """Residual blocks that share a stream."""
+
+    def forward(self, x: Tensor, gate: nn.Module) -> Tensor:
+        """Transform a feature map, (B, C, H, W) -> (B, C', H', W')."""
+        for block in self:
+            x = block(x, gate)
+        return x
 
 
 class RetrievalNet(nn.Module):
@@ -98,28 +135,34 @@ class RetrievalNet(nn.Module):
     def __init__(self, spec: ArchSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.conv1 = nn.Conv2d(3, spec.widths["conv1"], kernel_size=7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(spec.widths["conv1"])
+        stem = spec.widths[spec.stem]
+        self.conv1 = nn.Conv2d(3, stem, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         blocks = iter(spec.blocks())
         for index, count in enumerate(BLOCKS[spec.depth]):
-            stage = nn.Sequential(*(ResidualBlock(next(blocks), spec) for _ in range(count)))
+            stage = Stage(ResidualBlock(next(blocks), spec) for _ in range(count))
             self.add_module(f"layer{index + 1}", stage)
+        present = set(spec.indicators)
+        self.gates = nn.ModuleDict(
+            {name: Gate(spec.widths[name]) if name in present else nn.Identity() for name in spec.stream}
+        )
         self.head = EmbeddingHead(spec.widths["layer4"], spec.embedding_dim)
         self.classifier = Classifier(spec.embedding_dim, spec.identities, spec.cosine) if spec.identities else None
 
     def forward(self, x: Tensor) -> Output:
         """Embed normalised images, (B, 3, H, W)."""
-        x = self.maxpool(functional.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(functional.relu(self.gates[self.spec.stem](self.bn1(self.conv1(x)))))
         for index in range(len(BLOCKS[self.spec.depth])):
-            x = self.get_submodule(f"layer{index + 1}")(x)
+            name = f"layer{index + 1}"
+            x = self.get_submodule(name)(x, self.gates[name])
         embedding = self.head(x)
         return Output(embedding, None if self.classifier is None else self.classifier(embedding))
 
-    def compactors(self) -> dict[str, Compactor]:
-        """The compactors by site."""
-        found = {site: self.get_submodule(compactor_of(site)) for site in self.spec.compactors}
-        return {site: module for site, module in found.items() if isinstance(module, Compactor)}
+    def indicators(self) -> dict[str, Indicator]:
+        """Compactors and gates by site."""
+        found = {site: self.get_submodule(indicator_of(site)) for site in self.spec.indicators}
+        return {site: module for site, module in found.items() if isinstance(module, Compactor | Gate)}
 
     def load_backbone(self, state: Mapping[str, Tensor], origin: str) -> None:
         """Load a torchvision state dict into everything but head and classifier.
@@ -150,8 +193,8 @@ class RetrievalNet(nn.Module):
             ]
             raise ValueError(
                 f"the weights from {origin} are not those of a ResNet-{self.spec.depth} with a stem of "
-                f"{self.spec.widths['conv1']} channels: {', '.join(faults)}; set `depth` and `width` to what the file "
-                "holds"
+                f"{self.spec.widths[self.spec.stem]} channels: {', '.join(faults)}; set `depth` and `width` to what "
+                "the file holds"
             )
         self.load_state_dict(own | given, strict=True)
 
@@ -172,7 +215,7 @@ def convert(net: RetrievalNet, spec: ArchSpec, state: Mapping[str, Tensor] | Non
     converted = RetrievalNet(spec).to(device=reference.device, dtype=reference.dtype)
     given = net.state_dict() if state is None else state
     own = converted.state_dict()
-    slots = tuple(f"{compactor_of(site)}." for site in spec.compactors)
+    slots = tuple(f"{indicator_of(site)}." for site in spec.indicators)
     loaded = {name: own[name] if name not in given and name.startswith(slots) else given[name] for name in own}
     converted.load_state_dict(loaded, strict=True)
     return converted.to(memory_format=torch.channels_last).train(net.training)

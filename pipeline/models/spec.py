@@ -2,7 +2,8 @@
 
 Every channel dimension that can change has a name, and `ArchSpec.widths` holds its size:
 
-- ``conv1``: output of the stem,
+- ``conv1``: output of the stem (of a bottleneck net; a basic net's stem feeds the stream of ``layer1`` itself, since
+  its first shortcut is the identity),
 - ``layer1`` ... ``layer4``: the residual stream of a stage,
 - ``layer3.5.conv1``, ``layer3.5.conv2``: the inner widths of a block, named after the convolution whose output they
   are (a basic block has only ``conv1``).
@@ -30,6 +31,34 @@ BASIC = frozenset({18, 34})
 
 EXPANSION = 4
 """Output channels of a bottleneck, as a multiple of its planes."""
+
+
+INPUT, EMBEDDING = "input", "embedding"
+"""Dimensions that never change: the image's three channels and the embedding."""
+
+HEAD_NORM = "head.bn1"
+"""Batch norm on the last stage's stream, with no convolution of its own."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution, or the embedding's linear map, and the batch norm behind it.
+
+    Attributes:
+        name: Module name, such as ``layer3.5.conv2``.
+        norm: Module name of the batch norm.
+        source: Dimension of its input.
+        target: Dimension of its output.
+        kernel: Height and width of its kernel.
+        stride: Its stride.
+    """
+
+    name: str
+    norm: str
+    source: str
+    target: str
+    kernel: int
+    stride: int
 
 
 @dataclass(frozen=True)
@@ -62,7 +91,7 @@ class ArchSpec(BaseModel):
         embedding_dim: Length of the embedding.
         identities: Rows of the classifier, 0 for none.
         cosine: Whether the classifier compares directions (cosines) or takes inner products.
-        compactors: Sites with a compactor.
+        indicators: Sites with a compactor or gate.
         widths: Channels by dimension name.
     """
 
@@ -73,7 +102,7 @@ class ArchSpec(BaseModel):
     embedding_dim: int
     identities: int
     cosine: bool
-    compactors: tuple[str, ...]
+    indicators: tuple[str, ...]
     widths: dict[str, int]
 
     @classmethod
@@ -96,7 +125,7 @@ class ArchSpec(BaseModel):
             identities: Rows of the classifier, 0 for none.
             cosine: Kind of classifier.
         """
-        widths = {"conv1": width}
+        widths = {} if depth in BASIC else {"conv1": width}
         for index, count in enumerate(BLOCKS[depth]):
             planes = width * 2**index
             widths[f"layer{index + 1}"] = planes * (1 if depth in BASIC else EXPANSION)
@@ -109,7 +138,7 @@ class ArchSpec(BaseModel):
             embedding_dim=embedding_dim,
             identities=identities,
             cosine=cosine,
-            compactors=(),
+            indicators=(),
             widths=widths,
         )
 
@@ -119,11 +148,11 @@ class ArchSpec(BaseModel):
             raise ValueError(f"depth {self.depth} is none of {sorted(BLOCKS)}")
         if bad := {name: width for name, width in self.widths.items() if width < 1}:
             raise ValueError(f"widths must be at least 1, got {bad}")
-        wanted = {"conv1", *(block.stage for block in self.blocks()), *self.sites}
+        wanted = {*self.stream, *self.sites}
         if wrong := wanted ^ set(self.widths):
             raise ValueError(f"widths of depth {self.depth} are missing or unknown: {sorted(wrong)}")
-        if unknown := set(self.compactors) - set(self.sites):
-            raise ValueError(f"compactors at unknown sites: {sorted(unknown)}")
+        if unknown := set(self.indicators) - wanted:
+            raise ValueError(f"indicators at unknown sites: {sorted(unknown)}")
         return self
 
     @property
@@ -136,9 +165,33 @@ class ArchSpec(BaseModel):
         """Inner dimensions of all blocks."""
         return tuple(site for block in self.blocks() for site in block.sites)
 
+    @property
+    def stem(self) -> str:
+        """Dimension of the stem's output."""
+        return "layer1" if self.basic else "conv1"
+
+    @property
+    def stream(self) -> tuple[str, ...]:
+        """Dimensions that shortcuts carry from block to block, from input to output."""
+        return tuple(dict.fromkeys([self.stem, *(block.stage for block in self.blocks())]))
+
+    def layers(self) -> Iterator[Layer]:
+        """Everything that multiplies, from input to output."""
+        yield Layer("conv1", "bn1", INPUT, self.stem, 7, 2)
+        for block in self.blocks():
+            chain, kernels = (block.source, *block.sites, block.stage), (3, 3) if self.basic else (1, 3, 1)
+            for index, kernel in enumerate(kernels):
+                stride = block.stride if index == kernels.index(3) else 1
+                name, norm = f"{block.name}.conv{index + 1}", f"{block.name}.bn{index + 1}"
+                yield Layer(name, norm, chain[index], chain[index + 1], kernel, stride)
+            if block.shortcut:
+                name, norm = f"{block.name}.downsample.0", f"{block.name}.downsample.1"
+                yield Layer(name, norm, block.source, block.stage, 1, block.stride)
+        yield Layer("head.fc", "head.bn2", "layer4", EMBEDDING, 1, 1)
+
     def blocks(self) -> Iterator[Block]:
         """The residual blocks, from input to output."""
-        source = "conv1"
+        source = self.stem
         for index, count in enumerate(BLOCKS[self.depth]):
             stage = f"layer{index + 1}"
             stage_stride = (1, 2, 2, self.last_stride)[index]
@@ -157,17 +210,14 @@ class ArchSpec(BaseModel):
                 source = stage
 
 
-def compactor_of(site: str) -> str:
-    """Module name of the compactor slot behind a site: ``layer1.0.conv2`` -> ``layer1.0.compactor2``."""
-    return site.replace(".conv", ".compactor")
+def inner(site: str) -> bool:
+    """Whether a dimension is an inner width of a block, not of the stream."""
+    return "." in site
 
 
-def norm_of(site: str) -> str:
-    """Module name of the batch norm behind a site: ``layer1.0.conv2`` -> ``layer1.0.bn2``."""
-    return site.replace(".conv", ".bn")
+def indicator_of(site: str) -> str:
+    """Module name of what marks a dimension's channels as dispensable.
 
-
-def consumer_of(site: str) -> str:
-    """Module name of the convolution that reads a site: ``layer1.0.conv2`` -> ``layer1.0.conv3``."""
-    block, _, convolution = site.rpartition(".conv")
-    return f"{block}.conv{int(convolution) + 1}"
+    ``layer1.0.conv2`` -> ``layer1.0.compactor2`` (a 1x1 convolution), ``layer1`` -> ``gates.layer1`` (a vector).
+    """
+    return site.replace(".conv", ".compactor") if inner(site) else f"gates.{site}"

@@ -8,17 +8,19 @@ from torch import Tensor
 
 from pipeline.config import Optimizer
 from pipeline.models.resnet import RetrievalNet
+from pipeline.models.spec import indicator_of
 
 
 def build(net: RetrievalNet, config: Optimizer) -> torch.optim.Optimizer:
-    """An optimiser over a network: no weight decay on compactors, an own learning rate for the classifier.
+    """An optimiser over a network: no weight decay on compactors and gates, an own learning rate for the classifier.
 
     Each parameter group carries ``factor``, what its learning rate is multiplied by.
     """
+    indicators = {f"{indicator_of(site)}.weight" for site in net.spec.indicators}
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in net.named_parameters():
         factor = config.classifier_lr if name.startswith("classifier.") else 1.0
-        decay = 0.0 if ".compactor" in name else config.weight_decay
+        decay = 0.0 if name in indicators else config.weight_decay
         groups.setdefault((factor, decay), []).append(parameter)
     described = [
         {"params": params, "factor": factor, "weight_decay": decay, "lr": config.lr * factor}

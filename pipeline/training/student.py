@@ -17,14 +17,14 @@ from torch import Tensor
 from pipeline.compress.budget import WINDOW, BudgetMissedError, cost_model, refuse_unreachable, shrinking_sites
 from pipeline.compress.capacity import Capacity
 from pipeline.compress.compactor import alive, attach, scale_rows
-from pipeline.compress.fold import recentre
+from pipeline.compress.fold import fold, recentre
 from pipeline.compress.resetting import nearest
-from pipeline.compress.surgery import SurgeryPlan, cut_spec, fold_and_cut, slices, take
+from pipeline.compress.surgery import SurgeryPlan, cut, cut_spec, slices, take
 from pipeline.config import Params, Student
 from pipeline.losses import distill
 from pipeline.models import cost
 from pipeline.models.resnet import Output, RetrievalNet, convert
-from pipeline.models.spec import ArchSpec, compactor_of, norm_of
+from pipeline.models.spec import ArchSpec, indicator_of, inner
 from pipeline.models.taps import Taps, pooled
 from pipeline.retrieval.embed import Rows
 from pipeline.training.loop import Forward, Reshaped
@@ -66,7 +66,7 @@ class StudentTask:
     def losses(self, net: RetrievalNet, forward: Forward, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Retrieval losses, KL of the logits, distance of the stages' features; scores the channels on the way."""
         scoring = self.capacity is not None and not self.capacity.settled
-        sites = {compactor_of(site): site for site in self.capacity.sites} if self.capacity and scoring else {}
+        sites = {observed(site): site for site in self.capacity.sites} if self.capacity and scoring else {}
         with (
             torch.no_grad(),
             self.fabric.autocast(),
@@ -90,9 +90,16 @@ class StudentTask:
         )
         losses["feature"] = (
             self.config.distill.feature
-            * torch.stack([distill.features(student_stages[stage], teacher_stages[stage]) for stage in STAGES]).sum()
+            * torch.stack(
+                [distill.features(student_stages[stage], self._kept(stage, teacher_stages[stage])) for stage in STAGES]
+            ).sum()
         )
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
+
+    def _kept(self, stage: str, features: Tensor) -> Tensor:
+        """The teacher's channels (B, C, H, W) that the student still has."""
+        site = None if self.capacity is None else self.capacity.sites.get(stage)
+        return features if site is None or len(site.kept) == features.shape[1] else features[:, site.kept]
 
     def _sharpened(self, output: Output) -> Tensor:
         """Logits as the identity loss sees them: cosines times their scale."""
@@ -105,15 +112,15 @@ class StudentTask:
         if self.capacity is None:
             optimizer()
             return
-        number, compactors = round(progress * self.total_steps), net.compactors()
+        number, indicators = round(progress * self.total_steps), net.indicators()
         last_choice = min(math.ceil(self.config.budget.end * self.total_steps - 1e-6), self.total_steps - 1)
         if number % self.config.budget.every == 0 or number == last_choice:
             self._share_scores()
             self.capacity.revise(1.0 if number >= last_choice else progress)
-        self.capacity.reset(compactors)
-        before = self.capacity.before_step(compactors)
+        self.capacity.reset(indicators)
+        before = self.capacity.before_step(indicators)
         optimizer()
-        self.capacity.after_step(compactors, before)
+        self.capacity.after_step(indicators, before)
 
     def _share_scores(self) -> None:
         """Average the scores over devices, so that all choose alike and any of them can be saved."""
@@ -123,7 +130,7 @@ class StudentTask:
             site.score = cast(Tensor, self.fabric.all_reduce(site.score, reduce_op="mean"))
 
     def reshape(self, net: RetrievalNet) -> Reshaped | None:
-        """Cut out what died in this epoch, and carry on with fresh compactors there.
+        """Cut out what died in this epoch, and carry on with fresh compactors there; gates are only shortened.
 
         Rows on their way out are folded at full length and go on fading in the fresh compactor.
         """
@@ -137,17 +144,22 @@ class StudentTask:
         )
         if not plan.kept:
             return None
-        kept = {site: torch.tensor(rows) for site, rows in plan.kept.items()}
-        levels = {site: level for site, level in self.capacity.levels(net.compactors()).items() if site in kept}
+        folding = [site for site in plan.kept if inner(site)]
+        levels = {site: level for site, level in self.capacity.levels(net.indicators()).items() if site in folding}
         unfaded = scale_rows(net, {site: 1 / level for site, level in levels.items()})
-        shrunk = attach(fold_and_cut(unfaded, plan), kept)
-        shrunk = scale_rows(shrunk, {site: levels[site][rows.to(levels[site].device)] for site, rows in kept.items()})
-        recentre(shrunk, kept, self.calibration)
-        for site, rows in kept.items():
-            self.capacity.sites[site] = self.capacity.sites[site].select(rows)
+        shrunk = attach(cut(fold(unfaded, folding), plan), folding)
+        for site, rows in plan.kept.items():
+            index = torch.tensor(rows, device=self.fabric.device)
+            self.capacity.sites[site] = self.capacity.sites[site].select(index)
+            if site in levels:
+                levels[site] = levels[site][index]
+        shrunk = scale_rows(shrunk, levels)
+        recentre(shrunk, folding, self.calibration)
         taken = slices(net.spec, plan)
-        folded = {f"{site}.weight" for site in plan.kept} | {f"{compactor_of(site)}.weight" for site in plan.kept}
-        folded |= {f"{norm_of(site)}.{name}" for site in plan.kept for name in ("weight", "bias")}
+        folded = {f"{indicator_of(site)}.weight" for site in folding}
+        for layer in net.spec.layers():
+            if layer.target in folding:
+                folded |= {f"{layer.name}.weight", f"{layer.norm}.weight", f"{layer.norm}.bias"}
 
         def carry(name: str, state: Tensor) -> Tensor | None:
             return None if name in folded else take(state, taken.get(name, ()))
@@ -199,13 +211,18 @@ class StudentTask:
         return SurgeryPlan({name: tuple(site.kept.tolist()) for name, site in sites.items()})
 
 
+def observed(site: str) -> str:
+    """Module whose output shows what a dimension carries."""
+    return indicator_of(site) if inner(site) else "maxpool" if site == "conv1" else site
+
+
 def spread(rows: Rows, count: int) -> Rows:
     """At most `count` of the rows, evenly spaced."""
     return rows[:: max(1, math.ceil(len(rows) / count))]
 
 
 def fresh_student(params: Params, teacher: RetrievalNet) -> RetrievalNet:
-    """A student before its first epoch: as heavy as the teacher, with compactors where it may shrink."""
+    """A student before its first epoch: as heavy as the teacher, with indicators where it may shrink."""
     if params.student.init == "teacher":
         net = convert(teacher, teacher.spec)
     else:
@@ -229,7 +246,7 @@ def student_task(
     Raises:
         BudgetError: If the budget cannot be kept.
     """
-    config, spec = params.student, teacher.spec.model_copy(update={"compactors": ()})
+    config, spec = params.student, teacher.spec.model_copy(update={"indicators": ()})
     teacher.to(fabric.device).eval().requires_grad_(False)
     size = (params.data.image_size[0], params.data.image_size[1])
     refuse_unreachable(spec, config, size)
@@ -256,4 +273,4 @@ def _removed(before: ArchSpec, after: ArchSpec) -> int:
 def remaining_spec(net: RetrievalNet) -> ArchSpec:
     """What is left of a student after folding its compactors and cutting dead channels, without the classifier."""
     plan = SurgeryPlan({site: tuple(rows.tolist()) for site, rows in alive(net).items()})
-    return cut_spec(net.spec, plan).model_copy(update={"compactors": (), "identities": 0})
+    return cut_spec(net.spec, plan).model_copy(update={"indicators": (), "identities": 0})

@@ -25,15 +25,15 @@ def scramble(net: RetrievalNet, seed: int) -> RetrievalNet:
 
 
 def kill_rows(net: RetrievalNet, seed: int, multiple: int) -> None:
-    """Mix channels in every compactor, then zero random rows; whole multiples stay."""
+    """Mix channels in every compactor, change every gate, then zero random rows; whole multiples stay."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for compactor in net.compactors().values():
-            channels = compactor.weight.shape[0]
-            compactor.weight += 0.1 * torch.randn(compactor.weight.shape, generator=generator, dtype=torch.float64)
+        for indicator in net.indicators().values():
+            channels = indicator.weight.shape[0]
+            indicator.weight += 0.1 * torch.randn(indicator.weight.shape, generator=generator, dtype=torch.float64)
             groups = int(torch.randint(1, channels // multiple + 1, (1,), generator=generator))
             dead = torch.randperm(channels, generator=generator)[groups * multiple :]
-            compactor.weight[dead] = 0.0
+            indicator.weight[dead] = 0.0
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def dying_net() -> Callable[..., RetrievalNet]:
     def make(depth: int = 14, seed: int = 0, multiple: int = 8, identities: int = 0) -> RetrievalNet:
         torch.manual_seed(seed)
         net = scramble(RetrievalNet(ArchSpec.full(depth, 16, 24, identities=identities)), seed)
-        net = attach(net, net.spec.sites)
+        net = attach(net, net.spec.widths)
         kill_rows(net, seed, multiple)
         return net
 

@@ -83,7 +83,7 @@ def test_masks_follow_the_schedule_in_whole_groups_and_end_in_the_window() -> No
 
 def test_a_mask_is_revised_until_a_row_is_zero_and_kept_from_then_on() -> None:
     tested = capacity()
-    compactors = attach(RetrievalNet(SPEC), SPEC.sites).compactors()
+    compactors = attach(RetrievalNet(SPEC), SPEC.sites).indicators()
     tested.revise(0.3)
     first = {name: site.masked.clone() for name, site in tested.sites.items()}
     chosen = next(name for name, mask in first.items() if mask.any())
@@ -101,7 +101,7 @@ def test_a_mask_is_revised_until_a_row_is_zero_and_kept_from_then_on() -> None:
 
 
 def test_a_group_masked_beside_a_dead_one_can_still_be_revised() -> None:
-    tested, compactors = capacity(), attach(RetrievalNet(SPEC), SPEC.sites).compactors()
+    tested, compactors = capacity(), attach(RetrievalNet(SPEC), SPEC.sites).indicators()
     name = "layer4.0.conv1"
     site = tested.sites[name]
     site.masked[:8] = site.committed[:8] = True
@@ -117,7 +117,7 @@ def test_a_group_masked_beside_a_dead_one_can_still_be_revised() -> None:
 
 
 def test_rows_fade_in_the_same_number_of_steps_whatever_their_norm() -> None:
-    tested, compactors = capacity(), attach(RetrievalNet(SPEC), SPEC.sites).compactors()
+    tested, compactors = capacity(), attach(RetrievalNet(SPEC), SPEC.sites).indicators()
     with torch.no_grad():
         for compactor in compactors.values():
             compactor.weight *= torch.linspace(0.1, 7.0, len(compactor.weight))[:, None, None, None]
@@ -137,7 +137,7 @@ def test_masked_rows_move_by_the_proximal_step_alone() -> None:
     tested = capacity()
     net = attach(RetrievalNet(SPEC), SPEC.sites)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.0)
-    compactors = net.compactors()
+    compactors = net.indicators()
     tested.revise(0.4)
     for _ in range(3):
         optimizer.zero_grad()

@@ -36,10 +36,11 @@ def test_any_network_computes_the_same_after_surgery(dying_net: Make, depth: int
     plan = plan_cut(net, 0.0, multiple, net.spec)
     narrow = fold_and_cut(net, plan)
     assert largest_difference(net, narrow, IMAGES) <= 1e-10
-    assert narrow.spec.compactors == ()
+    assert narrow.spec.indicators == ()
     for site, rows in plan.kept.items():
         assert narrow.spec.widths[site] == len(rows) >= multiple
-        assert narrow.get_submodule(site).weight.shape[0] == len(rows)
+    for layer in narrow.spec.layers():
+        assert narrow.get_submodule(layer.name).weight.shape[0] == {**narrow.spec.widths, "embedding": 24}[layer.target]
 
 
 def test_cutting_a_living_channel_is_noticed(dying_net: Make) -> None:
@@ -52,7 +53,7 @@ def test_cutting_a_living_channel_is_noticed(dying_net: Make) -> None:
 def test_surgery_refuses_when_a_living_channel_would_go(dying_net: Make) -> None:
     net = dying_net()
     with torch.no_grad():
-        net.compactors()["layer4.0.conv2"].weight[:, :, 0, 0] *= 1e-3
+        net.indicators()["layer4.0.conv2"].weight[:, :, 0, 0] *= 1e-3
     loose = Surgery(tolerance=1e-2, channel_multiple=1)
     with pytest.raises(SurgeryError):
         operate(net.float(), net.spec, loose, IMAGES)
@@ -70,8 +71,8 @@ def test_surgery_drops_compactors_and_classifier_and_tells_the_difference(dying_
 def test_a_width_that_is_no_multiple_is_refused_by_name(dying_net: Make) -> None:
     net = dying_net(multiple=8)
     with torch.no_grad():
-        net.compactors()["layer3.0.conv1"].weight[:3] = 0.0
-        net.compactors()["layer3.0.conv1"].weight[3:, :, 0, 0] = torch.eye(64)[3:]
+        net.indicators()["layer3.0.conv1"].weight[:3] = 0.0
+        net.indicators()["layer3.0.conv1"].weight[3:, :, 0, 0] = torch.eye(64)[3:]
     with pytest.raises(SurgeryError, match=r"layer3\.0\.conv1 would keep 61 channels"):
         plan_cut(net, 0.0, 8, net.spec)
 
@@ -87,14 +88,14 @@ def test_a_width_that_was_cut_while_learning_must_be_a_multiple_too(dying_net: M
 def test_a_dead_site_is_refused_by_name(dying_net: Make) -> None:
     net = dying_net()
     with torch.no_grad():
-        net.compactors()["layer2.0.conv2"].weight.zero_()
+        net.indicators()["layer2.0.conv2"].weight.zero_()
     with pytest.raises(SurgeryError, match=r"every channel of layer2\.0\.conv2"):
         plan_cut(net, 0.0, 8, net.spec)
 
 
 def test_measured_statistics_leave_the_function_as_it_is(dying_net: Make) -> None:
     net = dying_net()
-    folded = fold(net, net.spec.sites)
+    folded = fold(net, net.spec.indicators)
     recentre(folded, net.spec.sites, IMAGES)
     assert largest_difference(net, folded, IMAGES[:1]) <= 1e-10
     captured = {}
@@ -141,5 +142,5 @@ def test_weights_that_do_not_fit_the_spec_are_refused(dying_net: Make, tmp_path:
 
 def test_fresh_compactors_change_nothing(dying_net: Make) -> None:
     net = fold_and_cut(dying := dying_net(), plan_cut(dying, 0.0, 8, dying.spec))
-    assert largest_difference(net, attach(net, net.spec.sites), IMAGES) == 0.0
-    assert all(len(rows) == net.spec.widths[site] for site, rows in alive(attach(net, net.spec.sites)).items())
+    assert largest_difference(net, attach(net, net.spec.widths), IMAGES) == 0.0
+    assert all(len(rows) == net.spec.widths[site] for site, rows in alive(attach(net, net.spec.widths)).items())

@@ -57,7 +57,7 @@ def test_cost_from_the_spec_is_what_the_network_does(depth: int, last_stride: in
 
 
 def test_a_spec_survives_json() -> None:
-    spec = ArchSpec.full(26, 16, 32, identities=7, cosine=True).model_copy(update={"compactors": ("layer2.1.conv2",)})
+    spec = ArchSpec.full(26, 16, 32, identities=7, cosine=True).model_copy(update={"indicators": ("layer2.1.conv2",)})
     assert ArchSpec.model_validate_json(spec.model_dump_json()) == spec
 
 
@@ -66,7 +66,7 @@ def test_a_spec_survives_json() -> None:
     [
         ({"depth": 19}, "depth 19 is none of"),
         ({"widths": {"conv1": 8}}, "missing or unknown"),
-        ({"compactors": ("layer9.0.conv1",)}, "unknown sites"),
+        ({"indicators": ("layer9.0.conv1",)}, "unknown sites"),
     ],
 )
 def test_a_spec_that_makes_no_network_is_refused(change: dict[str, object], complaint: str) -> None:

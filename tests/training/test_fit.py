@@ -117,7 +117,7 @@ def test_a_student_hits_its_budget_exactly_and_leaves_its_teacher_alone(
     else:
         assert net.spec.widths == teacher.spec.widths
         masked = task.capacity.sites["layer4.0.conv1"].masked
-        assert torch.equal(row_norms(net.compactors()["layer4.0.conv1"].matrix.detach()) == 0, masked)
+        assert torch.equal(row_norms(net.indicators()["layer4.0.conv1"].matrix.detach()) == 0, masked)
     operation = operate(net, teacher.spec, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
     assert operation.net.spec == small
     assert operation.max_abs_diff <= 1e-10
@@ -133,10 +133,10 @@ def test_a_live_cut_leaves_fading_rows_at_their_level(params: Params, teacher: R
     site.masked[:16] = True
     site.left[:16] = 5
     with torch.no_grad():
-        net.compactors()["layer4.0.conv1"].weight *= norms[:, None, None, None]
+        net.indicators()["layer4.0.conv1"].weight *= norms[:, None, None, None]
     reshaped = task.reshape(net)
     assert reshaped is not None
-    matrix = reshaped.net.compactors()["layer4.0.conv1"].matrix.detach()
+    matrix = reshaped.net.indicators()["layer4.0.conv1"].matrix.detach()
     expected = torch.where(torch.arange(len(norms)) < 16, norms, torch.ones_like(norms))[norms > 0]
     torch.testing.assert_close(matrix, torch.diag(expected))
     assert task.capacity.sites["layer4.0.conv1"].left.tolist() == [5] * 11 + [0] * (len(norms) - 16)
@@ -153,8 +153,8 @@ def test_norms_of_a_live_cut_are_measured_behind_the_faded_rows(
     for name, dead in (("layer4.0.conv1", 0), ("layer4.0.conv2", 8)):
         task.capacity.sites[name].masked[:16] = True
         with torch.no_grad():
-            net.compactors()[name].weight[:16] *= 0.1
-            net.compactors()[name].weight[: dead or 1] = 0.0
+            net.indicators()[name].weight[:16] *= 0.1
+            net.indicators()[name].weight[: dead or 1] = 0.0
     reshaped = task.reshape(net)
     assert reshaped is not None
     narrow = reshaped.net
@@ -185,6 +185,7 @@ VARIANTS = {
     "params": {"budget": {"of": "params", "reduction": 0.3}},
     "none": {"method": "none"},
     "one site": {"sites": ["conv2"], "budget": {"reduction": 0.2}},
+    "stream": {"sites": ["conv1", "conv2", "stream"], "budget": {"reduction": 0.6}},
 }
 
 
@@ -273,7 +274,7 @@ def test_live_shrinking_carries_the_optimiser_where_nothing_was_folded(
     net(preprocess(next(RandomImages().epoch(0))[0])).embedding.square().sum().backward()
     optimizer.step()
     with torch.no_grad():
-        net.compactors()["layer2.0.conv1"].weight[8:] = 0.0
+        net.indicators()["layer2.0.conv1"].weight[8:] = 0.0
     reshaped = task.reshape(net.eval())
     assert reshaped is not None
     assert reshaped.net.spec.widths["layer2.0.conv1"] == 8
