@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.config import Budget, Student
 from pipeline.models.cost import CostModel, Term, macs_model, params_model
-from pipeline.models.spec import ArchSpec, inner
+from pipeline.models.spec import ArchSpec, is_inner
 
 WINDOW = 0.01
 """The final reduction lies in [asked, asked + WINDOW]."""
@@ -58,7 +58,7 @@ def shrinking_sites(spec: ArchSpec, config: Student) -> tuple[str, ...]:
         BudgetError: If there are none.
     """
     kinds = set(config.sites)
-    found = tuple(name for name in spec.widths if (name.rpartition(".")[2] if inner(name) else "stream") in kinds)
+    found = tuple(name for name in spec.widths if (name.rpartition(".")[2] if is_inner(name) else "stream") in kinds)
     if not found:
         raise BudgetError(
             f"`student.sites` {config.sites} names no site of a ResNet-{spec.depth}, whose blocks are basic: add "

@@ -150,7 +150,7 @@ class Capacity:
         reset_gradients(indicators, {name: site.masked for name, site in self.sites.items()})
 
     def before_step(self, indicators: Mapping[str, Indicator]) -> dict[str, Tensor]:
-        """Compactors as they are before the optimiser, whose momentum would move masked rows on."""
+        """Indicators as they are before the optimiser, whose momentum would move masked rows on."""
         return {name: indicators[name].weight.detach().clone() for name in self.sites}
 
     @torch.no_grad()

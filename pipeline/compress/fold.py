@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.resnet import RetrievalNet, convert
-from pipeline.models.spec import Layer, indicator_of, inner
+from pipeline.models.spec import Layer, indicator_of, is_inner
 from pipeline.models.taps import Taps
 
 EPS = 1e-5
@@ -42,7 +42,7 @@ def fold(net: RetrievalNet, sites: Iterable[str]) -> RetrievalNet:
         for layer in net.spec.layers():
             if layer.target != site:
                 continue
-            if inner(site):
+            if is_inner(site):
                 state |= _folded(state, layer, weight[:, :, 0, 0])
             else:
                 state |= {f"{layer.norm}.{name}": weight * state[f"{layer.norm}.{name}"] for name in ("weight", "bias")}

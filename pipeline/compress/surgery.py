@@ -17,7 +17,7 @@ from pipeline.compress.fold import EPS, fold
 from pipeline.config import Surgery
 from pipeline.files import read_json, write_text
 from pipeline.models.resnet import RetrievalNet, convert
-from pipeline.models.spec import HEAD_NORM, ArchSpec, indicator_of, inner
+from pipeline.models.spec import HEAD_NORM, ArchSpec, indicator_of, is_inner
 
 PLAN = "plan.json"
 
@@ -144,7 +144,7 @@ def slices(spec: ArchSpec, plan: SurgeryPlan) -> dict[str, list[tuple[int, Tenso
         for name in ("weight", "bias", "running_mean", "running_var"):
             taken[f"{norm}.{name}"] = [(0, kept[dimension])] if dimension in kept else []
     for site in set(spec.indicators) & set(kept):
-        taken[f"{indicator_of(site)}.weight"] = [(0, kept[site])] + ([(1, kept[site])] if inner(site) else [])
+        taken[f"{indicator_of(site)}.weight"] = [(0, kept[site])] + ([(1, kept[site])] if is_inner(site) else [])
     return taken
 
 

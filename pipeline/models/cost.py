@@ -1,7 +1,7 @@
 """What a network costs: parameters and multiply-accumulates, told from its spec alone.
 
 Both are sums of products of widths, `coefficient * width[a] * width[b]`, so that the budget can ask what a narrower
-net would cost without building it. Backbone and embedding head count, the classifier and compactors do not.
+net would cost without building it. Backbone and embedding head count, the classifier, compactors and gates do not.
 """
 
 from collections.abc import Iterator, Mapping

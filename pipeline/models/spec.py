@@ -210,7 +210,7 @@ class ArchSpec(BaseModel):
                 source = stage
 
 
-def inner(site: str) -> bool:
+def is_inner(site: str) -> bool:
     """Whether a dimension is an inner width of a block, not of the stream."""
     return "." in site
 
@@ -220,4 +220,4 @@ def indicator_of(site: str) -> str:
 
     ``layer1.0.conv2`` -> ``layer1.0.compactor2`` (a 1x1 convolution), ``layer1`` -> ``gates.layer1`` (a vector).
     """
-    return site.replace(".conv", ".compactor") if inner(site) else f"gates.{site}"
+    return site.replace(".conv", ".compactor") if is_inner(site) else f"gates.{site}"

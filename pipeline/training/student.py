@@ -14,7 +14,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from pipeline.compress.budget import WINDOW, BudgetMissedError, cost_model, refuse_unreachable, shrinking_sites
+from pipeline.compress.budget import WINDOW, BudgetMissedError, cost_model, shrinking_sites
 from pipeline.compress.capacity import Capacity
 from pipeline.compress.compactor import alive, attach, scale_rows
 from pipeline.compress.fold import fold, recentre
@@ -24,7 +24,7 @@ from pipeline.config import Params, Student
 from pipeline.losses import distill
 from pipeline.models import cost
 from pipeline.models.resnet import Output, RetrievalNet, convert
-from pipeline.models.spec import ArchSpec, indicator_of, inner
+from pipeline.models.spec import ArchSpec, indicator_of, is_inner
 from pipeline.models.taps import Taps, pooled
 from pipeline.retrieval.embed import Rows
 from pipeline.training.loop import Forward, Reshaped
@@ -144,7 +144,7 @@ class StudentTask:
         )
         if not plan.kept:
             return None
-        folding = [site for site in plan.kept if inner(site)]
+        folding = [site for site in plan.kept if is_inner(site)]
         levels = {site: level for site, level in self.capacity.levels(net.indicators()).items() if site in folding}
         unfaded = scale_rows(net, {site: 1 / level for site, level in levels.items()})
         shrunk = attach(cut(fold(unfaded, folding), plan), folding)
@@ -213,7 +213,7 @@ class StudentTask:
 
 def observed(site: str) -> str:
     """Module whose output shows what a dimension carries."""
-    return indicator_of(site) if inner(site) else "maxpool" if site == "conv1" else site
+    return indicator_of(site) if is_inner(site) else "maxpool" if site == "conv1" else site
 
 
 def spread(rows: Rows, count: int) -> Rows:
@@ -242,14 +242,10 @@ def student_task(
         steps: Steps of the whole training.
         calibration: Normalised training images that folded batch norms are measured on.
         validate: mAP on held-out identities.
-
-    Raises:
-        BudgetError: If the budget cannot be kept.
     """
     config, spec = params.student, teacher.spec.model_copy(update={"indicators": ()})
     teacher.to(fabric.device).eval().requires_grad_(False)
     size = (params.data.image_size[0], params.data.image_size[1])
-    refuse_unreachable(spec, config, size)
     capacity = None
     if config.method == "budget":
         capacity = Capacity.start(
