@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.export.session import open_session
+from pipeline.inference.session import open_session
 from pipeline.progress import track
 
 log = logging.getLogger(__name__)

@@ -2,24 +2,29 @@
 
 A row of a compactor or gate is *present* while it is in the network, *masked* once the budget has chosen it (retrieval
 no longer moves it, the proximal step shrinks it), and *committed* when it, or a row masked beside it, has reached zero:
-until then the choice may be revised. Whole groups are masked and committed together, so widths stay multiples.
+until then the choice may be revised. Whole groups are masked and committed together, so widths stay multiples. A block
+all of whose rows are masked fades as a whole: scale and shift of its last norm shrink in step with its last rows.
 
 No step waits for the device, but those that revise the masks.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.compress.budget import Allotment, Site, least_widths, scheduled
-from pipeline.compress.compactor import by_row, row_norms, shrink_rows
-from pipeline.compress.resetting import contributions, reset_gradients
-from pipeline.config import Budget
+from pipeline.compress.allotment import Allotment, Site
+from pipeline.compress.budget import WINDOW, BudgetMissedError, droppable, least_widths, scheduled, shrinking_sites
+from pipeline.compress.compactor import by_row, last_norm, row_norms, shrink_rows
+from pipeline.compress.importance import chances, magnitudes, taylor
+from pipeline.compress.resetting import reset_gradients
+from pipeline.config import Student
 from pipeline.models.cost import CostModel
-from pipeline.models.resnet import Indicator
+from pipeline.models.resnet import Indicator, RetrievalNet
 from pipeline.models.spec import ArchSpec
 
 
@@ -29,7 +34,7 @@ class SiteState:
 
     Attributes:
         kept: (C,) int64, each row's channel index in the uncompressed network.
-        score: (C,) float32, moving average of its contribution to retrieval.
+        score: (C,) float32, its importance.
         masked: (C,) bool.
         committed: (C,) bool, a subset of masked.
         left: (C,) int32, steps until a masked row is zero; 0 where it is, and where it is not masked.
@@ -63,81 +68,126 @@ class Capacity:
 
     Attributes:
         spec: The uncompressed network.
+        config: Section of params.yaml.
         cost: What the budget counts.
-        budget: Section of params.yaml.
-        multiple: Widths stay whole multiples of it.
-        momentum: Of the moving average of contributions.
-        fade: Steps in which a masked row becomes zero.
-        sites: State by site; filled from the spec.
+        steps: Steps of the whole training.
+        sites: State by site.
+        blocks: Inner sites, by last norm, of the blocks that may go altogether.
         settled: Whether the final choice is made.
     """
 
     spec: ArchSpec
+    config: Student
     cost: CostModel
-    budget: Budget
-    multiple: int
-    momentum: float
-    fade: int
-    sites: dict[str, SiteState] = field(default_factory=dict)
+    steps: int
+    sites: dict[str, SiteState]
+    blocks: dict[str, tuple[str, ...]] = field(default_factory=dict)
     settled: bool = False
+
+    observed: ClassVar[tuple[str, ...]] = ()
+    """It looks at gradients, not at features."""
 
     @classmethod
     def start(
-        cls,
-        spec: ArchSpec,
-        sites: tuple[str, ...],
-        cost: CostModel,
-        budget: Budget,
-        multiple: int,
-        momentum: float,
-        fade: int,
-        device: torch.device,
+        cls, spec: ArchSpec, config: Student, cost: CostModel, steps: int, seed: int, device: torch.device
     ) -> "Capacity":
-        """Everything present, nothing masked."""
-        states = {site: SiteState.start(spec.widths[site], device) for site in sites}
-        return cls(spec, cost, budget, multiple, momentum, fade, states)
+        """Everything present, nothing masked.
+
+        Args:
+            spec: The uncompressed network.
+            config: Section of params.yaml.
+            cost: What the budget counts.
+            steps: Steps of the whole training.
+            seed: Of importance `random`.
+            device: Where the student lives.
+        """
+        names = shrinking_sites(spec, config)
+        sites = {name: SiteState.start(spec.widths[name], device) for name in names}
+        if config.resetting.importance == "random":
+            for number, site in enumerate(sites.values()):
+                site.score = chances(len(site.score), seed + number).to(device)
+        dropped = droppable(spec, config, names)
+        blocks = {last_norm(block): block.sites for block in spec.removable if block.sites in dropped}
+        return cls(spec, config, cost, steps, sites, blocks)
 
     @property
-    def masked_widths(self) -> dict[str, int]:
+    def widths(self) -> dict[str, int]:
         """Widths of the whole network once every masked row is gone."""
         return {**self.spec.widths, **{name: int((~site.masked).sum()) for name, site in self.sites.items()}}
 
     @property
     def reduction(self) -> float:
         """Share of the budgeted cost that is masked or gone."""
-        return 1 - self.cost(self.masked_widths) / self.cost(self.spec.widths)
+        return 1 - self.cost(self.widths) / self.cost(self.spec.widths)
+
+    @property
+    def fade(self) -> int:
+        """Steps in which a masked row becomes zero."""
+        return max(1, math.floor(self.config.budget.fade * self.steps))
+
+    def remaining(self, net: RetrievalNet) -> dict[str, int]:
+        """The same widths: what is masked will go."""
+        return self.widths
 
     def due(self, progress: float) -> float:
         """Reduction that must be masked by now."""
-        return self.budget.reduction * scheduled(progress, self.budget.start, self.budget.end)
+        budget = self.config.budget
+        return budget.reduction * scheduled(progress, budget.start, budget.end)
 
-    def observe(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], neighbours: Tensor) -> None:
-        """Update the scores from one batch.
+    def observe(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
+        """Features say nothing to it."""
+
+    def step(self, net: RetrievalNet, optimizer: Callable[[], object], progress: float) -> None:
+        """After the backward pass: score, revise the masks now and then, and let all rows go their way.
 
         Args:
-            student: By site, (B, C) pooled features behind the compactor.
-            teacher: By site, (B, C of the uncompressed network).
-            neighbours: (B, k), the teacher's.
+            net: The student, with gradients.
+            optimizer: Steps.
+            progress: Share of the training done before this step.
         """
-        for name, site in self.sites.items():
-            score = contributions(student[name], teacher[name][:, site.kept], neighbours)
-            site.score = torch.lerp(score, site.score, self.momentum)
+        number = round(progress * self.steps)
+        last_choice = min(math.ceil(self.config.budget.end * self.steps - 1e-6), self.steps - 1)
+        self.score(net)
+        if number % self.config.budget.every == 0 or number == last_choice:
+            self.revise(1.0 if number >= last_choice else progress)
+        present = self._present(net)
+        reset_gradients((indicator.weight, site.masked) for indicator, site in present.values())
+        before = {name: indicator.weight.detach().clone() for name, (indicator, _) in present.items()}
+        norms = {name: parameter.detach().clone() for name, parameter, _ in self._norms(net)}
+        optimizer()  # its momentum moves masked rows too, which is undone
+        self._fade(net, before, norms)
+
+    def score(self, net: RetrievalNet) -> None:
+        """Update the importance of all rows from the gradients of this step."""
+        resetting = self.config.resetting
+        if self.settled or resetting.importance == "random":
+            return
+        present = self._present(net)
+        if resetting.importance == "magnitude":
+            for name, values in magnitudes(net, present).items():
+                self.sites[name].score = values.detach().clone()
+            return
+        levels = self.levels(net.indicators())
+        for name, (indicator, site) in present.items():
+            site.score = torch.lerp(taylor(indicator, levels[name]), site.score, resetting.momentum)
 
     def revise(self, progress: float) -> None:
         """Choose anew which rows are masked; the last choice, at the end of the schedule, is final."""
-        if self.settled or progress < self.budget.start:
+        budget = self.config.budget
+        if self.settled or progress < budget.start:
             return
-        least = least_widths(self.spec, self.sites, self.multiple)
+        least = least_widths(self.spec, self.sites, self.config.channel_multiple)
         offers = {}
         for name, site in self.sites.items():
             free = site.score[~site.committed].cpu().numpy().astype(np.float64)
             offers[name] = Site(len(free), least[name], np.sort(free, kind="stable"))
-        allotment = Allotment(self.cost, self.spec.widths, offers, self.multiple)
-        if progress >= self.budget.end:
-            allotment.settle(self.budget.reduction)
+        blocks = tuple(self.blocks.values())
+        allotment = Allotment(self.cost, self.spec.widths, offers, self.config.channel_multiple, blocks)
+        if progress >= budget.end:
+            allotment.settle(budget.reduction)
             self.settled = True
         else:
-            allotment.spend(self.due(progress), limit=self.budget.reduction)
+            allotment.spend(self.due(progress), limit=budget.reduction)
         for name, site in self.sites.items():
             order = torch.argsort(site.score.masked_fill(site.committed, -torch.inf), stable=True)
             masked = torch.zeros_like(site.masked)
@@ -145,37 +195,76 @@ class Capacity:
             site.left = torch.where(masked & site.masked, site.left, masked * self.fade).to(torch.int32)
             site.masked = masked
 
-    def reset(self, indicators: Mapping[str, Indicator]) -> None:
-        """After the backward pass: masked rows get no gradient from retrieval."""
-        reset_gradients(indicators, {name: site.masked for name, site in self.sites.items()})
+    def _present(self, net: RetrievalNet) -> dict[str, tuple[Indicator, SiteState]]:
+        """Indicators that are still in the network, and their states."""
+        return {name: (indicator, self.sites[name]) for name, indicator in net.indicators().items()}
 
-    def before_step(self, indicators: Mapping[str, Indicator]) -> dict[str, Tensor]:
-        """Indicators as they are before the optimiser, whose momentum would move masked rows on."""
-        return {name: indicators[name].weight.detach().clone() for name in self.sites}
+    def _norms(self, net: RetrievalNet) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Scale and shift of the last norms of blocks that may go, and steps until they are zero (0: they stay)."""
+        parameters = dict(net.named_parameters()) if self.blocks else {}
+        for norm, names in self.blocks.items():
+            if f"{norm}.weight" not in parameters:
+                continue
+            sites = [self.sites[name] for name in names]
+            going = torch.stack([site.masked.all() for site in sites]).all()
+            left = torch.stack([site.left.max() for site in sites]).max() * going
+            for name in (f"{norm}.weight", f"{norm}.bias"):
+                yield name, parameters[name], left
 
     @torch.no_grad()
-    def after_step(self, indicators: Mapping[str, Indicator], before: Mapping[str, Tensor]) -> None:
+    def _fade(self, net: RetrievalNet, before: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
         """Shrink the masked rows; where one has just reached zero, those masked by then are committed.
 
         Args:
-            indicators: By site.
-            before: From `before_step`.
+            net: The student after the optimiser's step.
+            before: Indicators by site as they were before it.
+            norms: Scale and shift of the last norms of blocks that may go, before it.
         """
-        for name, site in self.sites.items():
-            weight = indicators[name].weight
+        for name, parameter, left in self._norms(net):
+            gone = torch.stack(
+                [self.sites[site].committed.all() for site in self.blocks[name.rpartition(".")[0]]]
+            ).all()
+            shrunk = norms[name] * ((left - 1).clamp_min(0) / left.clamp_min(1))
+            parameter.copy_(torch.where((left > 0) | gone, shrunk, parameter))
+        died = {}
+        for name, (indicator, site) in self._present(net).items():
+            weight = indicator.weight
             shrunk = shrink_rows(before[name], site.left)
             site.left = (site.left - 1).clamp_min(0)
             weight.copy_(torch.where(by_row(site.masked, weight), shrunk, weight))
-            died = site.masked & ~site.committed & (site.left == 0)
-            site.committed = torch.where(died.any(), site.masked, site.committed)
+            died[name] = (site.masked & ~site.committed & (site.left == 0)).any()
+            site.committed = torch.where(died[name], site.masked, site.committed)
+        for names in self.blocks.values():  # a block goes as a whole
+            if died.keys() >= set(names):
+                going = torch.stack([self.sites[name].masked.all() for name in names]).all()
+                begun = torch.stack([died[name] for name in names]).any()
+                for name in names:
+                    self.sites[name].committed |= going & begun
 
     def levels(self, indicators: Mapping[str, Indicator]) -> dict[str, Tensor]:
         """How far each row has faded, (C,) by site: its norm where it is masked and not yet zero, else 1."""
         found = {}
-        for name, site in self.sites.items():
-            norms = row_norms(indicators[name].matrix.detach())
+        for name, indicator in indicators.items():
+            site, norms = self.sites[name], row_norms(indicator.matrix.detach())
             found[name] = torch.where(site.masked & (norms > 0), norms, torch.ones_like(norms))
         return found
+
+    def check(self, widths: Mapping[str, int]) -> None:
+        """Refuse a trained student whose living channels do not keep to the budget.
+
+        Args:
+            widths: What is left.
+
+        Raises:
+            BudgetMissedError: With the reduction that was reached.
+        """
+        asked = self.config.budget.reduction
+        reached = 1 - self.cost(widths) / self.cost(self.spec.widths)
+        if not asked <= reached <= asked + WINDOW:
+            raise BudgetMissedError(
+                f"the student ended at a reduction of {reached:.4f}, not in [{asked:g}, {asked + WINDOW:g}]: rows that "
+                "were not chosen are zero, or chosen ones are not; lower `student.optimizer.lr`, and report it"
+            )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that changes, as tensors by name."""

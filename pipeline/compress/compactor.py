@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.resnet import RetrievalNet, convert
-from pipeline.models.spec import indicator_of
+from pipeline.models.spec import Block, indicator_of
 
 
 def row_norms(matrix: Tensor) -> Tensor:
@@ -57,6 +57,28 @@ def attach(net: RetrievalNet, sites: Iterable[str]) -> RetrievalNet:
     wanted = set(sites) | set(net.spec.indicators)
     ordered = tuple(site for site in net.spec.widths if site in wanted)
     return convert(net, net.spec.model_copy(update={"indicators": ordered}))
+
+
+def last_norm(block: Block) -> str:
+    """Module name of the batch norm that a block adds to its shortcut's output."""
+    return f"{block.name}.bn{len(block.sites) + 1}"
+
+
+def removed_sites(net: RetrievalNet, tolerance: float = 0.0) -> set[str]:
+    """Inner sites of blocks that add nothing any more: every row, and scale and shift of the last norm, are zero.
+
+    Args:
+        net: Network with indicators.
+        tolerance: Largest row norm that counts as zero.
+    """
+    living, state = alive(net, tolerance), net.state_dict()
+    found: set[str] = set()
+    for block in filter(net.spec.has, net.spec.removable):
+        norm = last_norm(block)
+        silent = not any(state[f"{norm}.{name}"].any() for name in ("weight", "bias"))
+        if silent and all(site in living and not len(living[site]) for site in block.sites):
+            found |= set(block.sites)
+    return found
 
 
 def alive(net: RetrievalNet, tolerance: float = 0.0) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.compress.compactor import alive
+from pipeline.compress.compactor import alive, removed_sites
 from pipeline.compress.fold import EPS, fold
 from pipeline.config import Surgery
 from pipeline.files import read_json, write_text
@@ -108,12 +108,16 @@ def plan_cut(net: RetrievalNet, tolerance: float, multiple: int, full: ArchSpec)
         full: The uncompressed network: a student may have been cut while it learned.
 
     Raises:
-        SurgeryError: If a width would be none, or no whole multiple.
+        SurgeryError: If a width would be none in a block that is needed, or no whole multiple.
     """
+    removed = removed_sites(net, tolerance)
     kept = {site: tuple(rows.tolist()) for site, rows in alive(net, tolerance).items()}
     for site, rows in kept.items():
-        if not rows:
-            raise SurgeryError(f"every channel of {site} is zero; lower `surgery.tolerance` or the budget")
+        if not rows and site not in removed:
+            raise SurgeryError(
+                f"every channel of {site} is zero, but its block cannot be dropped; lower `surgery.tolerance` or the "
+                "budget"
+            )
         if len(rows) % multiple and len(rows) != full.widths[site]:
             raise SurgeryError(
                 f"{site} would keep {len(rows)} channels, no multiple of `surgery.channel_multiple` {multiple}; train "
@@ -124,7 +128,9 @@ def plan_cut(net: RetrievalNet, tolerance: float, multiple: int, full: ArchSpec)
 
 def cut_spec(spec: ArchSpec, plan: SurgeryPlan) -> ArchSpec:
     """The spec after a cut."""
-    return spec.model_copy(update={"widths": {**spec.widths, **{site: len(rows) for site, rows in plan.kept.items()}}})
+    widths = {**spec.widths, **{site: len(rows) for site, rows in plan.kept.items()}}
+    indicators = tuple(site for site in spec.indicators if widths[site])
+    return ArchSpec.model_validate({**spec.model_dump(), "widths": widths, "indicators": indicators})
 
 
 def slices(spec: ArchSpec, plan: SurgeryPlan) -> dict[str, list[tuple[int, Tensor]]]:

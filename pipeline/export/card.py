@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.export.onnx import Metadata
-from pipeline.export.session import INPUT, OUTPUT
+from pipeline.inference.session import INPUT, OUTPUT
 
 
 @dataclass(frozen=True)

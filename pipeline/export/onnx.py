@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import Params
-from pipeline.export.session import INPUT, OUTPUT
+from pipeline.inference.session import INPUT, OUTPUT
 from pipeline.models.head import l2_normalise
 from pipeline.models.resnet import RetrievalNet, convert
 

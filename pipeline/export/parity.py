@@ -9,7 +9,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from pipeline.config import Gates
-from pipeline.export.session import Images, embed, open_session
+from pipeline.inference.session import Images, embed, open_session
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """What a network costs: parameters and multiply-accumulates, told from its spec alone.
 
-Both are sums of products of widths, `coefficient * width[a] * width[b]`, so that the budget can ask what a narrower
-net would cost without building it. Backbone and embedding head count, the classifier, compactors and gates do not.
+A cost is a sum over layers, each a function of its two widths, so that the budget can ask what a narrower net would
+cost without building it. Backbone and embedding head count, the classifier, compactors and gates do not.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,11 +15,32 @@ ONE = "one"
 
 @dataclass(frozen=True)
 class Term:
-    """`coefficient * width[left] * width[right]`."""
+    """What a layer costs: `product * width[left] * width[right] + per_left * width[left] + ...`, if there is one.
 
-    coefficient: int
+    A layer without input or output channels is none, and costs nothing.
+
+    Attributes:
+        left: Dimension of its input.
+        right: Dimension of its output.
+        product: Per pair of channels.
+        per_left: Per input channel.
+        per_right: Per output channel.
+        constant: Whatever its widths.
+    """
+
     left: str
     right: str
+    product: float
+    per_left: float = 0
+    per_right: float = 0
+    constant: float = 0
+
+    def __call__(self, sizes: Mapping[str, int]) -> float:
+        """Cost at these sizes of all dimensions."""
+        left, right = sizes[self.left], sizes[self.right]
+        if not left or not right:
+            return 0
+        return self.product * left * right + self.per_left * left + self.per_right * right + self.constant
 
 
 @dataclass(frozen=True)
@@ -34,43 +55,50 @@ class CostModel:
     terms: tuple[Term, ...]
     fixed: Mapping[str, int]
 
-    def __call__(self, widths: Mapping[str, int]) -> int:
-        """Cost of a network with these widths."""
+    def __call__(self, widths: Mapping[str, int]) -> float:
+        """Cost of a network with these widths; a whole number where all terms' are."""
         sizes = {**self.fixed, **widths}
-        return sum(term.coefficient * sizes[term.left] * sizes[term.right] for term in self.terms)
+        return sum(term(sizes) for term in self.terms)
 
 
-def _positions(spec: ArchSpec, size: tuple[int, int]) -> Iterator[tuple[Layer, int]]:
-    """Each layer and the number of positions it computes, for one image of `size` (height, width)."""
-    areas = {INPUT: size, EMBEDDING: (1, 1)}
+def fixed_sizes(spec: ArchSpec) -> dict[str, int]:
+    """Sizes of the dimensions that never change."""
+    return {INPUT: 3, EMBEDDING: spec.embedding_dim, ONE: 1}
+
+
+def areas(spec: ArchSpec, size: tuple[int, int]) -> Iterator[tuple[Layer, tuple[int, int]]]:
+    """Each layer and the height and width of its output, for images of `size` (height, width)."""
+    found = {INPUT: size, EMBEDDING: (1, 1)}
     for layer in spec.layers():
-        height, width = areas[layer.source] if layer.target != EMBEDDING else areas[EMBEDDING]
+        height, width = found[layer.source] if layer.target != EMBEDDING else found[EMBEDDING]
         if layer.stride == 2:
             height, width = (height + 1) // 2, (width + 1) // 2
-        yield layer, height * width
+        yield layer, (height, width)
         if layer.source == INPUT:  # maximum pooling follows the stem
             height, width = (height + 1) // 2, (width + 1) // 2
-        areas[layer.target] = (height, width)
+        found[layer.target] = (height, width)
 
 
 def macs_model(spec: ArchSpec, size: tuple[int, int]) -> CostModel:
     """Multiply-accumulates for one image of `size` (height, width), as a function of widths."""
-    terms = tuple(Term(layer.kernel**2 * count, layer.source, layer.target) for layer, count in _positions(spec, size))
-    return CostModel(terms, {INPUT: 3, EMBEDDING: spec.embedding_dim})
+    terms = tuple(
+        Term(layer.source, layer.target, layer.kernel**2 * height * width)
+        for layer, (height, width) in areas(spec, size)
+    )
+    return CostModel(terms, fixed_sizes(spec))
 
 
 def params_model(spec: ArchSpec) -> CostModel:
     """Learnable parameters as a function of widths: weights, and scale and shift of the batch norms."""
-    weights = [Term(layer.kernel**2, layer.source, layer.target) for layer in spec.layers()]
-    norms = [Term(2, ONE, layer.target) for layer in spec.layers()] + [Term(2, ONE, "layer4")]  # the head's first norm
-    return CostModel(tuple(weights + norms), {INPUT: 3, EMBEDDING: spec.embedding_dim, ONE: 1})
+    terms = [Term(layer.source, layer.target, layer.kernel**2, per_right=2) for layer in spec.layers()]
+    return CostModel((*terms, Term(ONE, "layer4", 2)), fixed_sizes(spec))  # last: the head's first norm
 
 
 def macs(spec: ArchSpec, size: tuple[int, int]) -> int:
     """Multiply-accumulates for one image of `size` (height, width), compactors counted as folded."""
-    return macs_model(spec, size)(spec.widths)
+    return int(macs_model(spec, size)(spec.widths))
 
 
 def params(spec: ArchSpec) -> int:
     """Learnable parameters of backbone and embedding head, compactors counted as folded."""
-    return params_model(spec)(spec.widths)
+    return int(params_model(spec)(spec.widths))

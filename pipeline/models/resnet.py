@@ -6,6 +6,7 @@ folded (the slot is an identity again, the block is narrower). torchvision's sta
 Source: He et al., CVPR 2016; slots for compactors: Ding et al., ICCV 2021.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -115,6 +116,14 @@ class ResidualBlock(nn.Module):
         return functional.relu(y + (x if self.downsample is None else gate(self.downsample(x))))
 
 
+class Gone(nn.Module):
+    """What is left of a block that was removed: its shortcut, the identity."""
+
+    def forward(self, x: Tensor, gate: nn.Module) -> Tensor:
+        """Return the feature map, which is non-negative already."""
+        return x
+
+
 class Stage(nn.ModuleList):
     """Residual blocks that share a stream."""
 
@@ -139,9 +148,9 @@ class RetrievalNet(nn.Module):
         self.conv1 = nn.Conv2d(3, stem, kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        blocks = iter(spec.blocks())
+        blocks = (ResidualBlock(block, spec) if spec.has(block) else Gone() for block in spec.blocks())
         for index, count in enumerate(BLOCKS[spec.depth]):
-            stage = Stage(ResidualBlock(next(blocks), spec) for _ in range(count))
+            stage = Stage(itertools.islice(blocks, count))
             self.add_module(f"layer{index + 1}", stage)
         present = set(spec.indicators)
         self.gates = nn.ModuleDict(

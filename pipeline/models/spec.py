@@ -6,7 +6,7 @@ Every channel dimension that can change has a name, and `ArchSpec.widths` holds 
   its first shortcut is the identity),
 - ``layer1`` ... ``layer4``: the residual stream of a stage,
 - ``layer3.5.conv1``, ``layer3.5.conv2``: the inner widths of a block, named after the convolution whose output they
-  are (a basic block has only ``conv1``).
+  are (a basic block has only ``conv1``). They are 0 where the block is gone, which its shortcut must allow.
 """
 
 from collections.abc import Iterator
@@ -146,12 +146,15 @@ class ArchSpec(BaseModel):
     def _complete(self) -> Self:
         if self.depth not in BLOCKS:
             raise ValueError(f"depth {self.depth} is none of {sorted(BLOCKS)}")
-        if bad := {name: width for name, width in self.widths.items() if width < 1}:
-            raise ValueError(f"widths must be at least 1, got {bad}")
         wanted = {*self.stream, *self.sites}
         if wrong := wanted ^ set(self.widths):
             raise ValueError(f"widths of depth {self.depth} are missing or unknown: {sorted(wrong)}")
-        if unknown := set(self.indicators) - wanted:
+        gone = {site for block in self.removable if not any(self._inner(block)) for site in block.sites}
+        if bad := {name: width for name, width in self.widths.items() if width < 1 and name not in gone}:
+            raise ValueError(
+                f"widths must be at least 1, or 0 throughout a block whose shortcut is the identity, got {bad}"
+            )
+        if unknown := set(self.indicators) - (wanted - gone):
             raise ValueError(f"indicators at unknown sites: {sorted(unknown)}")
         return self
 
@@ -175,10 +178,22 @@ class ArchSpec(BaseModel):
         """Dimensions that shortcuts carry from block to block, from input to output."""
         return tuple(dict.fromkeys([self.stem, *(block.stage for block in self.blocks())]))
 
+    @property
+    def removable(self) -> tuple[Block, ...]:
+        """Blocks that a network can do without: their shortcut is the identity."""
+        return tuple(block for block in self.blocks() if not block.shortcut)
+
+    def _inner(self, block: Block) -> list[int]:
+        return [self.widths[site] for site in block.sites]
+
+    def has(self, block: Block) -> bool:
+        """Whether a block is still there."""
+        return all(self._inner(block))
+
     def layers(self) -> Iterator[Layer]:
-        """Everything that multiplies, from input to output."""
+        """Everything that multiplies, from input to output; nothing of blocks that are gone."""
         yield Layer("conv1", "bn1", INPUT, self.stem, 7, 2)
-        for block in self.blocks():
+        for block in filter(self.has, self.blocks()):
             chain, kernels = (block.source, *block.sites, block.stage), (3, 3) if self.basic else (1, 3, 1)
             for index, kernel in enumerate(kernels):
                 stride = block.stride if index == kernels.index(3) else 1
@@ -190,7 +205,7 @@ class ArchSpec(BaseModel):
         yield Layer("head.fc", "head.bn2", "layer4", EMBEDDING, 1, 1)
 
     def blocks(self) -> Iterator[Block]:
-        """The residual blocks, from input to output."""
+        """The residual blocks, gone ones included, from input to output."""
         source = self.stem
         for index, count in enumerate(BLOCKS[self.depth]):
             stage = f"layer{index + 1}"

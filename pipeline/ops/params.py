@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
-from pipeline.compress.budget import BudgetError, refuse_unreachable
+from pipeline.compress.budget import BudgetError, cost_model, refuse_unreachable, shrinking_sites
 from pipeline.config import Params
 from pipeline.models.spec import ArchSpec
 
@@ -73,9 +73,12 @@ def load(path: Path) -> Params:
 
 def _refuse_unreachable(params: Params) -> None:
     """Tell before anything is trained that the budget lies below the structure's floor."""
-    teacher, (height, width) = params.teacher, params.data.image_size
+    teacher, student, (height, width) = params.teacher, params.student, params.data.image_size
     spec = ArchSpec.full(teacher.depth, teacher.width, teacher.embedding_dim, teacher.last_stride)
-    refuse_unreachable(spec, params.student, (height, width))
+    if student.method != "none":
+        shrinking_sites(spec, student)
+    if student.method not in ("none", "paper") and student.budget.of != "latency":  # stage student measures latency
+        refuse_unreachable(spec, student, cost_model(spec, student, (height, width)))
 
 
 def _parser() -> YAML:

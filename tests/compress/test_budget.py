@@ -7,14 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.compress.allotment import Allotment, Site
 from pipeline.compress.budget import (
     WINDOW,
-    Allotment,
     BudgetError,
-    Site,
+    cost_model,
     least_widths,
     refuse_unreachable,
     scheduled,
+    shrinking_sites,
 )
 from pipeline.config import Student
 from pipeline.models import cost
@@ -25,9 +26,13 @@ SIZE = (64, 64)
 PRESETS = Path(__file__).parents[2] / "presets"
 
 
-def student(reduction: float) -> Student:
+def student(sites: tuple[str, ...] = ("conv1", "conv2"), **budget: object) -> Student:
     found = load(PRESETS / "vehicles.yaml").student
-    return found.model_copy(update={"budget": found.budget.model_copy(update={"reduction": reduction})})
+    return found.model_copy(update={"sites": list(sites), "budget": found.budget.model_copy(update=budget)})
+
+
+def refuse(spec: ArchSpec, config: Student) -> None:
+    refuse_unreachable(spec, config, cost_model(spec, config, SIZE))
 
 
 def offers(spec: ArchSpec, multiple: int, seed: int = 0) -> dict[str, Site]:
@@ -95,16 +100,30 @@ def test_a_narrow_site_keeps_what_it_has() -> None:
 def test_the_unreachable_is_refused_with_the_floor_and_what_binds() -> None:
     spec = ArchSpec.full(26, 32, 256)
     with pytest.raises(BudgetError, match=r"0\.8 cannot be reached.*reduction is 0\.7334.*layer4 \d+%"):
-        refuse_unreachable(spec, student(reduction=0.8), SIZE)
-    refuse_unreachable(spec, student(reduction=0.73), SIZE)
-    refuse_unreachable(spec, student(reduction=0.8).model_copy(update={"method": "none"}), SIZE)
+        refuse(spec, student(reduction=0.8))
+    refuse(spec, student(reduction=0.73))
+    refuse(spec, student(reduction=0.75, allow_block_removal=True))
+    refuse(spec, student(("conv1", "conv2", "stream"), reduction=0.97))
 
 
 def test_sites_that_basic_blocks_lack_are_refused() -> None:
     with pytest.raises(BudgetError, match=r"`student\.sites` \['conv2'\] names no site of a ResNet-18"):
-        refuse_unreachable(
-            ArchSpec.full(18, 32, 256), student(reduction=0.3).model_copy(update={"sites": ["conv2"]}), SIZE
-        )
+        shrinking_sites(ArchSpec.full(18, 32, 256), student(("conv2",)))
+
+
+def test_a_block_that_is_worth_little_goes_first_and_whole() -> None:
+    spec = ArchSpec.full(26, 32, 128)
+    sites, block = offers(spec, 8), ("layer3.1.conv1", "layer3.1.conv2")
+    for site in block:
+        sites[site] = Site(128, 8, np.full(128, 1e-6))
+    allotment = Allotment(cost.params_model(spec), spec.widths, sites, 8, [block])
+    allotment.spend(0.1, limit=1.0)
+    assert [allotment.widths[site] for site in block] == [0, 0]
+    narrow = ArchSpec.model_validate({**spec.model_dump(), "widths": allotment.widths})
+    assert allotment.reduction == 1 - cost.params(narrow) / cost.params(spec)
+    allotment.settle(0.5)
+    narrow = ArchSpec.model_validate({**spec.model_dump(), "widths": allotment.widths})
+    assert 0.5 <= 1 - cost.params(narrow) / cost.params(spec) <= 0.5 + WINDOW
 
 
 def test_the_published_ceilings_of_one_and_two_sided_compactors_hold() -> None:

@@ -4,54 +4,92 @@ import pytest
 import torch
 
 from pipeline.compress.capacity import Capacity
-from pipeline.compress.compactor import attach, row_norms, shrink_rows
-from pipeline.compress.resetting import contributions, nearest
-from pipeline.config import Budget
+from pipeline.compress.compactor import attach, removed_sites, row_norms, shrink_rows
+from pipeline.compress.importance import magnitudes, taylor
+from pipeline.compress.surgery import fold_and_cut, largest_difference, plan_cut
+from pipeline.config import Student
 from pipeline.models import cost
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
+from pipeline.ops.params import load
+from tests.imports import ROOT
 
 SPEC = ArchSpec.full(26, 16, 32)
-BUDGET = Budget(of="macs", reduction=0.4, start=0.1, end=0.5, fade=0.1, every=1)
-FADE = 4
+STEPS, FADE = 40, 4
 
 
-def fresh() -> Capacity:
+def section(**budget: object) -> Student:
+    student = load(ROOT / "presets" / "vehicles.yaml").student.model_dump()
+    student["budget"] |= {"reduction": 0.4, "start": 0.1, "end": 0.5, "fade": 0.1, "every": 1} | budget
+    student["sites"], student["resetting"]["momentum"] = ["conv1", "conv2"], 0.5
+    return Student.model_validate(student)
+
+
+def fresh(**budget: object) -> Capacity:
     model = cost.macs_model(SPEC, (32, 32))
-    return Capacity.start(SPEC, SPEC.sites, model, BUDGET, 8, 0.5, FADE, torch.device("cpu"))
+    return Capacity.start(SPEC, section(**budget), model, STEPS, 0, torch.device("cpu"))
 
 
-def capacity() -> Capacity:
-    made = fresh()
+def capacity(**budget: object) -> Capacity:
+    made = fresh(**budget)
     generator = torch.Generator().manual_seed(0)
     for site in made.sites.values():
         site.score = torch.rand(len(site.score), generator=generator)
     return made
 
 
-def test_contributions_are_the_mean_product_with_the_neighbours() -> None:
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = torch.randn(5, 4, generator=generator), torch.randn(5, 4, generator=generator)
-    neighbours = nearest(teacher, 2)
-    expected = torch.zeros(4)
-    for i in range(5):
-        order = sorted(
-            (j for j in range(5) if j != i),
-            key=lambda j: -float(torch.cosine_similarity(teacher[i], teacher[j], dim=0)),
-        )
-        assert set(neighbours[i].tolist()) == set(order[:2])
-        for j in order[:2]:
-            for c in range(4):
-                t, s = teacher[j] / teacher[j].norm(), student[i] / student[i].norm()
-                expected[c] += abs(float(t[c] * s[c])) / (5 * 2) * 4
-    torch.testing.assert_close(contributions(student, teacher, neighbours), expected)
+def student() -> RetrievalNet:
+    return attach(RetrievalNet(SPEC), SPEC.sites)
 
 
-@pytest.mark.parametrize("images", [2, 3, 7])
-def test_any_batch_size_has_neighbours(images: int) -> None:
-    found = nearest(torch.randn(images, 3), 2)
-    assert found.shape == (images, min(2, images - 1))
-    assert all(i not in found[i].tolist() for i in range(images))
+def idle(tested: Capacity, net: RetrievalNet) -> None:
+    """A step without gradients, in which the optimiser does nothing."""
+    tested.config = tested.config.model_copy(
+        update={
+            "budget": tested.config.budget.model_copy(update={"start": 1.0}),
+            "resetting": tested.config.resetting.model_copy(update={"importance": "random"}),
+        }
+    )
+    tested.step(net, lambda: None, 0.0)
+
+
+def test_importance_is_what_the_loss_would_change_to_first_order_squared() -> None:
+    net = student().eval().double()
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    net(images).embedding.sum().backward()
+    indicator = net.indicators()["layer2.0.conv2"]
+    scores = taylor(indicator, torch.ones(32, dtype=torch.float64))
+    before = net(images).embedding.sum()
+    for row in (0, 7, 31):
+        with torch.no_grad():
+            kept = indicator.weight[row].clone()
+            indicator.weight[row] *= 1 - 1e-6
+            change = float(net(images).embedding.sum() - before) / 1e-6
+            indicator.weight[row] = kept
+        assert float(scores[row]) == pytest.approx(change**2, rel=1e-3)
+
+
+def test_a_fading_row_is_scored_at_full_length() -> None:
+    net = student().eval().double()
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    indicator = net.indicators()["layer4.1.conv2"]
+    level = torch.linspace(0.1, 1.0, 128, dtype=torch.float64)
+    with torch.no_grad():
+        indicator.weight *= level[:, None, None, None]
+    net(images).embedding.sum().backward()
+    found = taylor(indicator, level)
+    torch.testing.assert_close(found, (indicator.weight.grad * torch.eye(128)[:, :, None, None]).sum((1, 2, 3)) ** 2)
+
+
+def test_magnitudes_are_scales_of_the_norms_in_front() -> None:
+    net = RetrievalNet(SPEC)
+    with torch.no_grad():
+        net.layer1[0].bn1.weight.copy_(torch.linspace(-1, 1, 16))
+        net.layer1[0].bn3.weight.fill_(3.0)
+        net.layer1[0].downsample[1].weight.fill_(-1.0)
+    found = magnitudes(net, ["layer1.0.conv1", "layer1"])
+    torch.testing.assert_close(found["layer1.0.conv1"], torch.linspace(-1, 1, 16).abs())
+    torch.testing.assert_close(found["layer1"], torch.full((64,), (3 + 1 + 1) / 3))  # the second block's is 1
 
 
 def test_a_row_loses_the_same_in_each_step_until_it_is_exactly_zero_and_stays_so() -> None:
@@ -83,16 +121,18 @@ def test_masks_follow_the_schedule_in_whole_groups_and_end_in_the_window() -> No
 
 def test_a_mask_is_revised_until_a_row_is_zero_and_kept_from_then_on() -> None:
     tested = capacity()
-    compactors = attach(RetrievalNet(SPEC), SPEC.sites).indicators()
+    net = student()
     tested.revise(0.3)
     first = {name: site.masked.clone() for name, site in tested.sites.items()}
     chosen = next(name for name, mask in first.items() if mask.any())
     other = next(name for name, mask in first.items() if mask.any() and name != chosen)
-    tested.after_step(compactors, tested.before_step(compactors))
+    config = tested.config
+    idle(tested, net)
     assert not tested.sites[chosen].committed.any()
     row = int(torch.nonzero(first[chosen])[0])
     tested.sites[chosen].left[row] = 1  # its next step is its last
-    tested.after_step(compactors, tested.before_step(compactors))
+    idle(tested, net)
+    tested.config = config
     for name in (chosen, other):  # what was unimportant becomes important
         tested.sites[name].score[first[name]] = 100.0
     tested.revise(0.31)
@@ -101,7 +141,8 @@ def test_a_mask_is_revised_until_a_row_is_zero_and_kept_from_then_on() -> None:
 
 
 def test_a_group_masked_beside_a_dead_one_can_still_be_revised() -> None:
-    tested, compactors = capacity(), attach(RetrievalNet(SPEC), SPEC.sites).indicators()
+    tested, net = capacity(), student()
+    compactors = net.indicators()
     name = "layer4.0.conv1"
     site = tested.sites[name]
     site.masked[:8] = site.committed[:8] = True
@@ -111,20 +152,21 @@ def test_a_group_masked_beside_a_dead_one_can_still_be_revised() -> None:
     site.left[8:16] = 4
     committed = []
     for _ in range(4):
-        tested.after_step(compactors, tested.before_step(compactors))
+        idle(tested, net)
         committed.append(int(tested.sites[name].committed.sum()))
     assert committed == [8, 8, 8, 16]
 
 
 def test_rows_fade_in_the_same_number_of_steps_whatever_their_norm() -> None:
-    tested, compactors = capacity(), attach(RetrievalNet(SPEC), SPEC.sites).indicators()
+    tested, net = capacity(), student()
+    compactors = net.indicators()
     with torch.no_grad():
         for compactor in compactors.values():
             compactor.weight *= torch.linspace(0.1, 7.0, len(compactor.weight))[:, None, None, None]
     tested.revise(1.0)
     for step in range(FADE):
         assert all((row_norms(compactors[name].matrix)[site.masked] > 0).all() for name, site in tested.sites.items())
-        tested.after_step(compactors, tested.before_step(compactors))
+        idle(tested, net)
         levels = tested.levels(compactors)
         assert all((levels[name][~site.masked] == 1).all() for name, site in tested.sites.items())
         assert step == FADE - 1 or any((level < 1).any() for level in levels.values())
@@ -135,21 +177,17 @@ def test_rows_fade_in_the_same_number_of_steps_whatever_their_norm() -> None:
 
 def test_masked_rows_move_by_the_proximal_step_alone() -> None:
     tested = capacity()
-    net = attach(RetrievalNet(SPEC), SPEC.sites)
+    net = student()
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.0)
     compactors = net.indicators()
-    tested.revise(0.4)
     for _ in range(3):
         optimizer.zero_grad()
         net(torch.randn(4, 3, 32, 32)).embedding.square().sum().backward()
-        tested.reset(compactors)
-        before = tested.before_step(compactors)
-        optimizer.step()
-        tested.after_step(compactors, before)
-    left = 1 - 3 / FADE
+        tested.step(net, optimizer.step, 0.4)
+    assert any(site.masked.any() for site in tested.sites.values())
     for name, site in tested.sites.items():
         norms = row_norms(compactors[name].matrix.detach())
-        torch.testing.assert_close(norms[site.masked], torch.full_like(norms[site.masked], left))
+        torch.testing.assert_close(norms[site.masked], site.left[site.masked] / FADE)
         if not site.masked.all():
             assert (norms[~site.masked] != 1.0).any()
 
@@ -162,3 +200,52 @@ def test_a_capacity_survives_its_state_dict() -> None:
     assert other.state_dict().keys() == tested.state_dict().keys()
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in tested.state_dict().items())
     assert other.reduction == tested.reduction
+
+
+def test_a_block_goes_as_a_whole_and_leaves_nothing_behind() -> None:
+    tested, net = capacity(allow_block_removal=True), student()
+    block = ("layer3.1.conv1", "layer3.1.conv2")
+    for name in block:
+        tested.sites[name].score[:] = 1e-9
+    with torch.no_grad():
+        net.layer3[1].bn3.weight.normal_()
+        net.layer3[1].bn3.bias.normal_()
+    norm = net.layer3[1].bn3
+    start = norm.weight.detach().clone()
+    tested.revise(0.15)
+    assert all(tested.sites[name].masked.all() for name in block)
+    for step in range(FADE):
+        assert removed_sites(net) == set()
+        idle(tested, net)
+        torch.testing.assert_close(norm.weight.detach(), start * (1 - (step + 1) / FADE))
+    assert removed_sites(net) == set(block)
+    assert all(tested.sites[name].committed.all() for name in block)
+    with torch.no_grad():
+        norm.bias += 1.0
+    idle(tested, net)
+    assert not norm.bias.any()
+    net = net.double().eval()
+    narrow = fold_and_cut(net, plan_cut(net, 0.0, 8, SPEC))
+    assert "layer3.1.conv1.weight" not in narrow.state_dict()
+    assert largest_difference(net, narrow, torch.randn(2, 3, 32, 32, dtype=torch.float64)) < 1e-12
+
+
+def test_a_block_that_is_wanted_again_comes_back_whole_until_a_row_of_it_is_zero() -> None:
+    tested, net = capacity(allow_block_removal=True), student()
+    block = ("layer3.1.conv1", "layer3.1.conv2")
+    for name in block:
+        tested.sites[name].score[:] = 1e-9
+    tested.revise(0.15)
+    config = tested.config
+    idle(tested, net)
+    for name in block:
+        tested.sites[name].score[:] = 100.0
+    tested.config = config
+    tested.revise(0.16)
+    assert not any(tested.sites[name].masked.any() for name in block)
+    for name in block:
+        tested.sites[name].score[:] = 1e-9
+    tested.revise(0.17)
+    tested.sites[block[0]].left[3] = 1
+    idle(tested, net)
+    assert all(tested.sites[name].committed.all() for name in block)

@@ -15,7 +15,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 
 from pipeline.export.onnx import finish, params_digest, to_onnx
-from pipeline.export.session import embed, open_session
+from pipeline.inference.session import embed, open_session
 from pipeline.models import cost
 from pipeline.ops.params import load
 from tests.export.tiny_network import SIZE, Pictures, normalise, tiny_net

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.compress.budget import BudgetMissedError
+from pipeline.compress.budget import BudgetMissedError, cost_model
+from pipeline.compress.capacity import Capacity
 from pipeline.compress.compactor import alive, row_norms
 from pipeline.compress.surgery import largest_difference, operate
 from pipeline.config import Params
 from pipeline.models import cost
+from pipeline.models.cost import CostModel
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.taps import Taps
 from pipeline.ops.params import load
@@ -80,11 +82,16 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
+def cost_of(params: Params, teacher: RetrievalNet) -> CostModel:
+    return cost_model(teacher.spec, params.student, (32, 32))
+
+
 def prepared(params: Params, teacher: RetrievalNet, folder: Path) -> tuple[StudentTask, Fit, list[dict[str, float]]]:
     fabric = launch(params.runtime, params.seed)
     rows: list[dict[str, float]] = []
     calibration = preprocess(next(RandomImages().epoch(99))[0])
-    task = student_task(fabric, params, teacher, STEPS * params.student.epochs, calibration, None)
+    budgeted = cost_of(params, teacher)
+    task = student_task(fabric, params, teacher, budgeted, STEPS * params.student.epochs, calibration, None)
     fit = Fit(fabric, params.student, task, RandomImages(), preprocess, Checkpoints(folder), rows.append)
     return task, fit, rows
 
@@ -100,7 +107,7 @@ def test_a_student_hits_its_budget_exactly_and_leaves_its_teacher_alone(
     params = change(params, "student", shrink=shrink)
     before = digest(teacher.state_dict())
     task, fit, rows = prepared(params, teacher, tmp_path)
-    net = fit.run(lambda: fresh_student(params, teacher))
+    net = fit.run(lambda: fresh_student(params, teacher, task.compression))
     small = remaining_spec(net)
     reduction = 1 - cost.macs(small, (32, 32)) / cost.macs(teacher.spec, (32, 32))
     assert 0.4 <= reduction <= 0.41
@@ -116,7 +123,7 @@ def test_a_student_hits_its_budget_exactly_and_leaves_its_teacher_alone(
         }
     else:
         assert net.spec.widths == teacher.spec.widths
-        masked = task.capacity.sites["layer4.0.conv1"].masked
+        masked = task.compression.sites["layer4.0.conv1"].masked
         assert torch.equal(row_norms(net.indicators()["layer4.0.conv1"].matrix.detach()) == 0, masked)
     operation = operate(net, teacher.spec, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
     assert operation.net.spec == small
@@ -125,9 +132,9 @@ def test_a_student_hits_its_budget_exactly_and_leaves_its_teacher_alone(
 
 def test_a_live_cut_leaves_fading_rows_at_their_level(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
     task, _, _ = prepared(params, teacher, tmp_path)
-    assert task.capacity is not None
-    net = fresh_student(params, teacher).eval()
-    site = task.capacity.sites["layer4.0.conv1"]
+    assert isinstance(task.compression, Capacity)
+    net = fresh_student(params, teacher, task.compression).eval()
+    site = task.compression.sites["layer4.0.conv1"]
     norms = torch.linspace(0.1, 2.0, len(site.kept))
     norms[3:8] = 0.0
     site.masked[:16] = True
@@ -139,7 +146,7 @@ def test_a_live_cut_leaves_fading_rows_at_their_level(params: Params, teacher: R
     matrix = reshaped.net.indicators()["layer4.0.conv1"].matrix.detach()
     expected = torch.where(torch.arange(len(norms)) < 16, norms, torch.ones_like(norms))[norms > 0]
     torch.testing.assert_close(matrix, torch.diag(expected))
-    assert task.capacity.sites["layer4.0.conv1"].left.tolist() == [5] * 11 + [0] * (len(norms) - 16)
+    assert task.compression.sites["layer4.0.conv1"].left.tolist() == [5] * 11 + [0] * (len(norms) - 16)
     image = preprocess(next(RandomImages().epoch(5))[0])
     assert largest_difference(net, reshaped.net, image) < 1e-4
 
@@ -148,10 +155,10 @@ def test_norms_of_a_live_cut_are_measured_behind_the_faded_rows(
     params: Params, teacher: RetrievalNet, tmp_path: Path
 ) -> None:
     task, _, _ = prepared(params, teacher, tmp_path)
-    assert task.capacity is not None
-    net = fresh_student(params, teacher).eval()
+    assert isinstance(task.compression, Capacity)
+    net = fresh_student(params, teacher, task.compression).eval()
     for name, dead in (("layer4.0.conv1", 0), ("layer4.0.conv2", 8)):
-        task.capacity.sites[name].masked[:16] = True
+        task.compression.sites[name].masked[:16] = True
         with torch.no_grad():
             net.indicators()[name].weight[:16] *= 0.1
             net.indicators()[name].weight[: dead or 1] = 0.0
@@ -172,10 +179,10 @@ def test_rows_that_fade_across_the_end_of_an_epoch_are_gone_in_time(
     content = params.model_dump()
     content["student"]["budget"] |= {"start": 0.0, "end": 0.7, "fade": 0.3, "every": 1}
     task, fit, _ = prepared(Params.model_validate(content), teacher, tmp_path)
-    net = fit.run(lambda: fresh_student(params, teacher))
+    net = fit.run(lambda: fresh_student(params, teacher, task.compression))
     task.check(net)
-    assert task.capacity is not None
-    assert not any(site.masked.any() for site in task.capacity.sites.values())
+    assert isinstance(task.compression, Capacity)
+    assert not any(site.masked.any() for site in task.compression.sites.values())
     assert net.spec.widths == remaining_spec(net).widths
 
 
@@ -185,6 +192,11 @@ VARIANTS = {
     "params": {"budget": {"of": "params", "reduction": 0.3}},
     "none": {"method": "none"},
     "one site": {"sites": ["conv2"], "budget": {"reduction": 0.2}},
+    "paper": {"method": "paper", "paper": {"memory": 20, "lasso": 0.5, "threshold": 0.5}},
+    "static-magnitude": {"method": "static-magnitude", "sites": ["conv1", "stream"]},
+    "static-random": {"method": "static-random", "sites": ["conv1", "conv2", "stream"]},
+    "blocks": {"budget": {"reduction": 0.7, "allow_block_removal": True}},
+    "random start": {"init": "random"},
     "stream": {"sites": ["conv1", "conv2", "stream"], "budget": {"reduction": 0.6}},
 }
 
@@ -214,8 +226,8 @@ def test_basic_blocks_shrink_too(params: Params, tmp_path: Path) -> None:
 def test_a_killed_student_ends_with_the_same_bytes(
     params: Params, teacher: RetrievalNet, tmp_path: Path, killed_after: int
 ) -> None:
-    _, whole, whole_rows = prepared(params, teacher, tmp_path / "whole")
-    expected = whole.run(lambda: fresh_student(params, teacher))
+    task, whole, whole_rows = prepared(params, teacher, tmp_path / "whole")
+    expected = whole.run(lambda: fresh_student(params, teacher, task.compression))
 
     def dying(row: dict[str, float]) -> None:
         if row["epoch"] == killed_after:
@@ -224,9 +236,9 @@ def test_a_killed_student_ends_with_the_same_bytes(
     task, first, _ = prepared(params, teacher, tmp_path / "killed")
     with pytest.raises(Killed):
         Fit(first.fabric, first.config, task, first.loader, preprocess, first.checkpoints, dying).run(
-            lambda: fresh_student(params, teacher)
+            lambda: fresh_student(params, teacher, task.compression)
         )
-    _, second, rows = prepared(params, teacher, tmp_path / "killed")
+    task, second, rows = prepared(params, teacher, tmp_path / "killed")
 
     def must_not_start() -> RetrievalNet:
         raise AssertionError("started anew")
@@ -240,7 +252,7 @@ def test_a_killed_student_ends_with_the_same_bytes(
 def test_a_student_that_misses_its_budget_is_refused(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
     task, _, _ = prepared(params, teacher, tmp_path)
     with pytest.raises(BudgetMissedError, match=r"ended at a reduction of 0\.0000, not in \[0\.4, 0\.41\]"):
-        task.check(fresh_student(params, teacher))
+        task.check(fresh_student(params, teacher, task.compression))
 
 
 def test_a_budget_that_ends_with_the_last_step_is_still_chosen(
@@ -250,18 +262,20 @@ def test_a_budget_that_ends_with_the_last_step_is_still_chosen(
     content["student"]["epochs"] = 1
     content["student"]["budget"] |= {"end": 0.97, "fade": 0.01, "every": 4}
     task, fit, _ = prepared(Params.model_validate(content), teacher, tmp_path)
-    fit.run(lambda: fresh_student(params, teacher))
-    assert task.capacity is not None
-    assert task.capacity.settled
+    fit.run(lambda: fresh_student(params, teacher, task.compression))
+    assert isinstance(task.compression, Capacity)
+    assert task.compression.settled
 
 
 def test_a_damaged_generation_is_passed_over(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
-    _, fit, _ = prepared(params, teacher, tmp_path)
-    expected = fit.run(lambda: fresh_student(params, teacher))
+    task, fit, _ = prepared(params, teacher, tmp_path)
+    expected = fit.run(lambda: fresh_student(params, teacher, task.compression))
     newest = tmp_path / "epoch-00004.safetensors"
     newest.write_bytes(newest.read_bytes()[:1000])
-    _, again, rows = prepared(params, teacher, tmp_path)
-    assert digest(again.run(lambda: fresh_student(params, teacher)).state_dict()) == digest(expected.state_dict())
+    task, again, rows = prepared(params, teacher, tmp_path)
+    assert digest(again.run(lambda: fresh_student(params, teacher, task.compression)).state_dict()) == digest(
+        expected.state_dict()
+    )
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
 
 
@@ -269,7 +283,7 @@ def test_live_shrinking_carries_the_optimiser_where_nothing_was_folded(
     params: Params, teacher: RetrievalNet, tmp_path: Path
 ) -> None:
     task, _, _ = prepared(params, teacher, tmp_path)
-    net = fresh_student(params, teacher)
+    net = fresh_student(params, teacher, task.compression)
     optimizer = build(net, params.student.optimizer)
     net(preprocess(next(RandomImages().epoch(0))[0])).embedding.square().sum().backward()
     optimizer.step()
@@ -290,8 +304,8 @@ def test_live_shrinking_carries_the_optimiser_where_nothing_was_folded(
 
 def test_nothing_shrinks_without_a_capacity(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
     params = change(params, "student", method="none", epochs=1)
-    _, fit, _ = prepared(params, teacher, tmp_path)
-    net = fit.run(lambda: fresh_student(params, teacher))
+    task, fit, _ = prepared(params, teacher, tmp_path)
+    net = fit.run(lambda: fresh_student(params, teacher, task.compression))
     assert net.spec == teacher.spec
     assert alive(net) == {}
 
@@ -305,6 +319,59 @@ def test_two_devices_end_with_the_same_narrow_student(params: Params, tmp_path: 
     )  # fmt: skip
     first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
     assert first == second
+
+
+@pytest.mark.parametrize("method", ["static-magnitude", "static-random"])
+def test_a_static_student_is_narrow_from_the_first_step_and_keeps_to_the_budget(
+    params: Params, teacher: RetrievalNet, tmp_path: Path, method: str
+) -> None:
+    params = change(params, "student", method=method, epochs=1, sites=["conv1", "conv2", "stream"])
+    task, fit, rows = prepared(params, teacher, tmp_path)
+    first = fresh_student(params, teacher, task.compression)
+    net = fit.run(lambda: first)
+    assert net.spec.widths == first.spec.widths
+    assert 0.4 <= rows[0]["macs_reduction"] <= 0.41
+    kept = task.plan().kept["layer3.1.conv1"]
+    if method == "static-magnitude":
+        weight = teacher.layer3[1].conv1.weight[list(kept)][:, list(task.plan().kept["layer3"])]
+        assert torch.equal(fresh_student(params, teacher, task.compression).layer3[1].conv1.weight, weight)
+    else:
+        assert kept == tuple(range(len(kept)))
+    operation = operate(net, teacher.spec, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
+    assert operation.net.spec.widths == net.spec.widths
+
+
+def test_the_published_method_leaves_zeros_in_whole_groups_and_surgery_cuts_them(
+    params: Params, teacher: RetrievalNet, tmp_path: Path
+) -> None:
+    content = params.model_dump()
+    content["student"]["method"] = "paper"
+    content["student"]["optimizer"] |= {"name": "sgd", "lr": 0.01}
+    content["student"]["paper"] |= {"start": 0.2, "lasso": 5.0, "ratio": 0.9, "threshold": 0.5}
+    task, fit, rows = prepared(Params.model_validate(content), teacher, tmp_path)
+    net = fit.run(lambda: fresh_student(params, teacher, task.compression))
+    small = remaining_spec(net)
+    assert net.spec.widths == teacher.spec.widths
+    assert rows[0]["macs_reduction"] == 0.0
+    assert rows[-1]["macs_reduction"] == 1 - cost.macs(small, (32, 32)) / cost.macs(teacher.spec, (32, 32)) > 0.1
+    assert all(width % 8 == 0 for width in small.widths.values())
+    operation = operate(net, teacher.spec, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
+    assert operation.net.spec.widths == small.widths
+
+
+def test_whole_blocks_go_where_that_is_allowed(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
+    content = params.model_dump()
+    content["student"]["budget"] |= {"reduction": 0.74, "allow_block_removal": True}
+    params = Params.model_validate(content)
+    task, fit, _ = prepared(params, teacher, tmp_path)
+    net = fit.run(lambda: fresh_student(params, teacher, task.compression))
+    task.check(net)
+    gone = [block.name for block in net.spec.blocks() if not net.spec.has(block)]
+    assert gone
+    assert all(f"{name}.conv1.weight" not in net.state_dict() for name in gone)
+    assert 0.74 <= 1 - cost.macs(net.spec, (32, 32)) / cost.macs(teacher.spec, (32, 32)) <= 0.75
+    operation = operate(net, teacher.spec, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
+    assert operation.net.spec.widths == net.spec.widths
 
 
 @pytest.mark.parametrize("recipe", ["scratch", "paper"])

@@ -11,7 +11,7 @@ from pipeline.training.loop import Fit
 from pipeline.training.state import Checkpoints
 from pipeline.training.student import fresh_student, student_task
 from pipeline.training.teacher import fresh_teacher
-from tests.training.test_fit import IDENTITIES, STEPS, RandomImages, digest, preprocess
+from tests.training.test_fit import IDENTITIES, STEPS, RandomImages, cost_of, digest, preprocess
 
 if __name__ == "__main__":
     folder, content = Path(sys.argv[1]), Path(sys.argv[2]).read_text()
@@ -19,10 +19,11 @@ if __name__ == "__main__":
     fabric = launch(params.runtime, params.seed)
     teacher = fresh_teacher(params.teacher, IDENTITIES).eval()
     calibration = preprocess(next(RandomImages().epoch(99))[0])
-    task = student_task(fabric, params, teacher, STEPS * params.student.epochs, calibration, None)
+    steps = STEPS * params.student.epochs
+    task = student_task(fabric, params, teacher, cost_of(params, teacher), steps, calibration, None)
     loader = RandomImages(device=fabric.global_rank)
     fit = Fit(fabric, params.student, task, loader, preprocess, Checkpoints(folder), lambda row: None)
-    net = fit.run(lambda: fresh_student(params, teacher))
+    net = fit.run(lambda: fresh_student(params, teacher, task.compression))
     task.check(net)
     state = {**net.state_dict(), **task.state_dict()}
     (folder / f"{fabric.global_rank}.txt").write_text(f"{torch.get_num_threads()} {digest(state)}")

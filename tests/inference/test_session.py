@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.export.session import open_session
+from pipeline.inference.session import open_session
 from pipeline.runtime import available_threads
 
 ROOT = Path(__file__).parents[2]

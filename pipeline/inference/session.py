@@ -27,12 +27,13 @@ class Images(Protocol):
         """Images (n, h, w, 3) of these rows, RGB."""
 
 
-def open_session(model: Path | bytes, threads: int = 0) -> InferenceSession:
+def open_session(model: Path | bytes, threads: int = 0, profile: Path | None = None) -> InferenceSession:
     """Load an ONNX model on the CPU, with all of the graph's optimisations.
 
     Args:
         model: The file, or its content.
         threads: Intra-op threads; 0 for all that this process may use.
+        profile: Start of the path of a profile to write; `end_profiling` tells the whole.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -42,6 +43,9 @@ def open_session(model: Path | bytes, threads: int = 0) -> InferenceSession:
     options = SessionOptions()
     options.intra_op_num_threads = threads or available_threads()
     options.inter_op_num_threads = 1
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     options.graph_optimization_level = GraphOptimizationLevel.ORT_ENABLE_ALL
     return InferenceSession(model, options, providers=["CPUExecutionProvider"])
 

@@ -1,0 +1,168 @@
+"""Widths of all sites under a common budget.
+
+Whole groups of channels go, and whole blocks where that is allowed, those first whose importance per saved cost is
+lowest. The cost model counts the narrowed network exactly.
+"""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.compress.budget import WINDOW, BudgetError
+from pipeline.models.cost import CostModel, Term
+
+Move = Mapping[str, int]
+"""New widths of some sites."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a site offers.
+
+    Attributes:
+        width: Channels that are not yet given up for good.
+        least: Channels it must keep.
+        scores: Importance of the `width` channels, ascending.
+    """
+
+    width: int
+    least: int
+    scores: np.ndarray
+
+
+class Allotment:
+    """Widths of all sites under a common budget.
+
+    Args:
+        cost: Cost as a function of widths.
+        full: Widths of the uncompressed network, all dimensions.
+        sites: What may still be given up, by site.
+        multiple: Widths are reduced to whole multiples of it.
+        blocks: Groups of sites that may go together, whatever they must keep else.
+    """
+
+    def __init__(
+        self,
+        cost: CostModel,
+        full: Mapping[str, int],
+        sites: Mapping[str, Site],
+        multiple: int,
+        blocks: Sequence[Sequence[str]] = (),
+    ) -> None:
+        self._cost = cost
+        self._base = cost(full)
+        self._sites = sites
+        self._multiple = multiple
+        self._blocks = {f"block of {block[0]}": tuple(block) for block in blocks}
+        self.widths = {**full, **{name: site.width for name, site in sites.items()}}
+        self._sums = {name: np.concatenate([[0.0], np.cumsum(site.scores)]) for name, site in sites.items()}
+        self._terms: dict[str, list[Term]] = defaultdict(list)
+        for term in cost.terms:
+            for name in {term.left, term.right} & set(sites):
+                self._terms[name].append(term)
+
+    @property
+    def reduction(self) -> float:
+        """Share of the cost that is gone at the present widths."""
+        return 1 - self._cost(self.widths) / self._base
+
+    def _next(self, name: str) -> Move | None:
+        """What gives up the next group of a site, or a block; None if it has nothing to give."""
+        if name in self._blocks:
+            return dict.fromkeys(self._blocks[name], 0) if all(map(self.widths.get, self._blocks[name])) else None
+        smaller = (self.widths[name] - 1) // self._multiple * self._multiple
+        return {name: smaller} if smaller >= self._sites[name].least else None
+
+    def _saving(self, move: Move) -> float:
+        """Share of the full cost that a move saves."""
+        before = {**self._cost.fixed, **self.widths}
+        after = {**before, **move}
+        touched = {id(term): term for site in move for term in self._terms[site]}.values()
+        return sum(term(before) - term(after) for term in touched) / self._base
+
+    def _price(self, name: str) -> tuple[float, float] | None:
+        """Importance lost per saving, and the saving, of the next move of a site or block."""
+        move = self._next(name)
+        if move is None:
+            return None
+        saving = self._saving(move)
+        return (self._lost(move) / saving, saving) if saving > 0 else None
+
+    def spend(self, due: float, limit: float) -> None:
+        """Give up what is cheapest until the reduction reaches `due`, and never more than `limit`.
+
+        Args:
+            due: Reduction to reach.
+            limit: Reduction not to exceed; a move that would is left alone.
+        """
+        prices = {name: self._price(name) for name in (*self._sites, *self._blocks)}
+        reduction = self.reduction
+        while reduction < due:
+            offers = [
+                (price[0], name, price[1])
+                for name, price in prices.items()
+                if price is not None and reduction + price[1] <= limit
+            ]
+            if not offers:
+                return
+            _, cheapest, saving = min(offers)
+            move = self._next(cheapest)
+            assert move is not None  # noqa: S101 - what has a price has a move
+            self.widths.update(move)
+            reduction += saving
+            changed = {name for site in move for term in self._terms[site] for name in (term.left, term.right)}
+            for name in prices:
+                if changed & {name, *self._blocks.get(name, ())}:
+                    prices[name] = self._price(name)
+
+    def settle(self, asked: float) -> None:
+        """Reach the final reduction: at least `asked`, and above it by as little as costs least.
+
+        Spends up to `asked`, then looks for the one or two moves (given up, or one given back for another) that land
+        in the window at the lowest loss.
+
+        Raises:
+            BudgetError: If none does.
+        """
+        self.spend(asked, limit=asked)
+        if self.reduction >= asked:
+            return
+        best: tuple[float, Move] | None = None
+        singles = [move for name in (*self._sites, *self._blocks) for move in self._moves(name)]
+        for pair in itertools.chain(((move,) for move in singles), itertools.combinations(singles, 2)):
+            together = {site: width for move in pair for site, width in move.items()}
+            if len(together) < sum(map(len, pair)):
+                continue
+            excess = self.reduction + self._saving(together) - asked
+            if not 0 <= excess <= WINDOW:
+                continue
+            lost = self._lost(together)
+            if best is None or lost < best[0]:
+                best = (lost, together)
+        if best is None:
+            raise BudgetError(
+                f"no widths in multiples of {self._multiple} give a reduction in [{asked:g}, {asked + WINDOW:g}] from "
+                f"{self.reduction:.4f}; change `student.budget.reduction` a little or lower `student.channel_multiple`"
+            )
+        self.widths.update(best[1])
+
+    def _moves(self, name: str) -> list[Move]:
+        """The next move of a site or block, and giving back the last group of a site."""
+        smaller = self._next(name)
+        moves = [] if smaller is None else [smaller]
+        if name in self._sites:
+            larger = min(self.widths[name] + self._multiple, self._sites[name].width)
+            if 0 < self.widths[name] < larger:  # a block that went does not come back in part
+                moves.append({name: larger})
+        return moves
+
+    def _lost(self, move: Move) -> float:
+        """Importance lost by going from the present widths to others; negative when channels come back."""
+        lost = 0.0
+        for site, width in move.items():
+            full, sums = self._sites[site].width, self._sums[site]
+            lost += float(sums[full - width] - sums[full - self.widths[site]])
+        return lost

@@ -1,0 +1,150 @@
+"""The methods of stage `student`, behind one face."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pipeline.compress import static
+from pipeline.compress.capacity import Capacity
+from pipeline.compress.paper import PaperCapacity
+from pipeline.compress.surgery import SurgeryPlan
+from pipeline.config import Student
+from pipeline.models.cost import CostModel
+from pipeline.models.resnet import RetrievalNet
+
+
+class Kept(Protocol):
+    """A site's channels.
+
+    Attributes:
+        kept: (C,) int64, their indices in the uncompressed network.
+    """
+
+    @property
+    def kept(self) -> Tensor: ...
+
+
+class Compression(Protocol):
+    """What becomes of the student's channels while it learns."""
+
+    @property
+    def sites(self) -> Mapping[str, Kept]:
+        """What is left, by site."""
+        ...
+
+    @property
+    def observed(self) -> tuple[str, ...]:
+        """Sites whose pooled features `observe` wants."""
+        ...
+
+    def observe(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
+        """Look at the features (B, C) of a batch, by site."""
+        ...
+
+    def step(self, net: RetrievalNet, optimizer: Callable[[], object], progress: float) -> None:
+        """Let the optimiser step, and do what must be done around it."""
+        ...
+
+    def remaining(self, net: RetrievalNet) -> dict[str, int]:
+        """Widths of the whole network once what has been given up is gone."""
+        ...
+
+    def due(self, progress: float) -> float | None:
+        """Reduction that must be given up by now; None where none is promised."""
+        ...
+
+    def check(self, widths: Mapping[str, int]) -> None:
+        """Refuse a trained student that does not keep to its budget."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that changes, as tensors by name."""
+        ...
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` returned."""
+        ...
+
+
+@dataclass(frozen=True)
+class FixedSite:
+    """A site whose width was chosen before training.
+
+    Attributes:
+        kept: (C,) int64, indices in the uncompressed network.
+    """
+
+    kept: Tensor
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """No compression while learning: methods `static-magnitude`, `static-random` and `none`.
+
+    Attributes:
+        sites: What was kept, by site.
+    """
+
+    sites: dict[str, FixedSite]
+    observed: tuple[str, ...] = ()
+
+    def observe(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
+        """Nothing to look at."""
+
+    def step(self, net: RetrievalNet, optimizer: Callable[[], object], progress: float) -> None:
+        """Only the optimiser."""
+        optimizer()
+
+    def remaining(self, net: RetrievalNet) -> dict[str, int]:
+        """All that is there."""
+        return dict(net.spec.widths)
+
+    def due(self, progress: float) -> None:
+        """Everything was given up before."""
+
+    def check(self, widths: Mapping[str, int]) -> None:
+        """The widths were chosen to fit."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing changes."""
+        return {}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Nothing to restore."""
+
+
+def compression(
+    config: Student, teacher: RetrievalNet, cost: CostModel, steps: int, seed: int, device: torch.device
+) -> Compression:
+    """The method that params.yaml names, before the first step.
+
+    Args:
+        config: Section of params.yaml.
+        teacher: The uncompressed network.
+        cost: What the budget counts.
+        steps: Steps of the whole training.
+        seed: Of random importance.
+        device: Where the student lives.
+
+    Raises:
+        BudgetError: If no widths keep to the budget.
+    """
+    spec = teacher.spec
+    if config.method == "budget":
+        return Capacity.start(spec, config, cost, steps, seed, device)
+    if config.method == "paper":
+        return PaperCapacity.start(spec, config, steps, device)
+    plan = SurgeryPlan({})
+    if config.method == "static-magnitude":
+        plan = static.by_magnitude(teacher, config, cost)
+    elif config.method == "static-random":
+        plan = static.by_factor(spec, config, cost)
+    return Fixed({site: FixedSite(torch.tensor(rows, device=device)) for site, rows in plan.kept.items()})
+
+
+def plan_of(chosen: Compression) -> SurgeryPlan:
+    """Channels of the uncompressed network that are still present."""
+    return SurgeryPlan({name: tuple(site.kept.tolist()) for name, site in chosen.sites.items()})

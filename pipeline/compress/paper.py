@@ -1,0 +1,201 @@
+"""Capacity dynamic distillation as published: a memory of teacher features, masks that only grow, and a group lasso.
+
+For each image, the teacher's nearest neighbours in the memory say which channels their match needs. A channel that is
+among the least contributing ones for all images and all neighbours of a batch is unimportant: from then on retrieval
+moves its row no more, and the lasso, which pulls at every row, takes it to zero or thereabouts.
+
+Source: Xie et al., "Towards a Smaller Student", CVPR 2023, section 3.3, and its public code; restated for any batch
+size. What the budgeted method does otherwise is told in `capacity`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.compress.budget import least_widths, shrinking_sites
+from pipeline.compress.compactor import by_row, row_norms
+from pipeline.compress.resetting import reset_gradients
+from pipeline.config import Student
+from pipeline.models.resnet import RetrievalNet
+from pipeline.models.spec import ArchSpec
+
+
+def unimportant(student: Tensor, teacher: Tensor, memory: Tensor, neighbours: int, ratio: float) -> Tensor:
+    """Channels that no match of this batch needs.
+
+    The contribution of channel c to the match of image i with neighbour n is |t[n, c] * s[i, c]|, both features
+    L2-normalised over the channels.
+
+    Args:
+        student: (B, C), pooled student features behind the compactor.
+        teacher: (B, C), pooled teacher features of the same images.
+        memory: (M, C), normalised teacher features to find neighbours in.
+        neighbours: k; fewer where the memory holds fewer.
+        ratio: Share of the channels, rounded down, that contribute least to a match; ties with the last of them count.
+
+    Returns:
+        (C,) bool: whether a channel is among these for all images and all of their neighbours.
+    """
+    count = int(ratio * student.shape[1])
+    if not len(memory) or not count:
+        return torch.zeros(student.shape[1], dtype=torch.bool, device=student.device)
+    student, teacher = functional.normalize(student), functional.normalize(teacher)
+    nearest = (teacher @ memory.T).topk(min(neighbours, len(memory)), dim=1).indices
+    contributions = (memory[nearest] * student[:, None]).abs()  # (B, k, C)
+    limit = contributions.kthvalue(count, dim=2, keepdim=True).values
+    return (contributions <= limit).flatten(0, 1).all(dim=0)
+
+
+def lasso_gradient(matrix: Tensor) -> Tensor:
+    """Gradient of the sum of the rows' L2 norms, (C, ...) -> same; zero for a row of zeros."""
+    norms = row_norms(matrix)
+    return matrix / by_row(torch.where(norms > 0, norms, torch.ones_like(norms)), matrix)
+
+
+@dataclass
+class PaperSite:
+    """One site.
+
+    Attributes:
+        kept: (C,) int64, all channels: nothing is cut out before surgery.
+        masked: (C,) bool, rows that retrieval moves no more.
+        memory: (M, C) float32, normalised teacher features, the newest ones; M grows up to its limit.
+        oldest: Row of the memory that is overwritten next.
+    """
+
+    kept: Tensor
+    masked: Tensor
+    memory: Tensor
+    oldest: int = 0
+
+    def remember(self, features: Tensor, limit: int) -> None:
+        """Put normalised features (B, C) into the memory, over the oldest ones where it is full."""
+        features = features[-limit:]
+        room = limit - len(self.memory)
+        self.memory = torch.cat([self.memory, features[:room]])
+        rows = (self.oldest + torch.arange(len(features[room:]), device=features.device)) % limit
+        self.memory[rows] = features[room:]
+        self.oldest = (self.oldest + len(rows)) % limit
+
+
+@dataclass
+class PaperCapacity:
+    """Masks and lasso of the published method.
+
+    Attributes:
+        spec: The uncompressed network.
+        config: Section of params.yaml.
+        steps: Steps of the whole training.
+        sites: State by site.
+        progress: Share of the training done.
+    """
+
+    spec: ArchSpec
+    config: Student
+    steps: int
+    sites: dict[str, PaperSite]
+    progress: float = 0.0
+
+    @classmethod
+    def start(cls, spec: ArchSpec, config: Student, steps: int, device: torch.device) -> "PaperCapacity":
+        """Nothing masked, nothing remembered.
+
+        Args:
+            spec: The uncompressed network.
+            config: Section of params.yaml.
+            steps: Steps of the whole training.
+            device: Where the student lives.
+        """
+        sites = {}
+        for name in shrinking_sites(spec, config):
+            width = spec.widths[name]
+            masked = torch.zeros(width, dtype=torch.bool, device=device)
+            sites[name] = PaperSite(torch.arange(width, device=device), masked, torch.zeros(0, width, device=device))
+        return cls(spec, config, steps, sites)
+
+    @property
+    def observed(self) -> tuple[str, ...]:
+        """Sites whose features it looks at."""
+        return tuple(self.sites)
+
+    def remaining(self, net: RetrievalNet) -> dict[str, int]:
+        """Widths of the whole network if all rows that are dead by now were gone, in whole multiples."""
+        multiple, widths = self.config.channel_multiple, dict(self.spec.widths)
+        for name, least in least_widths(self.spec, self.sites, multiple).items():
+            norms = row_norms(net.indicators()[name].matrix.detach())
+            living = int((norms > self.config.paper.threshold).sum())
+            widths[name] = min(widths[name], max(least, -(-living // multiple) * multiple))
+        return widths
+
+    def due(self, progress: float) -> None:
+        """It promises nothing."""
+
+    def observe(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
+        """Grow the masks from one batch, and remember the teacher's features.
+
+        Args:
+            student: By site, (B, C) pooled features behind the compactor.
+            teacher: By site, (B, C).
+        """
+        paper = self.config.paper
+        for name, site in self.sites.items():
+            seen = teacher[name].to(torch.float32)
+            if self.progress >= paper.start:
+                useless = unimportant(
+                    student[name].detach().to(torch.float32), seen, site.memory, paper.neighbours, paper.ratio
+                )
+                site.masked = site.masked | useless
+            site.remember(functional.normalize(seen), paper.memory)
+
+    def step(self, net: RetrievalNet, optimizer: Callable[[], object], progress: float) -> None:
+        """After the backward pass: take retrieval from masked rows, add the lasso, step.
+
+        Args:
+            net: The student, with gradients.
+            optimizer: Steps.
+            progress: Share of the training done before this step.
+        """
+        indicators = net.indicators()
+        if progress >= self.config.paper.start:
+            reset_gradients((indicators[name].weight, site.masked) for name, site in self.sites.items())
+            for indicator in indicators.values():
+                if indicator.weight.grad is not None:
+                    indicator.weight.grad += self.config.paper.lasso * lasso_gradient(indicator.weight.detach())
+        optimizer()
+        number = round(progress * self.steps) + 1
+        self.progress = number / self.steps
+        if number == self.steps:
+            self._close(net)
+
+    @torch.no_grad()
+    def _close(self, net: RetrievalNet) -> None:
+        """Make dead rows exactly zero; so many of the longest stay that widths are whole multiples."""
+        widths = self.remaining(net)
+        for name, indicator in net.indicators().items():
+            norms = row_norms(indicator.matrix)
+            indicator.weight[torch.argsort(norms, stable=True)[: len(norms) - widths[name]]] = 0.0
+
+    def check(self, widths: Mapping[str, int]) -> None:
+        """What it reaches is what it reaches."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that changes, as tensors by name."""
+        tensors = {"progress": torch.tensor(self.progress, dtype=torch.float64)}
+        for name, site in self.sites.items():
+            tensors |= {
+                f"{name}/masked": site.masked,
+                f"{name}/memory": site.memory,
+                f"{name}/oldest": torch.tensor(site.oldest),
+            }
+        return tensors
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` returned."""
+        self.progress = float(tensors["progress"])
+        for name, site in self.sites.items():
+            site.masked = tensors[f"{name}/masked"].to(site.masked.device)
+            site.memory = tensors[f"{name}/memory"].to(site.memory.device)
+            site.oldest = int(tensors[f"{name}/oldest"])

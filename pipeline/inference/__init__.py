@@ -1,0 +1,1 @@
+"""ONNX Runtime, and what a network of any widths costs it."""
