@@ -9,7 +9,7 @@ export DO_NOT_TRACK := true
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: setup demo test test-stack lint ui lock clean
+.PHONY: setup demo evidence test test-stack lint ui lock clean
 
 # The environment, and this checkout's own command in it (a shared one may hold another clone's).
 setup: $(STAMP)
@@ -27,6 +27,11 @@ demo: setup
 	python -m dvc repro
 	python -m pipeline compare
 
+# Hours; run it again to go on after an interruption.
+evidence: setup
+	python -m pipeline preset evidence
+	python -m pipeline evidence
+
 test: setup
 	python -m pytest -m "not stack"
 
@@ -36,7 +41,7 @@ test-stack: setup
 lint: setup
 	python -m ruff check .
 	python -m ruff format --check .
-	python -m mypy pipeline stages
+	python -m mypy
 
 ui: setup
 	python -m mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000 --workers 1

@@ -93,6 +93,18 @@ def compare() -> None:
             console.print(f"{what}: {_short(path)}", highlight=False, soft_wrap=True)
 
 
+@app.command()
+def evidence(
+    seed: Annotated[list[int] | None, typer.Option(help="Seeds of data, teacher and students.")] = None,
+    target: Annotated[list[float] | None, typer.Option(help="Reductions to ask for.")] = None,
+) -> None:
+    """Compare all methods at all targets (hours); run it again to go on after an interruption."""
+    from pipeline.ops.evidence import SEEDS, TARGETS, gather, grid
+
+    path = gather(Files.here(), list(grid(seed or SEEDS, target or TARGETS)))
+    typer.echo(f"evidence: {_short(path)}")
+
+
 class Refusal(ValueError):
     """The command cannot do what is asked; its text says why."""
 

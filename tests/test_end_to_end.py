@@ -207,3 +207,37 @@ def test_bad_params_are_refused_at_once_and_all_together(finished: Path, tmp_pat
     assert "`data.validaton` is unknown; nearest: `data.validation`" in done.stderr
     assert "`teacher.epochs` must be at least 1, got 0" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_methods_are_compared_as_experiments_that_need_not_run_twice(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkout"
+    shutil.copytree(finished, folder, symlinks=True)
+    shutil.copy2(folder / "params.yaml", folder / "presets" / "evidence.yaml")
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org"]
+    for command in (["add", "-A"], ["commit", "-q", "-m", "ran"]):
+        subprocess.run([*git, *command], cwd=folder, check=True, capture_output=True)
+    code = """
+import sys
+from pipeline.files import Files
+from pipeline.ops.evidence import Cell, gather
+gather(Files.here(), [Cell("budget", 0.4, 0), Cell("static-magnitude", 0.45, 0)])
+"""
+    outputs = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=folder, env=environment() | {"PYTHONPATH": str(folder)}, check=False,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+        outputs.append(done.stdout)
+    assert "Running stage 'student'" in outputs[0]
+    assert "Running stage 'teacher'" not in outputs[0]
+    assert "Running stage" not in outputs[1]
+    lines = (folder / "evidence" / "results.csv").read_text().splitlines()
+    budget, magnitude = (dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:])
+    assert float(budget["map"]) == pytest.approx(metrics(finished, "surgery")["map"], abs=1e-6)
+    assert 0.45 <= float(magnitude["macs_reduction"]) <= 0.46
+    page = (folder / "evidence" / "README.md").read_text()
+    assert f"{float(magnitude['map']):.4f}" in page
+    assert (folder / "evidence" / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder / "metrics" / "student.json").read_text()) == metrics(finished, "student")

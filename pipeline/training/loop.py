@@ -120,6 +120,16 @@ class Fit:
         Raises:
             DivergedError: If the loss becomes NaN or infinite; the last good state stays on disk.
         """
+        for state in self.states(start):
+            net = state.net
+        return net.eval()
+
+    def states(self, start: Callable[[], RetrievalNet]) -> Iterator[TrainingState]:
+        """The same, epoch by epoch: the state that training begins with, and that after each epoch.
+
+        Args:
+            start: Makes the first network; not called when a saved state is found.
+        """
         optimizer: Optimizer = self.config.optimizer
         state = self.checkpoints.newest(optimizer, self.fabric.device)
         if state is None:
@@ -129,13 +139,14 @@ class Fit:
             self.task.load_state_dict(state.extra)
         for row in state.curve:
             self.report(row)
+        yield state
         while state.epoch < self.config.epochs:
             state = self._epoch(state)
             if self.fabric.is_global_zero:
                 self.checkpoints.save(state)
             self.report(state.curve[-1])
             log.info("epoch %d of %d: %s", state.epoch, self.config.epochs, _summary(state.curve[-1]))
-        return state.net.eval()
+            yield state
 
     def _epoch(self, state: TrainingState) -> TrainingState:
         """One pass over the data, and what follows it."""

@@ -29,7 +29,7 @@ IMAGES = torch.randn(3, 3, 32, 40, generator=torch.Generator().manual_seed(0), d
 CONFIG = Surgery(tolerance=0.0, channel_multiple=8)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(depth=st.sampled_from([14, 18, 26]), seed=st.integers(0, 10_000), multiple=st.sampled_from([1, 4, 8]))
 def test_any_network_computes_the_same_after_surgery(dying_net: Make, depth: int, seed: int, multiple: int) -> None:
     net = dying_net(depth, seed, multiple)

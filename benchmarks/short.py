@@ -1,0 +1,90 @@
+"""Short trainings on noise: enough for what depends on shapes and steps, not on what is learned."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.compress.budget import cost_model
+from pipeline.config import Params
+from pipeline.models.cost import CostModel
+from pipeline.models.resnet import RetrievalNet
+from pipeline.ops.params import load
+from pipeline.runtime import launch
+from pipeline.training.loop import Batch, Fit
+from pipeline.training.state import Checkpoints
+from pipeline.training.student import StudentTask, fresh_student, student_task
+from pipeline.training.teacher import fresh_teacher
+
+ROOT = Path(__file__).parents[1]
+IDENTITIES = 12
+
+
+class Noise:
+    """Batches of random images.
+
+    Args:
+        steps: Batches an epoch.
+        images: Images a batch, of `IDENTITIES` identities.
+        size: Height and width, pixels.
+    """
+
+    def __init__(self, steps: int, images: int, size: tuple[int, int]) -> None:
+        self.steps, self.images, self.size = steps, images, size
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """The same batches for the same epoch."""
+        for step in range(self.steps):
+            generator = torch.Generator().manual_seed(1000 * epoch + step)
+            pixels = torch.randint(0, 256, (self.images, 3, *self.size), generator=generator, dtype=torch.uint8)
+            yield pixels, torch.arange(self.images) % IDENTITIES, torch.arange(self.images)
+
+
+def scaled(images: Tensor) -> Tensor:
+    """From uint8 to what a network takes."""
+    return (images.float() / 255 - 0.5).contiguous(memory_format=torch.channels_last)
+
+
+def section(params: Params, changes: dict[str, Any]) -> Params:
+    """Params with other values at dotted names."""
+    content = params.model_dump()
+    for name, value in changes.items():
+        *path, last = name.split(".")
+        part = content
+        for key in path:
+            part = part[key]
+        part[last] = value
+    return Params.model_validate(content)
+
+
+def preset(name: str, **changes: Any) -> Params:
+    """A preset with other values; a double underscore stands for the dot."""
+    dotted = {key.replace("__", "."): value for key, value in changes.items()}
+    return section(load(ROOT / "presets" / f"{name}.yaml"), dotted)
+
+
+def prepared(params: Params, noise: Noise, budgeted: CostModel | None = None) -> tuple[StudentTask, RetrievalNet]:
+    """A student's task and first network; the teacher knows nothing."""
+    fabric = launch(params.runtime, params.seed)
+    teacher = fresh_teacher(params.teacher, IDENTITIES).eval()
+    size = (params.data.image_size[0], params.data.image_size[1])
+    steps = len(noise) * params.student.epochs
+    calibration = scaled(next(noise.epoch(99))[0])
+    counted = budgeted or cost_model(teacher.spec, params.student, size)
+    task = student_task(fabric, params, teacher, counted, steps, calibration, None)
+    return task, fresh_student(params, teacher, task.compression)
+
+
+def train(params: Params, noise: Noise, budgeted: CostModel | None = None) -> tuple[StudentTask, RetrievalNet]:
+    """Train a student to the end."""
+    task, first = prepared(params, noise, budgeted)
+    with TemporaryDirectory() as folder:
+        checkpoints = Checkpoints(Path(folder))
+        fit = Fit(task.fabric, params.student, task, noise, scaled, checkpoints, lambda _: None)
+        return task, fit.run(lambda: first)

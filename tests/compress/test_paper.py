@@ -1,0 +1,159 @@
+"""The published method, against a slow and literal reading of it."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pipeline.compress.compactor import attach, row_norms
+from pipeline.compress.paper import PaperCapacity, PaperSite, lasso_gradient, unimportant
+from pipeline.config import Student
+from pipeline.models.resnet import RetrievalNet
+from pipeline.models.spec import ArchSpec
+from pipeline.ops.params import load
+from tests.imports import ROOT
+
+SPEC = ArchSpec.full(14, 8, 16)
+
+
+def unit(vector: list[float]) -> list[float]:
+    length = math.sqrt(sum(x * x for x in vector))
+    return [x / length for x in vector]
+
+
+def literal_mask(
+    student: list[list[float]], teacher: list[list[float]], memory: list[list[float]], k: int, ratio: float
+) -> set[int]:
+    """Channels in the lowest `ratio` of the contributions for every image and every one of its k neighbours."""
+    channels = len(student[0])
+    lowest = int(ratio * channels)
+    useless = set(range(channels))
+    if not memory or not lowest:
+        return set()
+    for image in range(len(student)):
+        s, t = unit(student[image]), unit(teacher[image])
+        by_cosine = sorted(memory, key=lambda row: -sum(a * b for a, b in zip(t, row, strict=True)))
+        for neighbour in by_cosine[:k]:
+            contribution = [abs(neighbour[c] * s[c]) for c in range(channels)]
+            useless &= set(sorted(range(channels), key=lambda c: contribution[c])[:lowest])
+    return useless
+
+
+def batches(seed: int, images: int, channels: int, number: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.logspace(-1, 1, channels, dtype=torch.float64)[torch.randperm(channels, generator=generator)]
+
+    def features() -> Tensor:
+        return scales * torch.randn(images, channels, generator=generator, dtype=torch.float64)
+
+    return [(features(), features()) for _ in range(number)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    images=st.integers(1, 9),
+    channels=st.integers(1, 24),
+    k=st.integers(1, 4),
+    ratio=st.floats(0.05, 0.95),
+    limit=st.integers(1, 30),
+)
+def test_masks_are_those_of_a_literal_implementation(
+    seed: int, images: int, channels: int, k: int, ratio: float, limit: int
+) -> None:
+    site = PaperSite(
+        torch.arange(channels), torch.zeros(channels, dtype=torch.bool), torch.zeros(0, channels, dtype=torch.float64)
+    )
+    memory: list[list[float]] = []
+    mask: set[int] = set()
+    for student, teacher in batches(seed, images, channels, 6):
+        site.masked |= unimportant(student, teacher, site.memory, k, ratio)
+        site.remember(torch.nn.functional.normalize(teacher), limit)
+        mask |= literal_mask(student.tolist(), teacher.tolist(), memory, k, ratio)
+        memory = (memory + [unit(row) for row in teacher.tolist()])[-limit:]
+        assert set(torch.nonzero(site.masked).flatten().tolist()) == mask
+    assert len(site.memory) == len(memory)
+
+
+def test_channels_that_tie_are_treated_alike() -> None:
+    student, teacher = torch.ones(2, 4), torch.ones(2, 4)
+    assert unimportant(student, teacher, teacher / 2, 2, 0.5).all()
+    student[:, 0] = 3.0
+    assert unimportant(student, teacher, teacher / 2, 2, 0.5).tolist() == [False, True, True, True]
+
+
+def test_the_lasso_pulls_every_row_with_the_same_force_and_leaves_zeros_alone() -> None:
+    matrix = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 1e-20]], dtype=torch.float64)
+    expected = torch.tensor([[0.6, 0.8], [0.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    torch.testing.assert_close(lasso_gradient(matrix), expected)
+    free = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    row_norms(free).sum().backward()
+    torch.testing.assert_close(lasso_gradient(free.detach()), free.grad)
+
+
+def section(**paper: object) -> Student:
+    student = load(ROOT / "presets" / "vehicles.yaml").student.model_dump()
+    student |= {"method": "paper", "sites": ["conv2"]}
+    student["paper"] |= paper
+    return Student.model_validate(student)
+
+
+def test_masked_rows_get_the_lasso_alone_and_the_others_both() -> None:
+    tested = PaperCapacity.start(SPEC, section(start=0.0, lasso=0.25), 10, torch.device("cpu"))
+    net = attach(RetrievalNet(SPEC), tested.sites)
+    assert all(site.endswith("conv2") for site in net.spec.indicators)
+    net(torch.randn(4, 3, 32, 32)).embedding.sum().backward()
+    site = "layer2.0.conv2"
+    weight = net.indicators()[site].weight
+    retrieval = weight.grad.clone()
+    tested.sites[site].masked[3:7] = True
+    tested.step(net, lambda: None, 0.0)
+    lasso = 0.25 * lasso_gradient(weight.detach())
+    torch.testing.assert_close(weight.grad[3:7], lasso[3:7])
+    torch.testing.assert_close(weight.grad[:3], (retrieval + lasso)[:3])
+    assert retrieval[3:7].any()
+
+
+def test_before_its_start_nothing_is_masked_or_pulled() -> None:
+    tested = PaperCapacity.start(SPEC, section(start=0.5), 10, torch.device("cpu"))
+    net = attach(RetrievalNet(SPEC), tested.sites)
+    features = {name: torch.randn(4, len(site.kept)) for name, site in tested.sites.items()}
+    for step in range(5):
+        tested.observe(features, features)
+        net(torch.randn(4, 3, 32, 32)).embedding.sum().backward()
+        before = {name: indicator.weight.grad.clone() for name, indicator in net.indicators().items()}
+        tested.step(net, lambda: None, step / 10)
+        assert all(torch.equal(before[name], indicator.weight.grad) for name, indicator in net.indicators().items())
+    assert not any(site.masked.any() for site in tested.sites.values())
+    tested.observe(features, features)
+    assert any(site.masked.any() for site in tested.sites.values())
+
+
+@pytest.mark.parametrize(("norms", "width"), [([1.0] * 9 + [1e-7] * 7, 16), ([1.0] * 3 + [1e-7] * 13, 8)])
+def test_at_the_end_dead_rows_are_zero_and_widths_are_multiples(norms: list[float], width: int) -> None:
+    tested = PaperCapacity.start(SPEC, section(), 10, torch.device("cpu"))
+    net = attach(RetrievalNet(SPEC), tested.sites)
+    site = "layer2.0.conv2"
+    with torch.no_grad():
+        net.indicators()[site].weight *= torch.tensor(norms)[:, None, None, None]
+    assert tested.remaining(net)[site] == width
+    tested.step(net, lambda: None, 0.9)
+    living = row_norms(net.indicators()[site].matrix.detach()) > 0
+    assert int(living.sum()) == width
+    assert living[: min(width, norms.count(1.0))].all()
+    assert tested.remaining(net) == {**SPEC.widths, site: width}
+
+
+def test_it_survives_its_state_dict() -> None:
+    tested = PaperCapacity.start(SPEC, section(start=0.0, memory=10), 10, torch.device("cpu"))
+    for _ in range(4):
+        features = {name: torch.randn(4, len(site.kept)) for name, site in tested.sites.items()}
+        tested.observe(features, features)
+        tested.progress += 0.1
+    other = PaperCapacity.start(SPEC, section(start=0.0, memory=10), 10, torch.device("cpu"))
+    other.load_state_dict(tested.state_dict())
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in tested.state_dict().items())
+    assert other.sites["layer1.0.conv2"].oldest == tested.sites["layer1.0.conv2"].oldest == 6

@@ -1,0 +1,11 @@
+"""A file to open."""
+
+import pytest
+
+from pipeline.inference.graph import timing_graph
+from pipeline.models.spec import ArchSpec
+
+
+@pytest.fixture(scope="session")
+def content() -> bytes:
+    return timing_graph(ArchSpec.full(14, 8, 16), (32, 32))

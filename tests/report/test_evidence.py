@@ -1,0 +1,54 @@
+"""Methods compared: the arithmetic, the table, the picture."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.report.evidence import Result, draw, page, paired
+
+
+def results() -> list[Result]:
+    found = []
+    for seed in (0, 1, 2):
+        for target in (0.65, 0.8):
+            for method, gain in (("budget", 0.02), ("static-magnitude", 0.0), ("static-random", -0.1)):
+                score = 0.7 + 0.01 * seed + gain * (1 + 0.1 * seed) - 0.1 * (target - 0.65)
+                found.append(
+                    Result(method, target, seed, score, 0.8, 0.7 + 0.01 * seed, target, target - 0.05, {}, 2.0)
+                )
+        found.append(Result("none", None, seed, 0.75, 0.9, 0.7 + 0.01 * seed, 0.0, 0.0, {}))
+    return found
+
+
+def test_a_paired_difference_has_its_interval_by_students_t() -> None:
+    mean, half = paired([0.5, 0.7, 0.9], [0.4, 0.5, 0.6])
+    assert mean == pytest.approx(0.2)
+    assert half == pytest.approx(4.302653 * 0.1 / np.sqrt(3), rel=1e-6)  # t table, 2 degrees of freedom
+    assert paired([0.5], [0.4]) == (pytest.approx(0.1), float("inf"))
+
+
+def test_the_page_tells_means_and_paired_differences() -> None:
+    text = page(results(), "vehicles")
+    rows = [line for line in text.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == 7
+    assert rows[0].startswith("|  | not compressed |")
+    ours, magnitude, scratch = rows[1:4]
+    assert "-65 %" in ours
+    assert "-60.0 %" in ours
+    assert "0.7320 ± 0.0120" in ours
+    assert "+0.0220 ± 0.0050" in ours  # against the teacher
+    assert magnitude.endswith("| +0.0000 ± 0.0000 | +0.0220 ± 0.0050 |")
+    assert "-0.1100 ± 0.0248" in scratch
+    assert ours.endswith("|  |")
+
+
+def test_one_seed_has_neither_deviation_nor_interval() -> None:
+    text = page([result for result in results() if result.seed == 0], "vehicles")
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert not any("±" in line for line in table)
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    draw(results(), tmp_path / "pareto.png")
+    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
