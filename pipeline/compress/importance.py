@@ -25,7 +25,8 @@ def taylor(indicator: Indicator, level: Tensor) -> Tensor:
     """
     if indicator.weight.grad is None:
         raise ValueError("importance is read after the backward pass")
-    effect = (indicator.weight.grad * indicator.weight.detach()).flatten(1).sum(dim=1)
+    products = indicator.weight.grad * indicator.weight.detach()
+    effect = products.reshape(len(products), -1).sum(dim=1)
     return (effect / level).square()
 
 
