@@ -122,32 +122,35 @@ class Allotment:
         """Reach the final reduction: at least `asked`, and above it by as little as costs least.
 
         Spends up to `asked`, then looks for the one or two moves (given up, or one given back for another) that land
-        in the window at the lowest loss.
+        in the window at the lowest loss. Where none do, the two that come closest from below are made, and so on.
 
         Raises:
-            BudgetError: If none does.
+            BudgetError: If nothing leads there.
         """
         self.spend(asked, limit=asked)
-        if self.reduction >= asked:
-            return
-        best: tuple[float, Move] | None = None
-        singles = [move for name in (*self._sites, *self._blocks) for move in self._moves(name)]
-        for pair in itertools.chain(((move,) for move in singles), itertools.combinations(singles, 2)):
-            together = {site: width for move in pair for site, width in move.items()}
-            if len(together) < sum(map(len, pair)):
-                continue
-            excess = self.reduction + self._saving(together) - asked
-            if not 0 <= excess <= WINDOW:
-                continue
-            lost = self._lost(together)
-            if best is None or lost < best[0]:
-                best = (lost, together)
-        if best is None:
-            raise BudgetError(
-                f"no widths in multiples of {self._multiple} give a reduction in [{asked:g}, {asked + WINDOW:g}] from "
-                f"{self.reduction:.4f}; change `student.budget.reduction` a little or lower `student.channel_multiple`"
-            )
-        self.widths.update(best[1])
+        while self.reduction < asked:
+            reduction = self.reduction
+            inside: tuple[float, Move] | None = None
+            below: tuple[float, Move] | None = None
+            singles = [move for name in (*self._sites, *self._blocks) for move in self._moves(name)]
+            for pair in itertools.chain(((move,) for move in singles), itertools.combinations(singles, 2)):
+                together = {site: width for move in pair for site, width in move.items()}
+                if len(together) < sum(map(len, pair)):
+                    continue
+                reached = reduction + self._saving(together)
+                if asked <= reached <= asked + WINDOW:
+                    lost = self._lost(together)
+                    inside = min(inside or (lost, together), (lost, together), key=lambda found: found[0])
+                elif reduction < reached < asked:
+                    below = max(below or (reached, together), (reached, together), key=lambda found: found[0])
+            best = inside or below
+            if best is None:
+                raise BudgetError(
+                    f"no widths in multiples of {self._multiple} give a reduction in [{asked:g}, {asked + WINDOW:g}] "
+                    f"from {reduction:.4f}; change `student.budget.reduction` a little or lower "
+                    "`student.channel_multiple`"
+                )
+            self.widths.update(best[1])
 
     def _moves(self, name: str) -> list[Move]:
         """The next move of a site or block, and giving back the last group of a site."""

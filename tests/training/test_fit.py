@@ -195,7 +195,7 @@ VARIANTS = {
     "paper": {"method": "paper", "paper": {"memory": 20, "lasso": 0.5, "threshold": 0.5}},
     "static-magnitude": {"method": "static-magnitude", "sites": ["conv1", "stream"]},
     "static-random": {"method": "static-random", "sites": ["conv1", "conv2", "stream"]},
-    "blocks": {"budget": {"reduction": 0.7, "allow_block_removal": True}},
+    "blocks": {"budget": {"reduction": 0.66, "allow_block_removal": True}},
     "random start": {"init": "random"},
     "stream": {"sites": ["conv1", "conv2", "stream"], "budget": {"reduction": 0.6}},
 }
@@ -361,7 +361,7 @@ def test_the_published_method_leaves_zeros_in_whole_groups_and_surgery_cuts_them
 
 def test_whole_blocks_go_where_that_is_allowed(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
     content = params.model_dump()
-    content["student"]["budget"] |= {"reduction": 0.74, "allow_block_removal": True}
+    content["student"]["budget"] |= {"reduction": 0.66, "allow_block_removal": True}
     params = Params.model_validate(content)
     task, fit, _ = prepared(params, teacher, tmp_path)
     net = fit.run(lambda: fresh_student(params, teacher, task.compression))
@@ -369,7 +369,7 @@ def test_whole_blocks_go_where_that_is_allowed(params: Params, teacher: Retrieva
     gone = [block.name for block in net.spec.blocks() if not net.spec.has(block)]
     assert gone
     assert all(f"{name}.conv1.weight" not in net.state_dict() for name in gone)
-    assert 0.74 <= 1 - cost.macs(net.spec, (32, 32)) / cost.macs(teacher.spec, (32, 32)) <= 0.75
+    assert 0.66 <= 1 - cost.macs(net.spec, (32, 32)) / cost.macs(teacher.spec, (32, 32)) <= 0.67
     operation = operate(net, teacher.spec, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
     assert operation.net.spec.widths == net.spec.widths
 
