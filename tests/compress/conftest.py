@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.compress.compactor import attach
+from pipeline.compress.compactor import attach, last_norm
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
 
@@ -25,7 +25,7 @@ def scramble(net: RetrievalNet, seed: int) -> RetrievalNet:
 
 
 def kill_rows(net: RetrievalNet, seed: int, multiple: int) -> None:
-    """Mix channels in every compactor, change every gate, then zero random rows; whole multiples stay."""
+    """Mix channels in every compactor, change every gate, then zero random rows and blocks; whole multiples stay."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for indicator in net.indicators().values():
@@ -34,6 +34,12 @@ def kill_rows(net: RetrievalNet, seed: int, multiple: int) -> None:
             groups = int(torch.randint(1, channels // multiple + 1, (1,), generator=generator))
             dead = torch.randperm(channels, generator=generator)[groups * multiple :]
             indicator.weight[dead] = 0.0
+        for block in net.spec.removable:
+            if torch.rand((), generator=generator) < 0.3:
+                for site in block.sites:
+                    net.indicators()[site].weight.zero_()
+                for name in ("weight", "bias"):
+                    getattr(net.get_submodule(last_norm(block)), name).zero_()
 
 
 @pytest.fixture

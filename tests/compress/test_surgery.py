@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline import checkpoint
-from pipeline.compress.compactor import alive, attach
+from pipeline.compress.compactor import alive, attach, last_norm
 from pipeline.compress.fold import fold, recentre
 from pipeline.compress.surgery import (
     SurgeryError,
@@ -30,17 +30,34 @@ CONFIG = Surgery(tolerance=0.0, channel_multiple=8)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(depth=st.sampled_from([14, 18, 26]), seed=st.integers(0, 10_000), multiple=st.sampled_from([1, 4, 8]))
-def test_any_network_computes_the_same_after_surgery(dying_net: Make, depth: int, seed: int, multiple: int) -> None:
+@given(
+    depth=st.sampled_from([14, 18, 26]),
+    seed=st.integers(0, 10_000),
+    multiple=st.sampled_from([1, 4, 8]),
+    images=st.integers(1, 5),
+)
+def test_any_network_computes_the_same_after_surgery(
+    dying_net: Make, depth: int, seed: int, multiple: int, images: int
+) -> None:
     net = dying_net(depth, seed, multiple)
     plan = plan_cut(net, 0.0, multiple, net.spec)
     narrow = fold_and_cut(net, plan)
-    assert largest_difference(net, narrow, IMAGES) <= 1e-10
+    pixels = torch.randn(images, 3, 32, 40, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    assert torch.isfinite(net(pixels).embedding).all()
+    assert largest_difference(net, narrow, pixels) <= 1e-10
     assert narrow.spec.indicators == ()
+    droppable = {site for block in net.spec.removable for site in block.sites}
     for site, rows in plan.kept.items():
-        assert narrow.spec.widths[site] == len(rows) >= multiple
+        assert narrow.spec.widths[site] == len(rows) >= (0 if site in droppable else multiple)
+        assert len(rows) % multiple == 0
     for layer in narrow.spec.layers():
         assert narrow.get_submodule(layer.name).weight.shape[0] == {**narrow.spec.widths, "embedding": 24}[layer.target]
+
+
+def test_all_gradients_are_finite_where_rows_are_exactly_zero(dying_net: Make) -> None:
+    net = dying_net(26).train()
+    net(IMAGES).embedding.square().sum().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in net.parameters())
 
 
 def test_cutting_a_living_channel_is_noticed(dying_net: Make) -> None:
@@ -144,3 +161,17 @@ def test_fresh_compactors_change_nothing(dying_net: Make) -> None:
     net = fold_and_cut(dying := dying_net(), plan_cut(dying, 0.0, 8, dying.spec))
     assert largest_difference(net, attach(net, net.spec.widths), IMAGES) == 0.0
     assert all(len(rows) == net.spec.widths[site] for site, rows in alive(attach(net, net.spec.widths)).items())
+
+
+def test_a_block_that_still_adds_a_constant_is_not_dropped(dying_net: Make) -> None:
+    net = dying_net(26)
+    block = net.spec.removable[0]
+    with torch.no_grad():
+        for site in block.sites:
+            net.indicators()[site].weight.zero_()
+        norm = net.get_submodule(last_norm(block))
+        norm.weight.zero_()
+        norm.bias.zero_()
+        norm.bias[3] = 1e-9
+    with pytest.raises(SurgeryError, match=rf"{block.sites[0]} is zero, but its block cannot be dropped"):
+        plan_cut(net, 0.0, 8, net.spec)

@@ -91,3 +91,19 @@ def test_taps_are_empty_once_read_and_silent_once_closed() -> None:
         assert taps.read() == {}
     net(torch.zeros(1, 3, 32, 32))
     assert taps.read() == {}
+
+
+def test_only_whole_blocks_with_an_identity_shortcut_may_be_gone() -> None:
+    spec = ArchSpec.full(26, 8, 16)
+
+    def without(*sites: str) -> ArchSpec:
+        return ArchSpec.model_validate({**spec.model_dump(), "widths": spec.widths | dict.fromkeys(sites, 0)})
+
+    narrow = without("layer2.1.conv1", "layer2.1.conv2")
+    net = RetrievalNet(narrow).eval()
+    assert not any(name.startswith("layer2.1.") for name in net.state_dict())
+    assert not any(layer.name.startswith("layer2.1.") for layer in narrow.layers())
+    assert net(torch.randn(2, 3, 32, 32)).embedding.shape == (2, 16)
+    for sites in (("layer2.1.conv1",), ("layer2.0.conv1", "layer2.0.conv2"), ("layer2",)):
+        with pytest.raises(ValueError, match="or 0 throughout a block whose shortcut is the identity"):
+            without(*sites)
