@@ -62,10 +62,11 @@ class TeacherRecord(Scores):
 
 
 class StudentRecord(TeacherRecord):
-    """Stage `student`: params and macs as after folding and cutting."""
+    """Stage `student`: params and macs as after folding and cutting; latency, estimated, where the budget is of it."""
 
     params_reduction: float
     macs_reduction: float
+    latency_reduction: float | None = None
     target: float
 
 

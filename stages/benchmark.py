@@ -16,8 +16,9 @@ from pipeline.benchmark.latency import measure
 from pipeline.benchmark.table import STUDENT, TEACHER, benchmark_record, write_csv
 from pipeline.data.augment import normalise
 from pipeline.data.images import open_images
+from pipeline.export.embed import embed
 from pipeline.files import read_json
-from pipeline.inference.session import embed, open_session
+from pipeline.inference.session import open_session
 from pipeline.ops.stage import Run, run_stage
 from pipeline.records import (
     BenchmarkRecord,

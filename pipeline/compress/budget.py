@@ -1,7 +1,7 @@
 """What the user asks for, when it is due, and whether it can be had."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from pipeline.config import Student
 from pipeline.models.cost import CostModel, macs_model, params_model
@@ -65,20 +65,33 @@ def shrinking_sites(spec: ArchSpec, config: Student) -> tuple[str, ...]:
     return found
 
 
-def cost_model(spec: ArchSpec, config: Student, size: tuple[int, int]) -> CostModel:
-    """What the budget counts, where the spec decides it.
+def cost_model(
+    spec: ArchSpec, config: Student, size: tuple[int, int], measure: Callable[[], CostModel] | None = None
+) -> CostModel:
+    """What the budget counts, once it is sure that it can be kept.
 
     Args:
         spec: The uncompressed network.
-        config: Section of params.yaml; its budget is of MACs or params.
+        config: Section of params.yaml.
         size: Height and width of an image, pixels.
+        measure: Seconds as a function of widths, called for a budget of latency only.
 
     Raises:
-        ValueError: If the budget is of latency, which must be measured.
+        BudgetError: If the structure cannot keep the budget, or there are no sites.
+        ValueError: If latency cannot be measured here.
     """
+    if config.method != "none":
+        shrinking_sites(spec, config)
+    if not config.budgeted:
+        return macs_model(spec, size)
     if config.budget.of == "latency":
-        raise ValueError("latency is measured, not told from a spec")
-    return params_model(spec) if config.budget.of == "params" else macs_model(spec, size)
+        if measure is None:
+            raise ValueError("latency is measured, not told from a spec")
+        model = measure()
+    else:
+        model = params_model(spec) if config.budget.of == "params" else macs_model(spec, size)
+    refuse_unreachable(spec, config, model)
+    return model
 
 
 def refuse_unreachable(spec: ArchSpec, config: Student, cost: CostModel) -> None:

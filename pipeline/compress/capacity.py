@@ -19,9 +19,8 @@ from torch import Tensor
 
 from pipeline.compress.allotment import Allotment, Site
 from pipeline.compress.budget import WINDOW, BudgetMissedError, droppable, least_widths, scheduled, shrinking_sites
-from pipeline.compress.compactor import by_row, last_norm, row_norms, shrink_rows
+from pipeline.compress.compactor import by_row, last_norm, reset_gradients, row_norms, shrink_rows
 from pipeline.compress.importance import chances, magnitudes, taylor
-from pipeline.compress.resetting import reset_gradients
 from pipeline.config import Student
 from pipeline.models.cost import CostModel
 from pipeline.models.resnet import Indicator, RetrievalNet
@@ -38,6 +37,7 @@ class SiteState:
         masked: (C,) bool.
         committed: (C,) bool, a subset of masked.
         left: (C,) int32, steps until a masked row is zero; 0 where it is, and where it is not masked.
+        length: (C,) float32, norm of a row when it was masked, until it has grown back to it; else 0.
     """
 
     kept: Tensor
@@ -45,13 +45,14 @@ class SiteState:
     masked: Tensor
     committed: Tensor
     left: Tensor
+    length: Tensor
 
     @classmethod
     def start(cls, width: int, device: torch.device) -> "SiteState":
         """Everything present, nothing masked."""
         none = torch.zeros(width, dtype=torch.bool, device=device)
-        score = torch.zeros(width, device=device)
-        return cls(torch.arange(width, device=device), score, none, none.clone(), none.to(torch.int32))
+        zeros = torch.zeros(width, device=device)
+        return cls(torch.arange(width, device=device), zeros, none, none.clone(), none.to(torch.int32), zeros.clone())
 
     def select(self, rows: Tensor) -> "SiteState":
         """The same for some of the rows."""
@@ -116,9 +117,9 @@ class Capacity:
         return {**self.spec.widths, **{name: int((~site.masked).sum()) for name, site in self.sites.items()}}
 
     @property
-    def reduction(self) -> float:
-        """Share of the budgeted cost that is masked or gone."""
-        return 1 - self.cost(self.widths) / self.cost(self.spec.widths)
+    def kept(self) -> dict[str, Tensor]:
+        """Channels of the uncompressed network that are still present, by site."""
+        return {name: site.kept for name, site in self.sites.items()}
 
     @property
     def fade(self) -> int:
@@ -149,7 +150,7 @@ class Capacity:
         last_choice = min(math.ceil(self.config.budget.end * self.steps - 1e-6), self.steps - 1)
         self.score(net)
         if number % self.config.budget.every == 0 or number == last_choice:
-            self.revise(1.0 if number >= last_choice else progress)
+            self.revise(net, 1.0 if number >= last_choice else progress)
         present = self._present(net)
         reset_gradients((indicator.weight, site.masked) for indicator, site in present.values())
         before = {name: indicator.weight.detach().clone() for name, (indicator, _) in present.items()}
@@ -160,22 +161,23 @@ class Capacity:
     def score(self, net: RetrievalNet) -> None:
         """Update the importance of all rows from the gradients of this step."""
         resetting = self.config.resetting
-        if self.settled or resetting.importance == "random":
+        if self.settled or resetting.importance != "taylor":
             return
-        present = self._present(net)
-        if resetting.importance == "magnitude":
-            for name, values in magnitudes(net, present).items():
-                self.sites[name].score = values.detach().clone()
-            return
-        levels = self.levels(net.indicators())
-        for name, (indicator, site) in present.items():
+        levels = self.levels(net)
+        for _, names, left in self._going():
+            for name in names:  # what a fading block adds is faded twice, by its rows and by its last norm
+                levels[name] = levels[name] * torch.where(left > 0, left / self.fade, 1.0)
+        for name, (indicator, site) in self._present(net).items():
             site.score = torch.lerp(taylor(indicator, levels[name]), site.score, resetting.momentum)
 
-    def revise(self, progress: float) -> None:
+    def revise(self, net: RetrievalNet, progress: float) -> None:
         """Choose anew which rows are masked; the last choice, at the end of the schedule, is final."""
         budget = self.config.budget
         if self.settled or progress < budget.start:
             return
+        if self.config.resetting.importance == "magnitude":
+            for name, values in magnitudes(net, self._present(net)).items():
+                self.sites[name].score = values.detach().clone()
         least = least_widths(self.spec, self.sites, self.config.channel_multiple)
         offers = {}
         for name, site in self.sites.items():
@@ -194,22 +196,28 @@ class Capacity:
             masked[order[: len(order) - allotment.widths[name]]] = True
             site.left = torch.where(masked & site.masked, site.left, masked * self.fade).to(torch.int32)
             site.masked = masked
+        for indicator, site in self._present(net).values():
+            norms = row_norms(indicator.matrix.detach())
+            site.length = torch.where(site.masked, torch.maximum(norms, site.length), site.length)
 
     def _present(self, net: RetrievalNet) -> dict[str, tuple[Indicator, SiteState]]:
         """Indicators that are still in the network, and their states."""
         return {name: (indicator, self.sites[name]) for name, indicator in net.indicators().items()}
 
+    def _going(self) -> Iterator[tuple[str, tuple[str, ...], Tensor]]:
+        """Blocks that may go: last norm, sites, and steps until they are gone, 0 where they stay or are."""
+        for norm, names in self.blocks.items():
+            sites = [self.sites[name] for name in names]
+            if all(len(site.kept) for site in sites):
+                going = torch.stack([site.masked.all() for site in sites]).all()
+                yield norm, names, torch.stack([site.left.max() for site in sites]).max() * going
+
     def _norms(self, net: RetrievalNet) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Scale and shift of the last norms of blocks that may go, and steps until they are zero (0: they stay)."""
-        parameters = dict(net.named_parameters()) if self.blocks else {}
-        for norm, names in self.blocks.items():
-            if f"{norm}.weight" not in parameters:
-                continue
-            sites = [self.sites[name] for name in names]
-            going = torch.stack([site.masked.all() for site in sites]).all()
-            left = torch.stack([site.left.max() for site in sites]).max() * going
-            for name in (f"{norm}.weight", f"{norm}.bias"):
-                yield name, parameters[name], left
+        for norm, _, left in self._going():
+            module = net.get_submodule(norm)
+            for name in ("weight", "bias"):
+                yield f"{norm}.{name}", module.get_parameter(name), left
 
     @torch.no_grad()
     def _fade(self, net: RetrievalNet, before: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
@@ -241,12 +249,13 @@ class Capacity:
                 for name in names:
                     self.sites[name].committed |= going & begun
 
-    def levels(self, indicators: Mapping[str, Indicator]) -> dict[str, Tensor]:
-        """How far each row has faded, (C,) by site: its norm where it is masked and not yet zero, else 1."""
+    def levels(self, net: RetrievalNet) -> dict[str, Tensor]:
+        """What is left of each row, (C,) by site: a share of its length when it was masked; 1 for zeros and others."""
         found = {}
-        for name, indicator in indicators.items():
-            site, norms = self.sites[name], row_norms(indicator.matrix.detach())
-            found[name] = torch.where(site.masked & (norms > 0), norms, torch.ones_like(norms))
+        for name, (indicator, site) in self._present(net).items():
+            norms = row_norms(indicator.matrix.detach())
+            shortened = (norms > 0) & (norms < site.length)
+            found[name] = torch.where(shortened, norms / site.length, torch.ones_like(norms))
         return found
 
     def check(self, widths: Mapping[str, int]) -> None:

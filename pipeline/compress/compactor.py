@@ -33,6 +33,19 @@ def shrink_rows(matrix: Tensor, left: Tensor) -> Tensor:
     return matrix * by_row((left - 1).clamp_min(0) / left.clamp_min(1), matrix)
 
 
+def reset_gradients(rows: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Take the retrieval gradient from masked rows, so that only what compresses moves them.
+
+    Source: Xie et al., "Towards a Smaller Student", CVPR 2023, section 3.3.
+
+    Args:
+        rows: Weights (C, ...) of indicators, after the backward pass, and which of their rows are masked, (C,) bool.
+    """
+    for weight, masked in rows:
+        if weight.grad is not None:
+            weight.grad.masked_fill_(by_row(masked, weight.grad), 0.0)
+
+
 def by_row(values: Tensor, like: Tensor) -> Tensor:
     """Values (C,) in a shape that broadcasts over the rows of `like` (C, ...)."""
     return values.reshape(-1, *(1,) * (like.dim() - 1))

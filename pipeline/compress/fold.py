@@ -80,12 +80,12 @@ def recentre(net: RetrievalNet, sites: Iterable[str], images: Tensor) -> None:
         images: Normalised images (B, 3, H, W).
     """
     norms = {layer.name: layer.norm for layer in net.spec.layers() if layer.target in set(sites)}
-    with Taps(net, norms) as taps:
+    with Taps(net, norms, lambda output: torch.stack(torch.var_mean(output, dim=(0, 2, 3)))) as taps:
         net(images)
-        outputs = taps.read()
+        statistics = taps.read()
     state = net.state_dict()
     for name, norm in norms.items():
         shift = state[f"{norm}.bias"] - state[f"{norm}.running_mean"]
-        variance, mean = torch.var_mean(outputs[name], dim=(0, 2, 3))
+        variance, mean = statistics[name]
         for key, value in _norm(norm, mean, variance, shift).items():
             state[key].copy_(value)

@@ -42,15 +42,16 @@ def cut_dead(net: RetrievalNet, capacity: Capacity, images: Tensor) -> tuple[Ret
     if not plan.kept:
         return None
     folding = [site for site in plan.kept if is_inner(site)]
-    levels = {site: level for site, level in capacity.levels(net.indicators()).items() if site in folding}
+    levels = {site: level for site, level in capacity.levels(net).items() if site in folding}
     unfaded = scale_rows(net, {site: 1 / level for site, level in levels.items()})
     narrow = cut(fold(unfaded, folding), plan)
     staying = [site for site in folding if narrow.spec.widths[site]]
     for site, rows in plan.kept.items():
         index = torch.tensor(rows, dtype=torch.int64, device=images.device)
-        capacity.sites[site] = capacity.sites[site].select(index)
-        if site in levels:
+        state = capacity.sites[site] = capacity.sites[site].select(index)
+        if site in levels:  # a fresh compactor's rows have length 1
             levels[site] = levels[site][index]
+            state.length = (state.length > 0).to(state.length)
     shrunk = scale_rows(attach(narrow, staying), {site: levels[site] for site in staying})
     recentre(shrunk, staying, images)
     taken = slices(net.spec, plan)

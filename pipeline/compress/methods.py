@@ -16,23 +16,12 @@ from pipeline.models.cost import CostModel
 from pipeline.models.resnet import RetrievalNet
 
 
-class Kept(Protocol):
-    """A site's channels.
-
-    Attributes:
-        kept: (C,) int64, their indices in the uncompressed network.
-    """
-
-    @property
-    def kept(self) -> Tensor: ...
-
-
 class Compression(Protocol):
     """What becomes of the student's channels while it learns."""
 
     @property
-    def sites(self) -> Mapping[str, Kept]:
-        """What is left, by site."""
+    def kept(self) -> Mapping[str, Tensor]:
+        """Channels of the uncompressed network that are still present, (C,) int64 by site."""
         ...
 
     @property
@@ -70,25 +59,14 @@ class Compression(Protocol):
 
 
 @dataclass(frozen=True)
-class FixedSite:
-    """A site whose width was chosen before training.
-
-    Attributes:
-        kept: (C,) int64, indices in the uncompressed network.
-    """
-
-    kept: Tensor
-
-
-@dataclass(frozen=True)
 class Fixed:
     """No compression while learning: methods `static-magnitude`, `static-random` and `none`.
 
     Attributes:
-        sites: What was kept, by site.
+        kept: Channels of the teacher, by site.
     """
 
-    sites: dict[str, FixedSite]
+    kept: Mapping[str, Tensor]
     observed: tuple[str, ...] = ()
 
     def observe(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
@@ -142,9 +120,9 @@ def compression(
         plan = static.by_magnitude(teacher, config, cost)
     elif config.method == "static-random":
         plan = static.by_factor(spec, config, cost)
-    return Fixed({site: FixedSite(torch.tensor(rows, device=device)) for site, rows in plan.kept.items()})
+    return Fixed({site: torch.tensor(rows, device=device) for site, rows in plan.kept.items()})
 
 
 def plan_of(chosen: Compression) -> SurgeryPlan:
     """Channels of the uncompressed network that are still present."""
-    return SurgeryPlan({name: tuple(site.kept.tolist()) for name, site in chosen.sites.items()})
+    return SurgeryPlan({name: tuple(rows.tolist()) for name, rows in chosen.kept.items()})

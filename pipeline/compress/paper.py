@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.compress.budget import least_widths, shrinking_sites
-from pipeline.compress.compactor import by_row, row_norms
-from pipeline.compress.resetting import reset_gradients
+from pipeline.compress.compactor import by_row, reset_gradients, row_norms
 from pipeline.config import Student
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
@@ -60,25 +59,26 @@ class PaperSite:
     """One site.
 
     Attributes:
-        kept: (C,) int64, all channels: nothing is cut out before surgery.
         masked: (C,) bool, rows that retrieval moves no more.
-        memory: (M, C) float32, normalised teacher features, the newest ones; M grows up to its limit.
-        oldest: Row of the memory that is overwritten next.
+        memory: (M, C) float32, normalised teacher features; its first rows until it is full.
+        seen: Features that were ever put into it; the oldest ones are overwritten.
     """
 
-    kept: Tensor
     masked: Tensor
     memory: Tensor
-    oldest: int = 0
+    seen: int = 0
 
-    def remember(self, features: Tensor, limit: int) -> None:
+    @property
+    def filled(self) -> Tensor:
+        """What is remembered, (at most M, C)."""
+        return self.memory[: self.seen]
+
+    def remember(self, features: Tensor) -> None:
         """Put normalised features (B, C) into the memory, over the oldest ones where it is full."""
-        features = features[-limit:]
-        room = limit - len(self.memory)
-        self.memory = torch.cat([self.memory, features[:room]])
-        rows = (self.oldest + torch.arange(len(features[room:]), device=features.device)) % limit
-        self.memory[rows] = features[room:]
-        self.oldest = (self.oldest + len(rows)) % limit
+        limit = len(self.memory)
+        rows = (self.seen + torch.arange(len(features), device=features.device)) % limit
+        self.memory[rows[-limit:]] = features[-limit:]
+        self.seen += len(features)
 
 
 @dataclass
@@ -113,8 +113,13 @@ class PaperCapacity:
         for name in shrinking_sites(spec, config):
             width = spec.widths[name]
             masked = torch.zeros(width, dtype=torch.bool, device=device)
-            sites[name] = PaperSite(torch.arange(width, device=device), masked, torch.zeros(0, width, device=device))
+            sites[name] = PaperSite(masked, torch.zeros(config.paper.memory, width, device=device))
         return cls(spec, config, steps, sites)
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """All channels, by site: nothing is cut out before surgery."""
+        return {name: torch.arange(len(site.masked), device=site.masked.device) for name, site in self.sites.items()}
 
     @property
     def observed(self) -> tuple[str, ...]:
@@ -145,10 +150,10 @@ class PaperCapacity:
             seen = teacher[name].to(torch.float32)
             if self.progress >= paper.start:
                 useless = unimportant(
-                    student[name].detach().to(torch.float32), seen, site.memory, paper.neighbours, paper.ratio
+                    student[name].detach().to(torch.float32), seen, site.filled, paper.neighbours, paper.ratio
                 )
                 site.masked = site.masked | useless
-            site.remember(functional.normalize(seen), paper.memory)
+            site.remember(functional.normalize(seen))
 
     def step(self, net: RetrievalNet, optimizer: Callable[[], object], progress: float) -> None:
         """After the backward pass: take retrieval from masked rows, add the lasso, step.
@@ -172,11 +177,18 @@ class PaperCapacity:
 
     @torch.no_grad()
     def _close(self, net: RetrievalNet) -> None:
-        """Make dead rows exactly zero; so many of the longest stay that widths are whole multiples."""
-        widths = self.remaining(net)
+        """Make dead rows exactly zero; so many of the longest stay that widths are whole multiples.
+
+        Dead ones that stay let hardly anything through, but enough to be told from zeros.
+        """
+        widths, threshold = self.remaining(net), self.config.paper.threshold
         for name, indicator in net.indicators().items():
             norms = row_norms(indicator.matrix)
-            indicator.weight[torch.argsort(norms, stable=True)[: len(norms) - widths[name]]] = 0.0
+            order = torch.argsort(norms, descending=True, stable=True)
+            filler = order[: widths[name]][norms[order[: widths[name]]] <= threshold]
+            indicator.weight[order[widths[name] :]] = 0.0
+            indicator.weight[filler] = 0.0
+            indicator.matrix[filler, filler if indicator.matrix.shape[1] > 1 else 0] = 2 * threshold
 
     def check(self, widths: Mapping[str, int]) -> None:
         """What it reaches is what it reaches."""
@@ -187,8 +199,8 @@ class PaperCapacity:
         for name, site in self.sites.items():
             tensors |= {
                 f"{name}/masked": site.masked,
-                f"{name}/memory": site.memory,
-                f"{name}/oldest": torch.tensor(site.oldest),
+                f"{name}/memory": site.filled,
+                f"{name}/seen": torch.tensor(site.seen),
             }
         return tensors
 
@@ -197,5 +209,6 @@ class PaperCapacity:
         self.progress = float(tensors["progress"])
         for name, site in self.sites.items():
             site.masked = tensors[f"{name}/masked"].to(site.masked.device)
-            site.memory = tensors[f"{name}/memory"].to(site.memory.device)
-            site.oldest = int(tensors[f"{name}/oldest"])
+            remembered = tensors[f"{name}/memory"]
+            site.memory[: len(remembered)] = remembered.to(site.memory.device)
+            site.seen = int(tensors[f"{name}/seen"])

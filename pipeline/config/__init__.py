@@ -162,6 +162,11 @@ class Params(Section):
                 "`student.method` paper needs one device: its memory is not shared; set `runtime.devices` and "
                 "`runtime.nodes` to 1"
             )
+        if self.student.method == "paper" and self.surgery.tolerance > self.student.paper.threshold:
+            complaints.append(
+                f"`surgery.tolerance` ({self.surgery.tolerance:g}) must not exceed `student.paper.threshold` "
+                f"({self.student.paper.threshold:g}): surgery would cut rows that fill up whole multiples"
+            )
         if self.student.recipe != self.teacher.recipe:
             complaints.append(
                 f"`student.recipe` ({self.student.recipe}) must equal `teacher.recipe` ({self.teacher.recipe}): their "

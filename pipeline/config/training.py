@@ -146,7 +146,7 @@ class Distill(Section):
 
 
 class Resetting(Section):
-    """Retrieval-guided gradient resetting of method `budget`."""
+    """Whose gradients method `budget` resets: those of the least important channels, by the saved cost."""
 
     importance: Literal["taylor", "magnitude", "random"]
     """What a channel is worth: `taylor`, what its loss would do to the training loss (Molchanov et al., CVPR 2019,
@@ -193,3 +193,8 @@ class Student(Training):
     distill: Distill
     resetting: Resetting
     paper: Paper
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether the method keeps to a budget."""
+        return self.method not in ("paper", "none")

@@ -9,7 +9,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from pipeline.config import Gates
-from pipeline.inference.session import Images, embed, open_session
+from pipeline.export.embed import Images, embed
+from pipeline.inference.session import open_session
 
 log = logging.getLogger(__name__)
 

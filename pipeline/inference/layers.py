@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -75,7 +76,7 @@ def latency_model(spec: ArchSpec, image_size: tuple[int, int], multiple: int) ->
 
 
 def kept_latency_model(path: Path, spec: ArchSpec, image_size: tuple[int, int], multiple: int) -> CostModel:
-    """The same, read from a file where there is one: a training that goes on must count as it began.
+    """`latency_model`, read from a file where there is one: a training that goes on must count as it began.
 
     Args:
         path: JSON file, written where it is missing.
@@ -107,13 +108,19 @@ def _profile(file: bytes, pixels: npt.NDArray[np.float32]) -> Seconds:
         for _ in range(WARM_UP + CALLS):
             session.run(None, {INPUT: pixels})
         events = json.loads(Path(session.end_profiling()).read_text())
-    runs: dict[str, list[float]] = defaultdict(list)
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            runs[event["name"]].append(event["dur"] / 1e6)
+    nodes = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
+    calls: dict[tuple[str, str], list[float]] = defaultdict(list)
+    unnamed: list[dict[str, Any]] = []
+    for event in sorted(nodes, key=lambda event: event["ts"]):
+        if "/" not in event["name"]:  # a change of layout, which the next node needs
+            unnamed.append(event)
+            continue
+        layer = event["name"].partition("/")[0]
+        for part in (*unnamed, event):
+            calls[layer, part["name"]].append(part["dur"] / 1e6)
+        unnamed.clear()
     found: Seconds = defaultdict(float)
-    for node, seconds in runs.items():
-        layer = node.partition("/")[0] if "/" in node else "head.fc"  # a change of layout in front of the head
+    for (layer, _), seconds in calls.items():
         found[layer] += float(np.median(seconds[WARM_UP:]))
     return dict(found)
 

@@ -68,7 +68,7 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale channels, (B, C, H, W) -> same."""
-        return x * self.weight[:, None, None]
+        return x * self.weight.to(x.dtype)[:, None, None]
 
 
 Indicator = Compactor | Gate

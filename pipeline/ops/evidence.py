@@ -27,15 +27,16 @@ from pipeline.report.evidence import Result, draw, page
 log = logging.getLogger(__name__)
 
 PRESET = "evidence"
-BUDGETED = ("budget", "static-magnitude", "static-random")
+BUDGETED = ("budget", "static-magnitude", "static-random")  # methods that take a target
 TARGETS = (0.5, 0.65, 0.8, 0.9)
 SEEDS = (0, 1, 2)
+SOURCES = ("pipeline", "stages", "dvc.yaml", "requirements.lock")
 REPEATS = 40
 """Timed calls of each network."""
 
 
-class WrongParamsError(ValueError):
-    """The evidence would be about something else."""
+class EvidenceError(RuntimeError):
+    """There would be no evidence, or it would be about something else."""
 
     exit_code = 2
 
@@ -90,12 +91,14 @@ def gather(files: Files, cells: Sequence[Cell]) -> Path:
         The page.
 
     Raises:
-        WrongParamsError: If params.yaml is another one.
-        subprocess.CalledProcessError: If an experiment fails; those before it are kept.
+        EvidenceError: If params.yaml is another one, sources differ from the commit that experiments are known by, or
+            an experiment fails; those before it are kept.
     """
     preset = files.root / "presets" / f"{PRESET}.yaml"
     if files.params.read_text(encoding="utf-8") != preset.read_text(encoding="utf-8"):
-        raise WrongParamsError(f"params.yaml is not the preset `{PRESET}`; run `smaller-student preset {PRESET}` first")
+        raise EvidenceError(f"params.yaml is not the preset `{PRESET}`; run `smaller-student preset {PRESET}` first")
+    if changed := _git(files.root, "status", "--porcelain", "--", *SOURCES):
+        raise EvidenceError(f"sources differ from the commit that experiments are known by; commit first:\n{changed}")
     for number, cell in enumerate(cells):
         if _revision(files.root, cell) is None:
             log.info("experiment %d of %d: %s", number + 1, len(cells), cell.name)
@@ -126,10 +129,9 @@ def write(files: Files, results: Sequence[Result], params: Params) -> Path:
 def _run(root: Path, cell: Cell) -> None:
     """One experiment, in a folder of its own, up to the narrow network."""
     settings = [part for key, value in cell.settings.items() for part in ("-S", f"{key}={value}")]
-    subprocess.run(
-        [sys.executable, "-m", "dvc", "exp", "run", "--temp", "--name", cell.name, *settings, "surgery"],
-        cwd=root, check=True,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "dvc", "exp", "run", "--temp", "--name", cell.name, *settings, "surgery"]
+    if subprocess.run(command, cwd=root, check=False).returncode or _revision(root, cell) is None:
+        raise EvidenceError(f"experiment {cell.name} failed, see above; those before it are kept: mend it and go on")
 
 
 def _revision(root: Path, cell: Cell) -> str | None:

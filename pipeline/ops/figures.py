@@ -31,6 +31,7 @@ CURVES = {
     "validation_map": "validation/mAP",
     "macs_reduction": "capacity/macs_reduction",
     "params_reduction": "capacity/params_reduction",
+    "latency_reduction": "capacity/latency_reduction",
     "target_reduction": "capacity/target_reduction",
 }
 """Columns of plots/<stage>.csv; all others are losses."""

@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
-from pipeline.compress.budget import BudgetError, cost_model, refuse_unreachable, shrinking_sites
+from pipeline.compress.budget import BudgetError, cost_model, shrinking_sites
 from pipeline.config import Params
 from pipeline.models.spec import ArchSpec
 
@@ -75,10 +75,10 @@ def _refuse_unreachable(params: Params) -> None:
     """Tell before anything is trained that the budget lies below the structure's floor."""
     teacher, student, (height, width) = params.teacher, params.student, params.data.image_size
     spec = ArchSpec.full(teacher.depth, teacher.width, teacher.embedding_dim, teacher.last_stride)
-    if student.method != "none":
+    if student.budgeted and student.budget.of == "latency":  # stage student measures it
         shrinking_sites(spec, student)
-    if student.method not in ("none", "paper") and student.budget.of != "latency":  # stage student measures latency
-        refuse_unreachable(spec, student, cost_model(spec, student, (height, width)))
+    else:
+        cost_model(spec, student, (height, width))
 
 
 def _parser() -> YAML:

@@ -45,6 +45,7 @@ class StudentTask:
         teacher: Frozen, in evaluation mode.
         image_size: Height and width, pixels.
         compression: The method.
+        budgeted: What the budget counts.
         calibration: Normalised training images (B, 3, H, W) that folded batch norms are measured on.
         validate: mAP on held-out identities, None where there are none.
     """
@@ -54,6 +55,7 @@ class StudentTask:
     teacher: RetrievalNet
     image_size: tuple[int, int]
     compression: Compression
+    budgeted: CostModel
     calibration: Tensor
     validate: Validate | None
 
@@ -86,8 +88,8 @@ class StudentTask:
 
     def _kept(self, stage: str, features: Tensor) -> Tensor:
         """The teacher's channels (B, C, H, W) that the student still has."""
-        site = self.compression.sites.get(stage)
-        return features if site is None or len(site.kept) == features.shape[1] else features[:, site.kept]
+        kept = self.compression.kept.get(stage)
+        return features if kept is None or len(kept) == features.shape[1] else features[:, kept]
 
     def _sharpened(self, output: Output) -> Tensor:
         """Logits as the identity loss sees them: cosines times their scale."""
@@ -114,6 +116,8 @@ class StudentTask:
             "macs_reduction": 1 - cost.macs(small, self.image_size) / cost.macs(full, self.image_size),
             "params_reduction": 1 - cost.params(small) / cost.params(full),
         }
+        if self.config.budgeted and self.config.budget.of == "latency":
+            row["latency_reduction"] = 1 - self.budgeted(small.widths) / self.budgeted(full.widths)
         due = self.compression.due(progress)
         if due is not None:
             row["target_reduction"] = due
@@ -175,7 +179,7 @@ def fresh_student(params: Params, teacher: RetrievalNet, chosen: Compression) ->
     else:
         weights = "imagenet" if config.init == "imagenet" else "none"
         net = fresh_teacher(params.teacher.model_copy(update={"weights": weights}), teacher.spec.identities)
-    return attach(net, chosen.sites)
+    return attach(net, chosen.kept)
 
 
 def student_task(
@@ -205,7 +209,7 @@ def student_task(
     teacher.to(fabric.device).eval().requires_grad_(False)
     size = (params.data.image_size[0], params.data.image_size[1])
     chosen = compression(config, teacher, budgeted, steps, params.seed, fabric.device)
-    return StudentTask(fabric, config, teacher, size, chosen, calibration, validate)
+    return StudentTask(fabric, config, teacher, size, chosen, budgeted, calibration, validate)
 
 
 def remaining_spec(net: RetrievalNet) -> ArchSpec:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.compress.compactor import attach, row_norms
 from pipeline.compress.paper import PaperCapacity, PaperSite, lasso_gradient, unimportant
+from pipeline.compress.surgery import plan_cut
 from pipeline.config import Student
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
@@ -64,18 +65,17 @@ def batches(seed: int, images: int, channels: int, number: int) -> list[tuple[Te
 def test_masks_are_those_of_a_literal_implementation(
     seed: int, images: int, channels: int, k: int, ratio: float, limit: int
 ) -> None:
-    site = PaperSite(
-        torch.arange(channels), torch.zeros(channels, dtype=torch.bool), torch.zeros(0, channels, dtype=torch.float64)
-    )
+    empty = torch.zeros(limit, channels, dtype=torch.float64)
+    site = PaperSite(torch.zeros(channels, dtype=torch.bool), empty)
     memory: list[list[float]] = []
     mask: set[int] = set()
     for student, teacher in batches(seed, images, channels, 6):
-        site.masked |= unimportant(student, teacher, site.memory, k, ratio)
-        site.remember(torch.nn.functional.normalize(teacher), limit)
+        site.masked |= unimportant(student, teacher, site.filled, k, ratio)
+        site.remember(torch.nn.functional.normalize(teacher))
         mask |= literal_mask(student.tolist(), teacher.tolist(), memory, k, ratio)
         memory = (memory + [unit(row) for row in teacher.tolist()])[-limit:]
         assert set(torch.nonzero(site.masked).flatten().tolist()) == mask
-    assert len(site.memory) == len(memory)
+    assert len(site.filled) == len(memory)
 
 
 def test_channels_that_tie_are_treated_alike() -> None:
@@ -120,7 +120,7 @@ def test_masked_rows_get_the_lasso_alone_and_the_others_both() -> None:
 def test_before_its_start_nothing_is_masked_or_pulled() -> None:
     tested = PaperCapacity.start(SPEC, section(start=0.5), 10, torch.device("cpu"))
     net = attach(RetrievalNet(SPEC), tested.sites)
-    features = {name: torch.randn(4, len(site.kept)) for name, site in tested.sites.items()}
+    features = {name: torch.randn(4, len(site.masked)) for name, site in tested.sites.items()}
     for step in range(5):
         tested.observe(features, features)
         net(torch.randn(4, 3, 32, 32)).embedding.sum().backward()
@@ -144,16 +144,19 @@ def test_at_the_end_dead_rows_are_zero_and_widths_are_multiples(norms: list[floa
     living = row_norms(net.indicators()[site].matrix.detach()) > 0
     assert int(living.sum()) == width
     assert living[: min(width, norms.count(1.0))].all()
-    assert tested.remaining(net) == {**SPEC.widths, site: width}
+    assert tested.remaining(net)[site] == norms.count(1.0) // 8 * 8 + 8
+    net = net.eval()
+    assert len(plan_cut(net, 1e-6, 8, SPEC).kept[site]) == width  # surgery sees the same
 
 
 def test_it_survives_its_state_dict() -> None:
     tested = PaperCapacity.start(SPEC, section(start=0.0, memory=10), 10, torch.device("cpu"))
     for _ in range(4):
-        features = {name: torch.randn(4, len(site.kept)) for name, site in tested.sites.items()}
+        features = {name: torch.randn(4, len(site.masked)) for name, site in tested.sites.items()}
         tested.observe(features, features)
         tested.progress += 0.1
     other = PaperCapacity.start(SPEC, section(start=0.0, memory=10), 10, torch.device("cpu"))
     other.load_state_dict(tested.state_dict())
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in tested.state_dict().items())
-    assert other.sites["layer1.0.conv2"].oldest == tested.sites["layer1.0.conv2"].oldest == 6
+    assert torch.equal(other.sites["layer1.0.conv2"].memory, tested.sites["layer1.0.conv2"].memory)
+    assert other.sites["layer1.0.conv2"].seen == tested.sites["layer1.0.conv2"].seen == 16

@@ -14,8 +14,9 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
+from pipeline.export.embed import embed
 from pipeline.export.onnx import finish, params_digest, to_onnx
-from pipeline.inference.session import embed, open_session
+from pipeline.inference.session import open_session
 from pipeline.models import cost
 from pipeline.ops.params import load
 from tests.export.tiny_network import SIZE, Pictures, normalise, tiny_net
