@@ -18,6 +18,7 @@ from pipeline.config import Params
 from pipeline.models import cost
 from pipeline.models.cost import CostModel
 from pipeline.models.resnet import RetrievalNet
+from pipeline.models.spec import ArchSpec
 from pipeline.models.taps import Taps
 from pipeline.ops.params import load
 from pipeline.runtime import launch
@@ -139,6 +140,7 @@ def test_a_live_cut_leaves_fading_rows_at_their_level(params: Params, teacher: R
     norms[3:8] = 0.0
     site.masked[:16] = True
     site.left[:16] = 5
+    site.length[:16] = 1.0
     with torch.no_grad():
         net.indicators()["layer4.0.conv1"].weight *= norms[:, None, None, None]
     reshaped = task.reshape(net)
@@ -159,6 +161,7 @@ def test_norms_of_a_live_cut_are_measured_behind_the_faded_rows(
     net = fresh_student(params, teacher, task.compression).eval()
     for name, dead in (("layer4.0.conv1", 0), ("layer4.0.conv2", 8)):
         task.compression.sites[name].masked[:16] = True
+        task.compression.sites[name].length[:16] = 1.0
         with torch.no_grad():
             net.indicators()[name].weight[:16] *= 0.1
             net.indicators()[name].weight[: dead or 1] = 0.0
@@ -192,10 +195,18 @@ VARIANTS = {
     "params": {"budget": {"of": "params", "reduction": 0.3}},
     "none": {"method": "none"},
     "one site": {"sites": ["conv2"], "budget": {"reduction": 0.2}},
-    "paper": {"method": "paper", "paper": {"memory": 20, "lasso": 0.5, "threshold": 0.5}},
+    "paper": {
+        "method": "paper",
+        "optimizer": {"name": "sgd", "lr": 0.01},
+        "paper": {"memory": 20, "start": 0.2, "lasso": 5.0, "ratio": 0.9, "threshold": 0.5},
+    },
     "static-magnitude": {"method": "static-magnitude", "sites": ["conv1", "stream"]},
     "static-random": {"method": "static-random", "sites": ["conv1", "conv2", "stream"]},
     "blocks": {"budget": {"reduction": 0.66, "allow_block_removal": True}},
+    "blocks and stream": {
+        "sites": ["conv1", "conv2", "stream"],
+        "budget": {"reduction": 0.85, "allow_block_removal": True},
+    },
     "random start": {"init": "random"},
     "stream": {"sites": ["conv1", "conv2", "stream"], "budget": {"reduction": 0.6}},
 }
@@ -209,7 +220,11 @@ def test_a_killed_student_of_any_kind_ends_with_the_same_bytes(
     for key, value in VARIANTS[variant].items():
         content["student"][key] = {**content["student"][key], **value} if isinstance(value, dict) else value
     params = Params.model_validate(content)
-    test_a_killed_student_ends_with_the_same_bytes(params, teacher, tmp_path, 2)
+    spec = a_killed_student_ends_with_the_same_bytes(params, teacher, tmp_path, 2)
+    if variant != "none":
+        assert sum(spec.widths.values()) < sum(teacher.spec.widths.values())
+    if variant.startswith("blocks"):
+        assert not all(spec.has(block) for block in spec.blocks())
 
 
 def test_basic_blocks_shrink_too(params: Params, tmp_path: Path) -> None:
@@ -226,6 +241,12 @@ def test_basic_blocks_shrink_too(params: Params, tmp_path: Path) -> None:
 def test_a_killed_student_ends_with_the_same_bytes(
     params: Params, teacher: RetrievalNet, tmp_path: Path, killed_after: int
 ) -> None:
+    a_killed_student_ends_with_the_same_bytes(params, teacher, tmp_path, killed_after)
+
+
+def a_killed_student_ends_with_the_same_bytes(
+    params: Params, teacher: RetrievalNet, tmp_path: Path, killed_after: int
+) -> ArchSpec:
     task, whole, whole_rows = prepared(params, teacher, tmp_path / "whole")
     expected = whole.run(lambda: fresh_student(params, teacher, task.compression))
 
@@ -247,6 +268,7 @@ def test_a_killed_student_ends_with_the_same_bytes(
     assert resumed.spec == expected.spec
     assert digest(resumed.state_dict()) == digest(expected.state_dict())
     assert rows == whole_rows
+    return remaining_spec(resumed)
 
 
 def test_a_student_that_misses_its_budget_is_refused(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
