@@ -167,7 +167,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
         "latency left": lambda result: 1 / result.speedup,
     }
     with styled():
-        figure = new_figure(4.4, width=11.0)
+        figure = new_figure(4.9, width=11.0)
         charts = figure.subplots(1, len(axes), sharey=True)
         for chart, (label, cost) in zip(charts, axes.items(), strict=True):
             for method, name in NAMES.items():
@@ -183,8 +183,8 @@ def draw(results: Sequence[Result], path: Path) -> None:
                 )  # fmt: skip
             teachers = {result.seed: result.teacher_map for result in results}
             chart.axhline(float(np.mean(list(teachers.values()))), color=TEACHER, linestyle=":", label="teacher")
-            chart.set(xlabel=f"{label} (left is cheaper)", xlim=(0, 1.05))
+            chart.set(xlabel=f"{label} (left is cheaper)", xlim=(0, 1.08), xticks=[0, 0.25, 0.5, 0.75, 1])
             percent(chart, "x")
         charts[0].set_ylabel("mAP (up is better)")
-        figure.legend(*charts[0].get_legend_handles_labels(), loc="outside upper left", ncols=6)
+        figure.legend(*charts[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
     save(figure, path)
