@@ -71,7 +71,7 @@ def test_what_no_structure_can_keep_is_refused_before_anything_is_trained(
 ) -> None:
     text = SMOKE.replace(old, new)
     if "depth" in new:
-        text = text.replace("sites: [conv1, conv2]", "sites: [conv2]")
+        text = text.replace("sites: [conv1, conv2, stream]", "sites: [conv2]")
     (line,) = complaints(path, text)
     assert line.startswith(complaint)
 
