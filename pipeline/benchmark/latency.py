@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,11 @@ BURST, SETTLE = 5, 2
 Where files took turns call by call, the threads of one session were still spinning when the next was timed: a file of
 43 % of the MACs came out 3.8 times as fast at batch 1 and 1.8 times at batch 32, where timing each alone gave 1.7 and
 2.2. Calls in a row are also how a file is used.
+"""
+
+PAUSE = 0.1
+"""Seconds before each turn: the threads of the sessions that ran before spin on for some time, and with four files on
+two cores a call took three times as long as alone.
 """
 
 NOISY = 0.5
@@ -96,6 +101,7 @@ def measure(
         for turn, done in enumerate(range(0, repeats, BURST)):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
+                sleep(PAUSE)
                 _calls(sessions[name], feeds[name], SETTLE)
                 seconds[name] += _calls(sessions[name], feeds[name], min(BURST, repeats - done))
         timings += [summarise(name, batch, count, seconds[name]) for name in names]

@@ -28,7 +28,7 @@ from pipeline.progress import track
 
 log = logging.getLogger(__name__)
 
-NETWORKS, ROUNDS, CALLS, WARM_UP = 16, 3, 8, 4
+NETWORKS, ROUNDS, CALLS, WARM_UP = 24, 4, 10, 4
 """Networks that are timed, in rounds, by so many calls after some that do not count."""
 
 Seconds = dict[str, float]
@@ -57,10 +57,11 @@ def latency_model(spec: ArchSpec, image_size: tuple[int, int], multiple: int) ->
     fastest = [{name: min(run[name] for run in runs) for name in runs[0]} for runs in layers]
     sizes = [{**fixed_sizes(spec), **sample.widths} for sample in specs]
     terms = [_fit(spec, name, sizes, [run[name] for run in fastest]) for name in fastest[0]]
-    # Between the nodes some time passes that no node is charged with.
+    # Between the nodes some time passes that none is charged with, and profiling costs each of them some: `rest` may be
+    # negative. Of single layers only differences matter, and of their sum the whole.
     whole = np.array([min(runs) for runs in totals])
     inside = np.array([[sum(term(size) for term in terms), 1.0] for size in sizes])
-    (factor, rest), _ = nnls(inside / whole[:, None], np.ones(len(whole)))
+    factor, rest = np.linalg.lstsq(inside / whole[:, None], np.ones(len(whole)))[0]
     share = rest / len(terms)
     scaled = tuple(
         Term(
