@@ -2,10 +2,11 @@
 
 In evaluation mode a compactor K sees K (s (W x - mu) + b) with s = gamma / sqrt(var + eps). With A = K diag(s) that is
 A W x + c, c = K (b - s mu): a convolution W' = A W and a batch norm that adds c. The new batch norm may subtract any
-mean and divide by any deviation as long as its scale and shift undo it, so the statistics are those that W' x has, and
-training can go on from there.
+mean and divide by any deviation as long as its scale and shift undo it, so the statistics are those that W' x has.
+Likewise the rows of W' may have any length, so it is that of W's. Each parameter stays close to what it was, and so does
+what an optimiser knows about it: training goes on from there.
 
-Source: Ding et al., "ResRep", ICCV 2021, section 3.3, with statistics kept.
+Source: Ding et al., "ResRep", ICCV 2021, section 3.3, with statistics and lengths kept.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from pipeline.compress.compactor import by_row, row_norms
 from pipeline.models.resnet import RetrievalNet, convert
 from pipeline.models.spec import Layer, indicator_of, is_inner
 from pipeline.models.taps import Taps
@@ -55,18 +57,24 @@ def _folded(state: Mapping[str, Tensor], layer: Layer, matrix: Tensor) -> dict[s
     norm = layer.norm
     mean, variance = state[f"{norm}.running_mean"], state[f"{norm}.running_var"]
     scaled = matrix * (state[f"{norm}.weight"] / torch.sqrt(variance + EPS))
-    weight = torch.einsum("oi,ichw->ochw", scaled, state[f"{layer.name}.weight"])
+    before = state[f"{layer.name}.weight"]
+    weight = torch.einsum("oi,ichw->ochw", scaled, before)
     shift = matrix @ state[f"{norm}.bias"] - scaled @ mean
-    return {f"{layer.name}.weight": weight} | _norm(norm, scaled @ mean, scaled.square() @ variance, shift)
+    ratio = row_norms(weight) / row_norms(before)
+    usable = torch.isfinite(ratio) & (ratio > 0)  # rows of zeros have no length to keep
+    scale = torch.where(usable, torch.copysign(ratio, scaled.diagonal()), torch.ones_like(ratio))
+    moved = scaled / scale[:, None]
+    statistics = _norm(norm, moved @ mean, moved.square() @ variance, scale, shift)
+    return {f"{layer.name}.weight": weight / by_row(scale, weight)} | statistics
 
 
-def _norm(norm: str, mean: Tensor, variance: Tensor, shift: Tensor) -> dict[str, Tensor]:
-    """A batch norm with given statistics that only adds `shift`."""
+def _norm(norm: str, mean: Tensor, variance: Tensor, scale: Tensor, shift: Tensor) -> dict[str, Tensor]:
+    """A batch norm with given statistics that multiplies by `scale` and adds `shift`."""
     return {
         f"{norm}.running_mean": mean,
         f"{norm}.running_var": variance,
-        f"{norm}.weight": torch.sqrt(variance + EPS),
-        f"{norm}.bias": mean + shift,
+        f"{norm}.weight": scale * torch.sqrt(variance + EPS),
+        f"{norm}.bias": scale * mean + shift,
     }
 
 
@@ -76,7 +84,7 @@ def recentre(net: RetrievalNet, sites: Iterable[str], images: Tensor) -> None:
 
     Args:
         net: Network in evaluation mode, changed in place.
-        sites: Inner sites whose batch norms only shift, as `fold` leaves them.
+        sites: Inner sites without compactors.
         images: Normalised images (B, 3, H, W).
     """
     norms = {layer.name: layer.norm for layer in net.spec.layers() if layer.target in set(sites)}
@@ -85,7 +93,8 @@ def recentre(net: RetrievalNet, sites: Iterable[str], images: Tensor) -> None:
         statistics = taps.read()
     state = net.state_dict()
     for name, norm in norms.items():
-        shift = state[f"{norm}.bias"] - state[f"{norm}.running_mean"]
+        scale = state[f"{norm}.weight"] / torch.sqrt(state[f"{norm}.running_var"] + EPS)
+        shift = state[f"{norm}.bias"] - scale * state[f"{norm}.running_mean"]
         variance, mean = statistics[name]
-        for key, value in _norm(norm, mean, variance, shift).items():
+        for key, value in _norm(norm, mean, variance, scale, shift).items():
             state[key].copy_(value)

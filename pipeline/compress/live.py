@@ -15,12 +15,12 @@ from pipeline.compress.compactor import alive, attach, removed_sites, scale_rows
 from pipeline.compress.fold import fold, recentre
 from pipeline.compress.surgery import SurgeryPlan, cut, slices, take
 from pipeline.models.resnet import RetrievalNet
-from pipeline.models.spec import indicator_of, is_inner
+from pipeline.models.spec import is_inner
 
 log = logging.getLogger(__name__)
 
-Carry = Callable[[str, Tensor], Tensor | None]
-"""From a parameter's name and a tensor of its old shape to the new shape; None where nothing is left of its meaning."""
+Carry = Callable[[str, Tensor], Tensor]
+"""From a parameter's name and a tensor of its old shape to the new shape."""
 
 
 def cut_dead(net: RetrievalNet, capacity: Capacity, images: Tensor) -> tuple[RetrievalNet, Carry] | None:
@@ -55,13 +55,9 @@ def cut_dead(net: RetrievalNet, capacity: Capacity, images: Tensor) -> tuple[Ret
     shrunk = scale_rows(attach(narrow, staying), {site: levels[site] for site in staying})
     recentre(shrunk, staying, images)
     taken = slices(net.spec, plan)
-    folded = {f"{indicator_of(site)}.weight" for site in folding}
-    for layer in net.spec.layers():
-        if layer.target in folding:
-            folded |= {f"{layer.name}.weight", f"{layer.norm}.weight", f"{layer.norm}.bias"}
 
-    def carry(name: str, state: Tensor) -> Tensor | None:
-        return None if name in folded else take(state, taken.get(name, ()))
+    def carry(name: str, state: Tensor) -> Tensor:
+        return take(state, taken.get(name, ()))
 
     before, after = (sum(spec.widths.values()) for spec in (net.spec, shrunk.spec))
     log.info("cut %d channels out of %d sites", before - after, len(plan.kept))

@@ -47,12 +47,11 @@ class Reshaped:
 
     Attributes:
         net: The new network.
-        carry: Maps a parameter's name and a tensor of its old shape (the optimiser's state) to the new shape, or to
-            None where the old state says nothing about the new parameter.
+        carry: Maps a parameter's name and a tensor of its old shape (the optimiser's state) to the new shape.
     """
 
     net: RetrievalNet
-    carry: Callable[[str, Tensor], Tensor | None]
+    carry: Callable[[str, Tensor], Tensor]
 
 
 class Task(Protocol):

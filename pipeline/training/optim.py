@@ -66,7 +66,7 @@ def load_state_tensors(
     optimizer: torch.optim.Optimizer,
     net: RetrievalNet,
     tensors: Mapping[str, Tensor],
-    change: Callable[[str, Tensor], Tensor | None] = lambda _, tensor: tensor,
+    change: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor,
 ) -> None:
     """Restore what `state_tensors` returned, into an optimiser over `net`.
 
@@ -74,7 +74,7 @@ def load_state_tensors(
         optimizer: Fresh optimiser.
         net: Network it optimises.
         tensors: State by name.
-        change: Applied to each parameter's name and state of the parameter's shape; None forgets that parameter.
+        change: Applied to each parameter's name and state of the parameter's shape.
     """
     by_parameter: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -85,12 +85,9 @@ def load_state_tensors(
             kind: value if value.dim() == 0 else change(name, value)
             for kind, value in by_parameter.get(name, {}).items()
         }
-        if changed and all(
-            value is not None and (value.dim() == 0 or value.shape == parameter.shape) for value in changed.values()
-        ):
+        if changed:
             optimizer.state[parameter] = {
                 # scalars such as Adam's step stay on the CPU, where torch keeps them
                 kind: value.clone() if value.dim() == 0 else torch.empty_like(parameter).copy_(value)
                 for kind, value in changed.items()
-                if value is not None
             }
