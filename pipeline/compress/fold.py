@@ -3,8 +3,8 @@
 In evaluation mode a compactor K sees K (s (W x - mu) + b) with s = gamma / sqrt(var + eps). With A = K diag(s) that is
 A W x + c, c = K (b - s mu): a convolution W' = A W and a batch norm that adds c. The new batch norm may subtract any
 mean and divide by any deviation as long as its scale and shift undo it, so the statistics are those that W' x has.
-Likewise the rows of W' may have any length, so it is that of W's. Each parameter stays close to what it was, and so does
-what an optimiser knows about it: training goes on from there.
+Likewise the rows of W' may have any length, so it is that of W's. Each parameter stays close to what it was, and what
+an optimiser knows about it stays true: training goes on from there.
 
 Source: Ding et al., "ResRep", ICCV 2021, section 3.3, with statistics and lengths kept.
 """
