@@ -1,1 +1,1 @@
-"""Measurements that the README quotes: `python -m benchmarks.NAME`. They need minutes and an idle machine."""
+"""Measurements of single promises: `python -m benchmarks.NAME`. They need minutes and an idle machine."""

@@ -26,7 +26,7 @@ ALLOWED = {
     "export": BASE | {"models", "checkpoint", "inference"},
     "training": BASE | {"data", "models", "losses", "compress", "retrieval", "checkpoint"},
     "benchmark": BASE | {"export", "inference", "retrieval", "data", "models"},
-    "report": BASE | {"export", "retrieval", "data", "models", "benchmark", "inference"},
+    "report": BASE | {"export", "retrieval", "data", "models", "benchmark"},
     "cli": BASE | {"ops"},
     "__main__": {"cli"},
 }

@@ -220,7 +220,7 @@ def test_methods_are_compared_as_experiments_that_need_not_run_twice(finished: P
 import sys
 from pipeline.files import Files
 from pipeline.ops.evidence import Cell, gather
-gather(Files.here(), [Cell("budget", 0.4, 0), Cell("static-magnitude", 0.45, 0)])
+gather(Files.here(), [Cell("budget", 0.4, 0), Cell("static-magnitude", 0.45, 0), Cell("paper", None, 0)])
 """
     outputs = []
     for _ in range(2):
@@ -234,10 +234,25 @@ gather(Files.here(), [Cell("budget", 0.4, 0), Cell("static-magnitude", 0.45, 0)]
     assert "Running stage 'teacher'" not in outputs[0]
     assert "Running stage" not in outputs[1]
     lines = (folder / "evidence" / "results.csv").read_text().splitlines()
-    budget, magnitude = (dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:])
+    budget, magnitude, paper = (dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:])
     assert float(budget["map"]) == pytest.approx(metrics(finished, "surgery")["map"], abs=1e-6)
     assert 0.45 <= float(magnitude["macs_reduction"]) <= 0.46
+    assert paper["target"] == ""
     page = (folder / "evidence" / "README.md").read_text()
     assert f"{float(magnitude['map']):.4f}" in page
     assert (folder / "evidence" / "pareto.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "metrics" / "student.json").read_text()) == metrics(finished, "student")
+
+
+def test_a_latency_budget_goes_through_and_leaves_what_it_counted(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkout"
+    shutil.copytree(finished, folder, symlinks=True)
+    params = (folder / "params.yaml").read_text()
+    (folder / "params.yaml").write_text(params.replace("of: macs", "of: latency"))
+    done = repro(folder, "surgery")
+    assert done.returncode == 0, done.stdout
+    student = metrics(folder, "student")
+    assert student["target"] <= student["latency_reduction"] <= student["target"] + 0.01
+    assert student["macs_reduction"] == metrics(folder, "surgery")["macs_reduction"]
+    terms = json.loads((folder / "artifacts" / "student" / "latency.json").read_text())
+    assert {term["right"] for term in terms} >= {"conv1", "layer1", "layer1.0.conv1", "embedding"}

@@ -16,7 +16,13 @@ Curves = Mapping[str, npt.NDArray[np.float64]]
 """Columns of plots/<stage>.csv by name, (epochs,) each; NaN where nothing was measured."""
 
 EPOCH, VALIDATION = "epoch", "validation_map"
-REDUCTIONS = ("macs_reduction", "params_reduction", "target_reduction")
+REDUCTIONS = {
+    "target_reduction": ("allowed by the schedule", "--", TEACHER),
+    "macs_reduction": ("MACs", "o-", STUDENT),
+    "params_reduction": ("parameters", "s-", "#e69f00"),
+    "latency_reduction": ("latency", "^-", "#cc79a7"),
+}
+"""Columns that tell what is gone: name, line and colour of what is left. A method has those that it knows."""
 
 
 def read_curves(path: Path) -> Curves:
@@ -42,17 +48,17 @@ def capacity(student: Curves) -> Figure:
     """What is left of the student and how well it retrieves, epoch by epoch.
 
     Args:
-        student: Curves with all of `REDUCTIONS` and `VALIDATION`.
+        student: Curves with some of `REDUCTIONS` and `VALIDATION`.
     """
     with styled():
         figure = new_figure(5.4)
         left, score = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
         epochs = student[EPOCH]
-        left.plot(epochs, 1 - student["target_reduction"], "--", color=TEACHER, label="allowed by the schedule")
-        left.plot(epochs, 1 - student["macs_reduction"], "o-", color=STUDENT, label="MACs")
-        left.plot(epochs, 1 - student["params_reduction"], "s-", color="#e69f00", label="parameters")
+        for column, (label, line, colour) in REDUCTIONS.items():
+            if column in student:
+                left.plot(epochs, 1 - student[column], line, color=colour, label=label)
         left.set(title="Share of the network that is left", ylim=(0, 1.05))
-        figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=3)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=4)
         percent(left)
         _measured(score, epochs, student[VALIDATION], "o-", STUDENT, "student")
         score.set(title="Validation mAP, held-out training identities", xlabel="epoch")

@@ -15,6 +15,8 @@ ROW = 0.24
 def widths(teacher: Mapping[str, int], student: Mapping[str, int], sites: Sequence[str]) -> Figure:
     """A line a layer, from what the teacher has to what the student kept; the axis doubles at every mark.
 
+    Layers of a block that is gone end left of the first mark.
+
     Args:
         teacher: Channels by dimension name.
         student: The same of the student.
@@ -28,12 +30,16 @@ def widths(teacher: Mapping[str, int], student: Mapping[str, int], sites: Sequen
         raise ValueError("no layer was compressed, so there are no widths to compare")
     before, after = (np.array([net[site] for site in sites]) for net in (teacher, student))
     rows = np.arange(len(sites))
+    ticks = 2 ** np.arange(
+        np.floor(np.log2(after[after > 0].min(initial=before.min()))), np.ceil(np.log2(before.max())) + 1
+    )
+    drawn = np.where(after > 0, after, ticks[0] / 1.5)
     with styled():
         figure = new_figure(1.3 + ROW * len(sites))
         chart = figure.subplots()
-        chart.hlines(rows, after, before, color="#9fb8c8", linewidth=3)
+        chart.hlines(rows, drawn, before, color="#9fb8c8", linewidth=3)
         chart.plot(before, rows, "s", color="white", markeredgecolor=TEACHER, markeredgewidth=1.8, label="teacher")
-        chart.plot(after, rows, "o", color=STUDENT, markersize=7, label="student")
+        chart.plot(drawn, rows, "o", color=STUDENT, markersize=7, label="student")
         for row in rows:
             chart.annotate(
                 f"{after[row]} of {before[row]}",
@@ -44,9 +50,8 @@ def widths(teacher: Mapping[str, int], student: Mapping[str, int], sites: Sequen
                 fontsize=8.5,
                 color="#4a555c",
             )
-        ticks = 2 ** np.arange(np.floor(np.log2(after.min())), np.ceil(np.log2(before.max())) + 1)
         chart.set_xscale("log", base=2)
-        chart.set_xlim(ticks[0] / 1.2, before.max() * 2)  # room for the numbers at the right
+        chart.set_xlim(min(drawn.min(), ticks[0]) / 1.2, before.max() * 3)  # room for the numbers at the right
         chart.xaxis.set_major_locator(FixedLocator(ticks.tolist()))
         chart.xaxis.set_minor_locator(NullLocator())
         chart.xaxis.set_major_formatter(ScalarFormatter())

@@ -58,6 +58,14 @@ def test_capacity_is_what_reductions_leave(student):
     assert_array_equal(lines(score)["student"].get_ydata(), [0.6, 0.7])
 
 
+def test_capacity_shows_what_a_method_knows(student):
+    del student["target_reduction"]
+    student["latency_reduction"] = np.array([0.0, 0.3, 0.5, 0.5])
+    left, _ = capacity(student).axes
+    assert set(lines(left)) == {"MACs", "parameters", "latency"}
+    assert "latency_reduction" not in loss_names(student)
+
+
 def test_training_has_a_chart_for_validation_and_each_loss_of_either(student, teacher):
     charts = {axes.get_title(loc="left"): lines(axes) for axes in training(teacher, student).axes}
     assert list(charts) == ["validation mAP", "loss", "triplet", "kl"]

@@ -22,6 +22,16 @@ def test_each_site_shows_both_widths_by_name():
     assert high > 64
 
 
+def test_a_block_that_is_gone_is_drawn_too():
+    student = STUDENT | {"layer1.0.conv1": 0, "layer1.0.conv2": 0}
+    (chart,) = widths(TEACHER, student, SITES).axes
+    assert [text.get_text() for text in chart.texts] == ["0 of 32", "0 of 32", "24 of 64"]
+    low, _ = chart.get_xlim()
+    drawn = {line.get_label(): line.get_xdata() for line in chart.get_lines()}["student"]
+    assert all(low < x < 16 for x in drawn[:2])
+    assert drawn[2] == 24
+
+
 def test_the_first_layer_is_on_top():
     (chart,) = widths(TEACHER, STUDENT, SITES).axes
     bottom, top = chart.get_ylim()
