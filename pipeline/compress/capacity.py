@@ -101,6 +101,9 @@ class Capacity:
             steps: Steps of the whole training.
             seed: Of importance `random`.
             device: Where the student lives.
+
+        Raises:
+            BudgetError: If no widths keep to the budget.
         """
         names = shrinking_sites(spec, config)
         sites = {name: SiteState.start(spec.widths[name], device) for name in names}
@@ -109,7 +112,10 @@ class Capacity:
                 site.score = chances(len(site.score), seed + number).to(device)
         dropped = droppable(spec, config, names)
         blocks = {last_norm(block): block.sites for block in spec.removable if block.sites in dropped}
-        return cls(spec, config, cost, steps, sites, blocks)
+        capacity = cls(spec, config, cost, steps, sites, blocks)
+        even = {name: np.ones(spec.widths[name]) for name in names}
+        capacity._allotment(even).settle(config.budget.reduction)  # coarse widths may jump over the window
+        return capacity
 
     @property
     def widths(self) -> dict[str, int]:
@@ -178,13 +184,8 @@ class Capacity:
         if self.config.resetting.importance == "magnitude":
             for name, values in magnitudes(net, self._present(net)).items():
                 self.sites[name].score = values.detach().clone()
-        least = least_widths(self.spec, self.sites, self.config.channel_multiple)
-        offers = {}
-        for name, site in self.sites.items():
-            free = site.score[~site.committed].cpu().numpy().astype(np.float64)
-            offers[name] = Site(len(free), least[name], np.sort(free, kind="stable"))
-        blocks = tuple(self.blocks.values())
-        allotment = Allotment(self.cost, self.spec.widths, offers, self.config.channel_multiple, blocks)
+        free = {name: site.score[~site.committed].cpu().numpy() for name, site in self.sites.items()}
+        allotment = self._allotment(free)
         if progress >= budget.end:
             allotment.settle(budget.reduction)
             self.settled = True
@@ -199,6 +200,14 @@ class Capacity:
         for indicator, site in self._present(net).values():
             norms = row_norms(indicator.matrix.detach())
             site.length = torch.where(site.masked, torch.maximum(norms, site.length), site.length)
+
+    def _allotment(self, scores: Mapping[str, np.ndarray]) -> Allotment:
+        """Widths to choose, with the scores of the rows at each site that are not yet given up for good."""
+        multiple = self.config.channel_multiple
+        least = least_widths(self.spec, self.sites, multiple)
+        ascending = {name: np.sort(free.astype(np.float64), kind="stable") for name, free in scores.items()}
+        offers = {name: Site(len(free), least[name], free) for name, free in ascending.items()}
+        return Allotment(self.cost, self.spec.widths, offers, multiple, tuple(self.blocks.values()))
 
     def _present(self, net: RetrievalNet) -> dict[str, tuple[Indicator, SiteState]]:
         """Indicators that are still in the network, and their states."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pipeline.compress.budget import BudgetError, cost_model
 from pipeline.compress.capacity import Capacity
 from pipeline.compress.compactor import attach, removed_sites, row_norms, shrink_rows
 from pipeline.compress.importance import magnitudes, taylor
@@ -55,6 +56,13 @@ def idle(tested: Capacity, net: RetrievalNet) -> None:
         }
     )
     tested.step(net, lambda: None, 0.0)
+
+
+def test_widths_too_coarse_for_the_window_are_refused_before_training() -> None:
+    config = section(reduction=0.1).model_copy(update={"sites": ["stream"], "channel_multiple": 32})
+    model = cost_model(SPEC, config, (32, 32))  # the narrowest network would do
+    with pytest.raises(BudgetError, match=r"multiples of 32 give a reduction in \[0\.1, 0\.11\]"):
+        Capacity.start(SPEC, config, model, STEPS, 0, torch.device("cpu"))
 
 
 def test_importance_is_what_the_loss_would_change_to_first_order_squared() -> None:
