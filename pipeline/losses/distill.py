@@ -34,3 +34,21 @@ def features(student: Tensor, teacher: Tensor) -> Tensor:
         Mean over batch and positions, a scalar.
     """
     return torch.linalg.vector_norm((student - teacher).to(torch.float32), dim=1).mean()
+
+
+def embeddings(student: Tensor, teacher: Tensor) -> Tensor:
+    """Cosine distance between the embeddings of student and teacher.
+
+    What it brings to zero, a student's query finds in a gallery that its teacher has embedded.
+
+    Source: Budnik and Avrithis, "Asymmetric Metric Learning for Knowledge Transfer", CVPR 2021, section 3.2
+    (regression).
+
+    Args:
+        student: (B, D), of any length.
+        teacher: (B, D), of the frozen teacher.
+
+    Returns:
+        Mean over the batch, a scalar.
+    """
+    return (1 - functional.cosine_similarity(student.to(torch.float32), teacher.to(torch.float32))).mean()

@@ -60,7 +60,7 @@ class StudentTask:
     validate: Validate | None
 
     def losses(self, net: RetrievalNet, forward: Forward, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Retrieval losses, KL of the logits, distance of the features."""
+        """Retrieval losses, KL of the logits, distance of the features and of the embeddings."""
         sites = {observed(site): site for site in self.compression.observed}
         with (
             torch.no_grad(),
@@ -84,6 +84,7 @@ class StudentTask:
         )
         distances = [distill.features(student, teacher) for student, teacher in pairs]
         losses["feature"] = self.config.distill.feature * torch.stack(distances).sum()
+        losses["embedding"] = self.config.distill.embedding * distill.embeddings(output.embedding, taught.embedding)
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
     def _kept(self, stage: str, features: Tensor) -> Tensor:

@@ -80,3 +80,10 @@ def test_soft_targets_are_the_divergence_times_the_squared_temperature() -> None
 def test_features_are_compared_position_by_position() -> None:
     student, teacher = torch.zeros(1, 2, 1, 2), torch.tensor([[[[3.0, 0.0]], [[4.0, 2.0]]]])
     assert float(distill.features(student, teacher)) == pytest.approx((5 + 2) / 2)
+
+
+def test_embeddings_are_compared_by_their_angle() -> None:
+    student = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+    teacher = torch.tensor([[0.0, 5.0], [0.0, 0.1]])
+    assert float(distill.embeddings(student, teacher)) == pytest.approx(((1 - 0.8) + 0) / 2, abs=1e-6)
+    assert bool(torch.isfinite(distill.embeddings(torch.zeros(1, 2), teacher[:1])))
