@@ -144,7 +144,8 @@ class Distill(Section):
     """Weight of the L2 distance between features (0.5 in the paper): at the compactors, pooled, with method `paper`;
     else the outputs of the four stages, whose channels stay comparable when inner widths change."""
     embedding: Annotated[float, Field(ge=0, le=1000)]
-    """Weight of the cosine distance between embeddings (Budnik and Avrithis, CVPR 2021); not in the paper."""
+    """Weight of the cosine distance between embeddings (Budnik and Avrithis, CVPR 2021); 0 in the paper. A teacher that
+    has much left to learn is better not followed that closely."""
 
 
 class Resetting(Section):
