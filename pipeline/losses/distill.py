@@ -39,10 +39,7 @@ def features(student: Tensor, teacher: Tensor) -> Tensor:
 def embeddings(student: Tensor, teacher: Tensor) -> Tensor:
     """Cosine distance between the embeddings of student and teacher.
 
-    What it brings to zero, a student's query finds in a gallery that its teacher has embedded.
-
-    Source: Budnik and Avrithis, "Asymmetric Metric Learning for Knowledge Transfer", CVPR 2021, section 3.2
-    (regression).
+    Source: Budnik and Avrithis, "Asymmetric Metric Learning for Knowledge Transfer", CVPR 2021 (regression).
 
     Args:
         student: (B, D), of any length.
