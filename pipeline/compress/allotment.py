@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.compress.budget import WINDOW, BudgetError
+from pipeline.compress.budget import WINDOW, BudgetError, droppable, least_widths
+from pipeline.config import Student
 from pipeline.models.cost import CostModel, Term
+from pipeline.models.spec import ArchSpec
 
 Move = Mapping[str, int]
 """New widths of some sites."""
@@ -63,6 +65,21 @@ class Allotment:
         for term in cost.terms:
             for name in {term.left, term.right} & set(sites):
                 self._terms[name].append(term)
+
+    @classmethod
+    def of(cls, spec: ArchSpec, config: Student, cost: CostModel, scores: Mapping[str, np.ndarray]) -> "Allotment":
+        """What a student may give up.
+
+        Args:
+            spec: The uncompressed network.
+            config: Section of params.yaml.
+            cost: What the budget counts.
+            scores: Importance of the channels at each site that are not yet given up for good, in any order.
+        """
+        multiple = config.channel_multiple
+        least = least_widths(spec, scores, multiple)
+        sites = {name: Site(len(free), least[name], np.sort(free.astype(np.float64))) for name, free in scores.items()}
+        return cls(cost, spec.widths, sites, multiple, droppable(spec, config, scores))
 
     @property
     def reduction(self) -> float:

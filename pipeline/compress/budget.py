@@ -1,11 +1,12 @@
 """What the user asks for, when it is due, and whether it can be had."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 from pipeline.config import Student
 from pipeline.models.cost import CostModel, macs_model, params_model
-from pipeline.models.spec import ArchSpec, is_inner
+from pipeline.models.spec import EMBEDDING, ArchSpec, is_inner
 
 WINDOW = 0.01
 """The final reduction lies in [asked, asked + WINDOW]."""
@@ -38,8 +39,15 @@ def scheduled(progress: float, start: float, end: float) -> float:
 
 
 def least_widths(spec: ArchSpec, sites: Iterable[str], multiple: int) -> dict[str, int]:
-    """Smallest width of each site: one multiple, or what it has where that is less."""
-    return {site: min(multiple, spec.widths[site]) for site in sites}
+    """Smallest width of each site: one multiple, or what it has where that is less.
+
+    The stream that the embedding is read from keeps as many channels as the embedding has dimensions: from fewer it
+    would span a subspace only. (The importance of single rows does not show that: it gave the last stream a fifth of
+    them.)
+    """
+    last = next(layer.source for layer in spec.layers() if layer.target == EMBEDDING)
+    spanned = math.ceil(spec.embedding_dim / multiple) * multiple
+    return {site: min(spanned if site == last else multiple, spec.widths[site]) for site in sites}
 
 
 def droppable(spec: ArchSpec, config: Student, sites: Iterable[str]) -> tuple[tuple[str, ...], ...]:

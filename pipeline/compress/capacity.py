@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.compress.allotment import Allotment, Site
-from pipeline.compress.budget import WINDOW, BudgetMissedError, droppable, least_widths, scheduled, shrinking_sites
+from pipeline.compress.allotment import Allotment
+from pipeline.compress.budget import WINDOW, BudgetMissedError, droppable, scheduled, shrinking_sites
 from pipeline.compress.compactor import by_row, last_norm, reset_gradients, row_norms, shrink_rows
 from pipeline.compress.importance import chances, magnitudes, taylor
 from pipeline.config import Student
@@ -114,7 +114,7 @@ class Capacity:
         blocks = {last_norm(block): block.sites for block in spec.removable if block.sites in dropped}
         capacity = cls(spec, config, cost, steps, sites, blocks)
         even = {name: np.ones(spec.widths[name]) for name in names}
-        capacity._allotment(even).settle(config.budget.reduction)  # coarse widths may jump over the window
+        Allotment.of(spec, config, cost, even).settle(config.budget.reduction)  # coarse widths may jump over the window
         return capacity
 
     @property
@@ -185,7 +185,7 @@ class Capacity:
             for name, values in magnitudes(net, self._present(net)).items():
                 self.sites[name].score = values.detach().clone()
         free = {name: site.score[~site.committed].cpu().numpy() for name, site in self.sites.items()}
-        allotment = self._allotment(free)
+        allotment = Allotment.of(self.spec, self.config, self.cost, free)
         if progress >= budget.end:
             allotment.settle(budget.reduction)
             self.settled = True
@@ -200,14 +200,6 @@ class Capacity:
         for indicator, site in self._present(net).values():
             norms = row_norms(indicator.matrix.detach())
             site.length = torch.where(site.masked, torch.maximum(norms, site.length), site.length)
-
-    def _allotment(self, scores: Mapping[str, np.ndarray]) -> Allotment:
-        """Widths to choose, with the scores of the rows at each site that are not yet given up for good."""
-        multiple = self.config.channel_multiple
-        least = least_widths(self.spec, self.sites, multiple)
-        ascending = {name: np.sort(free.astype(np.float64), kind="stable") for name, free in scores.items()}
-        offers = {name: Site(len(free), least[name], free) for name, free in ascending.items()}
-        return Allotment(self.cost, self.spec.widths, offers, multiple, tuple(self.blocks.values()))
 
     def _present(self, net: RetrievalNet) -> dict[str, tuple[Indicator, SiteState]]:
         """Indicators that are still in the network, and their states."""

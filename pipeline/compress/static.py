@@ -3,14 +3,11 @@
 Both keep to the same budget, in the same multiples, at the same sites.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
-from torch import Tensor
 
-from pipeline.compress.allotment import Allotment, Site
-from pipeline.compress.budget import droppable, least_widths, shrinking_sites
+from pipeline.compress.allotment import Allotment
+from pipeline.compress.budget import least_widths, shrinking_sites
 from pipeline.compress.importance import magnitudes
 from pipeline.compress.surgery import SurgeryPlan
 from pipeline.config import Student
@@ -32,7 +29,7 @@ def by_magnitude(net: RetrievalNet, config: Student, cost: CostModel) -> Surgery
     """
     sites = shrinking_sites(net.spec, config)
     scores = {site: score.detach().cpu() for site, score in magnitudes(net, sites).items()}
-    allotment = _allotment(net.spec, config, cost, scores)
+    allotment = Allotment.of(net.spec, config, cost, {site: score.numpy() for site, score in scores.items()})
     allotment.settle(config.budget.reduction)
     orders = {site: torch.argsort(score, descending=True, stable=True) for site, score in scores.items()}
     return SurgeryPlan(
@@ -53,7 +50,7 @@ def by_factor(spec: ArchSpec, config: Student, cost: CostModel) -> SurgeryPlan:
     """
     sites, multiple = shrinking_sites(spec, config), config.channel_multiple
     least = least_widths(spec, sites, multiple)
-    allotment = _allotment(spec, config, cost, {site: torch.ones(spec.widths[site]) for site in sites})
+    allotment = Allotment.of(spec, config, cost, {site: np.ones(spec.widths[site]) for site in sites})
     for factor in np.linspace(0.0, 1.0, 1001):  # the narrowest that does not save too much
         widths = {site: max(least[site], round(factor * spec.widths[site] / multiple) * multiple) for site in sites}
         widths = {site: min(width, spec.widths[site]) for site, width in widths.items()}
@@ -62,12 +59,3 @@ def by_factor(spec: ArchSpec, config: Student, cost: CostModel) -> SurgeryPlan:
     allotment.widths.update(widths)
     allotment.settle(config.budget.reduction)
     return SurgeryPlan({site: tuple(range(allotment.widths[site])) for site in sites})
-
-
-def _allotment(spec: ArchSpec, config: Student, cost: CostModel, scores: Mapping[str, Tensor]) -> Allotment:
-    """Nothing given up yet."""
-    least = least_widths(spec, scores, config.channel_multiple)
-    sites = {
-        site: Site(len(score), least[site], np.sort(score.numpy().astype(np.float64))) for site, score in scores.items()
-    }
-    return Allotment(cost, spec.widths, sites, config.channel_multiple, droppable(spec, config, scores))

@@ -97,6 +97,13 @@ def test_a_narrow_site_keeps_what_it_has() -> None:
     assert least_widths(spec, spec.sites, 8)["layer1.0.conv1"] == 5
 
 
+@pytest.mark.parametrize(("embedding", "multiple", "least"), [(100, 8, 104), (100, 1, 100), (2048, 8, 1024)])
+def test_the_last_stream_spans_the_embedding(embedding: int, multiple: int, least: int) -> None:
+    spec = ArchSpec.full(26, 32, embedding)
+    found = least_widths(spec, spec.widths, multiple)
+    assert found.pop("layer4") == least and set(found.values()) == {multiple}
+
+
 def test_the_unreachable_is_refused_with_the_floor_and_what_binds() -> None:
     spec = ArchSpec.full(26, 32, 256)
     with pytest.raises(BudgetError, match=r"0\.8 cannot be reached.*reduction is 0\.7334.*layer4 \d+%"):
