@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from pipeline.compress.capacity import Capacity
 from pipeline.compress.compactor import alive, attach
@@ -70,6 +71,8 @@ class StudentTask:
         ):
             taught: Output = self.teacher(images)
             teacher_stages, teacher_inner = stages.read(), _by_site(inner, sites)
+            if self.config.distill.mirror:
+                taught = _mean(taught, self.teacher(images.flip(3)))
         with Taps(net, STAGES) as stages, Taps(net, sites, pooled) as inner:
             output = forward(images)
             student_stages, student_inner = stages.read(), _by_site(inner, sites)
@@ -145,6 +148,14 @@ class StudentTask:
     def plan(self) -> SurgeryPlan:
         """Channels of the uncompressed network that are still present, cut ones left out."""
         return plan_of(self.compression)
+
+
+def _mean(one: Output, other: Output) -> Output:
+    """What two looks at the same images say together."""
+    embedding = normalize(one.embedding, dim=1) + normalize(other.embedding, dim=1)
+    if one.logits is None or other.logits is None:
+        return Output(embedding, None)
+    return Output(embedding, (one.logits + other.logits) / 2)
 
 
 def observed(site: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
 
 from pipeline.compress.budget import BudgetMissedError, cost_model
 from pipeline.compress.capacity import Capacity
@@ -269,6 +270,21 @@ def a_killed_student_ends_with_the_same_bytes(
     assert digest(resumed.state_dict()) == digest(expected.state_dict())
     assert rows == whole_rows
     return remaining_spec(resumed)
+
+
+def test_a_teacher_that_looks_twice_teaches_the_mean(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
+    distill = params.student.distill.model_copy(update={"embedding": 10.0, "mirror": True})
+    params = change(params, "student", distill=distill.model_dump())
+    task, _, _ = prepared(params, teacher, tmp_path)
+    images, labels, _ = next(RandomImages().epoch(0))
+    images = preprocess(images)
+    with torch.no_grad():
+        found = task.losses(teacher, teacher, images, labels)  # a student that is its teacher
+        one, other = (normalize(teacher(view).embedding, dim=1) for view in (images, images.flip(3)))
+    cosine = cosine_similarity(one, one + other)
+    assert cosine.min() < 0.999
+    torch.testing.assert_close(found["embedding"], 10 * (1 - cosine).mean())
+    assert found["feature"] == 0 and found["kl"] > 0
 
 
 def test_a_student_that_misses_its_budget_is_refused(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
