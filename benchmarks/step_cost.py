@@ -28,7 +28,7 @@ def stepper(sites: list[str] | None) -> Callable[[], float]:
 
     def step() -> float:
         start = perf_counter()
-        loss = task.losses(net, net, scaled(images), labels)["loss"]
+        loss = task.losses(net, net, scaled(images), labels, 0.0)["loss"]
         optimizer.zero_grad(set_to_none=True)
         task.fabric.backward(loss)
         task.step(net, optimizer.step, 0.0)

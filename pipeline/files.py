@@ -56,6 +56,11 @@ class Files:
         return self.state / ".checkpoints"
 
     @property
+    def answers(self) -> Path:
+        """What teachers said, for students that ask the same."""
+        return self.checkpoints / "answers"
+
+    @property
     def tracking(self) -> Path:
         """What MLflow must still be told."""
         return self.state / ".tracking"

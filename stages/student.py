@@ -49,7 +49,8 @@ def student(run: Run) -> StudentRecord:
     budgeted = cost_model(teacher.spec, config, size, measure)
     validate = validation(manifest, images, normalise, fabric.device)
     calibration = normalise(as_tensor(images.batch(spread(manifest.rows("train"), CALIBRATION))).to(fabric.device))
-    task = student_task(fabric, params, teacher, budgeted, len(loader) * config.epochs, calibration, validate)
+    steps = len(loader) * config.epochs
+    task = student_task(fabric, params, teacher, budgeted, steps, calibration, validate, run.files.answers)
     fit = Fit(fabric, config, task, loader, normalise, checkpoints, run.curve)
     net = fit.run(lambda: fresh_student(params, teacher, task.compression))
     task.check(net)

@@ -18,6 +18,7 @@ WITHOUT_RESULT = {
     "runtime.accelerator",
     "runtime.strategy",
     "runtime.workers",
+    "runtime.answers_gib",
     "tracking.experiment",
     "tracking.model_name",
 }

@@ -116,6 +116,9 @@ class Runtime(Section):
     """`auto`: bf16-mixed on a GPU that has it, else 32-true."""
     workers: Annotated[int, Field(ge=0, le=256)]
     """Processes that load images; 0 loads in the training process."""
+    answers_gib: Annotated[float, Field(ge=0, le=100_000)]
+    """Disk for the teacher's answers, GiB, so that students that see the same images (another method, budget or
+    schedule) need not ask again; 0 keeps none. The default network's take 10 kB an image and epoch."""
 
 
 class Tracking(Section):

@@ -141,8 +141,8 @@ class Distill(Section):
     temperature: Annotated[float, Field(gt=0, le=100)]
     """Temperature of the softened logits (2 in the paper)."""
     feature: Annotated[float, Field(ge=0, le=100)]
-    """Weight of the L2 distance between features (0.5 in the paper): at the compactors, pooled, with method `paper`;
-    else the outputs of the four stages, whose channels stay comparable when inner widths change."""
+    """Weight of the L2 distance between pooled features (0.5 in the paper): at the compactors with method `paper`; else
+    at the ends of the four stages, whose channels stay comparable when inner widths change."""
     embedding: Annotated[float, Field(ge=0, le=1000)]
     """Weight of the cosine distance between embeddings (Budnik and Avrithis, CVPR 2021); 0 in the paper. A teacher that
     has much left to learn is better not followed that closely."""
@@ -197,8 +197,18 @@ class Student(Training):
     """`live`: rows that died are cut out at the end of each epoch (method `budget`); `off`: only at the end, by stage
     surgery."""
     distill: Distill
+    settle_head: Fraction
+    """Share of the steps after which the batch norms of the embedding head keep the statistics that they have from the
+    teacher: a batch of few identities tells them badly, and a student would chase that noise. 0 from the start, 1
+    never. Students that do not start with the teacher's function (both static methods, other `init`) have none to keep:
+    it made `static-magnitude` worse."""
     resetting: Resetting
     paper: Paper
+
+    @property
+    def follows(self) -> bool:
+        """Whether the student starts with its teacher's function."""
+        return self.init == "teacher" and not self.method.startswith("static-")
 
     @property
     def budgeted(self) -> bool:

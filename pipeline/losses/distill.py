@@ -24,14 +24,16 @@ def soft_targets(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
 
 
 def features(student: Tensor, teacher: Tensor) -> Tensor:
-    """L2 distance between the feature vectors of student and teacher at each position.
+    """L2 distance between the pooled features of student and teacher.
+
+    Source: Xie et al., "Towards a Smaller Student", CVPR 2023, section 3.1.
 
     Args:
-        student: (B, C, H, W).
-        teacher: (B, C, H, W), of the frozen teacher.
+        student: (B, C).
+        teacher: (B, C), of the frozen teacher.
 
     Returns:
-        Mean over batch and positions, a scalar.
+        Mean over the batch, a scalar.
     """
     return torch.linalg.vector_norm((student - teacher).to(torch.float32), dim=1).mean()
 

@@ -21,6 +21,11 @@ class EmbeddingHead(nn.Module):
         self.fc = nn.Linear(channels, embedding_dim, bias=False)
         self.bn2 = nn.BatchNorm1d(embedding_dim)
 
+    def settle(self) -> None:
+        """Keep the statistics as they are, until `train` is called: the few identities of a batch tell them badly."""
+        self.bn1.eval()
+        self.bn2.eval()
+
     def forward(self, features: Tensor) -> Tensor:
         """Embed feature maps, (B, C, H, W) -> (B, D)."""
         pooled = features.mean(dim=(2, 3))

@@ -8,10 +8,11 @@ Source: He et al., CVPR 2016; slots for compactors: Ding et al., ICCV 2021.
 
 import itertools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from pipeline.models.head import Classifier, EmbeddingHead
@@ -66,9 +67,18 @@ class Gate(nn.Module):
         """The factors as rows (C, 1); a view."""
         return self.weight[:, None]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Scale channels, (B, C, H, W) -> same."""
-        return x * self.weight.to(x.dtype)[:, None, None]
+    def forward(self, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+        """Normalise and scale, (B, C, H, W) -> same; the norm's scale and shift take the factors, not the map."""
+        scaled = {name: norm.get_parameter(name) * self.weight for name in ("weight", "bias")}
+        return cast(Tensor, functional_call(norm, scaled, (x,)))
+
+
+class Ungated(nn.Module):
+    """In the place of a gate: every channel as the norm leaves it."""
+
+    def forward(self, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+        """Normalise, (B, C, H, W) -> same."""
+        return cast(Tensor, norm(x))
 
 
 Indicator = Compactor | Gate
@@ -111,9 +121,11 @@ class ResidualBlock(nn.Module):
         y = x
         for index in range(1, self.depth):
             y = self.get_submodule(f"bn{index}")(self.get_submodule(f"conv{index}")(y))
-            y = functional.relu(self.get_submodule(f"compactor{index}")(y))
-        y = gate(self.get_submodule(f"bn{self.depth}")(self.get_submodule(f"conv{self.depth}")(y)))
-        return functional.relu(y + (x if self.downsample is None else gate(self.downsample(x))))
+            y = functional.relu(self.get_submodule(f"compactor{index}")(y), inplace=True)
+        y = gate(self.get_submodule(f"bn{self.depth}"), self.get_submodule(f"conv{self.depth}")(y))
+        if self.downsample is not None:
+            x = gate(self.downsample[1], self.downsample[0](x))
+        return functional.relu(y + x, inplace=True)
 
 
 class Gone(nn.Module):
@@ -154,14 +166,14 @@ class RetrievalNet(nn.Module):
             self.add_module(f"layer{index + 1}", stage)
         present = set(spec.indicators)
         self.gates = nn.ModuleDict(
-            {name: Gate(spec.widths[name]) if name in present else nn.Identity() for name in spec.stream}
+            {name: Gate(spec.widths[name]) if name in present else Ungated() for name in spec.stream}
         )
         self.head = EmbeddingHead(spec.widths["layer4"], spec.embedding_dim)
         self.classifier = Classifier(spec.embedding_dim, spec.identities, spec.cosine) if spec.identities else None
 
     def forward(self, x: Tensor) -> Output:
         """Embed normalised images, (B, 3, H, W)."""
-        x = self.maxpool(functional.relu(self.gates[self.spec.stem](self.bn1(self.conv1(x)))))
+        x = self.maxpool(functional.relu(self.gates[self.spec.stem](self.bn1, self.conv1(x)), inplace=True))
         for index in range(len(BLOCKS[self.spec.depth])):
             name = f"layer{index + 1}"
             x = self.get_submodule(name)(x, self.gates[name])

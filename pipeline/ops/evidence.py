@@ -1,10 +1,12 @@
 """Every method at every target with every seed, as DVC experiments, and what they show together.
 
-An experiment is known by its name and by the commit it started from; those that exist are not run again, and the rest
-finds in DVC's run cache what an interrupted run had finished.
+What an experiment led to is a file in evidence/results/, which Git keeps, with a digest of the sources it came from.
+Those that have one are not run again, on whichever machine the comparison goes on; the rest finds in DVC's run cache
+what an interrupted run had finished.
 """
 
 import csv
+import hashlib
 import io
 import json
 import logging
@@ -15,9 +17,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ruamel.yaml import YAML
+
 from pipeline.benchmark.latency import measure
 from pipeline.config import Params
-from pipeline.files import Files, write_text
+from pipeline.files import Files, write_json, write_text
 from pipeline.inference.graph import timing_graph
 from pipeline.models.spec import ArchSpec
 from pipeline.ops.params import load
@@ -30,7 +34,8 @@ PRESET = "evidence"
 BUDGETED = ("budget", "static-magnitude", "static-random")  # methods that take a target
 TARGETS = (0.5, 0.65, 0.8, 0.9)
 SEEDS = (0, 1, 2)
-SOURCES = ("pipeline", "stages", "dvc.yaml", "requirements.lock")
+STAGES = ("prepare", "teacher", "student", "surgery")
+"""What an experiment runs."""
 REPEATS = 40
 """Timed calls of each network."""
 
@@ -57,8 +62,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Name of the experiment."""
-        return "-".join([PRESET, self.method, *([f"{100 * self.target:g}"] if self.target else []), f"seed{self.seed}"])
+        """Name of its result; its experiment's has the preset before it."""
+        return "-".join([self.method, *([f"{100 * self.target:g}"] if self.target else []), f"seed{self.seed}"])
 
     @property
     def settings(self) -> dict[str, str]:
@@ -85,26 +90,54 @@ def gather(files: Files, cells: Sequence[Cell]) -> Path:
 
     Args:
         files: Of the repository; its params.yaml is the preset.
-        cells: What to compare.
+        cells: What to compare; the page shows those of earlier calls too.
 
     Returns:
         The page.
 
     Raises:
-        EvidenceError: If params.yaml is another one, sources differ from the commit that experiments are known by, or
-            an experiment fails; those before it are kept.
+        EvidenceError: If params.yaml is another one, sources differ from the commit that experiments start from, or an
+            experiment fails; those before it are kept.
     """
     preset = files.root / "presets" / f"{PRESET}.yaml"
     if files.params.read_text(encoding="utf-8") != preset.read_text(encoding="utf-8"):
         raise EvidenceError(f"params.yaml is not the preset `{PRESET}`; run `smaller-student preset {PRESET}` first")
-    if changed := _git(files.root, "status", "--porcelain", "--", *SOURCES):
-        raise EvidenceError(f"sources differ from the commit that experiments are known by; commit first:\n{changed}")
+    params, sources = load(files.params), _sources(files.root)
+    if changed := _git(files.root, "status", "--porcelain", "--", *sources):
+        raise EvidenceError(f"sources differ from the commit that experiments start from; commit first:\n{changed}")
+    decides = params.model_dump_json(include={"data", "teacher", "student", "surgery"})
+    digest = hashlib.sha256((decides + _git(files.root, "ls-tree", "HEAD", "--", *sources)).encode()).hexdigest()
+    known = _known(files.root, digest)
     for number, cell in enumerate(cells):
-        if _revision(files.root, cell) is None:
+        if cell.name not in known:
             log.info("experiment %d of %d: %s", number + 1, len(cells), cell.name)
-            _run(files.root, cell)
-    results = [_result(files.root, cell) for cell in cells]
-    return write(files, results, load(files.params))
+            known[cell.name] = _result(files.root, cell, _run(files.root, cell))
+            content = {"sources": digest, **known[cell.name].model_dump(exclude={"speedup"})}
+            write_json(_folder(files.root) / f"{cell.name}.json", content)
+    return write(files, [known[name] for name in sorted(known)], params)
+
+
+def _sources(root: Path) -> list[str]:
+    """What decides about the figures, beside params: what the stages depend on that Git keeps."""
+    pipeline = YAML(typ="safe", pure=True).load((root / "dvc.yaml").read_text(encoding="utf-8"))
+    found = {dependency for stage in STAGES for dependency in pipeline["stages"][stage]["deps"]}
+    return sorted(path for path in found if not path.startswith(("artifacts/", "${")))
+
+
+def _folder(root: Path) -> Path:
+    return root / PRESET / "results"
+
+
+def _known(root: Path, digest: str) -> dict[str, Result]:
+    """Results by the experiment's name; what other sources led to is left out."""
+    found = {}
+    for path in sorted(_folder(root).glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("sources") == digest:
+            found[path.stem] = Result.model_validate(content)
+        else:
+            log.info("%s comes from other sources and is left out", path.name)
+    return found
 
 
 def write(files: Files, results: Sequence[Result], params: Params) -> Path:
@@ -126,18 +159,24 @@ def write(files: Files, results: Sequence[Result], params: Params) -> Path:
     return folder / "README.md"
 
 
-def _run(root: Path, cell: Cell) -> None:
-    """One experiment, in a folder of its own, up to the narrow network."""
+def _run(root: Path, cell: Cell) -> str:
+    """One experiment, in a folder of its own, up to the narrow network; returns its commit."""
+    name = f"{PRESET}-{cell.name}"
+    if found := _revision(root, name):
+        return found
     settings = [part for key, value in cell.settings.items() for part in ("-S", f"{key}={value}")]
-    command = [sys.executable, "-m", "dvc", "exp", "run", "--temp", "--name", cell.name, *settings, "surgery"]
-    if subprocess.run(command, cwd=root, check=False).returncode or _revision(root, cell) is None:
-        raise EvidenceError(f"experiment {cell.name} failed, see above; those before it are kept: mend it and go on")
+    command = [sys.executable, "-m", "dvc", "exp", "run", "--temp", "--name", name, *settings, STAGES[-1]]
+    failed = subprocess.run(command, cwd=root, check=False).returncode
+    found = _revision(root, name)
+    if failed or found is None:
+        raise EvidenceError(f"experiment {name} failed, see above; those before it are kept: mend it and go on")
+    return found
 
 
-def _revision(root: Path, cell: Cell) -> str | None:
+def _revision(root: Path, name: str) -> str | None:
     """Commit of an experiment that started from the present commit."""
     head = _git(root, "rev-parse", "HEAD")
-    return _git(root, "rev-parse", "--verify", "--quiet", f"refs/exps/{head[:2]}/{head[2:]}/{cell.name}") or None
+    return _git(root, "rev-parse", "--verify", "--quiet", f"refs/exps/{head[:2]}/{head[2:]}/{name}") or None
 
 
 def _git(root: Path, *arguments: str) -> str:
@@ -148,9 +187,8 @@ def _git(root: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def _result(root: Path, cell: Cell) -> Result:
+def _result(root: Path, cell: Cell, revision: str) -> Result:
     """What an experiment led to."""
-    revision = _revision(root, cell)
     surgery = SurgeryRecord.model_validate(json.loads(_git(root, "show", f"{revision}:metrics/surgery.json")))
     teacher = TeacherRecord.model_validate(json.loads(_git(root, "show", f"{revision}:metrics/teacher.json")))
     return Result(
@@ -175,7 +213,10 @@ def _timed(results: Sequence[Result], full: ArchSpec, size: tuple[int, int]) -> 
             paths[str(number)].write_bytes(timing_graph(full.model_copy(update={"widths": widths}), size))
         timings = measure(paths, size, batches=[1], threads=[0], repeats=REPEATS)
     teacher, *students = [timing.p50_ms for timing in timings]
-    return [result.timed(teacher / student) for result, student in zip(results, students, strict=True)]
+    return [
+        result.model_copy(update={"speedup": teacher / student})
+        for result, student in zip(results, students, strict=True)
+    ]
 
 
 def _table(results: Sequence[Result], path: Path) -> None:

@@ -1,12 +1,12 @@
 """Methods compared: a table of means, deviations and paired differences, and mAP against cost."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from scipy.stats import t as student_t
 
+from pipeline.records import Record
 from pipeline.report.style import OTHERS, STUDENT, TEACHER, new_figure, percent, save, styled
 
 NAMES = {
@@ -27,8 +27,7 @@ MARKERS = {"budget": "o", "static-magnitude": "s", "static-random": "^", "paper"
 COMMAND = "make evidence"
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(Record):
     """One student.
 
     Attributes:
@@ -54,10 +53,6 @@ class Result:
     params_reduction: float
     widths: dict[str, int]
     speedup: float = 1.0
-
-    def timed(self, speedup: float) -> "Result":
-        """The same with a latency."""
-        return replace(self, speedup=speedup)
 
     def row(self) -> dict[str, str]:
         """A line of results.csv."""

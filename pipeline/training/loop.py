@@ -57,10 +57,13 @@ class Reshaped:
 class Task(Protocol):
     """What a training is about."""
 
-    def losses(self, net: RetrievalNet, forward: Forward, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self, net: RetrievalNet, forward: Forward, images: Tensor, labels: Tensor, progress: float
+    ) -> dict[str, Tensor]:
         """Named losses of a batch of normalised images; ``loss`` is the one to minimise.
 
-        `forward` runs `net` as Fabric wants it run (it may spread over devices).
+        `forward` runs `net` as Fabric wants it run (it may spread over devices); `progress` is the share of the
+        training done before.
         """
         ...
 
@@ -159,7 +162,7 @@ class Fit:
             progress = (epoch * steps + number) / (self.config.epochs * steps)
             set_learning_rate(optimizer, learning_rate(progress, self.config.optimizer))
             inputs = self.preprocess(self.fabric.to_device(images)).contiguous(memory_format=torch.channels_last)
-            losses = self.task.losses(net, wrapped, inputs, self.fabric.to_device(labels))
+            losses = self.task.losses(net, wrapped, inputs, self.fabric.to_device(labels), progress)
             values = {name: float(value.detach()) for name, value in losses.items()}
             if not math.isfinite(values["loss"]):
                 raise DivergedError(

@@ -7,6 +7,8 @@ can be revised, and proximal shrinking; or one of the methods that it is compare
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
 
 import torch
 from lightning_fabric import Fabric
@@ -26,6 +28,7 @@ from pipeline.models.resnet import Output, RetrievalNet, convert
 from pipeline.models.spec import ArchSpec, indicator_of, is_inner
 from pipeline.models.taps import Taps, pooled
 from pipeline.retrieval.embed import Rows
+from pipeline.training.answers import GIB, Answers
 from pipeline.training.loop import Forward, Reshaped
 from pipeline.training.teacher import Validate, fresh_teacher, retrieval_losses
 
@@ -49,6 +52,7 @@ class StudentTask:
         budgeted: What the budget counts.
         calibration: Normalised training images (B, 3, H, W) that folded batch norms are measured on.
         validate: mAP on held-out identities, None where there are none.
+        answers: The teacher's, where they are kept for other students.
     """
 
     fabric: Fabric
@@ -59,47 +63,60 @@ class StudentTask:
     budgeted: CostModel
     calibration: Tensor
     validate: Validate | None
+    answers: Answers | None = None
 
-    def losses(self, net: RetrievalNet, forward: Forward, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self, net: RetrievalNet, forward: Forward, images: Tensor, labels: Tensor, progress: float
+    ) -> dict[str, Tensor]:
         """Retrieval losses, KL of the logits, distance of the features and of the embeddings."""
-        sites = {observed(site): site for site in self.compression.observed}
-        with (
-            torch.no_grad(),
-            self.fabric.autocast(),
-            Taps(self.teacher, STAGES) as stages,
-            Taps(self.teacher, sites, pooled) as inner,
-        ):
-            taught: Output = self.teacher(images)
-            teacher_stages, teacher_inner = stages.read(), _by_site(inner, sites)
-            if self.config.distill.mirror:
-                taught = _mean(taught, self.teacher(images.flip(3)))
-        with Taps(net, STAGES) as stages, Taps(net, sites, pooled) as inner:
+        if self.config.follows and progress >= self.config.settle_head:
+            net.head.settle()
+        taught = self._ask(images) if self.answers is None else self.answers(images, partial(self._ask, images))
+        with Taps(net, self._compared.values(), pooled) as taps:
             output = forward(images)
-            student_stages, student_inner = stages.read(), _by_site(inner, sites)
-        self.compression.observe(student_inner, teacher_inner)
-        if self.config.method == "paper":
-            pairs = [(student_inner[site], teacher_inner[site]) for site in sites.values()]
-        else:
-            pairs = [(student_stages[stage], self._kept(stage, teacher_stages[stage])) for stage in STAGES]
+            features = taps.read()
+        student = {place: features[module] for place, module in self._compared.items()}
+        teacher = {place: taught[module] for place, module in self._compared.items()}
+        self.compression.observe(student, teacher)
         losses = retrieval_losses(output, labels, self.config)
         losses["kl"] = self.config.distill.kl * distill.soft_targets(
-            self._sharpened(output), self._sharpened(taught), self.config.distill.temperature
+            self._sharpened(_logits(output)), self._sharpened(taught["logits"]), self.config.distill.temperature
         )
-        distances = [distill.features(student, teacher) for student, teacher in pairs]
+        distances = [distill.features(student[place], self._kept(place, teacher[place])) for place in student]
         losses["feature"] = self.config.distill.feature * torch.stack(distances).sum()
-        losses["embedding"] = self.config.distill.embedding * distill.embeddings(output.embedding, taught.embedding)
+        losses["embedding"] = self.config.distill.embedding * distill.embeddings(output.embedding, taught["embedding"])
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
-    def _kept(self, stage: str, features: Tensor) -> Tensor:
-        """The teacher's channels (B, C, H, W) that the student still has."""
-        kept = self.compression.kept.get(stage)
+    @property
+    def asked(self) -> str:
+        """What an answer of the teacher depends on, beside teacher and images."""
+        return f"{sorted(self._compared.values())}, mirror {self.config.distill.mirror}"
+
+    @cached_property
+    def _compared(self) -> dict[str, str]:
+        """Where student and teacher are compared: module by site or stage."""
+        if self.config.method == "paper":
+            return {site: observed(site) for site in self.compression.observed}
+        return {stage: stage for stage in STAGES}
+
+    @torch.no_grad()
+    def _ask(self, images: Tensor) -> dict[str, Tensor]:
+        """The teacher's pooled features (B, C) by module, its ``embedding`` (B, D) and ``logits`` (B, identities)."""
+        with self.fabric.autocast(), Taps(self.teacher, self._compared.values(), pooled) as taps:
+            said: Output = self.teacher(images)
+            features = taps.read()
+            if self.config.distill.mirror:
+                said = _mean(said, self.teacher(images.flip(3)))
+        return {**features, "embedding": said.embedding, "logits": _logits(said)}
+
+    def _kept(self, place: str, features: Tensor) -> Tensor:
+        """The teacher's channels (B, C) that the student still has."""
+        kept = self.compression.kept.get(place)
         return features if kept is None or len(kept) == features.shape[1] else features[:, kept]
 
-    def _sharpened(self, output: Output) -> Tensor:
+    def _sharpened(self, logits: Tensor) -> Tensor:
         """Logits as the identity loss sees them: cosines times their scale."""
-        if output.logits is None:
-            raise ValueError("distillation needs a teacher and a student with a classifier")
-        return output.logits * (self.config.losses.scale if self.config.recipe == "scratch" else 1.0)
+        return logits * (self.config.losses.scale if self.config.recipe == "scratch" else 1.0)
 
     def step(self, net: RetrievalNet, optimizer: Callable[[], object], progress: float) -> None:
         """The method's."""
@@ -153,19 +170,18 @@ class StudentTask:
 def _mean(one: Output, other: Output) -> Output:
     """What two looks at the same images say together."""
     embedding = normalize(one.embedding, dim=1) + normalize(other.embedding, dim=1)
-    if one.logits is None or other.logits is None:
-        return Output(embedding, None)
-    return Output(embedding, (one.logits + other.logits) / 2)
+    return Output(embedding, (_logits(one) + _logits(other)) / 2)
+
+
+def _logits(output: Output) -> Tensor:
+    if output.logits is None:
+        raise ValueError("distillation needs a teacher and a student with a classifier")
+    return output.logits
 
 
 def observed(site: str) -> str:
     """Module whose output shows what a dimension carries."""
     return indicator_of(site) if is_inner(site) else "maxpool" if site == "conv1" else site
-
-
-def _by_site(taps: Taps, sites: dict[str, str]) -> dict[str, Tensor]:
-    """What was caught, by site instead of module."""
-    return {sites[module]: features for module, features in taps.read().items()}
 
 
 def spread(rows: Rows, count: int) -> Rows:
@@ -202,6 +218,7 @@ def student_task(
     steps: int,
     calibration: Tensor,
     validate: Validate | None,
+    answers: Path | None = None,
 ) -> StudentTask:
     """What the student is trained for.
 
@@ -213,6 +230,7 @@ def student_task(
         steps: Steps of the whole training.
         calibration: Normalised training images that folded batch norms are measured on.
         validate: mAP on held-out identities.
+        answers: Folder where the teacher's answers are kept for other students, if `runtime.answers_gib` asks for it.
 
     Raises:
         BudgetError: If no widths keep to the budget.
@@ -221,7 +239,11 @@ def student_task(
     teacher.to(fabric.device).eval().requires_grad_(False)
     size = (params.data.image_size[0], params.data.image_size[1])
     chosen = compression(config, teacher, budgeted, steps, params.seed, fabric.device)
-    return StudentTask(fabric, config, teacher, size, chosen, budgeted, calibration, validate)
+    task = StudentTask(fabric, config, teacher, size, chosen, budgeted, calibration, validate)
+    if answers is not None and params.runtime.answers_gib and config.method != "paper":  # nobody else asks as it does
+        asked = f"{task.asked}, {params.runtime.precision} on {fabric.device.type}, torch {torch.__version__}"
+        task.answers = Answers(answers, params.runtime.answers_gib * GIB, teacher, asked)
+    return task
 
 
 def remaining_spec(net: RetrievalNet) -> ArchSpec:

@@ -58,7 +58,9 @@ class TeacherTask:
     config: Teacher
     validate: Validate | None
 
-    def losses(self, net: RetrievalNet, forward: Forward, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self, net: RetrievalNet, forward: Forward, images: Tensor, labels: Tensor, progress: float
+    ) -> dict[str, Tensor]:
         """Identity and triplet loss."""
         losses = retrieval_losses(forward(images), labels, self.config)
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}

@@ -14,11 +14,26 @@ def results() -> list[Result]:
         for target in (0.65, 0.8):
             for method, gain in (("budget", 0.02), ("static-magnitude", 0.0), ("static-random", -0.1)):
                 score = 0.7 + 0.01 * seed + gain * (1 + 0.1 * seed) - 0.1 * (target - 0.65)
-                found.append(
-                    Result(method, target, seed, score, 0.8, 0.7 + 0.01 * seed, target, target - 0.05, {}, 2.0)
-                )
-        found.append(Result("none", None, seed, 0.75, 0.9, 0.7 + 0.01 * seed, 0.0, 0.0, {}))
+                found.append(result(method, target, seed, score, target, target - 0.05, 2.0))
+        found.append(result("none", None, seed, 0.75, 0.0, 0.0, 1.0))
     return found
+
+
+def result(
+    method: str, target: float | None, seed: int, score: float, macs: float, params: float, speedup: float
+) -> Result:
+    return Result(
+        method=method,
+        target=target,
+        seed=seed,
+        map=score,
+        rank1=0.8,
+        teacher_map=0.7 + 0.01 * seed,
+        macs_reduction=macs,
+        params_reduction=params,
+        widths={},
+        speedup=speedup,
+    )
 
 
 def test_a_paired_difference_has_its_interval_by_students_t() -> None:

@@ -88,12 +88,14 @@ def cost_of(params: Params, teacher: RetrievalNet) -> CostModel:
     return cost_model(teacher.spec, params.student, (32, 32))
 
 
-def prepared(params: Params, teacher: RetrievalNet, folder: Path) -> tuple[StudentTask, Fit, list[dict[str, float]]]:
+def prepared(
+    params: Params, teacher: RetrievalNet, folder: Path, answers: Path | None = None
+) -> tuple[StudentTask, Fit, list[dict[str, float]]]:
     fabric = launch(params.runtime, params.seed)
     rows: list[dict[str, float]] = []
     calibration = preprocess(next(RandomImages().epoch(99))[0])
     budgeted = cost_of(params, teacher)
-    task = student_task(fabric, params, teacher, budgeted, STEPS * params.student.epochs, calibration, None)
+    task = student_task(fabric, params, teacher, budgeted, STEPS * params.student.epochs, calibration, None, answers)
     fit = Fit(fabric, params.student, task, RandomImages(), preprocess, Checkpoints(folder), rows.append)
     return task, fit, rows
 
@@ -279,12 +281,22 @@ def test_a_teacher_that_looks_twice_teaches_the_mean(params: Params, teacher: Re
     images, labels, _ = next(RandomImages().epoch(0))
     images = preprocess(images)
     with torch.no_grad():
-        found = task.losses(teacher, teacher, images, labels)  # a student that is its teacher
+        found = task.losses(teacher, teacher, images, labels, 0.0)  # a student that is its teacher
         one, other = (normalize(teacher(view).embedding, dim=1) for view in (images, images.flip(3)))
     cosine = cosine_similarity(one, one + other)
     assert cosine.min() < 0.999
     torch.testing.assert_close(found["embedding"], 10 * (1 - cosine).mean())
     assert found["feature"] == 0 and found["kl"] > 0
+
+
+def test_what_the_teacher_said_before_teaches_the_same(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
+    digests = []
+    for number, gib in enumerate((0.0, 1.0, 1.0)):
+        params = change(params, "runtime", answers_gib=gib)
+        task, fit, _ = prepared(params, teacher, tmp_path / str(number), tmp_path / "answers")
+        digests.append(digest(fit.run(lambda: fresh_student(params, teacher, task.compression)).state_dict()))  # noqa: B023
+    assert len(list((tmp_path / "answers").rglob("*.safetensors"))) == STEPS * params.student.epochs
+    assert len(set(digests)) == 1
 
 
 def test_a_student_that_misses_its_budget_is_refused(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
