@@ -37,7 +37,7 @@ class SiteState:
         masked: (C,) bool.
         committed: (C,) bool, a subset of masked.
         left: (C,) int32, steps until a masked row is zero; 0 where it is, and where it is not masked.
-        length: (C,) float32, norm of a row when it was masked, until it has grown back to it; else 0.
+        length: (C,) float32, norm of a masked row when it was masked; else 0.
     """
 
     kept: Tensor
@@ -128,6 +128,11 @@ class Capacity:
         return {name: site.kept for name, site in self.sites.items()}
 
     @property
+    def counted(self) -> dict[str, Tensor]:
+        """Which of the present channels are to stay, (C,) bool by site."""
+        return {name: ~site.masked for name, site in self.sites.items()}
+
+    @property
     def fade(self) -> int:
         """Steps in which a masked row becomes zero."""
         return max(1, math.floor(self.config.budget.fade * self.steps))
@@ -176,8 +181,12 @@ class Capacity:
         for name, (indicator, site) in self._present(net).items():
             site.score = torch.lerp(taylor(indicator, levels[name]), site.score, resetting.momentum)
 
+    @torch.no_grad()
     def revise(self, net: RetrievalNet, progress: float) -> None:
-        """Choose anew which rows are masked; the last choice, at the end of the schedule, is final."""
+        """Choose anew which rows are masked; the last choice, at the end of the schedule, is final.
+
+        A row that is masked no more has its length back at once: it would not grow back to it in the time that is left.
+        """
         budget = self.config.budget
         if self.settled or progress < budget.start:
             return
@@ -191,15 +200,18 @@ class Capacity:
             self.settled = True
         else:
             allotment.spend(self.due(progress), limit=budget.reduction)
+        present, levels = self._present(net), self.levels(net)
         for name, site in self.sites.items():
             order = torch.argsort(site.score.masked_fill(site.committed, -torch.inf), stable=True)
             masked = torch.zeros_like(site.masked)
             masked[order[: len(order) - allotment.widths[name]]] = True
             site.left = torch.where(masked & site.masked, site.left, masked * self.fade).to(torch.int32)
+            if name in present:
+                weight = present[name][0].weight
+                weight.div_(by_row(torch.where(site.masked & ~masked, levels[name], 1.0), weight))
+                norms = row_norms(present[name][0].matrix)
+                site.length = torch.where(site.masked, site.length, norms) * masked
             site.masked = masked
-        for indicator, site in self._present(net).values():
-            norms = row_norms(indicator.matrix.detach())
-            site.length = torch.where(site.masked, torch.maximum(norms, site.length), site.length)
 
     def _present(self, net: RetrievalNet) -> dict[str, tuple[Indicator, SiteState]]:
         """Indicators that are still in the network, and their states."""

@@ -1,7 +1,7 @@
 """The methods of stage `student`, behind one face."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -22,6 +22,11 @@ class Compression(Protocol):
     @property
     def kept(self) -> Mapping[str, Tensor]:
         """Channels of the uncompressed network that are still present, (C,) int64 by site."""
+        ...
+
+    @property
+    def counted(self) -> Mapping[str, Tensor]:
+        """Which of them are compared with the teacher's, (C,) bool by site; all where a site is not named."""
         ...
 
     @property
@@ -67,6 +72,7 @@ class Fixed:
     """
 
     kept: Mapping[str, Tensor]
+    counted: Mapping[str, Tensor] = field(default_factory=dict)
     observed: tuple[str, ...] = ()
 
     def observe(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:

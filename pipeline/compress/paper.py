@@ -122,6 +122,11 @@ class PaperCapacity:
         return {name: torch.arange(len(site.masked), device=site.masked.device) for name, site in self.sites.items()}
 
     @property
+    def counted(self) -> dict[str, Tensor]:
+        """All channels count, as published."""
+        return {}
+
+    @property
     def observed(self) -> tuple[str, ...]:
         """Sites whose features it looks at."""
         return tuple(self.sites)

@@ -82,7 +82,11 @@ class StudentTask:
         losses["kl"] = self.config.distill.kl * distill.soft_targets(
             self._sharpened(_logits(output)), self._sharpened(taught["logits"]), self.config.distill.temperature
         )
-        distances = [distill.features(student[place], self._kept(place, teacher[place])) for place in student]
+        counted = self.compression.counted
+        distances = [
+            distill.features(student[place], self._kept(place, teacher[place]), counted.get(place))
+            for place in self._compared
+        ]
         losses["feature"] = self.config.distill.feature * torch.stack(distances).sum()
         losses["embedding"] = self.config.distill.embedding * distill.embeddings(output.embedding, taught["embedding"])
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}

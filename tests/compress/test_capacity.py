@@ -147,9 +147,16 @@ def test_a_mask_is_revised_until_a_row_is_zero_and_kept_from_then_on() -> None:
     tested.config = config
     for name in (chosen, other):  # what was unimportant becomes important
         tested.sites[name].score[first[name]] = 100.0
+    faded = row_norms(net.indicators()[other].matrix.detach())[first[other]]
+    assert faded.max() < 1
     tested.revise(net, 0.31)
     assert tested.sites[chosen].masked[first[chosen]].all()
-    assert not tested.sites[other].masked[first[other]].all()
+    back = first[other] & ~tested.sites[other].masked
+    assert back.any()
+    norms = row_norms(net.indicators()[other].matrix.detach())  # it has its length again, and others keep theirs
+    torch.testing.assert_close(norms[back], torch.ones(int(back.sum())))
+    torch.testing.assert_close(norms[first[other] & ~back], faded[~back[first[other]]])
+    assert not tested.sites[other].length[~tested.sites[other].masked].any()
 
 
 def test_a_group_masked_beside_a_dead_one_can_still_be_revised() -> None:

@@ -80,6 +80,8 @@ def test_soft_targets_are_the_divergence_times_the_squared_temperature() -> None
 def test_features_are_compared_by_their_distance() -> None:
     student, teacher = torch.zeros(2, 2), torch.tensor([[3.0, 4.0], [0.0, 2.0]])
     assert float(distill.features(student, teacher)) == pytest.approx((5 + 2) / 2)
+    second = torch.tensor([False, True])
+    assert float(distill.features(student, teacher, second)) == pytest.approx((4 + 2) / 2)
 
 
 def test_embeddings_are_compared_by_their_angle() -> None:
