@@ -223,22 +223,23 @@ from pipeline.ops.evidence import Cell, gather
 gather(Files.here(), [Cell("budget", 0.4, 0), Cell("static-magnitude", 0.45, 0), Cell("paper", None, 0)])
 """
     outputs = []
-    for attempt in range(2):
+    for _ in range(2):
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=folder, env=environment() | {"PYTHONPATH": str(folder)}, check=False,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout
         outputs.append(done.stdout)
-        if attempt == 0:  # elsewhere there is only what Git keeps
-            listed = ["git", "for-each-ref", "--format=delete %(refname)", "refs/exps"]
-            refs = subprocess.run(listed, cwd=folder, check=True, capture_output=True).stdout
-            subprocess.run(["git", "update-ref", "--stdin"], cwd=folder, check=True, input=refs)
+        # elsewhere there is only what Git keeps
+        listed = ["git", "for-each-ref", "--format=delete %(refname)", "refs/exps"]
+        refs = subprocess.run(listed, cwd=folder, check=True, capture_output=True).stdout
+        subprocess.run(["git", "update-ref", "--stdin"], cwd=folder, check=True, input=refs)
     assert "Running stage 'student'" in outputs[0]
     assert "Running stage 'teacher'" not in outputs[0]
-    assert "Running stage" not in outputs[1]
+    assert outputs[0].count("Reproducing experiment") == 3
+    assert "Reproducing experiment" not in outputs[1]
     lines = (folder / "evidence" / "results.csv").read_text().splitlines()
-    budget, magnitude, paper = (dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:])
+    budget, paper, magnitude = (dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:])
     assert float(budget["map"]) == pytest.approx(metrics(finished, "surgery")["map"], abs=1e-6)
     assert 0.45 <= float(magnitude["macs_reduction"]) <= 0.46
     assert paper["target"] == ""

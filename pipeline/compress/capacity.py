@@ -128,7 +128,7 @@ class Capacity:
         return {name: site.kept for name, site in self.sites.items()}
 
     @property
-    def counted(self) -> dict[str, Tensor]:
+    def compared(self) -> dict[str, Tensor]:
         """Which of the present channels are to stay, (C,) bool by site."""
         return {name: ~site.masked for name, site in self.sites.items()}
 
@@ -201,6 +201,7 @@ class Capacity:
         else:
             allotment.spend(self.due(progress), limit=budget.reduction)
         present, levels = self._present(net), self.levels(net)
+        going = {name: left for name, _, left in self._norms(net)}
         for name, site in self.sites.items():
             order = torch.argsort(site.score.masked_fill(site.committed, -torch.inf), stable=True)
             masked = torch.zeros_like(site.masked)
@@ -212,6 +213,8 @@ class Capacity:
                 norms = row_norms(present[name][0].matrix)
                 site.length = torch.where(site.masked, site.length, norms) * masked
             site.masked = masked
+        for name, parameter, left in self._norms(net):  # of a block that stays after all
+            parameter.div_(torch.where((going[name] > 0) & (left == 0), going[name] / self.fade, 1.0))
 
     def _present(self, net: RetrievalNet) -> dict[str, tuple[Indicator, SiteState]]:
         """Indicators that are still in the network, and their states."""

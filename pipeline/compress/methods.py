@@ -25,13 +25,13 @@ class Compression(Protocol):
         ...
 
     @property
-    def counted(self) -> Mapping[str, Tensor]:
+    def compared(self) -> Mapping[str, Tensor]:
         """Which of them are compared with the teacher's, (C,) bool by site; all where a site is not named."""
         ...
 
     @property
     def observed(self) -> tuple[str, ...]:
-        """Sites whose pooled features `observe` wants."""
+        """Sites whose pooled features `observe` wants; where there are none it may get others."""
         ...
 
     def observe(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
@@ -69,10 +69,12 @@ class Fixed:
 
     Attributes:
         kept: Channels of the teacher, by site.
+        compared: All of them.
+        observed: Nothing.
     """
 
     kept: Mapping[str, Tensor]
-    counted: Mapping[str, Tensor] = field(default_factory=dict)
+    compared: Mapping[str, Tensor] = field(default_factory=dict)
     observed: tuple[str, ...] = ()
 
     def observe(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:

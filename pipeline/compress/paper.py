@@ -122,8 +122,8 @@ class PaperCapacity:
         return {name: torch.arange(len(site.masked), device=site.masked.device) for name, site in self.sites.items()}
 
     @property
-    def counted(self) -> dict[str, Tensor]:
-        """All channels count, as published."""
+    def compared(self) -> dict[str, Tensor]:
+        """All channels are compared, as published."""
         return {}
 
     @property

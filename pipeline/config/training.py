@@ -198,17 +198,12 @@ class Student(Training):
     surgery."""
     distill: Distill
     settle_head: Fraction
-    """Share of the steps after which the batch norms of the embedding head keep the statistics that they have from the
-    teacher: a batch of few identities tells them badly, and a student would chase that noise. 0 from the start, 1
-    never. Students that do not start with the teacher's function (both static methods, other `init`) have none to keep:
-    it made `static-magnitude` worse."""
+    """Share of the steps after which the batch norms of the embedding head keep the statistics that they have by then:
+    the teacher's at 0; 1 never. A batch of few identities tells them badly, and a student would chase that noise. Read
+    by methods `budget` and `none` with `init: teacher`: others do not start with the teacher's function (it made
+    `static-magnitude` worse), or keep to what was published."""
     resetting: Resetting
     paper: Paper
-
-    @property
-    def follows(self) -> bool:
-        """Whether the student starts with its teacher's function."""
-        return self.init == "teacher" and not self.method.startswith("static-")
 
     @property
     def budgeted(self) -> bool:

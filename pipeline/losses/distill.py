@@ -23,7 +23,7 @@ def soft_targets(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
     return functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
-def features(student: Tensor, teacher: Tensor, counted: Tensor | None = None) -> Tensor:
+def features(student: Tensor, teacher: Tensor, compared: Tensor | None = None) -> Tensor:
     """L2 distance between the pooled features of student and teacher.
 
     Source: Xie et al., "Towards a Smaller Student", CVPR 2023, section 3.1.
@@ -31,13 +31,13 @@ def features(student: Tensor, teacher: Tensor, counted: Tensor | None = None) ->
     Args:
         student: (B, C).
         teacher: (B, C), of the frozen teacher.
-        counted: (C,) bool, channels that are compared: those on their way out would outweigh the others; None for all.
+        compared: (C,) bool, which channels are: those on their way out would outweigh the others; None for all.
 
     Returns:
         Mean over the batch, a scalar.
     """
     difference = student.to(torch.float32) - teacher.to(torch.float32)
-    return torch.linalg.vector_norm(difference if counted is None else difference * counted, dim=1).mean()
+    return torch.linalg.vector_norm(difference if compared is None else difference * compared, dim=1).mean()
 
 
 def embeddings(student: Tensor, teacher: Tensor) -> Tensor:

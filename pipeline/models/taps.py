@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def whole(output: Tensor) -> Tensor:
-    """The output itself."""
+    """The output itself; a ReLU behind it may change it in place."""
     return output
 
 

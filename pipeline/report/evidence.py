@@ -107,7 +107,7 @@ def page(results: Sequence[Result], data: str) -> str:
         "",
         f"Made by `{COMMAND}` from `presets/evidence.yaml`: {data}; seeds {', '.join(map(str, seeds))}, each "
         "with data, teacher and students of its own. All students have the same teacher, losses, epochs and multiples, "
-        "and each method the learning rate that suits it best on validation identities. "
+        "and each budgeted method the best of the learning rates tried, by validation. "
         "mAP: mean and standard deviation over the seeds. Differences are paired by seed, with 95 % intervals "
         "(Student's t). Speed-up: ONNX Runtime, one image, all threads, all networks timed side by side.",
         "",

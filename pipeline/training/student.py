@@ -24,7 +24,7 @@ from pipeline.config import Params, Student
 from pipeline.losses import distill
 from pipeline.models import cost
 from pipeline.models.cost import CostModel
-from pipeline.models.resnet import Output, RetrievalNet, convert
+from pipeline.models.resnet import Gate, Output, RetrievalNet, convert
 from pipeline.models.spec import ArchSpec, indicator_of, is_inner
 from pipeline.models.taps import Taps, pooled
 from pipeline.retrieval.embed import Rows
@@ -68,23 +68,26 @@ class StudentTask:
     def losses(
         self, net: RetrievalNet, forward: Forward, images: Tensor, labels: Tensor, progress: float
     ) -> dict[str, Tensor]:
-        """Retrieval losses, KL of the logits, distance of the features and of the embeddings."""
-        if self.config.follows and progress >= self.config.settle_head:
+        """Retrieval losses, KL of the logits, distance of the features and of the embeddings.
+
+        From `settle_head` on the statistics of the student's head stay as they are.
+        """
+        if starts_as_teacher(self.config) and progress >= self.config.settle_head:
             net.head.settle()
         taught = self._ask(images) if self.answers is None else self.answers(images, partial(self._ask, images))
         with Taps(net, self._compared.values(), pooled) as taps:
             output = forward(images)
             features = taps.read()
-        student = {place: features[module] for place, module in self._compared.items()}
+        student = {place: _unscaled(net, place, features[module]) for place, module in self._compared.items()}
         teacher = {place: taught[module] for place, module in self._compared.items()}
         self.compression.observe(student, teacher)
         losses = retrieval_losses(output, labels, self.config)
         losses["kl"] = self.config.distill.kl * distill.soft_targets(
             self._sharpened(_logits(output)), self._sharpened(taught["logits"]), self.config.distill.temperature
         )
-        counted = self.compression.counted
+        compared = self.compression.compared
         distances = [
-            distill.features(student[place], self._kept(place, teacher[place]), counted.get(place))
+            distill.features(student[place], self._kept(place, teacher[place]), compared.get(place))
             for place in self._compared
         ]
         losses["feature"] = self.config.distill.feature * torch.stack(distances).sum()
@@ -171,6 +174,11 @@ class StudentTask:
         return plan_of(self.compression)
 
 
+def starts_as_teacher(config: Student) -> bool:
+    """Whether the student's first function is the teacher's and its head may rest on that (not as published)."""
+    return config.init == "teacher" and config.method in ("budget", "none")
+
+
 def _mean(one: Output, other: Output) -> Output:
     """What two looks at the same images say together."""
     embedding = normalize(one.embedding, dim=1) + normalize(other.embedding, dim=1)
@@ -181,6 +189,19 @@ def _logits(output: Output) -> Tensor:
     if output.logits is None:
         raise ValueError("distillation needs a teacher and a student with a classifier")
     return output.logits
+
+
+def _unscaled(net: RetrievalNet, place: str, features: Tensor) -> Tensor:
+    """The same pooled features (B, C), with no gradient to the gate that scales them.
+
+    A stage's outputs are proportional to its gate. What its features lack of the teacher's would be read as importance
+    of the channel, though a channel that is gone is not compared any more.
+    """
+    gate = net.indicators().get(place)
+    if not isinstance(gate, Gate):
+        return features
+    factor = torch.where(gate.weight == 0, 1.0, gate.weight)
+    return features * (factor.detach() / factor)
 
 
 def observed(site: str) -> str:

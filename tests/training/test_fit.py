@@ -4,6 +4,7 @@ import hashlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -290,13 +291,36 @@ def test_a_teacher_that_looks_twice_teaches_the_mean(params: Params, teacher: Re
 
 
 def test_what_the_teacher_said_before_teaches_the_same(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
-    digests = []
+    digests, asked = [], []
     for number, gib in enumerate((0.0, 1.0, 1.0)):
         params = change(params, "runtime", answers_gib=gib)
         task, fit, _ = prepared(params, teacher, tmp_path / str(number), tmp_path / "answers")
-        digests.append(digest(fit.run(lambda: fresh_student(params, teacher, task.compression)).state_dict()))  # noqa: B023
-    assert len(list((tmp_path / "answers").rglob("*.safetensors"))) == STEPS * params.student.epochs
+        asked.append(0)
+
+        def count(*_: object) -> None:
+            asked[-1] += 1
+
+        handle = task.teacher.register_forward_hook(count)
+        digests.append(digest(fit.run(partial(fresh_student, params, teacher, task.compression)).state_dict()))
+        handle.remove()
+    steps = STEPS * params.student.epochs
+    assert asked == [steps, steps, 0]
     assert len(set(digests)) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "share", "kept"), [("budget", 0.0, True), ("budget", 1.0, False), ("paper", 0.0, False)]
+)
+def test_the_head_keeps_the_teachers_statistics_where_asked(
+    params: Params, teacher: RetrievalNet, tmp_path: Path, method: str, share: float, kept: bool
+) -> None:
+    params = change(params, "student", settle_head=share, method=method)
+    task, fit, _ = prepared(params, teacher, tmp_path)
+    net = fit.run(lambda: fresh_student(params, teacher, task.compression))
+    if method == "budget":
+        assert net.spec.widths != teacher.spec.widths  # it was cut meanwhile
+    assert torch.equal(net.head.bn1.running_var, teacher.head.bn1.running_var) is kept
+    assert torch.equal(net.head.bn2.running_var, teacher.head.bn2.running_var) is kept
 
 
 def test_a_student_that_misses_its_budget_is_refused(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
