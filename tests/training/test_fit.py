@@ -303,8 +303,8 @@ def test_what_the_teacher_said_before_teaches_the_same(params: Params, teacher: 
         handle = task.teacher.register_forward_hook(count)
         digests.append(digest(fit.run(partial(fresh_student, params, teacher, task.compression)).state_dict()))
         handle.remove()
-    steps = STEPS * params.student.epochs
-    assert asked == [steps, steps, 0]
+    assert asked[0] == asked[1] >= STEPS * params.student.epochs
+    assert asked[2] == 0
     assert len(set(digests)) == 1
 
 
