@@ -14,20 +14,20 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from pipeline.compress.budget import BudgetMissedError, cost_model
 from pipeline.compress.capacity import Capacity
-from pipeline.compress.compactor import alive, row_norms
+from pipeline.compress.compactor import alive, attach, row_norms
 from pipeline.compress.surgery import largest_difference, operate
 from pipeline.config import Params
 from pipeline.models import cost
 from pipeline.models.cost import CostModel
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
-from pipeline.models.taps import Taps
+from pipeline.models.taps import Taps, pooled
 from pipeline.ops.params import load
 from pipeline.runtime import launch
 from pipeline.training.loop import Batch, DivergedError, Fit
 from pipeline.training.optim import build, learning_rate, load_state_tensors, state_tensors
 from pipeline.training.state import Checkpoints
-from pipeline.training.student import StudentTask, fresh_student, remaining_spec, spread, student_task
+from pipeline.training.student import StudentTask, _unscaled, fresh_student, remaining_spec, spread, student_task
 from pipeline.training.teacher import TeacherTask, fresh_teacher, pretrained
 
 PRESETS = Path(__file__).parents[2] / "presets"
@@ -306,6 +306,23 @@ def test_what_the_teacher_said_before_teaches_the_same(params: Params, teacher: 
     assert asked[0] == asked[1] >= STEPS * params.student.epochs
     assert asked[2] == 0
     assert len(set(digests)) == 1
+
+
+def test_a_gate_is_not_scored_by_what_its_own_stage_lacks_of_the_teacher() -> None:
+    torch.manual_seed(0)
+    net = attach(RetrievalNet(ArchSpec.full(14, 8, 8)), ["layer1", "layer2", "layer3"])
+    with torch.no_grad():
+        net.gates["layer2"].weight.uniform_(0.5, 2.0)
+        net.gates["layer2"].weight[3] = 0.0
+    with Taps(net, ["layer2"], pooled) as taps:
+        net(torch.randn(4, 3, 32, 32))
+        features = taps.read()["layer2"]
+    found = _unscaled(net, "layer2", features)
+    torch.testing.assert_close(found, features)
+    found.square().sum().backward()
+    earlier, own = net.gates["layer1"].weight.grad, net.gates["layer2"].weight.grad
+    assert earlier.abs().max() > 1e-3
+    assert own.abs().max() < 1e-4 * features.square().sum()
 
 
 @pytest.mark.parametrize(
