@@ -1,6 +1,7 @@
 """Which results belong together: those of the same sources, settings and teacher."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -22,13 +23,14 @@ def git(folder: Path, *arguments: str) -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """The project as it stands, committed."""
+    """The project as it stands, committed, without results."""
     folder = tmp_path / "checkout"
     git(tmp_path, "clone", "-q", str(ROOT), str(folder))
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
     for name in tracked:
         if (ROOT / name).is_file():
             (folder / name).write_bytes((ROOT / name).read_bytes())
+    shutil.rmtree(folder / "evidence", ignore_errors=True)
     git(folder, "add", "-A")
     git(folder, "commit", "-q", "--allow-empty", "-m", "as it stands")
     return folder
