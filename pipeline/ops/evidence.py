@@ -244,9 +244,11 @@ def _timed(results: Sequence[Result], full: ArchSpec, size: tuple[int, int]) -> 
             paths[str(number)] = Path(folder) / f"{number}.onnx"
             paths[str(number)].write_bytes(timing_graph(full.model_copy(update={"widths": widths}), size))
         timings = measure(paths, size, batches=[1], threads=[0], repeats=REPEATS)
-    teacher, *students = [timing.p50_ms for timing in timings]
+    teacher, *students = timings
     return [
-        result.model_copy(update={"speedup": teacher / student})
+        result.model_copy(
+            update={"speedup": None if teacher.noisy or student.noisy else teacher.p50_ms / student.p50_ms}
+        )
         for result, student in zip(results, students, strict=True)
     ]
 

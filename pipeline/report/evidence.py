@@ -40,7 +40,8 @@ class Result(Record):
         macs_reduction: Share of the teacher's multiply-accumulates that is gone.
         params_reduction: Share of its parameters.
         widths: What is left, by dimension.
-        speedup: The teacher's latency for one image, divided by the student's.
+        speedup: The teacher's latency for one image, divided by the student's; None where calls of either differed too
+            much to tell.
     """
 
     method: str
@@ -52,7 +53,7 @@ class Result(Record):
     macs_reduction: float
     params_reduction: float
     widths: dict[str, int]
-    speedup: float = 1.0
+    speedup: float | None = None
 
     def row(self) -> dict[str, str]:
         """A line of results.csv."""
@@ -65,7 +66,7 @@ class Result(Record):
             "teacher_map": f"{self.teacher_map:.6f}",
             "macs_reduction": f"{self.macs_reduction:.6f}",
             "params_reduction": f"{self.params_reduction:.6f}",
-            "speedup": f"{self.speedup:.3f}",
+            "speedup": "" if self.speedup is None else f"{self.speedup:.3f}",
         }
 
 
@@ -105,11 +106,10 @@ def page(results: Sequence[Result], data: str) -> str:
     lines = [
         "# Evidence",
         "",
-        f"Made by `{COMMAND}` from `presets/evidence.yaml`: {data}; seeds {', '.join(map(str, seeds))}, each "
-        "with data, teacher and students of its own. All students have the same teacher, losses, epochs and multiples, "
-        "and each budgeted method the best of the learning rates tried, by validation. "
-        "mAP: mean and standard deviation over the seeds. Differences are paired by seed, with 95 % intervals "
-        "(Student's t). Speed-up: ONNX Runtime, one image, all threads, all networks timed side by side.",
+        f"Made by `{COMMAND}` from `presets/evidence.yaml`: {data}; {_seeds(seeds)}. All students of a seed have "
+        "the same teacher, losses, epochs and multiples, and each budgeted method the best of the learning rates tried, "
+        "by validation. Speed-up: ONNX Runtime, one image, all threads, all networks timed side by side; inconclusive "
+        "where the calls of a network differed too much.",
         "",
         f"Teacher: mAP {_spread(teachers)}.",
         "",
@@ -131,7 +131,7 @@ def page(results: Sequence[Result], data: str) -> str:
         lines.append(
             f"| {'' if target is None else f'-{target:.0%}'.replace('%', ' %')} | {NAMES[method]} "
             f"| {_cut(found, 'macs_reduction')} | {_cut(found, 'params_reduction')} "
-            f"| {np.mean([result.speedup for result in found]):.2f}x | {_spread(scores)} | {against} | {beaten} |"
+            f"| {_speedup(found)} | {_spread(scores)} | {against} | {beaten} |"
         )
     return "\n".join([*lines, ""])
 
@@ -147,11 +147,27 @@ def _difference(first: Sequence[float], second: Sequence[float]) -> str:
 
 
 def _cut(results: Sequence[Result], field: str) -> str:
-    return f"-{100 * np.mean([getattr(result, field) for result in results]):.1f} %"
+    return f"{-100 * np.mean([getattr(result, field) for result in results]) + 0.0:.1f} %"
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    if len(seeds) == 1:
+        return f"seed {seeds[0]} alone, so that nothing is known about deviations"
+    return (
+        f"seeds {', '.join(map(str, seeds))}, each with data, teacher and students of its own. mAP: mean and standard "
+        "deviation over the seeds; differences are paired by seed, with 95 % intervals (Student's t)"
+    )
+
+
+def _speedup(results: Sequence[Result]) -> str:
+    known = [result.speedup for result in results if result.speedup is not None]
+    return f"{np.mean(known):.2f}x" if len(known) == len(results) else "inconclusive"
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
     """Plot mAP against what is left of MACs, params and latency: means with deviations over the seeds.
+
+    A mean over an inconclusive latency is left out.
 
     Args:
         results: At least one.
@@ -160,7 +176,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     axes: dict[str, Callable[[Result], float]] = {
         "MACs left": lambda result: 1 - result.macs_reduction,
         "params left": lambda result: 1 - result.params_reduction,
-        "latency left": lambda result: 1 / result.speedup,
+        "latency left": lambda result: 1 / result.speedup if result.speedup else np.nan,
     }
     with styled():
         figure = new_figure(4.9, width=11.0)
@@ -181,6 +197,8 @@ def draw(results: Sequence[Result], path: Path) -> None:
             chart.axhline(float(np.mean(list(teachers.values()))), color=TEACHER, linestyle=":", label="teacher")
             chart.set(xlabel=f"{label} (left is cheaper)", xlim=(0, 1.08), xticks=[0, 0.25, 0.5, 0.75, 1])
             percent(chart, "x")
+            if not np.isfinite([cost(result) for result in results]).any():
+                chart.text(0.5, 0.5, "inconclusive", transform=chart.transAxes, ha="center", va="center")
         charts[0].set_ylabel("mAP (up is better)")
         figure.legend(*charts[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
     save(figure, path)

@@ -58,10 +58,22 @@ def test_the_page_tells_means_and_paired_differences() -> None:
     assert ours.endswith("|  |")
 
 
+def test_a_speed_up_that_calls_leave_open_is_no_number(tmp_path: Path) -> None:
+    found = [r.model_copy(update={"speedup": None}) if r.seed == 1 else r for r in results()]
+    rows = [line for line in page(found, "vehicles").splitlines() if line.startswith("|")][2:]
+    assert all("| inconclusive |" in row for row in rows)
+    assert found[-1].row()["speedup"] != "" and found[len(found) // 2].row()["speedup"] == ""
+    for shown in (found, [r for r in found if r.seed == 1]):
+        draw(shown, tmp_path / "pareto.png")
+        assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_one_seed_has_neither_deviation_nor_interval() -> None:
     text = page([result for result in results() if result.seed == 0], "vehicles")
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert not any("±" in line for line in table)
+    assert "seed 0 alone" in text
+    assert "deviation over" not in text
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
