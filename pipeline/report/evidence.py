@@ -107,9 +107,9 @@ def page(results: Sequence[Result], data: str) -> str:
         "# Evidence",
         "",
         f"Made by `{COMMAND}` from `presets/evidence.yaml`: {data}; {_seeds(seeds)}. All students of a seed have "
-        "the same teacher, losses, epochs and multiples, and each budgeted method the best of the learning rates tried, "
-        "by validation. Speed-up: ONNX Runtime, one image, all threads, all networks timed side by side; inconclusive "
-        "where the calls of a network differed too much.",
+        "the same teacher, losses, epochs and multiples, and each budgeted method the best of the learning rates that "
+        "were tried, by validation. Speed-up: ONNX Runtime, one image, all threads, all networks timed side by side; "
+        "inconclusive where the calls of a network differed too much.",
         "",
         f"Teacher: mAP {_spread(teachers)}.",
         "",
@@ -195,7 +195,8 @@ def draw(results: Sequence[Result], path: Path) -> None:
                 )  # fmt: skip
             teachers = {result.seed: result.teacher_map for result in results}
             chart.axhline(float(np.mean(list(teachers.values()))), color=TEACHER, linestyle=":", label="teacher")
-            chart.set(xlabel=f"{label} (left is cheaper)", xlim=(0, 1.08), xticks=[0, 0.25, 0.5, 0.75, 1])
+            widest = float(np.nanmax([1.0, *(cost(result) for result in results)]))
+            chart.set(xlabel=f"{label} (left is cheaper)", xlim=(0, widest + 0.08), xticks=[0, 0.25, 0.5, 0.75, 1])
             percent(chart, "x")
             if not np.isfinite([cost(result) for result in results]).any():
                 chart.text(0.5, 0.5, "inconclusive", transform=chart.transAxes, ha="center", va="center")
