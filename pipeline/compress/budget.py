@@ -42,8 +42,7 @@ def least_widths(spec: ArchSpec, sites: Iterable[str], multiple: int) -> dict[st
     """Smallest width of each site: one multiple, or what it has where that is less.
 
     The stream that the embedding is read from keeps as many channels as the embedding has dimensions: from fewer it
-    would span a subspace only. (The importance of single rows does not show that: it gave the last stream a fifth of
-    them.)
+    would span a subspace only, which the importance of single rows does not show.
     """
     last = next(layer.source for layer in spec.layers() if layer.target == EMBEDDING)
     spanned = math.ceil(spec.embedding_dim / multiple) * multiple

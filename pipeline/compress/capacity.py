@@ -85,6 +85,7 @@ class Capacity:
     blocks: dict[str, tuple[str, ...]] = field(default_factory=dict)
     settled: bool = False
 
+    whole: ClassVar[bool] = True
     observed: ClassVar[tuple[str, ...]] = ()
     """It looks at gradients, not at features."""
 

@@ -20,6 +20,11 @@ class Compression(Protocol):
     """What becomes of the student's channels while it learns."""
 
     @property
+    def whole(self) -> bool:
+        """Whether the student starts with all of the teacher's channels."""
+        ...
+
+    @property
     def kept(self) -> Mapping[str, Tensor]:
         """Channels of the uncompressed network that are still present, (C,) int64 by site."""
         ...
@@ -31,7 +36,7 @@ class Compression(Protocol):
 
     @property
     def observed(self) -> tuple[str, ...]:
-        """Sites whose pooled features `observe` wants; where there are none it may get others."""
+        """Sites where student and teacher are compared, for `observe`; where there are none, the stages' ends are."""
         ...
 
     def observe(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
@@ -76,6 +81,11 @@ class Fixed:
     kept: Mapping[str, Tensor]
     compared: Mapping[str, Tensor] = field(default_factory=dict)
     observed: tuple[str, ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        """Where nothing was cut."""
+        return not self.kept
 
     def observe(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
         """Nothing to look at."""

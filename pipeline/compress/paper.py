@@ -127,6 +127,11 @@ class PaperCapacity:
         return {}
 
     @property
+    def whole(self) -> bool:
+        """The student starts with everything."""
+        return True
+
+    @property
     def observed(self) -> tuple[str, ...]:
         """Sites whose features it looks at."""
         return tuple(self.sites)

@@ -98,7 +98,8 @@ class Teacher(Training):
     last_stride: Literal[1, 2]
     """Stride of the last stage (1 in re-identification: larger maps, better retrieval)."""
     weights: Annotated[str, Field(min_length=1)]
-    """`none`, `imagenet` (torchvision's published weights) or the path of a torchvision-named state dict."""
+    """`none`, `imagenet` (torchvision's published weights) or the path of a torchvision-named state dict
+    (.safetensors)."""
 
 
 class Budget(Section):
@@ -197,11 +198,13 @@ class Student(Training):
     """`live`: rows that died are cut out at the end of each epoch (method `budget`); `off`: only at the end, by stage
     surgery."""
     distill: Distill
+    settle: Fraction
+    """Share of the steps after which all batch norms keep the statistics that they have by then, so that the last steps
+    train the function that will be used; 1 never (as published)."""
     settle_head: Fraction
-    """Share of the steps after which the batch norms of the embedding head keep the statistics that they have by then:
-    the teacher's at 0; 1 never. A batch of few identities tells them badly, and a student would chase that noise. Read
-    by methods `budget` and `none` with `init: teacher`: others do not start with the teacher's function (it made
-    `static-magnitude` worse), or keep to what was published."""
+    """The same for the norms of the embedding head, with `init: teacher`: at 0 they keep the teacher's statistics. A
+    batch of few identities tells them badly, and a student would chase that noise. 1 never (as published). Methods that
+    do not start with all of the teacher's channels have no use for it: `static-magnitude` became worse."""
     resetting: Resetting
     paper: Paper
 

@@ -26,7 +26,7 @@ def soft_targets(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
 def features(student: Tensor, teacher: Tensor, compared: Tensor | None = None) -> Tensor:
     """L2 distance between the pooled features of student and teacher.
 
-    Source: Xie et al., "Towards a Smaller Student", CVPR 2023, section 3.1.
+    Source: Xie et al., "Towards a Smaller Student", CVPR 2023.
 
     Args:
         student: (B, C).

@@ -21,11 +21,6 @@ class EmbeddingHead(nn.Module):
         self.fc = nn.Linear(channels, embedding_dim, bias=False)
         self.bn2 = nn.BatchNorm1d(embedding_dim)
 
-    def settle(self) -> None:
-        """Keep the statistics as they are, until `train` is called: the few identities of a batch tell them badly."""
-        self.bn1.eval()
-        self.bn2.eval()
-
     def forward(self, features: Tensor) -> Tensor:
         """Embed feature maps, (B, C, H, W) -> (B, D)."""
         pooled = features.mean(dim=(2, 3))
@@ -56,6 +51,13 @@ class Classifier(nn.Linear):
         with torch.autocast(embedding.device.type, enabled=False):  # half precision cannot tell near cosines apart
             unit = functional.normalize(embedding.to(self.weight.dtype))
             return functional.linear(unit, functional.normalize(self.weight))
+
+
+def settle(module: nn.Module) -> None:
+    """Keep the statistics of all batch norms as they are, until `train` is called on it."""
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+            norm.eval()
 
 
 def l2_normalise(embedding: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def gather(files: Files, cells: Sequence[Cell]) -> Path:
         raise EvidenceError(f"params.yaml is not the preset `{PRESET}`; run `smaller-student preset {PRESET}` first")
     params = load(files.params)
     for number, cell in enumerate(cells):
-        digest = _digest(files.root, params, cell)
+        digest = _digest(params, cell, _sources(files.root))
         if _stored(files.root, cell).get("sources") == digest:
             continue
         log.info("experiment %d of %d: %s", number + 1, len(cells), cell.name)
@@ -121,8 +121,8 @@ def gather(files: Files, cells: Sequence[Cell]) -> Path:
     return write(files, _known(files.root, params), params)
 
 
-def _digest(root: Path, params: Params, cell: Cell) -> str:
-    """Of what decides about an experiment's figures: params, and what the stages depend on that Git keeps.
+def _sources(root: Path) -> str:
+    """What the stages depend on that Git keeps, as objects of the present commit.
 
     Raises:
         EvidenceError: If these sources differ from the commit that experiments start from.
@@ -132,11 +132,16 @@ def _digest(root: Path, params: Params, cell: Cell) -> str:
     sources = sorted(path for path in found if not path.startswith(("artifacts/", "${")))
     if changed := _git(root, "status", "--porcelain", "--", *sources):
         raise EvidenceError(f"sources differ from the commit that experiments start from; commit first:\n{changed}")
+    return _git(root, "ls-tree", "HEAD", "--", *sources)
+
+
+def _digest(params: Params, cell: Cell, sources: str) -> str:
+    """Of what decides about an experiment's figures: params, settings and sources."""
     runtime = dict.fromkeys(("devices", "nodes", "precision"), True)
     chosen = params.model_dump(
         include={"data": True, "teacher": True, "student": True, "surgery": True, "runtime": runtime}
     )
-    text = json.dumps([chosen, cell.settings, _git(root, "ls-tree", "HEAD", "--", *sources)], sort_keys=True)
+    text = json.dumps([chosen, cell.settings, sources], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -156,11 +161,11 @@ def _known(root: Path, params: Params) -> list[Result]:
     Raises:
         EvidenceError: If students of one seed had different teachers.
     """
-    found, teachers = [], dict[int, float]()
+    found, teachers, sources = [], dict[int, float](), _sources(root)
     for path in sorted((root / PRESET / "results").glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
-        sources, result = content.pop("sources"), Result.model_validate(content)
-        if sources != _digest(root, params, Cell(result.method, result.target, result.seed)):
+        digest, result = content.pop("sources"), Result.model_validate(content)
+        if digest != _digest(params, Cell(result.method, result.target, result.seed), sources):
             log.warning("%s comes from other sources and is left out", path.name)
         elif teachers.setdefault(result.seed, result.teacher_map) != result.teacher_map:
             raise EvidenceError(

@@ -24,6 +24,7 @@ from pipeline.config import Params, Student
 from pipeline.losses import distill
 from pipeline.models import cost
 from pipeline.models.cost import CostModel
+from pipeline.models.head import settle
 from pipeline.models.resnet import Gate, Output, RetrievalNet, convert
 from pipeline.models.spec import ArchSpec, indicator_of, is_inner
 from pipeline.models.taps import Taps, pooled
@@ -70,16 +71,18 @@ class StudentTask:
     ) -> dict[str, Tensor]:
         """Retrieval losses, KL of the logits, distance of the features and of the embeddings.
 
-        From `settle_head` on the statistics of the student's head stay as they are.
+        From `settle` on the statistics of the student's norms stay, from `settle_head` on those of its head.
         """
-        if starts_as_teacher(self.config) and progress >= self.config.settle_head:
-            net.head.settle()
+        if progress >= self.config.settle:
+            settle(net)
+        elif self._starts_as_teacher and progress >= self.config.settle_head:
+            settle(net.head)
         taught = self._ask(images) if self.answers is None else self.answers(images, partial(self._ask, images))
-        with Taps(net, self._compared.values(), pooled) as taps:
+        with Taps(net, self.compared.values(), pooled) as taps:
             output = forward(images)
             features = taps.read()
-        student = {place: _unscaled(net, place, features[module]) for place, module in self._compared.items()}
-        teacher = {place: taught[module] for place, module in self._compared.items()}
+        student = {place: _unscaled(net, place, features[module]) for place, module in self.compared.items()}
+        teacher = {place: taught[module] for place, module in self.compared.items()}
         self.compression.observe(student, teacher)
         losses = retrieval_losses(output, labels, self.config)
         losses["kl"] = self.config.distill.kl * distill.soft_targets(
@@ -88,28 +91,26 @@ class StudentTask:
         compared = self.compression.compared
         distances = [
             distill.features(student[place], self._kept(place, teacher[place]), compared.get(place))
-            for place in self._compared
+            for place in self.compared
         ]
         losses["feature"] = self.config.distill.feature * torch.stack(distances).sum()
         losses["embedding"] = self.config.distill.embedding * distill.embeddings(output.embedding, taught["embedding"])
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
     @property
-    def asked(self) -> str:
-        """What an answer of the teacher depends on, beside teacher and images."""
-        return f"{sorted(self._compared.values())}, mirror {self.config.distill.mirror}"
+    def _starts_as_teacher(self) -> bool:
+        """Whether the student's first function is the teacher's, so that its head may rest on that."""
+        return self.config.init == "teacher" and self.compression.whole
 
     @cached_property
-    def _compared(self) -> dict[str, str]:
+    def compared(self) -> dict[str, str]:
         """Where student and teacher are compared: module by site or stage."""
-        if self.config.method == "paper":
-            return {site: observed(site) for site in self.compression.observed}
-        return {stage: stage for stage in STAGES}
+        return {site: observed(site) for site in self.compression.observed} or {stage: stage for stage in STAGES}
 
     @torch.no_grad()
     def _ask(self, images: Tensor) -> dict[str, Tensor]:
         """The teacher's pooled features (B, C) by module, its ``embedding`` (B, D) and ``logits`` (B, identities)."""
-        with self.fabric.autocast(), Taps(self.teacher, self._compared.values(), pooled) as taps:
+        with self.fabric.autocast(), Taps(self.teacher, self.compared.values(), pooled) as taps:
             said: Output = self.teacher(images)
             features = taps.read()
             if self.config.distill.mirror:
@@ -174,11 +175,6 @@ class StudentTask:
         return plan_of(self.compression)
 
 
-def starts_as_teacher(config: Student) -> bool:
-    """Whether the student's first function is the teacher's and its head may rest on that (not as published)."""
-    return config.init == "teacher" and config.method in ("budget", "none")
-
-
 def _mean(one: Output, other: Output) -> Output:
     """What two looks at the same images say together."""
     embedding = normalize(one.embedding, dim=1) + normalize(other.embedding, dim=1)
@@ -194,8 +190,8 @@ def _logits(output: Output) -> Tensor:
 def _unscaled(net: RetrievalNet, place: str, features: Tensor) -> Tensor:
     """The same pooled features (B, C), with no gradient to the gate that scales them.
 
-    A stage's outputs are proportional to its gate. What its features lack of the teacher's would be read as importance
-    of the channel, though a channel that is gone is not compared any more.
+    A gate is a factor on a stage's outputs. What they lack of the teacher's would be read as importance of the channel,
+    though a channel that is gone is not compared any more; what the stage's later blocks make of it still counts.
     """
     gate = net.indicators().get(place)
     if not isinstance(gate, Gate):
@@ -265,8 +261,10 @@ def student_task(
     size = (params.data.image_size[0], params.data.image_size[1])
     chosen = compression(config, teacher, budgeted, steps, params.seed, fabric.device)
     task = StudentTask(fabric, config, teacher, size, chosen, budgeted, calibration, validate)
-    if answers is not None and params.runtime.answers_gib and config.method != "paper":  # nobody else asks as it does
-        asked = f"{task.asked}, {params.runtime.precision} on {fabric.device.type}, torch {torch.__version__}"
+    kept = params.runtime.answers_gib and not chosen.observed  # nobody else asks about such sites
+    if answers is not None and kept:
+        computed = f"{params.runtime.precision} on {fabric.device.type}, torch {torch.__version__}"
+        asked = f"{sorted(task.compared.values())}, mirror {config.distill.mirror}, {computed}"
         task.answers = Answers(answers, params.runtime.answers_gib * GIB, teacher, asked)
     return task
 

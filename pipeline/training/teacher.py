@@ -8,6 +8,7 @@ from urllib.error import URLError
 
 import torch
 import torchvision
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -123,11 +124,11 @@ def pretrained(weights: str, depth: int) -> dict[str, Tensor]:
     """A torchvision-named state dict.
 
     Args:
-        weights: ``imagenet``, or the path of a .safetensors or .pth file.
+        weights: ``imagenet``, or the path of a .safetensors file.
         depth: Depth of the ResNet.
 
     Raises:
-        ValueError: If torchvision publishes no weights of this depth.
+        ValueError: If torchvision publishes no weights of this depth, or the file is no safetensors file.
         FileNotFoundError: If there is no such file.
         ConnectionError: If the download fails.
     """
@@ -146,7 +147,10 @@ def pretrained(weights: str, depth: int) -> dict[str, Tensor]:
     path = Path(weights)
     if not path.is_file():
         raise FileNotFoundError(f"`weights` names {weights}, which is no file; set it to none, imagenet or a path")
-    if path.suffix == ".safetensors":
+    try:
         return load_file(path)
-    # torchvision publishes pickled state dicts; weights_only admits tensors and nothing that can run
-    return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except SafetensorError as error:
+        raise ValueError(
+            f"`weights` names {weights}, which is no safetensors file ({error}); torchvision's .pth becomes one by "
+            "`safetensors.torch.save_file(torch.load(OLD, weights_only=True), NEW)`"
+        ) from error

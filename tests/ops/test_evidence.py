@@ -42,7 +42,7 @@ def params(checkout: Path) -> Params:
 
 
 def digest(checkout: Path, params: Params, cell: Cell = OURS) -> str:
-    return evidence._digest(checkout, params, cell)
+    return evidence._digest(params, cell, evidence._sources(checkout))
 
 
 def test_what_decides_about_the_figures_makes_another_digest(

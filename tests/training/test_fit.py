@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -326,18 +327,37 @@ def test_a_gate_is_not_scored_by_what_its_own_stage_lacks_of_the_teacher() -> No
 
 
 @pytest.mark.parametrize(
-    ("method", "share", "kept"), [("budget", 0.0, True), ("budget", 1.0, False), ("paper", 0.0, False)]
+    ("method", "share", "kept"),
+    [("budget", 0.0, True), ("budget", 1.0, False), ("paper", 0.0, True), ("static-magnitude", 0.0, False)],
 )
 def test_the_head_keeps_the_teachers_statistics_where_asked(
     params: Params, teacher: RetrievalNet, tmp_path: Path, method: str, share: float, kept: bool
 ) -> None:
-    params = change(params, "student", settle_head=share, method=method)
+    params = change(params, "student", settle=1.0, settle_head=share, method=method)
     task, fit, _ = prepared(params, teacher, tmp_path)
     net = fit.run(lambda: fresh_student(params, teacher, task.compression))
     if method == "budget":
         assert net.spec.widths != teacher.spec.widths  # it was cut meanwhile
+    if method == "static-magnitude":
+        teacher = fresh_student(params, teacher, task.compression)
     assert torch.equal(net.head.bn1.running_var, teacher.head.bn1.running_var) is kept
     assert torch.equal(net.head.bn2.running_var, teacher.head.bn2.running_var) is kept
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_all_norms_keep_their_statistics_for_the_last_steps(
+    params: Params, teacher: RetrievalNet, tmp_path: Path, share: float
+) -> None:
+    """They move until then, whatever the method; the weights go on."""
+    params = change(params, "student", settle=share, settle_head=1.0, method="none")
+    task, fit, _ = prepared(params, teacher, tmp_path)
+    statistics, weights = [], []
+    for state in fit.states(lambda: fresh_student(params, teacher, task.compression)):
+        statistics.append(digest({name: value for name, value in state.net.named_buffers() if "running" in name}))
+        weights.append(digest(dict(state.net.named_parameters())))
+    moved = [before != after for before, after in pairwise(statistics)]
+    assert moved == [(epoch + 1) / params.student.epochs <= share for epoch in range(params.student.epochs)]
+    assert all(before != after for before, after in pairwise(weights))
 
 
 def test_a_student_that_misses_its_budget_is_refused(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
@@ -510,17 +530,13 @@ def test_calibration_rows_are_spread_and_few() -> None:
     assert list(spread(torch.arange(3).numpy(), 4)) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
-def test_a_teacher_starts_from_a_file_of_torchvision_weights(params: Params, tmp_path: Path, suffix: str) -> None:
+def test_a_teacher_starts_from_a_file_of_torchvision_weights(params: Params, tmp_path: Path) -> None:
     import torchvision
     from safetensors.torch import save_file
 
     state = torchvision.models.resnet18().state_dict()
-    path = tmp_path / f"weights.{suffix}"
-    if suffix == "pth":
-        torch.save(state, path)
-    else:
-        save_file(state, path)
+    path = tmp_path / "weights.safetensors"
+    save_file(state, path)
     config = params.teacher.model_copy(update={"depth": 18, "width": 64, "weights": str(path)})
     net = fresh_teacher(config, IDENTITIES)
     assert torch.equal(net.layer3[1].conv2.weight, state["layer3.1.conv2.weight"])
@@ -532,3 +548,6 @@ def test_weights_that_cannot_be_had_are_one_clear_sentence(params: Params, tmp_p
         pretrained(str(tmp_path / "nowhere.pth"), 50)
     with pytest.raises(ValueError, match=r"torchvision publishes no resnet26"):
         pretrained("imagenet", 26)
+    torch.save({}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"weights\.pth, which is no safetensors file .*save_file\(torch\.load"):
+        pretrained(str(tmp_path / "weights.pth"), 18)
