@@ -55,7 +55,8 @@ def main() -> None:
                 seconds[shrink] += took
                 print(f"epoch {epoch + 1} {shrink:<5} {took:6.1f} s", flush=True)
         for shrink, state in last.items():
-            found = evaluate(state.net.eval(), manifest, images, "query", "gallery", normalise, fabric.device).scores()
+            splits = ("query", "gallery")
+            found = evaluate(state.net.eval(), manifest, images, *splits, given.data.protocol, normalise, fabric.device)
             print(f"{shrink:<5} {seconds[shrink]:6.1f} s, mAP {found.map:.4f}")
     print(f"saved {1 - seconds['live'] / seconds['off']:.1%} of the training's wall time")
 

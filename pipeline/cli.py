@@ -1,6 +1,7 @@
 """The command `smaller-student`; what is heavy is imported by the command that needs it."""
 
 import difflib
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -75,13 +76,14 @@ def compare() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pipeline.ops.figures import table
+    from pipeline.ops.figures import protocol, table
 
     files = Files.here()
     rows = table(files)
     if not rows:
         raise Refusal("no stage has run yet; run `dvc repro` first")
-    shown = Table(title="Protocol market, batch 1, all threads")
+    scored = protocol(files)
+    shown = Table(title=f"{f'Protocol {scored}, batch' if scored else 'Batch'} 1, all threads")
     for heading in rows[0]:
         shown.add_column(heading, justify="left" if heading == "stage" else "right")
     for row in rows:
@@ -103,6 +105,52 @@ def evidence(
 
     path = gather(Files.here(), list(grid(seed or SEEDS, target or TARGETS)))
     typer.echo(f"evidence: {_short(path)}")
+
+
+@app.command()
+def evaluate(
+    file: Annotated[
+        Path,
+        typer.Argument(help="A .npz file: query, query_ids, query_cameras; gallery, gallery_ids, gallery_cameras."),
+    ],
+    protocol: Annotated[str, typer.Option(help="How to score, such as market or loo.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
+    rerank: Annotated[bool, typer.Option(help="Rank again by k-reciprocal neighbours.")] = False,
+    optimistic: Annotated[bool, typer.Option(help="Let positives come first among equally similar images.")] = False,
+) -> None:
+    """Score embeddings of any origin."""
+    import time
+
+    from pipeline.ops.archive import read_archive
+    from pipeline.retrieval import protocols
+    from pipeline.retrieval.metrics import Ties
+
+    archive = read_archive(file, protocol)
+    started = time.perf_counter()
+    ties: Ties = "positives first" if optimistic else "negatives first"
+    found = protocols.evaluate(protocol, archive.query, archive.gallery, rerank=rerank, ties=ties)
+    figures = protocols.figures(protocol, found) | {"seconds": round(time.perf_counter() - started, 3)}
+    if as_json:
+        typer.echo(json.dumps(figures))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(title=f"Protocol {protocol}: {protocols.PROTOCOLS[protocol].summary}", show_header=False)
+    for name, value in figures.items():
+        shown.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    Console().print(shown)
+
+
+@app.command()
+def unpack(
+    archive: Annotated[Path, typer.Argument(help="A .zip or .tar file, compressed or not.")],
+    target: Annotated[Path, typer.Argument(help="Folder to make; it must not exist.")],
+) -> None:
+    """Unpack a data set's archive; nothing but regular files inside of the folder is ever written."""
+    from pipeline.ops.unpack import unpack as run
+
+    typer.echo(f"{run(archive, target)} files in {target}")
 
 
 class Refusal(ValueError):

@@ -29,7 +29,7 @@ def _flatten(prefix: str, numbers: dict[str, Any]) -> Iterator[tuple[str, float]
 
 
 class Scores(Record):
-    """Retrieval quality under the `market` protocol."""
+    """Retrieval quality under the protocol of the run; `recall` by k where the protocol quotes that."""
 
     map: float
     rank1: float
@@ -38,6 +38,8 @@ class Scores(Record):
     minp: float
     queries: int
     dropped: int
+    recall: dict[str, float] | None = None
+    map_deviation: float | None = None
 
 
 class PrepareRecord(Record):
@@ -52,6 +54,7 @@ class PrepareRecord(Record):
     gallery: int
     quarantined: int
     leaked: int
+    near_duplicates: int
 
 
 class TeacherRecord(Scores):

@@ -24,7 +24,7 @@ LATENCIES = {
     "teacher": {"batch1_threadsall": {"p50": 4.0, "p90": 5.0}},
     "student": {"batch1_threadsall": {"p50": 2.0, "p90": 3.0}},
 }
-NUMBERS["prepare"] |= {"quarantined": 0, "leaked": 0}
+NUMBERS["prepare"] |= {"quarantined": 0, "leaked": 0, "near_duplicates": 0}
 for _stage in ("teacher", "student", "surgery"):
     NUMBERS[_stage] |= SCORES | ({"map": 0.61} if _stage == "teacher" else {})
 NUMBERS["surgery"] |= {"widths": {"layer1.0.conv1": 8}}

@@ -74,8 +74,11 @@ def test_compare_shows_each_network_and_where_the_results_lie(
         write_json(files.metrics(stage), numbers)
     write_text(files.report / "index.html", "")
     write_text(files.artifacts("export") / "model.onnx", "")
+    lock = {"stages": {"teacher": {"params": {"params.yaml": {"data.protocol": "loo"}}}}}
+    write_json(files.root / "dvc.lock", lock)  # JSON is YAML
     assert smaller_student(monkeypatch, "compare") == 0
     lines = capsys.readouterr().out.splitlines()
+    assert "Protocol loo, batch 1, all threads" in lines[0]
     row = {line.split()[1]: line for line in lines if line.startswith("│")}
     assert list(row) == ["teacher", "student", "surgery", "export"]
     assert all(figure in row["export"] for figure in ("0.5900", "0.50 M", "9.0 M", "50.0%", "55.0%", "2.00 ms"))

@@ -8,6 +8,8 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
+from ruamel.yaml import YAML
+
 from pipeline.files import Files, read_json
 from pipeline.records import RECORDS
 
@@ -126,3 +128,15 @@ def _latency(files: Files, stage: str) -> str:
     if network is None or not files.metrics("benchmark").is_file():
         return ""
     return f"{record(files, 'benchmark')[f'{network}.batch1_threadsall.p50']:.2f} ms"
+
+
+def protocol(files: Files) -> str | None:
+    """Protocol that the last run was scored by, as dvc.lock has it; None where it has none.
+
+    Args:
+        files: Of the repository; params.yaml may say another one by now.
+    """
+    path = files.root / "dvc.lock"
+    lock = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    params = lock.get("stages", {}).get("teacher", {}).get("params", {}).get("params.yaml", {})
+    return params.get("data.protocol") if isinstance(params, dict) else None

@@ -19,7 +19,7 @@ from pipeline.report.style import save
 from pipeline.report.widths import widths
 from pipeline.retrieval.embed import Images, Manifest, evaluate_embedder
 from pipeline.retrieval.metrics import Retrieval
-from pipeline.retrieval.protocols import MARKET
+from pipeline.retrieval.protocols import PROTOCOLS, Side
 
 PAGE = "index.html"
 NO_BREAK = "\N{NO-BREAK SPACE}"
@@ -33,6 +33,7 @@ class Evidence:
 
     Attributes:
         data: What was trained on, in a few words.
+        protocol: That every mAP was computed by.
         machine: What latencies were measured with, in a few words.
         seed: Seed of the run.
         prepare: Record of the stage, as the five after it.
@@ -52,6 +53,7 @@ class Evidence:
     """
 
     data: str
+    protocol: str
     machine: str
     seed: int
     prepare: PrepareRecord
@@ -101,8 +103,8 @@ SPEED_TEXT = (
 )
 PANELS_TEXT = (
     "Each query with the images of the gallery that either network puts first, best on the left. Green frame and tick: "
-    "the same identity. Red frame and cross: another one. Images of the query's identity from its own camera are left "
-    "out, as in the scores. The queries were picked by rule, not by hand."
+    "the same identity. Red frame and cross: another one. What the protocol leaves out of a query's gallery is left "
+    "out here too. The queries were picked by rule, not by hand."
 )
 PARETO_TEXT = "A good student lies left of its teacher, and not below it."
 CAPACITY_TEXT = "The student starts as heavy as its teacher and gives capacity up while it learns."
@@ -111,7 +113,8 @@ TRAINING_TEXT = "Validation is on training identities that were held out, never 
 
 
 def _retrieval(evidence: Evidence, name: str) -> Retrieval:
-    return evaluate_embedder(lambda _: evidence.embeddings[name], evidence.manifest, "query", "gallery")
+    found = evidence.embeddings[name]
+    return evaluate_embedder(lambda _: found, evidence.manifest, "query", "gallery", evidence.protocol)
 
 
 def _summary(evidence: Evidence) -> str:
@@ -145,7 +148,7 @@ def _tiles(evidence: Evidence) -> list[Tile]:
 
 def _stages(evidence: Evidence, retrievals: Mapping[str, Retrieval]) -> Table:
     teacher, student, surgery, export = evidence.teacher, evidence.student, evidence.surgery, evidence.export
-    rank1 = {name: retrieval.scores().rank1 for name, retrieval in retrievals.items()}
+    rank1 = {name: retrieval.rank(1) for name, retrieval in retrievals.items()}
     rows = [
         ("Teacher", teacher.map, teacher.rank1, teacher.params, teacher.macs),
         ("Student, trained", student.map, student.rank1, student.params, student.macs),
@@ -154,7 +157,7 @@ def _stages(evidence: Evidence, retrievals: Mapping[str, Retrieval]) -> Table:
         ("teacher.onnx", export.map_teacher, rank1[TEACHER], teacher.params, teacher.macs),
     ]
     return Table(
-        f"{evidence.prepare.query:,} queries, {evidence.prepare.gallery:,} gallery images, protocol {MARKET}",
+        f"{_asked(evidence)}, protocol {evidence.protocol}",
         ("", "mAP", "rank-1", "params", "MACs", "params cut", "MACs cut"),
         [
             (
@@ -210,7 +213,7 @@ def _pareto(folder: Path, evidence: Evidence) -> Picture:
     ]
     save(pareto(points), folder / "pareto.png")
     alt = "; ".join(f"{point.name}: mAP {point.map:.3f} at {count(point.macs)} MACs" for point in points)
-    return Picture("pareto.png", alt, "mAP on query and gallery against multiply-accumulates for one image.")
+    return Picture("pareto.png", alt, "mAP on the test set against multiply-accumulates for one image.")
 
 
 def _capacity(folder: Path, evidence: Evidence) -> Picture:
@@ -236,7 +239,7 @@ def _training(folder: Path, evidence: Evidence) -> Picture:
 
 
 def _panels(folder: Path, evidence: Evidence, retrievals: Mapping[str, Retrieval]) -> list[Picture]:
-    ap = {name: retrieval.ap for name, retrieval in retrievals.items()}
+    ap = {name: retrieval.ap_of(evidence.prepare.query) for name, retrieval in retrievals.items()}
     pictures = []
     for number, choice in enumerate(choose(ap[TEACHER], ap[STUDENT], evidence.panels), start=1):
         row = evidence.manifest.rows("query")[[choice.query]]
@@ -244,8 +247,9 @@ def _panels(folder: Path, evidence: Evidence, retrievals: Mapping[str, Retrieval
         name = f"panel-{number:02d}.png"
         save(panel(evidence.images.batch(row)[0], rankings), folder / name)
         identity, camera = evidence.manifest.identities(row)[0], evidence.manifest.cameras(row)[0]
-        alt = f"Identity {identity} seen by camera {camera}. " + "; ".join(describe(ranking) for ranking in rankings)
-        caption = f"Query {choice.query + 1}: identity {identity}, camera {camera}. Picked: {choice.reason}."
+        seen = f", camera {camera}" if PROTOCOLS[evidence.protocol].cameras else ""
+        alt = f"Identity {identity}{seen}. " + "; ".join(describe(ranking) for ranking in rankings)
+        caption = f"Query {choice.query + 1}: identity {identity}{seen}. Picked: {choice.reason}."
         pictures.append(Picture(name, alt, caption, wide=True))
     return pictures
 
@@ -253,12 +257,21 @@ def _panels(folder: Path, evidence: Evidence, retrievals: Mapping[str, Retrieval
 def _ranking(evidence: Evidence, name: str, choice: Choice, ap: npt.NDArray[np.float64]) -> Ranking:
     manifest, embeddings = evidence.manifest, evidence.embeddings[name]
     query, gallery = manifest.rows("query"), manifest.rows("gallery")
-    row = query[[choice.query]]
-    ids = manifest.identities(gallery)
-    same = ids == manifest.identities(row)[0]
-    same_camera = manifest.cameras(gallery) == manifest.cameras(row)[0]
-    top = rank(embeddings[choice.query], embeddings[len(query) :], same, same_camera, ids)
-    return Ranking(name, float(ap[choice.query]), evidence.images.batch(gallery[top]), same[top])
+    asking = Side(embeddings[: len(query)], manifest.identities(query), manifest.cameras(query))
+    asked = Side(embeddings[len(query) :], manifest.identities(gallery), manifest.cameras(gallery))
+    if not len(gallery):  # all images ask each other, also where the scores come from random galleries
+        gallery, asked = query, asking
+    right, left_out = PROTOCOLS[evidence.protocol].positives(asking, choice.query, asked)
+    top = rank(asking.vectors[choice.query], asked.vectors, right, left_out)
+    return Ranking(name, float(ap[choice.query]), evidence.images.batch(gallery[top]), right[top])
+
+
+def _asked(evidence: Evidence) -> str:
+    """Who asks whom."""
+    prepare = evidence.prepare
+    if not prepare.gallery:
+        return f"{prepare.query:,} images asked of each other"
+    return f"{prepare.query:,} queries, {prepare.gallery:,} gallery images"
 
 
 def _notes(evidence: Evidence) -> list[str]:
@@ -266,7 +279,7 @@ def _notes(evidence: Evidence) -> list[str]:
     return [
         f"Data: {evidence.data}; {prepare.images:,} images of {prepare.identities:,} identities in {prepare.cameras} "
         f"cameras; no test identity was trained on.",
-        f"mAP and rank-1: protocol {MARKET} (mean over positives of i / rank; same identity and camera left out).",
+        f"mAP and rank-1: protocol {evidence.protocol} ({PROTOCOLS[evidence.protocol].summary}).",
         "MACs: multiply-accumulates for one image; like parameters, of backbone and embedding head.",
         f"Latency: {evidence.machine}. Half of the calls took at most p50, nine in ten at most p90; the speed-up is a "
         "ratio of p50. The files take turns, so that all meet the same state of the machine.",

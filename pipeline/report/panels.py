@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from pipeline.report.style import RIGHT, WRONG, new_figure, styled
-from pipeline.retrieval.metrics import JUNK
 
 TOP = 10
 """Images of the gallery in a row."""
@@ -73,23 +72,20 @@ def choose(teacher: npt.NDArray[np.float64], student: npt.NDArray[np.float64], c
 def rank(
     query: npt.NDArray[np.float32],
     gallery: npt.NDArray[np.float32],
-    same_identity: npt.NDArray[np.bool_],
-    same_camera: npt.NDArray[np.bool_],
-    gallery_ids: npt.NDArray[np.str_],
+    right: npt.NDArray[np.bool_],
+    left_out: npt.NDArray[np.bool_],
     top: int = TOP,
 ) -> npt.NDArray[np.int64]:
-    """Gallery rows that a query finds first, under the `market` protocol; tied wrong images come first.
+    """Gallery rows that a query finds first; tied wrong images come first.
 
     Args:
         query: (D,) embedding of length 1.
         gallery: (G, D) embeddings of length 1.
-        same_identity: (G,) whether an image shows the query's identity.
-        same_camera: (G,) whether it comes from the query's camera.
-        gallery_ids: (G,) identities, "-1" is junk.
+        right: (G,) which images the protocol calls right for this query.
+        left_out: (G,) which it leaves out.
         top: How many.
     """
-    order = np.lexsort((same_identity, -(gallery @ query)))
-    left_out = (same_identity & same_camera) | (gallery_ids == JUNK)
+    order = np.lexsort((right, -(gallery @ query)))
     found: npt.NDArray[np.int64] = order[~left_out[order]][:top]
     return found
 

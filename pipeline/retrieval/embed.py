@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.progress import track
+from pipeline.retrieval import protocols
 from pipeline.retrieval.metrics import Retrieval
-from pipeline.retrieval.protocols import MARKET, PROTOCOLS
+from pipeline.retrieval.protocols import PROTOCOLS, Side
 
 Rows = npt.NDArray[np.int64]
 """Rows of the manifest, (n,)."""
@@ -82,10 +83,10 @@ def evaluate(
     images: Images,
     query_split: str,
     gallery_split: str,
+    protocol: str,
     preprocess: Callable[[Tensor], Tensor],
     device: torch.device | str = "cpu",
     batch: int = 128,
-    protocol: str = MARKET,
 ) -> Retrieval:
     """Score a torch network on two splits of the manifest; arguments as in `embed`.
 
@@ -100,9 +101,11 @@ def evaluate(
 
 
 def evaluate_embedder(
-    embedder: Embedder, manifest: Manifest, query_split: str, gallery_split: str, protocol: str = MARKET
+    embedder: Embedder, manifest: Manifest, query_split: str, gallery_split: str, protocol: str
 ) -> Retrieval:
     """Score whatever turns rows into embeddings on two splits of the manifest.
+
+    Where the protocol has no gallery of its own, all images are in the split of the queries.
 
     Raises:
         ValueError: If an embedding is not finite, naming its image, or no query has a match.
@@ -115,14 +118,11 @@ def evaluate_embedder(
         raise ValueError(
             f"embedding of {path} is not finite ({len(broken)} of {len(embeddings)} images); the network diverged"
         )
-    return PROTOCOLS[protocol](
-        embeddings[: len(query)],
-        embeddings[len(query) :],
-        manifest.identities(query),
-        manifest.identities(gallery),
-        manifest.cameras(query),
-        manifest.cameras(gallery),
-    )
+    sides = [
+        Side(found, manifest.identities(rows), manifest.cameras(rows))
+        for found, rows in ((embeddings[: len(query)], query), (embeddings[len(query) :], gallery))
+    ]
+    return protocols.evaluate(protocol, *(sides if PROTOCOLS[protocol].gallery == "given" else sides[:1]))
 
 
 @contextmanager

@@ -1,21 +1,23 @@
-"""mAP, CMC and mINP from embeddings, exactly as the public definitions have them.
+"""AP, CMC and INP of every query, exactly as the public definitions have them.
 
 All of them follow from the ranks of the positives alone, so nothing is ever argsorted: similarities are computed a
-block of queries at a time, and each row of them is sorted by value, in place.
+block of queries at a time, and of each row only those that are not below the last positive are sorted, by value.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.records import Scores
+from pipeline.retrieval.similarity import Rows, Similarity
 
-JUNK = "-1"
-"""Identity of gallery images that no query may be charged for (Market-1501's convention; "0" is a distractor)."""
+Ties = Literal["negatives first", "positives first"]
+"""Which of equally similar images come first: the rule is pessimistic, the other gives an optimistic bound."""
 
-Labels = npt.NDArray[np.str_]
-"""Identities or cameras, (n,); strings, so that "007" stays what it is."""
+Groups = Callable[[int], tuple[Rows, Rows]]
+"""For a query: the places of its positives, and of all that are no negatives (the positives, and what is left out)."""
 
 
 @dataclass(frozen=True)
@@ -26,159 +28,120 @@ class Retrieval:
         ap: (Q,) average precision; NaN where the query has no valid match.
         first_rank: (Q,) rank of the first positive, from 1; 0 where there is none.
         inp: (Q,) inverse negative penalty: number of positives / rank of the hardest; NaN where there is none.
+        query: (Q,) row of each query among those that were given.
+        draw: (Q,) number of the random gallery that it was asked of; 0 where there is but one.
     """
 
     ap: npt.NDArray[np.float64]
-    first_rank: npt.NDArray[np.int64]
+    first_rank: Rows
     inp: npt.NDArray[np.float64]
+    query: Rows
+    draw: Rows
+
+    @property
+    def draws(self) -> int:
+        """Random galleries that were asked."""
+        return len(np.unique(self.draw))
 
     @property
     def dropped(self) -> int:
-        """Queries without a valid match: out of every mean, but counted."""
-        return int(np.count_nonzero(self.first_rank == 0))
+        """Queries without a valid match, of a draw: out of every mean, but counted."""
+        return int(np.count_nonzero(self.first_rank == 0)) // self.draws
+
+    @property
+    def queries(self) -> int:
+        """Queries of a draw."""
+        return len(self.ap) // self.draws
+
+    def ap_of(self, queries: int) -> npt.NDArray[np.float64]:
+        """AP (queries,) by row of the query, the mean over its draws; NaN where it has none."""
+        valid = self.first_rank > 0
+        asked = np.bincount(self.query[valid], minlength=queries)
+        total = np.bincount(self.query[valid], weights=self.ap[valid], minlength=queries)
+        return np.where(asked > 0, total / np.maximum(asked, 1), np.nan)
 
     def rank(self, k: int) -> float:
-        """Share of the queries with a positive among the first `k` (CMC)."""
-        first = self.first_rank[self.first_rank > 0]
-        return float(np.mean(first <= k))
+        """Share of the queries with a positive among the first `k` (CMC, or recall at k)."""
+        return float(np.mean(self._by_draw((self.first_rank <= k).astype(np.float64))))
 
-    def scores(self) -> Scores:
-        """Means over the queries that have a match."""
+    @property
+    def map(self) -> float:
+        """Mean of the average precisions."""
+        return float(np.mean(self._by_draw(self.ap)))
+
+    @property
+    def map_deviation(self) -> float | None:
+        """Standard deviation of mAP over the draws of the gallery; None where there is but one."""
+        means = self._by_draw(self.ap)
+        return float(np.std(means, ddof=1)) if len(means) > 1 else None
+
+    @property
+    def minp(self) -> float:
+        """Mean of the inverse negative penalties."""
+        return float(np.mean(self._by_draw(self.inp)))
+
+    def _by_draw(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Mean over the valid queries of each draw."""
         valid = self.first_rank > 0
-        return Scores(
-            map=float(self.ap[valid].mean()),
-            rank1=self.rank(1),
-            rank5=self.rank(5),
-            rank10=self.rank(10),
-            minp=float(self.inp[valid].mean()),
-            queries=len(self.ap),
-            dropped=self.dropped,
-        )
+        return np.array([values[valid & (self.draw == draw)].mean() for draw in np.unique(self.draw[valid])])
 
 
-def evaluate_market(
-    query: npt.NDArray[np.floating],
-    gallery: npt.NDArray[np.floating],
-    query_ids: Labels,
-    gallery_ids: Labels,
-    query_cameras: Labels,
-    gallery_cameras: Labels,
-    block: int = 256,
+def retrieve(
+    queries: int, similarity: Similarity, groups: Groups, block: int, trapezoid: bool, ties: Ties
 ) -> Retrieval:
-    """Score a retrieval under the protocol of Market-1501, VeRi-776 and MSMT17 (Zheng et al., ICCV 2015, section 4).
-
-    Ranked by cosine. Out of a query's gallery are images of its identity from its own camera, and junk; the rest of its
-    camera stays. AP is the mean over positives of (i / rank of the i-th). Of images with equal similarity the negatives
-    come first, so that neither the gallery's order nor a collapsed network is rewarded.
+    """Rank a gallery for every query.
 
     Args:
-        query: (Q, D) embeddings, of any length; normalised here, in float32.
-        gallery: (G, D) embeddings.
-        query_ids: (Q,) identities.
-        gallery_ids: (G,) identities; "-1" is junk.
-        query_cameras: (Q,) cameras.
-        gallery_cameras: (G,) cameras.
-        block: Queries a matrix product. Another block can change the last bit of a similarity.
-
-    Raises:
-        ValueError: If shapes disagree, an embedding is not finite (naming its row), or no query has a valid match.
+        queries: Their number, Q.
+        similarity: Of queries and gallery; places are its columns.
+        groups: Who is right, wrong and left out.
+        block: Queries at a time.
+        trapezoid: Whether AP is the area under the precision-recall curve by trapezoids (the Oxford buildings' rule and
+            Market-1501's own script), or else the mean of the precisions at the positives.
+        ties: Which of equally similar images come first.
     """
-    query_ids, gallery_ids, query_cameras, gallery_cameras = (
-        np.asarray(labels).astype(np.str_) for labels in (query_ids, gallery_ids, query_cameras, gallery_cameras)
-    )
-    _check("query", query, query_ids, query_cameras)
-    _check("gallery", gallery, gallery_ids, gallery_cameras)
-    if query.shape[1] != gallery.shape[1]:
-        raise ValueError(f"query embeddings have {query.shape[1]} dimensions, gallery embeddings {gallery.shape[1]}")
-
-    real = np.flatnonzero(gallery_ids != JUNK)
-    order, copies = _canonical(normalise(gallery[real]))
-    real = real[order]
-    gallery_ids, gallery_cameras = gallery_ids[real], gallery_cameras[real]
-    distinct = normalise(gallery[real[np.cumsum(copies) - copies]])  # (U, D), the first of each group of equals
-    by_identity = np.argsort(gallery_ids, kind="stable")
-    starts = np.searchsorted(gallery_ids[by_identity], query_ids, side="left")
-    stops = np.searchsorted(gallery_ids[by_identity], query_ids, side="right")
-
-    count = len(query)
-    ap = np.full(count, np.nan)
-    inp = np.full(count, np.nan)
-    first_rank = np.zeros(count, dtype=np.int64)
-    for start in range(0, count, block):
-        similarity = normalise(query[start : start + block]) @ distinct.T  # (block, U)
-        if len(distinct) < len(real):
-            similarity = np.repeat(similarity, copies, axis=1)  # (block, G)
-        for row, similarities in enumerate(similarity, start=start):
-            same = by_identity[starts[row] : stops[row]]
-            positives = same[gallery_cameras[same] != query_cameras[row]]
+    ap, inp = np.full(queries, np.nan), np.full(queries, np.nan)
+    first_rank = np.zeros(queries, np.int64)
+    for start in range(0, queries, block):
+        rows = range(start, min(start + block, queries))
+        for row, similarities in zip(rows, similarity(rows.start, rows.stop), strict=True):
+            positives, none = groups(row)
             if not len(positives):
                 continue
-            ranks = positive_ranks(similarities, positives, same)
-            ap[row] = np.mean(np.arange(1, len(ranks) + 1) / ranks)
+            ranks = positive_ranks(similarities, positives, none, ties)
+            ap[row] = average_precision(ranks, trapezoid)
             inp[row] = len(ranks) / ranks[-1]
             first_rank[row] = ranks[0]
-    if not first_rank.any():
-        raise ValueError(
-            f"none of {count} queries has a match in the gallery of {len(real)}: an image of the same identity from "
-            "another camera; check identities and cameras in the manifest"
-        )
-    return Retrieval(ap, first_rank, inp)
+    return Retrieval(ap, first_rank, inp, np.arange(queries), np.zeros(queries, np.int64))
 
 
-def positive_ranks(
-    similarities: npt.NDArray[np.float32], positives: npt.NDArray[np.int64], same: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
-    """Ranks of a query's positives, ascending, from 1; tied negatives come before them.
+def positive_ranks(similarities: npt.NDArray[np.floating], positives: Rows, none: Rows, ties: Ties) -> Rows:
+    """Ranks of a query's positives, ascending, from 1.
 
     Args:
         similarities: (G,) to every gallery image; overwritten.
-        positives: (P,) gallery rows of the positives, P >= 1.
-        same: Gallery rows that are no negatives: the positives and what is left out for this query.
+        positives: (P,) places of the positives, P >= 1.
+        none: Places of all that are no negatives.
+        ties: Which of equally similar images come first.
     """
     values = np.sort(similarities[positives])[::-1]
-    similarities[same] = -np.inf
-    similarities.sort()
-    ahead = len(similarities) - np.searchsorted(similarities, values, side="left")  # negatives at least as similar
-    return ahead + np.arange(1, len(values) + 1)
+    similarities[none] = -np.inf
+    ahead = similarities[similarities >= values[-1]]  # (n,) the only negatives that matter, often few
+    ahead.sort()
+    side: Literal["left", "right"] = "left" if ties == "negatives first" else "right"
+    return len(ahead) - np.searchsorted(ahead, values, side=side) + np.arange(1, len(values) + 1)
 
 
-def normalise(embeddings: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
-    """Embeddings (n, D) at length 1 in float32; a zero vector stays zero, and ties with everything."""
-    embeddings = np.asarray(embeddings, dtype=np.float32)
-    lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
-    unit: npt.NDArray[np.float32] = embeddings / np.maximum(lengths, np.float32(1e-12))
-    return unit
-
-
-def _canonical(embeddings: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """An order of the gallery that follows from its content, and how many equal rows stand together in it.
-
-    A matrix product may round one and the same row differently in another column, which would break ties between
-    duplicates, and decide near ties, by the order of the gallery's files.
+def average_precision(ranks: Rows, trapezoid: bool) -> float:
+    """AP of a query whose positives have these ranks (P,), ascending, from 1.
 
     Args:
-        embeddings: (G, D).
-
-    Returns:
-        Order (G,) and copies (U,), summing to G.
+        ranks: Of the positives.
+        trapezoid: As in `retrieve`.
     """
-    if not len(embeddings):
-        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-    rows = np.ascontiguousarray(embeddings + np.float32(0))  # -0 becomes 0: equal numbers are to be equal bytes
-    rows = rows.view(np.dtype((np.void, rows.itemsize * rows.shape[1])))[:, 0]
-    order = np.argsort(rows, kind="stable")
-    starts = np.flatnonzero(np.concatenate([[True], rows[order[1:]] != rows[order[:-1]]]))
-    return order, np.diff(np.append(starts, len(rows)))
-
-
-def _check(name: str, embeddings: npt.NDArray[np.floating], ids: Labels, cameras: Labels) -> None:
-    if embeddings.ndim != 2 or not len(embeddings):
-        raise ValueError(f"{name} embeddings must have the shape (n >= 1, D), got {embeddings.shape}")
-    if not len(embeddings) == len(ids) == len(cameras):
-        raise ValueError(f"{name}: {len(embeddings)} embeddings, {len(ids)} identities and {len(cameras)} cameras")
-    broken = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
-    if len(broken):
-        raise ValueError(
-            f"{name} embedding in row {broken[0]} is not finite ({len(broken)} of {len(embeddings)}); "
-            "the network diverged or its input is broken"
-        )
+    hits = np.arange(1, len(ranks) + 1)
+    precision = hits / ranks
+    if trapezoid:
+        before = np.where(ranks > 1, (hits - 1) / np.maximum(ranks - 1, 1), 1.0)  # one place further up
+        precision = (precision + before) / 2
+    return float(precision.mean())

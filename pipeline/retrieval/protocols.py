@@ -1,11 +1,244 @@
 """Evaluation protocols by name: mAP is not one number, so none is ever told without the name of its protocol."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Literal
 
-from pipeline.retrieval.metrics import Retrieval, evaluate_market
+import numpy as np
+import numpy.typing as npt
 
-MARKET = "market"
-"""The protocol of every split into query and gallery that the pipeline makes."""
+from pipeline.records import Scores
+from pipeline.retrieval.metrics import Groups, Retrieval, Ties, retrieve
+from pipeline.retrieval.rerank import Reranked
+from pipeline.retrieval.similarity import Cosine, Rows, Similarity, Vectors, block_of
 
-PROTOCOLS: dict[str, Callable[..., Retrieval]] = {MARKET: evaluate_market}
-"""Each takes query, gallery, query_ids, gallery_ids, query_cameras and gallery_cameras."""
+JUNK = "-1"
+"""Identity of gallery images that no query may be charged for (Market-1501's convention; "0" is a distractor)."""
+DRAWS = 10
+"""Random galleries of protocol `vehicleid`."""
+
+Labels = npt.NDArray[np.str_]
+"""Identities or cameras, (n,); strings, so that "007" stays what it is."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """Queries, or a gallery.
+
+    Attributes:
+        vectors: (n, D) embeddings, of any length; compared by cosine, in float32.
+        identities: (n,), as text.
+        cameras: (n,), as text; None where they are not known.
+    """
+
+    vectors: Vectors
+    identities: Labels
+    cameras: Labels | None = None
+
+    def take(self, rows: Rows) -> "Side":
+        """Some of them."""
+        cameras = None if self.cameras is None else np.asarray(self.cameras)[rows]
+        return Side(np.asarray(self.vectors)[rows], np.asarray(self.identities)[rows], cameras)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Who is asked for, and what does not count.
+
+    Attributes:
+        name: What a figure is quoted with.
+        summary: One line for people.
+        cameras: Whether images of a query's identity from its own camera are left out, and junk (identity -1).
+        gallery: `given`; `itself`: the other queries; `drawn`: one image of each identity, at random, ten times.
+        trapezoid: Whether AP is the area by trapezoids.
+        ranks: The k of rank-k or recall@k that are quoted.
+        recall: Whether that is called recall@k.
+    """
+
+    name: str
+    summary: str
+    cameras: bool = False
+    gallery: Literal["given", "itself", "drawn"] = "given"
+    trapezoid: bool = False
+    ranks: tuple[int, ...] = (1, 5, 10)
+    recall: bool = False
+
+    def positives(self, query: Side, row: int, gallery: Side) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """Which images of the gallery are right for a query, and which are left out, (G,) each."""
+        identities = np.asarray(gallery.identities)
+        same = identities == query.identities[row]
+        out = np.zeros(len(identities), bool)  # a drawn gallery never holds the query: among all, it is left out
+        if self.cameras:
+            out = (identities == JUNK) | (same & (_cameras(gallery) == _cameras(query)[row]))
+        elif self.gallery != "given":
+            out[row] = True
+        return same & ~out, out
+
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol("market", "mean of precisions; same identity and camera left out, junk -1 too", cameras=True),
+        Protocol(
+            "market-trapezoid", "the same, area by trapezoids (Market-1501's script)", cameras=True, trapezoid=True
+        ),
+        Protocol("query-gallery", "everything counts", ranks=(1, 10, 20, 30), recall=True),
+        Protocol(
+            "loo", "every image against all others", gallery="itself", ranks=(1, 2, 4, 8, 10, 100, 1000), recall=True
+        ),
+        Protocol("vehicleid", "ten random galleries of one image an identity", gallery="drawn"),
+    )
+}
+"""By name. Sources: market, Zheng et al., ICCV 2015; query-gallery, Liu et al., CVPR 2016 (In-Shop); loo, Oh Song et
+al., CVPR 2016; vehicleid, Liu et al., CVPR 2016 (Deep Relative Distance Learning)."""
+
+
+def evaluate(
+    protocol: str,
+    query: Side,
+    gallery: Side | None = None,
+    *,
+    rerank: bool = False,
+    ties: Ties = "negatives first",
+    block: int | None = None,
+    seed: int = 0,
+) -> Retrieval:
+    """Score a retrieval.
+
+    Of images with equal similarity the negatives come first, so that neither the gallery's order nor a collapsed
+    network is rewarded. (Re-ranked, near ties at the edge of a neighbourhood do follow that order.)
+
+    Args:
+        protocol: Name in `PROTOCOLS`.
+        query: What is asked; all there is where the protocol has no gallery of its own.
+        gallery: What is asked of.
+        rerank: Whether to rank again by k-reciprocal neighbours.
+        ties: Which of equally similar images come first.
+        block: Queries a matrix product; None for what suits the gallery's size.
+        seed: Of the random galleries.
+
+    Raises:
+        ValueError: If the protocol needs what is not there, shapes disagree, an embedding is not finite (naming its
+            row), or no query has a valid match.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"there is no protocol {protocol!r}; there are {', '.join(PROTOCOLS)}")
+    rules = PROTOCOLS[protocol]
+    query = _checked("query", query, rules)
+    if (gallery is None) is (rules.gallery == "given"):
+        needed = "needs a gallery" if gallery is None else "takes no gallery, all images are queries"
+        raise ValueError(f"protocol {protocol} {needed}")
+    parts = []
+    for draw, (rows, asked) in enumerate(_galleries(rules, query, gallery, seed)):
+        asking = query if rules.gallery == "itself" else query.take(rows) if rules.gallery == "drawn" else query
+        found = _score(rules, asking, asked, rerank, ties, block)
+        parts.append(replace(found, query=rows, draw=np.full(len(rows), draw)))
+    names = [field.name for field in fields(Retrieval)]
+    whole = Retrieval(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+    if not whole.first_rank.any():
+        raise ValueError(
+            f"none of {len(query.identities)} queries has a match in the gallery under protocol {protocol}: an image "
+            f"of the same identity{' from another camera' if rules.cameras else ''}; check identities and cameras"
+        )
+    return whole
+
+
+def scores(protocol: str, found: Retrieval) -> Scores:
+    """Means over the queries that have a match."""
+    rules = PROTOCOLS[protocol]
+    return Scores(
+        map=found.map,
+        rank1=found.rank(1),
+        rank5=found.rank(5),
+        rank10=found.rank(10),
+        minp=found.minp,
+        queries=found.queries,
+        dropped=found.dropped,
+        recall={str(k): found.rank(k) for k in rules.ranks} if rules.recall else None,
+        map_deviation=found.map_deviation,
+    )
+
+
+def figures(protocol: str, found: Retrieval) -> dict[str, str | float | int]:
+    """What is quoted, by the names of the field."""
+    quoted = scores(protocol, found)
+    rules = PROTOCOLS[protocol]
+    shares = {f"{'recall@' if rules.recall else 'rank'}{k}": found.rank(k) for k in rules.ranks}
+    deviation = {} if quoted.map_deviation is None else {"map_deviation": quoted.map_deviation}
+    counts: dict[str, float | int] = {"queries": quoted.queries, "dropped": quoted.dropped}
+    if quoted.dropped:
+        counts["map_if_dropped_were_0"] = quoted.map * (1 - quoted.dropped / quoted.queries)
+    return {"protocol": protocol, "map": quoted.map, **deviation, "minp": quoted.minp, **shares, **counts}
+
+
+def _galleries(rules: Protocol, query: Side, gallery: Side | None, seed: int) -> Iterator[tuple[Rows, Side]]:
+    """Rows of the queries, and what they are asked of."""
+    everything = np.arange(len(query.identities))
+    if rules.gallery == "given" and gallery is not None:
+        yield everything, _checked("gallery", gallery, rules, query.vectors.shape[1])
+    elif rules.gallery == "itself":
+        yield everything, query
+    else:
+        for draw in range(DRAWS):
+            rng = np.random.default_rng([seed, draw])
+            order = rng.permutation(len(everything))
+            _, first = np.unique(query.identities[order], return_index=True)
+            chosen = np.sort(order[first])
+            yield np.setdiff1d(everything, chosen), query.take(chosen)
+
+
+def _score(rules: Protocol, query: Side, gallery: Side, rerank: bool, ties: Ties, block: int | None) -> Retrieval:
+    """One gallery."""
+    if rules.cameras and (gallery.identities == JUNK).any():
+        gallery = gallery.take(np.flatnonzero(gallery.identities != JUNK))
+    kind = Reranked if rerank else Cosine
+    similarity: Similarity = kind(query.vectors, gallery.vectors)
+    size = block or block_of(len(gallery.identities))
+    return retrieve(len(query.identities), similarity, _groups(rules, query, gallery, similarity.order), size,
+                    rules.trapezoid, ties)  # fmt: skip
+
+
+def _groups(rules: Protocol, query: Side, gallery: Side, order: Rows) -> Groups:
+    """Who is right, wrong and left out, by the places of the gallery's rows in `order`."""
+    identities = gallery.identities[order]
+    by_identity = np.argsort(identities, kind="stable")
+    starts, stops = (np.searchsorted(identities[by_identity], query.identities, side) for side in ("left", "right"))
+    cameras = _cameras(gallery)[order] if rules.cameras else None
+
+    def groups(row: int) -> tuple[Rows, Rows]:
+        same = by_identity[starts[row] : stops[row]]
+        if cameras is not None:
+            return same[cameras[same] != _cameras(query)[row]], same
+        return (same[order[same] != row] if rules.gallery == "itself" else same), same
+
+    return groups
+
+
+def _cameras(side: Side) -> Labels:
+    if side.cameras is None:
+        raise ValueError("this protocol needs to know the cameras")
+    return side.cameras
+
+
+def _checked(name: str, side: Side, rules: Protocol, dimensions: int | None = None) -> Side:
+    """The same with arrays of text, once it is sure that they fit together."""
+    vectors, identities = np.asarray(side.vectors), np.asarray(side.identities).astype(np.str_)
+    cameras = None if side.cameras is None else np.asarray(side.cameras).astype(np.str_)
+    if vectors.ndim != 2 or not vectors.size:
+        raise ValueError(f"{name} embeddings must have the shape (n >= 1, D >= 1), got {vectors.shape}")
+    if rules.cameras and cameras is None:
+        raise ValueError(f"protocol {rules.name} needs the cameras of the {name}; without them use query-gallery")
+    if len(vectors) != len(identities):
+        raise ValueError(f"{name}: {len(vectors)} embeddings and {len(identities)} identities")
+    if cameras is not None and len(cameras) != len(vectors):
+        raise ValueError(f"{name}: {len(vectors)} embeddings and {len(cameras)} cameras")
+    if dimensions is not None and vectors.shape[1] != dimensions:
+        raise ValueError(f"query embeddings have {dimensions} dimensions, {name} embeddings {vectors.shape[1]}")
+    for start in range(0, len(vectors), 2**16):  # a gallery may be as large as memory allows
+        broken = np.flatnonzero(~np.isfinite(vectors[start : start + 2**16]).all(axis=1))
+        if len(broken):
+            raise ValueError(
+                f"{name} embedding in row {start + broken[0]} is not finite; the network diverged or its input is "
+                "broken"
+            )
+    return Side(vectors, identities, cameras)

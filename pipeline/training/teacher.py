@@ -87,15 +87,15 @@ class TeacherTask:
 
 
 def validation(
-    manifest: Manifest, images: Images, preprocess: Callable[[Tensor], Tensor], device: torch.device
+    manifest: Manifest, images: Images, protocol: str, preprocess: Callable[[Tensor], Tensor], device: torch.device
 ) -> Validate | None:
     """Scores networks on the held-out training identities, never on the test set; None where none are held out."""
     if not len(manifest.rows("validation-query")):
         return None
 
     def validate(net: RetrievalNet) -> float:
-        found = evaluate(net, manifest, images, "validation-query", "validation-gallery", preprocess, device)
-        return found.scores().map
+        splits = ("validation-query", "validation-gallery")
+        return evaluate(net, manifest, images, *splits, protocol, preprocess, device).map
 
     return validate
 

@@ -60,8 +60,18 @@ def evidence(**changes):
         "data": "vehicles, 8 x 6 pixels",
         "machine": "a machine of four threads",
         "seed": 3,
+        "protocol": "market",
         "prepare": PrepareRecord(
-            images=18, identities=6, cameras=3, train=0, validation=0, query=6, gallery=12, quarantined=0, leaked=0
+            images=18,
+            identities=6,
+            cameras=3,
+            train=0,
+            validation=0,
+            query=6,
+            gallery=12,
+            quarantined=0,
+            leaked=0,
+            near_duplicates=0,
         ),
         "teacher": teacher,
         "student": StudentRecord(target=0.75, **small, **scores),
@@ -147,7 +157,7 @@ def test_panels_say_in_words_what_they_show(html):
     alts = re.findall(r'src="panel-\d+.png" alt="([^"]+)"', html)
     assert len(alts) == 2
     for alt in alts:
-        assert "seen by camera c0" in alt
+        assert ", camera c0." in alt
         assert "teacher: right at 1, 2 of the first 10, AP 1.00; student: right at" in alt
 
 

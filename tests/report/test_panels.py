@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 
 from pipeline.report.panels import Ranking, choose, describe, panel, rank
 from pipeline.report.style import RIGHT, WRONG
-from pipeline.retrieval.metrics import evaluate_market
+from pipeline.retrieval.protocols import PROTOCOLS, Side, evaluate
 
 NAN = float("nan")
 precisions = st.lists(
@@ -66,13 +66,14 @@ def test_the_order_is_the_one_that_is_scored(seed):
     gallery, query = rng.choice(exact, 40), rng.choice(exact, 1)
     gallery[0], ids[0], cameras[0] = query[0], "1", "b"
 
-    order = rank(query[0], gallery, ids == "1", cameras == "a", ids, top=40)
+    sides = Side(query, np.array(["1"]), np.array(["a"])), Side(gallery, ids, cameras)
+    order = rank(query[0], gallery, *PROTOCOLS["market"].positives(sides[0], 0, sides[1]), top=40)
 
     assert not (ids[order] == "-1").any()
     assert not ((ids[order] == "1") & (cameras[order] == "a")).any()
     places = np.flatnonzero(ids[order] == "1") + 1
     ap = np.mean(np.arange(1, len(places) + 1) / places)
-    scored = evaluate_market(query, gallery, np.array(["1"]), ids, np.array(["a"]), cameras).ap[0]
+    scored = evaluate("market", *sides).ap[0]
     assert ap == pytest.approx(scored, abs=1e-12)
 
 

@@ -71,13 +71,13 @@ def test_every_module_keeps_its_mode():
 
 def test_scores_come_from_the_splits_that_are_asked_for():
     vectors = np.array([[9, 9], [1, 0], [1, 0.5], [1, 0.2], [1, 0]], dtype=np.float32)  # the nearest is left out
-    scores = evaluate_embedder(vectors.__getitem__, Table(), "query", "gallery").scores()
-    assert (scores.map, scores.queries) == (1 / 2, 1)
-    assert evaluate(Net(), Table(), Pictures(), "query", "gallery", preprocess).scores().queries == 1
+    found = evaluate_embedder(vectors.__getitem__, Table(), "query", "gallery", "market")
+    assert (found.map, len(found.ap)) == (1 / 2, 1)
+    assert len(evaluate(Net(), Table(), Pictures(), "query", "gallery", "market", preprocess).ap) == 1
 
 
 def test_the_image_is_named_whose_embedding_is_not_finite():
     vectors = np.ones((5, 2), dtype=np.float32)
     vectors[3, 1] = np.inf
     with pytest.raises(ValueError, match=r"3\.jpg"):
-        evaluate_embedder(vectors.__getitem__, Table(), "query", "gallery")
+        evaluate_embedder(vectors.__getitem__, Table(), "query", "gallery", "market")

@@ -1,4 +1,4 @@
-"""`evaluate_market` against a slow, literal reading of the definition, and against every trap public code fell into."""
+"""Protocol `market` against a slow, literal reading of the definition, and against every trap public code fell into."""
 
 import numpy as np
 import pytest
@@ -6,9 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pipeline.retrieval.metrics import Retrieval, evaluate_market
+from pipeline.records import Scores
+from pipeline.retrieval.metrics import Retrieval
+from pipeline.retrieval.protocols import Side, evaluate, scores
 
 DIM = 16  # vectors of +-1 have length 4: cosines are whole sixteenths, exact in float32, and full of ties
+
+
+def market(query, gallery, query_ids, gallery_ids, query_cameras, gallery_cameras, **options) -> Retrieval:
+    sides = Side(query, query_ids, query_cameras), Side(gallery, gallery_ids, gallery_cameras)
+    return evaluate("market", *sides, **options)
 
 
 def literal(query, gallery, query_ids, gallery_ids, query_cameras, gallery_cameras):
@@ -60,9 +67,9 @@ def agrees(result: Retrieval, arrays) -> None:
 def test_it_agrees_with_the_definition_for_every_size_of_block(arrays, block):
     if not literal(*arrays)[1].any():
         with pytest.raises(ValueError, match="has a match"):
-            evaluate_market(*arrays, block=block)
+            market(*arrays, block=block)
     else:
-        agrees(evaluate_market(*arrays, block=block), arrays)
+        agrees(market(*arrays, block=block), arrays)
 
 
 @settings(deadline=None)
@@ -72,10 +79,8 @@ def test_scores_do_not_depend_on_the_order_of_a_gallery_full_of_ties(arrays, ran
         return
     query, gallery, query_ids, gallery_ids, query_cameras, gallery_cameras = arrays
     order = random.sample(range(len(gallery)), len(gallery))
-    shuffled = evaluate_market(
-        query, gallery[order], query_ids, gallery_ids[order], query_cameras, gallery_cameras[order]
-    )
-    np.testing.assert_array_equal(shuffled.ap, evaluate_market(*arrays).ap)
+    shuffled = market(query, gallery[order], query_ids, gallery_ids[order], query_cameras, gallery_cameras[order])
+    np.testing.assert_array_equal(shuffled.ap, market(*arrays).ap)
 
 
 def test_duplicates_tie_wherever_they_stand_in_the_gallery():
@@ -92,52 +97,52 @@ def test_duplicates_tie_wherever_they_stand_in_the_gallery():
     results = []
     for seed in range(4):
         order = np.random.default_rng(seed).permutation(3 * count)
-        result = evaluate_market(query, gallery[order], identities, ids[order], np.full(count, "c1"), cameras[order])
+        result = market(query, gallery[order], identities, ids[order], np.full(count, "c1"), cameras[order])
         assert (result.first_rank % 3 == 0).all()  # every image is there three times, the positive after its copies
         results.append(result.ap)
     assert all(np.array_equal(results[0], other) for other in results[1:])
 
 
-def line(*gallery: tuple[str, str]) -> Retrieval:
+def line(*gallery: tuple[str, str]) -> Scores:
     """Score one query (identity 1, camera c1) whose gallery, (identity, camera), stands in the order of similarity."""
     angles = np.linspace(0.1, 1.5, len(gallery))
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     ids, cameras = (np.array(column) for column in zip(*gallery, strict=True))
-    return evaluate_market(np.array([[1.0, 0.0]]), vectors, np.array(["1"]), ids, np.array(["c1"]), cameras)
+    return scores("market", market(np.array([[1.0, 0.0]]), vectors, np.array(["1"]), ids, np.array(["c1"]), cameras))
 
 
 def test_average_precision_is_the_mean_of_precisions_at_the_positives():
-    scores = line(("2", "c1"), ("1", "c2"), ("1", "c3"), ("3", "c2"), ("1", "c2")).scores()
-    assert scores.map == pytest.approx((1 / 2 + 2 / 3 + 3 / 5) / 3, abs=1e-15)
-    assert scores.minp == pytest.approx(3 / 5, abs=1e-15)
-    assert (scores.rank1, scores.rank5, scores.queries, scores.dropped) == (0.0, 1.0, 1, 0)
+    found = line(("2", "c1"), ("1", "c2"), ("1", "c3"), ("3", "c2"), ("1", "c2"))
+    assert found.map == pytest.approx((1 / 2 + 2 / 3 + 3 / 5) / 3, abs=1e-15)
+    assert found.minp == pytest.approx(3 / 5, abs=1e-15)
+    assert (found.rank1, found.rank5, found.queries, found.dropped) == (0.0, 1.0, 1, 0)
 
 
 def test_same_identity_and_camera_is_left_out_but_the_rest_of_the_camera_is_not():
-    assert line(("1", "c1"), ("1", "c2")).scores().map == 1.0
-    assert line(("2", "c1"), ("1", "c2")).scores().map == 1 / 2
+    assert line(("1", "c1"), ("1", "c2")).map == 1.0
+    assert line(("2", "c1"), ("1", "c2")).map == 1 / 2
 
 
 def test_junk_is_left_out_and_identity_zero_is_a_distractor():
-    assert line(("-1", "c2"), ("1", "c2")).scores().map == 1.0
-    assert line(("0", "c2"), ("1", "c2")).scores().map == 1 / 2
+    assert line(("-1", "c2"), ("1", "c2")).map == 1.0
+    assert line(("0", "c2"), ("1", "c2")).map == 1 / 2
 
 
 def test_identities_are_strings():
-    assert line(("01", "c2"), ("1", "c2")).scores().map == 1 / 2
+    assert line(("01", "c2"), ("1", "c2")).map == 1 / 2
 
 
 def test_a_gallery_smaller_than_ten_still_has_a_rank_ten():
-    assert line(("2", "c2"), ("1", "c2")).scores().rank10 == 1.0
+    assert line(("2", "c2"), ("1", "c2")).rank10 == 1.0
 
 
 def test_an_identity_behind_its_query_by_index_is_not_taken_for_the_query_itself():
-    assert line(("1", "c2"), ("2", "c2"), ("1", "c3")).scores().map == pytest.approx((1 + 2 / 3) / 2)
+    assert line(("1", "c2"), ("2", "c2"), ("1", "c3")).map == pytest.approx((1 + 2 / 3) / 2)
 
 
 def test_near_duplicates_do_not_tie():
     gallery = np.array([[1.0, 2e-3], [1.0, 1e-3]])  # cosines 1 - 2e-6 and 1 - 5e-7
-    result = evaluate_market(
+    result = market(
         np.array([[1.0, 0.0]]),
         gallery,
         np.array(["1"]),
@@ -145,11 +150,11 @@ def test_near_duplicates_do_not_tie():
         np.array(["c1"]),
         np.array(["c2", "c2"]),
     )
-    assert result.scores().rank1 == 1.0
+    assert result.rank(1) == 1.0
 
 
 def test_a_collapsed_network_gets_the_worst_score_not_the_best():
-    assert evaluate_market(
+    assert market(
         np.zeros((1, 4)),
         np.zeros((4, 4)),
         np.array(["1"]),
@@ -161,15 +166,16 @@ def test_a_collapsed_network_gets_the_worst_score_not_the_best():
 
 def test_queries_without_a_match_are_out_of_the_mean_but_counted():
     gallery = np.array([[1.0, 0.0], [0.0, 1.0]])
-    scores = evaluate_market(
+    result = market(
         np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]),
         gallery,
         np.array(["1", "nobody", "2"]),
         np.array(["1", "2"]),
         np.array(["c1", "c1", "c2"]),
         np.array(["c2", "c2"]),
-    ).scores()
-    assert (scores.map, scores.rank1, scores.queries, scores.dropped) == (1.0, 1.0, 3, 2)
+    )
+    found = scores("market", result)
+    assert (found.map, found.rank1, found.queries, found.dropped) == (1.0, 1.0, 3, 2)
 
 
 @pytest.mark.parametrize("which", ["query", "gallery"])
@@ -178,14 +184,14 @@ def test_an_embedding_that_is_not_finite_is_named_by_its_row(which):
     arrays[which][2, 1] = np.nan
     labels = np.array(["1", "2", "3"])
     with pytest.raises(ValueError, match=f"{which} embedding in row 2"):
-        evaluate_market(*arrays.values(), labels, labels, labels, labels)
+        market(*arrays.values(), labels, labels, labels, labels)
 
 
 def test_shapes_that_disagree_are_refused():
     labels = np.array(["1", "2"])
     with pytest.raises(ValueError, match="3 dimensions"):
-        evaluate_market(np.ones((2, 3)), np.ones((2, 4)), labels, labels, labels, labels)
-    with pytest.raises(ValueError, match="gallery: 3 embeddings, 2 identities"):
-        evaluate_market(np.ones((2, 3)), np.ones((3, 3)), labels, labels, labels, labels)
+        market(np.ones((2, 3)), np.ones((2, 4)), labels, labels, labels, labels)
+    with pytest.raises(ValueError, match="gallery: 3 embeddings and 2 identities"):
+        market(np.ones((2, 3)), np.ones((3, 3)), labels, labels, labels, labels)
     with pytest.raises(ValueError, match="n >= 1"):
-        evaluate_market(np.ones((2, 3)), np.ones((0, 3)), labels, np.array([]), labels, np.array([]))
+        market(np.ones((2, 3)), np.ones((0, 3)), labels, np.array([]), labels, np.array([]))
