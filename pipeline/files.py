@@ -83,6 +83,11 @@ class Files:
         return self.artifacts("prepare") / "manifest.csv"
 
     @property
+    def remarks(self) -> Path:
+        """What is odd about images, and copies that look alike."""
+        return self.artifacts("remarks.csv")
+
+    @property
     def quarantine(self) -> Path:
         return self.artifacts("prepare") / "quarantine.csv"
 

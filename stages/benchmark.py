@@ -61,6 +61,7 @@ def benchmark(run: Run) -> BenchmarkRecord:
     }
     kept = read_json(files.artifacts("surgery") / "plan.json")["kept"]
     evidence = Evidence(
+        protocol=params.data.protocol,
         data=f"{params.data.source}, {height} x {width} pixels",
         machine=f"ONNX Runtime {version('onnxruntime')}, {platform.machine()}, {available_threads()} threads in all",
         seed=params.seed,

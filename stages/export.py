@@ -17,7 +17,6 @@ from pipeline.models import cost
 from pipeline.ops.stage import Run, run_stage
 from pipeline.records import ExportRecord
 from pipeline.retrieval.embed import embed, evaluate_embedder
-from pipeline.retrieval.protocols import MARKET
 from pipeline.runtime import launch
 
 FILES = {"model.onnx": ("surgery", "the student"), "teacher.onnx": ("teacher", "the network that it learnt from")}
@@ -33,7 +32,7 @@ def export(run: Run) -> ExportRecord:
         images=images,
         rows=np.concatenate([manifest.rows("query"), manifest.rows("gallery")]),
         preprocess=normalise,
-        score=lambda found: evaluate_embedder(lambda _: found, manifest, "query", "gallery", MARKET).scores().map,
+        score=lambda found: evaluate_embedder(lambda _: found, manifest, "query", "gallery", params.data.protocol).map,
         gates=params.export.gates,
     )
     contents: dict[str, bytes] = {}
@@ -48,7 +47,7 @@ def export(run: Run) -> ExportRecord:
             data=params.data.source,
             data_digest=manifest.digest,
             params_digest=params_digest(params),
-            protocol=MARKET,
+            protocol=params.data.protocol,
             map=parities[name].map,
             image_size=(height, width),
             mean=tuple(MEAN),

@@ -1,67 +1,84 @@
 """Stage `prepare`: from raw images to a manifest that later stages can trust.
 
 Reads   data.root (source `vehicles` renders its own images)
-Writes  artifacts/prepare/, metrics/prepare.json
+Writes  artifacts/prepare/, artifacts/remarks.csv, metrics/prepare.json
 """
 
 import csv
 import io
+import logging
 import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
 
 from pipeline.data import vehicles
 from pipeline.data.images import build_cache, data_root
-from pipeline.data.inspect import Inspection, inspect, leaks, split_validation
+from pipeline.data.inspect import changed, inspect, leaks, near_duplicates, refuse, settled, twins
+from pipeline.data.layouts import UNKNOWN
 from pipeline.data.manifest import DataError, Manifest, some
 from pipeline.data.sources import read_source
+from pipeline.data.splits import complain_about_test, split_test, split_validation
 from pipeline.files import write_text
 from pipeline.ops.stage import Run, run_stage
 from pipeline.records import PrepareRecord
 
+log = logging.getLogger(__name__)
+
 
 def prepare(run: Run) -> PrepareRecord:
     """Render, read, inspect, split, cache."""
-    data, files = run.params.data, run.files
+    data, files, seed = run.params.data, run.files, run.params.seed
     root = data_root(files, run.params)
     if data.source == "vehicles":
         started = time.monotonic()
-        vehicles.render(root, run.params.seed, data.vehicles)
+        vehicles.render(root, seed, data.vehicles)
         run.timing("render", time.monotonic() - started)
-    items = read_source(data.source, root)
-    found = inspect(items, root)
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([("path", "reason"), *found.quarantined])
-    write_text(files.quarantine, text.getvalue())
-    _refuse(found, len(items), data.max_quarantined)
-    manifest = Manifest(split_validation(found.good, data.validation, run.params.seed), root)
-    manifest.write(files.manifest)
+    source = read_source(data, root)
+    found = inspect(source.items, root)
+    found = settled(replace(found, good=split_test(found.good, data.own.test, seed, data.protocol)))
+    copies = leaks(found)
+    alike = near_duplicates(found, data.near)
+    asked_twice = [] if data.protocol.startswith("market") else twins(found)  # which leaves copies out
+    remarks = [
+        *source.remarks,
+        *found.remarks,
+        *((test, f"has the pixels of training image {train}") for train, test in copies),
+        *((other, f"has the pixels of {one}, a test image too") for one, other in asked_twice),
+        *((test, f"looks like training image {train} ({bits} of 64 bits differ)") for train, test, bits in alike),
+    ]
+    _list(files.quarantine, "reason", found.quarantined)
+    _list(files.remarks, "remark", remarks)
+    if remarks:
+        log.warning("%d remarks about images, such as %s; all are in remarks.csv", len(remarks), ": ".join(remarks[0]))
+    refuse(found, len(source.items), data.max_quarantined, data.max_leaked)
+    complain_about_test(found.good, data.protocol)
+    manifest = Manifest(split_validation(found.good, data.validation, seed, data.protocol), root)
     if data.cache:
         height, width = data.image_size
         build_cache(manifest, (height, width), files.image_cache)
+    if touched := changed(found, root):
+        raise DataError(f"{len(touched)} images changed while they were read: {some(touched)}; run the stage again")
+    manifest.write(files.manifest)
     return PrepareRecord(
         images=len(manifest),
         identities=len({item.identity for item in manifest.items}),
-        cameras=len({item.camera for item in manifest.items}),
+        cameras=len({item.camera for item in manifest.items} - {UNKNOWN}),
         train=len(manifest.rows("train")),
         validation=len(manifest.rows("validation-query", "validation-gallery")),
         query=len(manifest.rows("query")),
         gallery=len(manifest.rows("gallery")),
         quarantined=len(found.quarantined),
-        leaked=0,  # else there is no manifest
+        leaked=len(copies),
+        near_duplicates=len(alike),
     )
 
 
-def _refuse(found: Inspection, images: int, max_quarantined: float) -> None:
-    """Stop where too much is unreadable, or where the test set would be known from training."""
-    bad = [f"{path} ({reason})" for path, reason in found.quarantined]
-    if len(bad) > max_quarantined * images:
-        raise DataError(
-            f"{len(bad)} of {images} images are unreadable, more than `data.max_quarantined` ({max_quarantined}): "
-            f"{some(bad)}; all are in quarantine.csv: replace them or raise the limit"
-        )
-    if pairs := [f"{test} = {train}" for train, test in leaks(found)]:
-        raise DataError(
-            f"{len(pairs)} test images are training images too: {some(pairs)}; remove them from one of the two"
-        )
+def _list(path: Path, heading: str, rows: Iterable[tuple[str, str]]) -> None:
+    """Write (path, what is said about it)."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([("path", heading), *rows])
+    write_text(path, text.getvalue())
 
 
 if __name__ == "__main__":

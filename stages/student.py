@@ -20,6 +20,7 @@ from pipeline.models.cost import CostModel
 from pipeline.ops.stage import Run, run_stage
 from pipeline.records import StudentRecord
 from pipeline.retrieval.embed import evaluate
+from pipeline.retrieval.protocols import scores
 from pipeline.runtime import launch
 from pipeline.training.loop import Fit
 from pipeline.training.student import CALIBRATION, fresh_student, remaining_spec, spread, student_task
@@ -47,7 +48,7 @@ def student(run: Run) -> StudentRecord:
         return cast(CostModel, fabric.broadcast(found))
 
     budgeted = cost_model(teacher.spec, config, size, measure)
-    validate = validation(manifest, images, normalise, fabric.device)
+    validate = validation(manifest, images, params.data.protocol, normalise, fabric.device)
     calibration = normalise(as_tensor(images.batch(spread(manifest.rows("train"), CALIBRATION))).to(fabric.device))
     steps = len(loader) * config.epochs
     task = student_task(fabric, params, teacher, budgeted, steps, calibration, validate, run.files.answers)
@@ -59,10 +60,11 @@ def student(run: Run) -> StudentRecord:
     latency = config.budgeted and config.budget.of == "latency"
     if latency and fabric.is_global_zero:  # what was counted: it cannot be measured twice alike
         shutil.copyfile(checkpoints.folder / LATENCY, run.out / LATENCY)
-    scores = evaluate(net, manifest, images, "query", "gallery", normalise, fabric.device).scores()
+    protocol = params.data.protocol
+    found = evaluate(net, manifest, images, "query", "gallery", protocol, normalise, fabric.device)
     small = remaining_spec(net)
     return StudentRecord(
-        **scores.model_dump(),
+        **scores(protocol, found).model_dump(),
         params=cost.params(small),
         macs=cost.macs(small, size),
         params_reduction=1 - cost.params(small) / cost.params(teacher.spec),

@@ -12,6 +12,7 @@ from pipeline.models import cost
 from pipeline.ops.stage import Run, run_stage
 from pipeline.records import SurgeryRecord
 from pipeline.retrieval.embed import evaluate
+from pipeline.retrieval.protocols import scores
 from pipeline.runtime import launch
 
 
@@ -20,17 +21,18 @@ def surgery(run: Run) -> SurgeryRecord:
     params = run.params
     fabric = launch(params.runtime.alone(), params.seed)
     manifest, images = open_images(run.files, params)
-    probe = normalise(as_tensor(images.batch(manifest.rows("gallery")[:8])))
+    probe = normalise(as_tensor(images.batch(manifest.rows("query", "gallery")[:8])))
     full = checkpoint.load_spec(run.files.artifacts("teacher"))
     operation = operate(checkpoint.load(run.files.artifacts("student")), full, params.surgery, probe)
     operation.plan.after(SurgeryPlan.read(run.files.artifacts("student"))).write(run.out)
     checkpoint.save(run.out, operation.net)
     net = operation.net.to(fabric.device)
-    scores = evaluate(net, manifest, images, "query", "gallery", normalise, fabric.device).scores()
+    protocol = params.data.protocol
+    found = evaluate(net, manifest, images, "query", "gallery", protocol, normalise, fabric.device)
     height, width = params.data.image_size
     params_left, macs_left = cost.params(net.spec), cost.macs(net.spec, (height, width))
     return SurgeryRecord(
-        **scores.model_dump(),
+        **scores(protocol, found).model_dump(),
         params=params_left,
         macs=macs_left,
         params_reduction=1 - params_left / cost.params(full),

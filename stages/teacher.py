@@ -12,6 +12,7 @@ from pipeline.models import cost
 from pipeline.ops.stage import Run, run_stage
 from pipeline.records import TeacherRecord
 from pipeline.retrieval.embed import evaluate
+from pipeline.retrieval.protocols import scores
 from pipeline.runtime import launch
 from pipeline.training.loop import Fit
 from pipeline.training.teacher import TeacherTask, fresh_teacher, validation
@@ -23,13 +24,16 @@ def teacher(run: Run) -> TeacherRecord:
     fabric = launch(params.runtime, params.seed)
     manifest, images = open_images(run.files, params)
     loader = training_loader(manifest, images, params.teacher, params, fabric.global_rank, fabric.world_size)
-    task = TeacherTask(params.teacher, validation(manifest, images, normalise, fabric.device))
+    task = TeacherTask(params.teacher, validation(manifest, images, params.data.protocol, normalise, fabric.device))
     fit = Fit(fabric, params.teacher, task, loader, normalise, run.checkpoints("data", "teacher"), run.curve)
     net = fit.run(lambda: fresh_teacher(params.teacher, len(manifest.train_identities)))
     checkpoint.save(run.out, net)
-    scores = evaluate(net, manifest, images, "query", "gallery", normalise, fabric.device).scores()
+    protocol = params.data.protocol
+    found = evaluate(net, manifest, images, "query", "gallery", protocol, normalise, fabric.device)
     height, width = params.data.image_size
-    return TeacherRecord(**scores.model_dump(), params=cost.params(net.spec), macs=cost.macs(net.spec, (height, width)))
+    return TeacherRecord(
+        **scores(protocol, found).model_dump(), params=cost.params(net.spec), macs=cost.macs(net.spec, (height, width))
+    )
 
 
 if __name__ == "__main__":

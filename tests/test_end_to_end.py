@@ -21,6 +21,7 @@ ARTIFACTS = {
     "prepare/images.npy",
     "prepare/manifest.csv",
     "prepare/quarantine.csv",
+    "remarks.csv",
     "teacher/spec.json",
     "teacher/weights.safetensors",
     "student/plan.json",

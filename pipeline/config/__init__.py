@@ -4,9 +4,10 @@
 whole truth about a run, and a missing key is as much an error as a mistyped one.
 """
 
+import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.section import Count, Fraction, Section
 from pipeline.config.training import Augment, Batch, Budget, Optimizer, Student, Teacher, Training
@@ -30,13 +31,62 @@ class Vehicles(Section):
     """Height and width of a rendered image, pixels."""
 
 
+class VehicleId(Section):
+    """Which test set of VehicleID (source `vehicleid`)."""
+
+    test_identities: Literal[800, 1600, 2400]
+    """Vehicles in the small, the medium and the large one."""
+
+
+class Own(Section):
+    """Data of one's own (sources `folder` and `csv`)."""
+
+    table: Annotated[str, Field(min_length=1)]
+    """Source `csv`: the table, in `data.root`: path, identity and, if known, camera and split."""
+    pattern: str
+    """Source `folder`: regular expression that finds the camera in a file's name, as group `camera`, such as
+    `_(?P<camera>c\\d+)_`; empty where folders say it or nobody knows."""
+    test: Annotated[float, Field(gt=0, lt=1)]
+    """Share of the identities that become the test set, where no split is given; each by itself, so that none changes
+    sides when others come."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _finds_a_camera(cls, pattern: str) -> str:
+        try:
+            groups = re.compile(pattern).groupindex
+        except re.error as error:
+            raise ValueError(f"is no regular expression: {error}") from error
+        if pattern and "camera" not in groups:
+            raise ValueError("must have a group (?P<camera>...)")
+        return pattern
+
+
+ALL_ASK = ("loo", "vehicleid")
+"""Protocols whose test images are all queries."""
+
+PROTOCOLS_OF: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("vehicles", "veri776", "market1501", "msmt17"), ("market", "market-trapezoid")),
+    **dict.fromkeys(("vehicleid", "cub200", "sop"), ALL_ASK),
+    "inshop": ("query-gallery",),
+}
+"""What published sets can be scored by; data of one's own by any."""
+
+
 class Data(Section):
     """Stage `prepare`."""
 
-    source: Literal["vehicles", "veri776"]
-    """Layout of the raw data; `vehicles` renders a set of its own in the layout of VeRi-776."""
+    source: Literal[
+        "vehicles", "veri776", "vehicleid", "market1501", "msmt17", "cub200", "inshop", "sop", "folder", "csv"
+    ]
+    """Layout of the raw data; `vehicles` renders a set of its own in the layout of VeRi-776, `folder` and `csv` are for
+    data of one's own."""
     root: Annotated[str, Field(min_length=1)]
     """Folder of the raw data, relative to the repository; a dependency of the stage."""
+    protocol: Literal["market", "market-trapezoid", "query-gallery", "loo", "vehicleid"]
+    """How every mAP is computed: `market` leaves out images of the query's identity from its own camera;
+    `query-gallery` leaves out nothing; under `loo` every test image is asked of all others; `vehicleid` draws one image
+    of each identity as gallery, ten times."""
     image_size: Annotated[list[Annotated[int, Field(ge=16, le=2048)]], Field(min_length=2, max_length=2)]
     """Height and width that every image is resized to, pixels."""
     cache: bool
@@ -45,7 +95,14 @@ class Data(Section):
     """Share of the training identities held out to validate on; the test set is never validated on."""
     max_quarantined: Fraction
     """Share of unreadable images above which the stage stops."""
+    max_leaked: Fraction
+    """Share of test images above which the stage stops when their pixels are in the training set too."""
+    near: Annotated[int, Field(ge=-1, le=16)]
+    """Bits of a 64-bit perceptual hash in which near duplicates may differ (reported, never refused); -1 looks for
+    none."""
     vehicles: Vehicles
+    vehicleid: VehicleId
+    own: Own
 
 
 class Surgery(Section):
@@ -147,6 +204,12 @@ class Params(Section):
     @model_validator(mode="after")
     def _stages_agree(self) -> Self:
         complaints = []
+        possible = PROTOCOLS_OF.get(self.data.source, (self.data.protocol,))
+        if self.data.protocol not in possible:
+            complaints.append(
+                f"`data.protocol` is {self.data.protocol}, but source {self.data.source} can be scored by "
+                f"{' or '.join(possible)} only"
+            )
         if self.data.source == "vehicles":
             training = self.data.vehicles.train_identities * (1 - self.data.validation)
             for stage, section in (("teacher", self.teacher), ("student", self.student)):

@@ -25,6 +25,9 @@ class Augment(Section):
     """Pixels of zero padding on every side before the random crop (10 in the paper)."""
     erase: Fraction
     """Probability of random erasing (0.5 in the paper)."""
+    erase_area: Annotated[float, Field(ge=0.02, le=1)]
+    """Largest share of an image that is erased (0.4 in the paper, too much of what few pixels show); the smallest is
+    0.02."""
 
 
 class Losses(Section):

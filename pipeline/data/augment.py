@@ -4,9 +4,15 @@ What happens to an image depends on (seed, epoch, row) alone, so it is the same 
 restarts. Images stay uint8 until they are on the device.
 """
 
-import numpy as np
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
 import torch
 from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
 
 from pipeline.config import Augment
 from pipeline.data.images import Pixels
@@ -15,12 +21,12 @@ MEAN = (0.485, 0.456, 0.406)
 """Mean of ImageNet's colours, as shares (RGB)."""
 STD = (0.229, 0.224, 0.225)
 """Standard deviation of ImageNet's colours, as shares (RGB)."""
-ERASED_AREA = (0.02, 0.2)
-"""Range of the erased share of an image; Zhong et al. erase up to 0.4, too much of what few pixels show."""
+ERASED_AREA = 0.02
+"""Least share of an image that is erased (Zhong et al.)."""
 ERASED_ASPECT = (0.3, 1 / 0.3)
 """Range of height / width of what is erased (Zhong et al.)."""
 
-_FILL = torch.tensor([round(255 * mean) for mean in MEAN], dtype=torch.uint8)[:, None, None]  # 0 after normalisation
+_FILL = [round(255 * mean) for mean in MEAN]  # 0 after normalisation
 
 
 def as_tensor(pixels: Pixels) -> Tensor:
@@ -42,43 +48,43 @@ def normalise(images: Tensor) -> Tensor:
     return (images.float() - mean) / std
 
 
-def augment(image: Tensor, augment: Augment, seed: int, epoch: int, row: int) -> Tensor:
+def augment(images: Tensor, augment: Augment, seed: int, samples: Iterable[tuple[int, int]]) -> Tensor:
     """Flip, shift and erase a part, at random.
 
     Source of erasing: Zhong et al., Random Erasing Data Augmentation, AAAI 2020; here with the mean colour.
 
     Args:
-        image: (3, H, W) uint8.
+        images: (n, 3, H, W) uint8.
         augment: Section of params.yaml.
         seed: Of the run.
-        epoch: From 0.
-        row: Of the manifest.
+        samples: Epoch, from 0, and row of the manifest of each image.
 
     Returns:
-        (3, H, W) uint8, a copy.
+        (n, 3, H, W) uint8, a copy.
     """
-    # Philox counts from its counter's first word on, so that streams of other epochs and rows never meet this one's.
-    draws = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, epoch, row])).random(8).tolist()
-    flips, down, right, erases, area, aspect, top, left = draws
-    _, height, width = image.shape
-    if flips < augment.flip:
-        image = image.flip(2)
-
-    # Padding and a random crop are a shift; what comes in from outside has the mean colour.
-    down, right = (int(draw * (2 * augment.pad + 1)) - augment.pad for draw in (down, right))
-    changed = _FILL.repeat(1, height, width)
-    into = np.s_[:, max(down, 0) : max(height + down, 0), max(right, 0) : max(width + right, 0)]
-    out_of = np.s_[:, max(-down, 0) : max(height - down, 0), max(-right, 0) : max(width - right, 0)]
-    changed[into] = image[out_of]
-
-    if erases < augment.erase:
-        pixels = _between(ERASED_AREA, area) * height * width
-        ratio = _between(ERASED_ASPECT, aspect)
-        high, wide = min(round((pixels * ratio) ** 0.5), height), min(round((pixels / ratio) ** 0.5), width)
-        y, x = int(top * (height - high + 1)), int(left * (width - wide + 1))
-        changed[:, y : y + high, x : x + wide] = _FILL
+    size = (images.shape[2], images.shape[3])
+    framed = functional.pad(images, [augment.pad], fill=_FILL) if augment.pad else images
+    changed = torch.empty(images.shape, dtype=torch.uint8)
+    transforms = _transforms(augment, size)
+    for place, (epoch, row) in enumerate(samples):
+        with _drawn_from(f"{seed}/{epoch}/{row}"):
+            changed[place] = transforms(framed[place])
     return changed
 
 
-def _between(ends: tuple[float, float], share: float) -> float:
-    return ends[0] + share * (ends[1] - ends[0])
+@lru_cache(maxsize=8)
+def _transforms(augment: Augment, size: tuple[int, int]) -> v2.Compose:
+    """What happens to a padded image of this size (height, width), in order."""
+    erase = v2.RandomErasing(augment.erase, scale=(ERASED_AREA, augment.erase_area), ratio=ERASED_ASPECT, value=_FILL)
+    return v2.Compose([v2.RandomHorizontalFlip(augment.flip), v2.RandomCrop(size), erase])
+
+
+@contextmanager
+def _drawn_from(key: str) -> Iterator[None]:
+    """Let torch draw from a key, and go on afterwards as if it had not: its transforms know no other generator."""
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest()))
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)

@@ -3,13 +3,15 @@
 Preprocessing is the same everywhere: EXIF orientation, RGB, antialiased bilinear resize.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from pipeline.config import Params
 from pipeline.data.manifest import DataError, Manifest, Rows
@@ -21,22 +23,79 @@ Pixels = npt.NDArray[np.uint8]
 
 MAX_PIXELS = 50_000_000
 """Larger images are refused from their header alone: a small file can unpack to gigabytes."""
+MAX_BYTES = 500_000_000
+"""Larger files are refused unread: some readers take them into memory as a whole."""
+LARGE = 4_000_000
+"""Images of more pixels are decoded one at a time, so that memory holds one of them and not one a processor."""
+Image.init()
+FORMATS = tuple(sorted({"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"} & set(Image.OPEN)))
+"""What is read, as far as Pillow was built with it. Others start programs (EPS) or decode before their size is known
+(ICO)."""
+
+_ALONE = threading.Lock()
 
 
-def open_rgb(path: Path) -> Image.Image:
-    """Decode an image in full, upright and in RGB.
+PLAIN = ("RGB", "RGBX", "1", "L", "P", "CMYK", "YCbCr", "HSV")
+"""Modes that Pillow converts as they are meant (Adobe's inverted CMYK included), unless something is transparent."""
+DEEP = ("I;16", "I;16L", "I;16B", "I;16N")
+"""Grey with 16 bits: their upper eight count."""
+SHALLOW = 2**12
+"""Deep images without larger values hold fewer bits, of which hardly any would be left."""
+WHITE = (255, 255, 255)
+"""What shows through where an image is transparent."""
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """An image file whose header is judged and whose pixels are not decoded yet; large ones one at a time.
 
     Raises:
-        DataError: If it is too large, or deeper than 8 bits (Pillow would destroy its values without a word).
-        OSError: If it cannot be decoded to the end (the decoder may raise others too).
+        DataError: If it is too large.
+        OSError: If it is none that is read (`FORMATS`).
     """
-    with Image.open(path) as image:
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise DataError(f"{size} bytes exceed {MAX_BYTES}")
+    with Image.open(path, formats=FORMATS) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise DataError(f"{width} x {height} pixels exceed {MAX_PIXELS}; make it smaller")
-        if image.mode.startswith(("I", "F")):
-            raise DataError(f"mode {image.mode} has more than 8 bits a channel; convert it to 8 bits")
-        return ImageOps.exif_transpose(image).convert("RGB")
+        with _ALONE if width * height > LARGE else nullcontext():
+            yield image
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Decode an image in full, upright and in RGB; of several frames the first. The given one is used up.
+
+    Raises:
+        DataError: If its mode has no plain meaning.
+        OSError: If it cannot be decoded to the end (the decoder may raise others too).
+    """
+    if not (image.mode in PLAIN or image.mode in DEEP or image.mode == "LAB" or image.has_transparency_data):
+        raise DataError(f"mode {image.mode} has no plain meaning as colours; convert it to 8 bits a channel")
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    return _rgb(image)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """By mode: Pillow's own conversion would drop transparency, and most of the values of deep ones, without a word."""
+    if image.mode in DEEP:
+        values = np.asarray(image)
+        if 0 < values.max() < SHALLOW:
+            raise DataError(f"mode {image.mode} with values up to {values.max()} only; scale it to 8 bits a channel")
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "LAB":
+        colours = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, *colours, outputMode="RGB")
+        if converted is None:
+            raise DataError("colours of mode LAB cannot be converted; convert it to RGB")
+        return converted
+    if image.has_transparency_data:
+        seen = image.convert("RGBA")
+        ground = Image.new("RGB", seen.size, WHITE)
+        ground.paste(seen, mask=seen.getchannel("A"))
+        return ground
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def decode(path: Path, size: tuple[int, int]) -> Pixels:
@@ -50,7 +109,8 @@ def decode(path: Path, size: tuple[int, int]) -> Pixels:
         (height, width, 3) uint8.
     """
     height, width = size
-    return np.asarray(open_rgb(path).resize((width, height), Image.Resampling.BILINEAR))  # Pillow's antialiases
+    with opened(path) as image:
+        return np.asarray(upright_rgb(image).resize((width, height), Image.Resampling.BILINEAR))  # antialiases
 
 
 def build_cache(manifest: Manifest, size: tuple[int, int], path: Path) -> None:

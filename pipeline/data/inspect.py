@@ -1,20 +1,43 @@
-"""What raw data must survive before anything learns from it: full decoding, leakage, and a validation split."""
+"""What raw images must survive before anything learns from them: full decoding, and a search for copies."""
 
 import hashlib
-import logging
+import stat
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import imagehash
 import numpy as np
+from PIL import Image, ImageOps
 
-from pipeline.data.images import open_rgb
-from pipeline.data.manifest import JUNK, TEST, Item
+from pipeline.data.images import opened, upright_rgb
+from pipeline.data.manifest import TEST, DataError, Item, some
+from pipeline.data.own import Remark
 from pipeline.data.parallel import in_threads
 from pipeline.progress import track
 
-log = logging.getLogger(__name__)
+STRIP = 256
+"""Rows of pixels that are copied at a time."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one image is.
+
+    Attributes:
+        pixels: SHA-256 of size and decoded pixels.
+        hashes: Perceptual hashes of it and of its mirror image.
+        state: Size and time of change of the file, in bytes and nanoseconds.
+        flat: Whether it is of one colour, and so looks like all others that are.
+        remark: What is odd about it; empty where nothing is.
+    """
+
+    pixels: str
+    hashes: tuple[int, int]
+    state: tuple[int, int]
+    flat: bool
+    remark: str
 
 
 @dataclass(frozen=True)
@@ -23,13 +46,18 @@ class Inspection:
 
     Attributes:
         good: Items that decode, in the given order.
-        pixels: SHA-256 of the decoded pixels of each good item.
+        looks: What each of them is.
         quarantined: (path, reason) of the others.
     """
 
     good: list[Item]
-    pixels: list[str]
-    quarantined: list[tuple[str, str]]
+    looks: list[Look]
+    quarantined: list[Remark]
+
+    @property
+    def remarks(self) -> list[Remark]:
+        """(path, remark) of images that are odd, but usable."""
+        return [(item.path, look.remark) for item, look in zip(self.good, self.looks, strict=True) if look.remark]
 
 
 def inspect(items: Sequence[Item], root: Path) -> Inspection:
@@ -37,82 +65,181 @@ def inspect(items: Sequence[Item], root: Path) -> Inspection:
 
     Args:
         items: What to look at.
-        root: Folder that their paths are relative to.
+        root: Folder that their paths are relative to; files outside of it are refused, links to them too.
     """
+    inside = root.resolve()
 
-    def look(item: Item) -> tuple[str, str]:
+    def look(item: Item) -> Look | str:
         try:
-            image = open_rgb(root / item.path)
+            return _look(_regular(root / item.path, inside))
         except Exception as error:
-            reason = str(error).replace(str(root / item.path), item.path)
-            return "", f"{type(error).__name__}: {reason}"
-        return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest(), ""
+            reason = str(error).replace(str(root / item.path), item.path).replace(str(inside), "")
+            return f"{type(error).__name__}: {reason}"
 
-    good, pixels, quarantined = [], [], []
-    looks = track(in_threads(look, items), len(items), "inspecting images")
-    for item, (digest, reason) in zip(items, looks, strict=True):
-        if reason:
-            quarantined.append((item.path, reason))
+    good, looks, quarantined = [], [], []
+    found = track(in_threads(look, items), len(items), "inspecting images")
+    for item, seen in zip(items, found, strict=True):
+        if isinstance(seen, str):
+            quarantined.append((item.path, seen))
         else:
             good.append(item)
-            pixels.append(digest)
-    return Inspection(good, pixels, quarantined)
+            looks.append(seen)
+    return Inspection(good, looks, quarantined)
 
 
-def leaks(inspection: Inspection) -> list[tuple[str, str]]:
+def _regular(path: Path, inside: Path) -> Path:
+    """Where a path leads to, if that is a file inside of the root: opening a pipe would wait for ever."""
+    end = path.resolve(strict=True)
+    if not end.is_relative_to(inside):
+        raise DataError("leads out of `data.root`")
+    if not stat.S_ISREG(end.stat().st_mode):
+        raise DataError("is no regular file")
+    return end
+
+
+def _look(path: Path) -> Look:
+    """Decode one file.
+
+    Raises:
+        Exception: Whatever the decoder finds.
+    """
+    before = path.stat()
+    with opened(path) as image:
+        kind, frames = image.format or "", int(getattr(image, "n_frames", 1))
+        rgb = upright_rgb(image)
+        pixels = hashlib.sha256(repr(rgb.size).encode())
+        for top in range(0, rgb.height, STRIP):
+            pixels.update(rgb.crop((0, top, rgb.width, min(top + STRIP, rgb.height))).tobytes())
+        flat = all(high - low <= 1 for low, high in _extrema(rgb))
+        small = rgb.convert("L").resize((32, 32), Image.Resampling.LANCZOS)  # as the hash does it
+        del rgb
+    hashes = (_hash(small), _hash(ImageOps.mirror(small)))
+    remarks = []
+    expected = Image.registered_extensions().get(path.suffix.lower())
+    if expected != kind:
+        remarks.append(f"is {kind}, whatever its name says")
+    if frames > 1:
+        remarks.append(f"has {frames} frames, of which the first is taken")
+    if flat:
+        remarks.append("is of one colour")
+    return Look(pixels.hexdigest(), hashes, (before.st_size, before.st_mtime_ns), flat, "; ".join(remarks))
+
+
+def _extrema(image: Image.Image) -> Iterator[tuple[int, int]]:
+    """Smallest and largest value of each channel."""
+    for channel in image.getextrema():
+        low, high = channel  # type: ignore[misc]
+        yield int(low), int(high)
+
+
+def _hash(grey: Image.Image) -> int:
+    bits = imagehash.phash(grey).hash.ravel()
+    return int.from_bytes(np.packbits(bits).tobytes())
+
+
+def changed(found: Inspection, root: Path) -> list[str]:
+    """Paths of files that are not what they were when they were looked at."""
+    paths = []
+    for item, look in zip(found.good, found.looks, strict=True):
+        try:
+            now = (root / item.path).stat()
+        except OSError:
+            paths.append(item.path)
+            continue
+        if (now.st_size, now.st_mtime_ns) != look.state:
+            paths.append(item.path)
+    return paths
+
+
+def leaks(found: Inspection) -> list[tuple[str, str]]:
     """Pairs of paths (training, test) with the same pixels.
 
     Duplicates inside of the test set are left alone: VeRi-776's own queries are in its gallery too.
     """
-    trained = {
-        digest: item.path
-        for item, digest in zip(inspection.good, inspection.pixels, strict=True)
-        if item.split not in TEST
-    }
-    return [
-        (trained[digest], item.path)
-        for item, digest in zip(inspection.good, inspection.pixels, strict=True)
-        if item.split in TEST and digest in trained
-    ]
+    pairs = list(zip(found.good, found.looks, strict=True))
+    trained = {look.pixels: item.path for item, look in pairs if item.split not in TEST}
+    return [(trained[look.pixels], item.path) for item, look in pairs if item.split in TEST and look.pixels in trained]
 
 
-def split_validation(items: Sequence[Item], share: float, seed: int) -> list[Item]:
-    """Hold whole training identities out, to validate on.
+def settled(found: Inspection) -> Inspection:
+    """The same without training images that two identities claim; those of a test set are kept, with a remark.
 
-    Of a held-out identity, the first image of every camera becomes a query and the rest the gallery. Where that would
-    leave queries with nothing to find, as only one camera has a second image, every other camera asks. An identity
-    that only one camera saw stays in training.
+    A benchmark's test set is what it is: without some of it mAP would be another one.
+    """
+    claims: dict[tuple[str, bool], set[str]] = defaultdict(set)
+    for item, look in zip(found.good, found.looks, strict=True):
+        claims[look.pixels, item.split in TEST].add(item.identity)
+    good, looks, quarantined = [], [], list(found.quarantined)
+    for item, look in zip(found.good, found.looks, strict=True):
+        tested = item.split in TEST
+        others = claims[look.pixels, tested] - {item.identity}
+        said = f"identities {some(sorted(others))} claim the same pixels" if others else ""
+        if said and not tested:
+            quarantined.append((item.path, said))
+            continue
+        good.append(item)
+        looks.append(replace(look, remark="; ".join(filter(None, (look.remark, said)))))
+    return Inspection(good, looks, quarantined)
+
+
+def twins(found: Inspection) -> list[tuple[str, str]]:
+    """Pairs of paths of test images with the same pixels: the first that has them, and each other."""
+    first: dict[str, str] = {}
+    tested = [(item, look) for item, look in zip(found.good, found.looks, strict=True) if item.split in TEST]
+    pairs = [(first.setdefault(look.pixels, item.path), item.path) for item, look in tested]
+    return [(one, other) for one, other in pairs if one != other]
+
+
+def near_duplicates(found: Inspection, bits: int) -> list[tuple[str, str, int]]:
+    """For each test image that looks like a training image, mirrored or not: the nearest one.
+
+    Images of one colour, and those with the same pixels, are none.
 
     Args:
-        items: With splits `train`, `query` and `gallery`.
-        share: Of the training identities, rounded down.
-        seed: Same seed, same identities.
+        found: What came of the inspection.
+        bits: Of the 64 bits of the hashes, how many may differ; none are looked for below 0.
 
     Returns:
-        The items in the given order.
+        Path of the training image, path of the test image, and differing bits.
     """
-    seen: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))  # identity -> camera -> paths
-    for item in items:
-        if item.split == "train":
-            seen[item.identity][item.camera].append(item.path)
-    fit = [identity for identity in sorted(seen) if len(seen[identity]) > 1 and identity != JUNK]
-    wanted = int(share * len(seen))
-    if len(fit) < wanted:
-        log.warning("only %d of %d identities were seen by two cameras and can be held out", len(fit), wanted)
-    held_out = set(np.random.default_rng(seed).permutation(fit)[:wanted].tolist())
-    queries = {path for identity in held_out for path in _queries(seen[identity])}
-
-    def place(item: Item) -> Item:
-        if item.split != "train" or item.identity not in held_out:
-            return item
-        return replace(item, split="validation-query" if item.path in queries else "validation-gallery")
-
-    return [place(item) for item in items]
+    told = [(item, look) for item, look in zip(found.good, found.looks, strict=True) if not look.flat]
+    train = [(item, look) for item, look in told if item.split not in TEST]
+    if bits < 0 or not train:
+        return []
+    hashes = np.array([look.hashes[0] for _, look in train], np.uint64)
+    exact = {look.pixels for _, look in train}
+    pairs = []
+    for item, look in told:
+        if item.split in TEST and look.pixels not in exact:
+            apart = np.bitwise_count(hashes[:, None] ^ np.array(look.hashes, np.uint64)).min(axis=1)
+            place = int(apart.argmin())
+            if apart[place] <= bits:
+                pairs.append((train[place][0].path, item.path, int(apart[place])))
+    return pairs
 
 
-def _queries(seen: Mapping[str, Sequence[str]]) -> list[str]:
-    """Of one identity's paths by camera, those that ask."""
-    asking = sorted(seen)
-    if sum(len(paths) > 1 for paths in seen.values()) < 2:
-        asking = asking[::2]
-    return [seen[camera][0] for camera in asking]
+def refuse(found: Inspection, images: int, max_quarantined: float, max_leaked: float) -> None:
+    """Stop where too much is unreadable, or where too much of the test set would be known from training.
+
+    Args:
+        found: What came of the inspection.
+        images: How many there were.
+        max_quarantined: Share of them that may be unreadable.
+        max_leaked: Share of the test images that may be training images too.
+
+    Raises:
+        DataError: Naming the images, and the limit.
+    """
+    bad = [f"{path} ({reason})" for path, reason in found.quarantined]
+    if len(bad) > max_quarantined * images:
+        raise DataError(
+            f"{len(bad)} of {images} images are unusable, more than `data.max_quarantined` ({max_quarantined}): "
+            f"{some(bad)}; all are in quarantine.csv: replace them or raise the limit"
+        )
+    tested = sum(item.split in TEST for item in found.good)
+    pairs = [f"{test} = {train}" for train, test in leaks(found)]
+    if len(pairs) > max_leaked * tested:
+        raise DataError(
+            f"{len(pairs)} of {tested} test images are training images too, more than `data.max_leaked` "
+            f"({max_leaked}): {some(pairs)}; remove them from one of the two, or raise the limit"
+        )

@@ -30,8 +30,7 @@ class _Samples(Dataset[Loaded]):
         epochs, indices = zip(*samples, strict=True)
         rows = self.rows[list(indices)]
         plain = as_tensor(self.images.batch(rows))
-        jobs = zip(plain, epochs, rows.tolist(), strict=True)
-        changed = torch.stack([augment(image, self.augment, self.seed, epoch, row) for image, epoch, row in jobs])
+        changed = augment(plain, self.augment, self.seed, zip(epochs, rows.tolist(), strict=True))
         return changed, torch.from_numpy(self.labels[list(indices)]), torch.from_numpy(rows)
 
 

@@ -7,7 +7,8 @@ it is made and when it is read. Identities and cameras are text: "007" is not 7.
 import csv
 import hashlib
 import io
-from collections import Counter
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass
 from functools import cached_property
@@ -160,15 +161,23 @@ def _complaints(items: tuple[Item, ...]) -> Iterator[str]:
     twice = [path for path, count in Counter(item.path for item in items).items() if count > 1]
     if twice:
         yield f"listed more than once: {some(twice)}"
+    written: dict[str, set[str]] = defaultdict(set)
+    for path in {item.path for item in items}:
+        written[unicodedata.normalize("NFC", path)].add(path)
+    for name in {name for item in items for name in (item.identity, item.camera)}:
+        written[unicodedata.normalize("NFC", f"name {name}")].add(name)
+    twins = sorted(path for paths in written.values() if len(paths) > 1 for path in paths)
+    if twins:
+        yield f"names that differ in bytes only and are one file elsewhere: {some(map(ascii, twins))}; rename one"
 
     found: dict[str, set[str]] = {split: set() for split in SPLITS}
     for item in items:
         found.get(item.split, set()).add(item.identity)
-    empty = [split for split in ("train", *TEST) if not found[split]]
+    empty = [split for split in ("train", "query") if not found[split]]
     if empty:
         yield f"there are no images in {', '.join(empty)}; look at the source's lists and at quarantine.csv"
-    if bool(found["validation-query"]) != bool(found["validation-gallery"]):
-        yield "validation needs both a query and a gallery, or neither"
+    if found["validation-query"] and bool(found["validation-gallery"]) != bool(found["gallery"]):
+        yield "validation needs a query and a gallery where the test has both"
     validation = found["validation-query"] | found["validation-gallery"]
     tested = found["query"] | found["gallery"]
     for shared, where in (

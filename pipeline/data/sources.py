@@ -1,62 +1,75 @@
-"""Raw layouts: how a data set as it is published becomes a list of items."""
+"""Where images come from: published layouts and data of one's own, by name."""
 
 import logging
-import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from pipeline.data.manifest import DataError, Item, some
+from pipeline.config import Data
+from pipeline.data import layouts, own
+from pipeline.data.manifest import Item
+from pipeline.data.own import Remark
 
 log = logging.getLogger(__name__)
 
-_VERI776 = {"train": "train", "query": "query", "test": "gallery"}
-_VERI776_NAME = re.compile(r"(?P<identity>-?\d+)_(?P<camera>c\d+)_[^/\\]+\.jpe?g", re.IGNORECASE)
+PUBLISHED: Mapping[str, Mapping[str, int]] = {
+    "veri776": {"train": 37_778, "query": 1_678, "gallery": 11_579},
+    "market1501": {"train": 12_936, "query": 3_368, "gallery": 19_732},
+    "msmt17": {"train": 32_621, "query": 11_659, "gallery": 82_161},
+    "vehicleid-800": {"train": 113_346, "query": 6_493},
+    "vehicleid-1600": {"train": 113_346, "query": 13_377},
+    "vehicleid-2400": {"train": 113_346, "query": 19_777},
+    "cub200": {"train": 5_864, "query": 5_924},
+    "inshop": {"train": 25_882, "query": 14_218, "gallery": 12_612},
+    "sop": {"train": 59_551, "query": 60_502},
+}
+"""Images in each split, as the data sets' authors tell them."""
 
 
-def read_source(source: str, root: Path) -> list[Item]:
-    """List the images of a data set, with splits `train`, `query` and `gallery`.
+@dataclass(frozen=True)
+class Source:
+    """What a source holds.
+
+    Attributes:
+        items: Its images; those of one's own may have no split yet.
+        remarks: Files that were left out, and why.
+    """
+
+    items: list[Item]
+    remarks: list[Remark]
+
+
+def read_source(data: Data, root: Path) -> Source:
+    """List the images of a data set.
 
     Args:
-        source: Name of the layout, as in `data.source`.
+        data: Section of params.yaml.
         root: Folder of the raw data.
 
     Raises:
-        KeyError: If there is no such layout.
-        FileNotFoundError: If a list or an image is missing.
-        DataError: If a file name is not in the layout's form.
+        FileNotFoundError: If a list or a folder is missing.
+        DataError: If a list or a name is not in the layout's form.
     """
-    if source not in SOURCES:
-        raise KeyError(f"there is no source {source!r}; it is one of {', '.join(SOURCES)}")
-    return list(SOURCES[source](root))
-
-
-def _veri776(root: Path) -> Iterator[Item]:
-    """VeRi-776: image_train/0001_c001_00016450_0.jpg, with the names of a folder in name_train.txt.
-
-    Query images are among those of image_test too; the `market` protocol removes them there, since identity and camera
-    are the same.
-
-    Source: Liu et al., A Deep Learning-Based Approach to Progressive Vehicle Re-identification, ECCV 2016.
-    """
-    for part, split in _VERI776.items():
-        names, folder = root / f"name_{part}.txt", root / f"image_{part}"
-        for needed in (names, folder):
-            if not needed.exists():
-                raise FileNotFoundError(f"{needed} is missing; `data.root` must be the unpacked folder of VeRi-776")
-        lines = names.read_text(encoding="utf-8").splitlines()
-        listed = [line.strip() for line in lines if line.strip()]
-        present = {path.name for path in folder.iterdir() if path.is_file()}
-        absent = [name for name in listed if name not in present]
-        if absent:
-            raise FileNotFoundError(f"{names} lists images that {folder} does not have: {some(absent)}")
-        if len(present) > len(listed):
-            log.warning("%s: %d files are not in %s and are left out", folder, len(present) - len(listed), names.name)
-        for name in listed:
-            parts = _VERI776_NAME.fullmatch(name)
-            if parts is None:
-                raise DataError(f"{names}: {name!r} is not in the form 0001_c001_00016450_0.jpg")
-            yield Item(f"{folder.name}/{name}", parts["identity"], parts["camera"], split)
-
-
-SOURCES: dict[str, Callable[[Path], Iterator[Item]]] = {"vehicles": _veri776, "veri776": _veri776}
-"""Layouts by name; `vehicles` is rendered in the layout of VeRi-776."""
+    if data.source == "folder":
+        return Source(*own.folder(root, data.own.pattern))
+    if data.source == "csv":
+        return Source(own.table(root, data.own.table), [])
+    readers: dict[str, Callable[[Path], Iterator[Item]]] = {
+        "vehicles": layouts.veri776,  # it is rendered in that layout
+        "veri776": layouts.veri776,
+        "market1501": layouts.market1501,
+        "msmt17": layouts.msmt17,
+        "vehicleid": partial(layouts.vehicleid, identities=data.vehicleid.test_identities),
+        "cub200": layouts.cub200,
+        "inshop": layouts.inshop,
+        "sop": layouts.sop,
+    }
+    items = list(readers[data.source](root))
+    name = f"vehicleid-{data.vehicleid.test_identities}" if data.source == "vehicleid" else data.source
+    found = Counter(item.split for item in items)
+    for split, count in PUBLISHED.get(name, {}).items():
+        if found[split] != count:
+            log.warning("%s: %d images in %s, published are %d", name, found[split], split, count)
+    return Source(items, [])

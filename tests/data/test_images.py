@@ -7,8 +7,13 @@ import pytest
 from PIL import Image
 
 from pipeline.data import images
-from pipeline.data.images import Images, build_cache, decode, open_rgb
+from pipeline.data.images import Images, build_cache, decode, opened, upright_rgb
 from pipeline.data.manifest import DataError
+
+
+def open_rgb(path):
+    with opened(path) as image:
+        return upright_rgb(image)
 
 
 def test_an_image_on_its_side_is_put_upright(tmp_path):
@@ -31,15 +36,64 @@ def test_shrinking_averages_and_does_not_skip(tmp_path):
     assert np.abs(found[:, 1:-1].astype(int) - 127).max() <= 8
 
 
-@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "LA", "RGBA"])
-def test_eight_bit_modes_become_rgb(tmp_path, mode):
-    name = "x.tif" if mode == "CMYK" else "x.png"
-    Image.new("RGB", (4, 4), (255, 255, 255)).convert(mode).save(tmp_path / name)
-    assert np.asarray(open_rgb(tmp_path / name)).tolist() == np.full((4, 4, 3), 255).tolist()
+def palette(transparent=None):
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    if transparent is not None:
+        image.info["transparency"] = transparent
+    return image
 
 
-@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
-def test_deeper_images_are_refused_and_not_destroyed(tmp_path, kind):
+GOLDEN = {
+    "L": (Image.new("L", (4, 4), 77), "png", (77, 77, 77)),
+    "1": (Image.new("1", (4, 4), 1), "png", (255, 255, 255)),
+    "P": (palette(), "png", (200, 100, 50)),
+    "P, transparent": (palette(1), "png", (255, 255, 255)),
+    "LA": (Image.new("LA", (4, 4), (10, 0)), "png", (255, 255, 255)),
+    "LA, opaque": (Image.new("LA", (4, 4), (10, 255)), "png", (10, 10, 10)),
+    "RGB": (Image.new("RGB", (4, 4), (1, 2, 3)), "png", (1, 2, 3)),
+    "RGBA": (Image.new("RGBA", (4, 4), (200, 100, 50, 0)), "png", (255, 255, 255)),
+    "RGBA, half": (Image.new("RGBA", (4, 4), (200, 100, 50, 128)), "png", (227, 177, 152)),
+    "CMYK": (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "tif", (255, 0, 0)),
+    "CMYK, Adobe": (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "jpg", (255, 0, 0)),
+    "YCbCr": (Image.new("YCbCr", (8, 8), (76, 85, 255)), "jpg", (254, 0, 0)),
+    "LAB": (Image.new("LAB", (4, 4), (255, 128, 128)), "tif", (255, 255, 255)),
+    "I;16": (Image.fromarray(np.full((4, 4), 0xAB12, np.uint16)), "png", (0xAB, 0xAB, 0xAB)),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_each_mode_becomes_the_colours_that_it_means(tmp_path, name):
+    image, ending, expected = GOLDEN[name]
+    image.save(tmp_path / f"x.{ending}", **({"quality": 100} if ending == "jpg" else {}))
+    found = np.asarray(open_rgb(tmp_path / f"x.{ending}")).astype(int)
+    assert np.abs(found - expected).max() <= (2 if ending == "jpg" or name == "LAB" else "half" in name)
+
+
+def test_deep_grey_keeps_its_steps(tmp_path):
+    Image.fromarray(np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)).save(tmp_path / "x.png")
+    assert len(np.unique(np.asarray(open_rgb(tmp_path / "x.png")))) == 256  # Pillow itself leaves two
+
+
+def test_deep_grey_that_is_not_used_to_its_depth_is_refused(tmp_path):
+    Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64)).save(tmp_path / "x.png")
+    with pytest.raises(DataError, match="values up to 4095 only; scale it"):
+        open_rgb(tmp_path / "x.png")
+
+
+def test_files_that_are_too_long_and_kinds_that_are_not_read_are_refused(tmp_path):
+    with (tmp_path / "long.webp").open("wb") as file:
+        file.write(b"RIFF\0\0\0\0WEBPVP8 ")
+        file.truncate(images.MAX_BYTES + 1)
+    with pytest.raises(DataError, match="bytes exceed"):
+        open_rgb(tmp_path / "long.webp")
+    (tmp_path / "program.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n{} loop")
+    with pytest.raises(OSError, match="cannot identify"):
+        open_rgb(tmp_path / "program.jpg")
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_modes_without_a_meaning_are_refused_and_not_destroyed(tmp_path, kind):
     Image.fromarray(np.arange(16, dtype=kind).reshape(4, 4)).save(tmp_path / "x.tif")
     with pytest.raises(DataError, match="8 bits"):
         open_rgb(tmp_path / "x.tif")

@@ -1,18 +1,13 @@
-"""What raw data must survive."""
+"""What raw images must survive."""
 
-from collections import defaultdict
-from dataclasses import replace
+import os
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import numpy as np
+from PIL import Image, ImageOps
 
-from pipeline.data.inspect import inspect, leaks, split_validation
+from pipeline.data.inspect import changed, inspect, leaks, near_duplicates, settled, twins
 from pipeline.data.manifest import Item
-
-
-def train_items(views):
-    """One item for each (identity, camera) in `views`, in that order."""
-    return [Item(f"{n}.jpg", identity, camera, "train") for n, (identity, camera) in enumerate(views)]
+from tests import layouts
 
 
 def test_what_does_not_decode_to_its_end_is_quarantined_with_a_reason(tmp_path, picture):
@@ -25,7 +20,8 @@ def test_what_does_not_decode_to_its_end_is_quarantined_with_a_reason(tmp_path, 
     (tmp_path / "page.jpg").write_text("<html>404</html>")
     items = [Item(name, "1", "c1", "train") for name in names]
     found = inspect(items, tmp_path)
-    assert [item.path for item in found.good] == ["good.jpg", "last.jpg"] and len(set(found.pixels)) == 2
+    assert [item.path for item in found.good] == ["good.jpg", "last.jpg"]
+    assert len({look.pixels for look in found.looks}) == 2
     assert [path for path, _ in found.quarantined] == names[1:5]
     reasons = dict(found.quarantined)
     assert "truncated" in reasons["cut.jpg"] and "UnidentifiedImageError" in reasons["page.jpg"]
@@ -43,6 +39,20 @@ def test_the_same_pixels_in_training_and_test_are_a_leak_whatever_the_file(tmp_p
     assert leaks(tests_only) == []  # VeRi-776's queries are in its gallery too
 
 
+def test_copies_inside_of_the_test_set_are_told(tmp_path, picture):
+    for name in ("a.png", "b.bmp", "c.png"):
+        picture(tmp_path / name, name == "c.png")
+    found = inspect([Item(name, "1", "c1", "query") for name in ("a.png", "b.bmp", "c.png")], tmp_path)
+    assert twins(found) == [("a.png", "b.bmp")]
+
+
+def test_images_of_one_colour_are_no_copies(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (20, 20), (name == "a.png" and "black") or "white").save(tmp_path / name)
+    found = inspect([Item("a.png", "1", "c1", "train"), Item("b.png", "2", "c1", "query")], tmp_path)
+    assert near_duplicates(found, 16) == []
+
+
 def test_equal_bytes_of_another_shape_are_no_duplicate(tmp_path, picture):
     for name, size in (("a.png", (4, 6)), ("b.png", (6, 4))):
         picture(tmp_path / name, 0, size)
@@ -50,67 +60,96 @@ def test_equal_bytes_of_another_shape_are_no_duplicate(tmp_path, picture):
     assert not leaks(found)
 
 
-def test_the_first_image_of_every_camera_asks_and_the_rest_is_the_gallery():
-    views = [("1", "b"), ("1", "a"), ("1", "b"), ("1", "a"), ("1", "a"), ("2", "a"), ("3", "a")]
-    found = split_validation(train_items(views), 0.34, seed=0)
-    assert [item.split.removeprefix("validation-") for item in found[:5]] == ["query"] * 2 + ["gallery"] * 3
-    assert [item.split for item in found[5:]] == ["train", "train"]
+def test_large_images_are_hashed_in_full(tmp_path):
+    pixels = np.zeros((2100, 2000, 3), np.uint8)
+    pixels[0, 0] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    pixels[-1, -1] = 1
+    Image.fromarray(pixels).save(tmp_path / "b.png")
+    found = inspect([Item(f"{name}.png", "1", "c1", "train") for name in "ab"], tmp_path)
+    assert found.looks[0].pixels != found.looks[1].pixels
 
 
-def test_where_cameras_have_one_image_every_other_one_asks():
-    found = split_validation(train_items([("1", camera) for camera in "abcd"]), 1.0, seed=0)
-    assert [item.split.removeprefix("validation-") for item in found] == ["query", "gallery", "query", "gallery"]
-
-
-def test_without_a_share_nothing_is_held_out_and_test_images_never_are():
-    items = [
-        *train_items([("1", "a"), ("1", "b")]),
-        Item("q.jpg", "2", "a", "query"),
-        Item("g.jpg", "2", "b", "gallery"),
+def test_training_images_that_two_identities_claim_go_and_test_images_stay(tmp_path, picture):
+    items = []
+    for number, (identity, split) in enumerate((("1", "train"), ("2", "train"), ("3", "query"), ("4", "gallery"))):
+        picture(tmp_path / f"{number}.png", number // 2)
+        items.append(Item(f"{number}.png", identity, "c1", split))
+    found = settled(inspect(items, tmp_path))
+    assert [item.path for item in found.good] == ["2.png", "3.png"]
+    assert found.quarantined == [
+        ("0.png", "identities 2 claim the same pixels"),
+        ("1.png", "identities 1 claim the same pixels"),
     ]
-    assert split_validation(items, 0.0, seed=0) == items
-    assert split_validation(items, 1.0, seed=0)[2:] == items[2:]
+    assert found.remarks == [
+        ("2.png", "identities 4 claim the same pixels"),
+        ("3.png", "identities 3 claim the same pixels"),
+    ]
 
 
-@settings(deadline=None, max_examples=60)
-@given(
-    st.lists(st.tuples(st.sampled_from("12345"), st.sampled_from("abc")), min_size=1, max_size=40),
-    st.sampled_from([0.0, 0.2, 0.5, 1.0]),
-    st.integers(0, 3),
-)
-def test_whole_identities_are_held_out_and_each_query_has_something_to_find(views, share, seed):
-    items = train_items(views)
-    found = split_validation(items, share, seed)
-    assert [replace(item, split="train") for item in found] == items
-    splits = defaultdict(set)
-    for item in found:
-        splits[item.identity].add(item.split)
-    held_out = {identity for identity, names in splits.items() if "train" not in names}
-    assert all("train" not in names or len(names) == 1 for names in splits.values())
-    cameras = {identity: {camera for i, camera in views if i == identity} for identity in splits}
-    assert len(held_out) == min(int(share * len(splits)), sum(len(seen) > 1 for seen in cameras.values()))
-    for query in (item for item in found if item.split == "validation-query"):
-        assert any(
-            item.split == "validation-gallery" and item.identity == query.identity and item.camera != query.camera
-            for item in found
-        )
+def test_odd_but_usable_images_get_a_remark(tmp_path, picture):
+    picture(tmp_path / "plain.png", 0)
+    (tmp_path / "plain.png").rename(tmp_path / "plain.JPG")
+    frames = [Image.new("L", (9, 9), level) for level in (10, 200)]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    found = inspect([Item(name, "1", "c1", "train") for name in ("plain.JPG", "moving.gif")], tmp_path)
+    assert found.remarks == [
+        ("plain.JPG", "is PNG, whatever its name says"),
+        ("moving.gif", "has 2 frames, of which the first is taken; is of one colour"),
+    ]
 
 
-def test_the_seed_alone_decides_who_is_held_out():
-    items = train_items([(str(n), camera) for n in range(40) for camera in "ab"])
+def test_only_regular_files_inside_of_the_root_are_opened(tmp_path, picture):
+    root = tmp_path / "root"
+    picture(root / "a.png", 0)
+    picture(tmp_path / "outside.png", 1)
+    (root / "inside.png").symlink_to("a.png")
+    (root / "out.png").symlink_to(tmp_path / "outside.png")
+    (root / "loop.png").symlink_to("loop.png")
+    os.mkfifo(root / "pipe.png")
+    (root / "folder.png").mkdir()
+    names = ["a.png", "inside.png", "out.png", "loop.png", "pipe.png", "folder.png"]
+    found = inspect([Item(name, "1", "c1", "train") for name in names], root)
+    assert [item.path for item in found.good] == names[:2]
+    reasons = dict(found.quarantined)
+    assert "leads out of `data.root`" in reasons["out.png"]
+    assert "no regular file" in reasons["pipe.png"] and "no regular file" in reasons["folder.png"]
 
-    def held_out(seed, given=items):
-        return {item.identity for item in split_validation(given, 0.25, seed) if item.split != "train"}
 
-    assert len(held_out(0)) == 10
-    assert held_out(0) == held_out(0, items[::-1])
-    assert held_out(0) != held_out(1)
-
-
-def test_too_few_fit_identities_are_said(caplog):
-    split_validation(train_items([("1", "a"), ("2", "a")]), 0.5, seed=0)
-    assert "only 0 of 1 identities" in caplog.text
+def test_files_that_changed_meanwhile_are_named(tmp_path, picture):
+    for name in ("a.png", "b.png", "c.png"):
+        picture(tmp_path / name, 0)
+    found = inspect([Item(name, "1", "c1", "train") for name in ("a.png", "b.png", "c.png")], tmp_path)
+    assert changed(found, tmp_path) == []
+    (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes() + b" ")
+    (tmp_path / "c.png").unlink()
+    assert changed(found, tmp_path) == ["b.png", "c.png"]
 
 
-def test_an_empty_list_stays_empty(tmp_path):
-    assert split_validation([], 0.5, 0) == [] and inspect([], tmp_path).good == []
+def test_a_hundred_planted_copies_are_found_and_nothing_else_is(tmp_path):
+    items, planted = [], set()
+    for identity in range(400):
+        path = f"train/{identity}.png"
+        layouts.picture(tmp_path / path, identity, size=(96, 128))
+        items.append(Item(path, str(identity), "c1", "train"))
+    for number in range(300):
+        path = f"test/{number}.jpg"
+        if number >= 100:
+            layouts.picture(tmp_path / path, 1000 + number, size=(96, 128))
+        else:
+            image = Image.open(tmp_path / f"train/{3 * number}.png")
+            ways = (
+                lambda image: image,
+                lambda image: image.resize((100, 75), Image.Resampling.BICUBIC),
+                ImageOps.mirror,
+                lambda image: image.resize((256, 192), Image.Resampling.BICUBIC),
+            )
+            (tmp_path / "test").mkdir(exist_ok=True)
+            ways[number % 4](image).save(tmp_path / path, quality=(50, 75, 90)[number % 3])
+            planted.add((f"train/{3 * number}.png", path))
+        items.append(Item(path, f"t{number}", "c1", "gallery"))
+    found = inspect(items, tmp_path)
+    assert not found.quarantined
+    pairs = near_duplicates(found, 4)
+    assert {pair[:2] for pair in pairs} == planted
+    assert near_duplicates(found, -1) == []

@@ -64,9 +64,9 @@ def test_the_digest_changes_with_any_field():
         (1, {"identity": "10"}, "in training and in test: 10"),
         (2, {"identity": "10"}, "in training and in test: 10"),
         (1, {"identity": "9"}, "in training and in validation: 9"),
-        (3, {"split": "train", "identity": "8"}, "validation needs both"),
+        (3, {"split": "train", "identity": "8"}, "validation needs a query and"),
         (4, {"split": "gallery"}, "no images in query"),
-        (5, {"split": "query"}, "no images in gallery"),
+        (5, {"split": "query"}, "validation needs a query and"),
         (0, {"camera": ""}, "is empty in 'a/1.jpg'"),
         (0, {"identity": ""}, "is empty in 'a/1.jpg'"),
         (0, {"path": "a/2.jpg"}, "more than once: a/2.jpg"),
@@ -84,8 +84,25 @@ def test_what_is_wrong_is_named(row, change, complaint):
 
 
 def test_everything_that_is_wrong_is_said_at_once():
-    with pytest.raises(DataError, match=r"more than once: a/1.jpg; there are no images in query, gallery"):
+    with pytest.raises(DataError, match=r"more than once: a/1.jpg; there are no images in query"):
         Manifest([GOOD[0], GOOD[0]], Path())
+
+
+def test_names_that_are_one_file_on_other_systems_are_refused():
+    items = [replace(GOOD[0], path="\u00fc.jpg"), replace(GOOD[1], path="u\u0308.jpg"), *GOOD[2:]]
+    with pytest.raises(DataError, match=r"differ in bytes only .*'u\\u0308.jpg', '\\xfc.jpg'; rename one"):
+        Manifest(items, Path())
+
+
+def test_an_identity_written_in_two_ways_is_refused():
+    items = [replace(GOOD[0], identity="Jos\u00e9"), replace(GOOD[1], identity="Jose\u0301"), *GOOD[2:]]
+    with pytest.raises(DataError, match="differ in bytes only"):
+        Manifest(items, Path())
+
+
+def test_all_test_images_may_ask():
+    asking = [replace(item, split=item.split.replace("gallery", "query")) for item in GOOD]
+    assert len(Manifest(asking, Path()).rows("query")) == 2
 
 
 def test_junk_may_be_anywhere():

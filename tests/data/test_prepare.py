@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipeline.config import Data, Vehicles
+from pipeline.config import Data, Own, VehicleId, Vehicles
 from pipeline.data.images import open_images
 from pipeline.data.manifest import DataError
 from pipeline.files import Files
 from stages.prepare import prepare
+from tests import layouts
 
 
 class Run(SimpleNamespace):
@@ -19,7 +20,9 @@ class Run(SimpleNamespace):
     def __init__(self, root, **data):
         size = Vehicles(train_identities=4, test_identities=2, views=2, size=16)
         defaults = {"source": "vehicles", "root": "data", "image_size": [20, 16], "cache": True, "validation": 0.5}
-        settings = Data(**{**defaults, "max_quarantined": 0.0, "vehicles": size, **data})
+        limits = {"max_quarantined": 0.0, "max_leaked": 0.0, "near": 4}
+        own = {"vehicleid": VehicleId(test_identities=800), "own": Own(table="images.csv", pattern="", test=0.5)}
+        settings = Data(**{**defaults, "protocol": "market", **limits, "vehicles": size, **own, **data})
         files = Files(root, root)
         super().__init__(params=SimpleNamespace(seed=0, data=settings), files=files, seconds={})
 
@@ -29,13 +32,13 @@ class Run(SimpleNamespace):
 
 @pytest.fixture
 def veri(tmp_path, picture):
-    """Two identities to train on, one to test with, in the layout of VeRi-776."""
+    """Two identities to train on, two to test with, in the layout of VeRi-776."""
     names = {
         "train": [
             f"000{identity}_c00{camera}_0000000{view}_0.jpg" for identity in "12" for camera in "12" for view in "01"
         ],
         "query": ["0003_c001_00000000_0.jpg"],
-        "test": ["0003_c001_00000001_0.jpg", "0003_c002_00000000_0.jpg"],
+        "test": ["0003_c001_00000001_0.jpg", "0003_c002_00000000_0.jpg", "0004_c002_00000000_0.jpg"],
     }
     seed = 0
     for part, listed in names.items():
@@ -51,10 +54,11 @@ def test_the_default_set_is_rendered_split_and_cached(tmp_path):
     counted = record.model_dump()
     assert counted == {
         **{"images": 72, "identities": 6, "cameras": 6, "train": 24, "validation": 24},
-        **{"query": 4, "gallery": 20, "quarantined": 0, "leaked": 0},
+        **{"query": 4, "gallery": 20, "quarantined": 0, "leaked": 0, "near_duplicates": counted["near_duplicates"]},
     }
-    outs = {path.relative_to(tmp_path / "artifacts/prepare").parts[0] for path in tmp_path.rglob("*") if path.is_file()}
-    assert outs == {"vehicles", "manifest.csv", "images.npy", "quarantine.csv"}
+    outs = {path.relative_to(tmp_path / "artifacts") for path in (tmp_path / "artifacts").glob("*/*")}
+    assert {path.name for path in outs} == {"vehicles", "manifest.csv", "images.npy", "quarantine.csv"}
+    assert (tmp_path / "artifacts" / "remarks.csv").read_text().startswith("path,remark\n")
     manifest, images = open_images(run.files, run.params)
     assert images.batch(manifest.rows("query")).shape == (4, 20, 16, 3)
     assert len(manifest.rows("validation-query")) == 12
@@ -66,14 +70,14 @@ def test_own_images_are_read_where_they_are(veri):
     assert prepare(run).train == 4
     manifest, images = open_images(run.files, run.params)
     assert manifest.root == veri / "data" and not run.files.image_cache.exists()
-    assert images.batch(np.arange(11)).shape == (11, 20, 16, 3)
+    assert images.batch(np.arange(12)).shape == (12, 20, 16, 3)
 
 
 def test_unreadable_images_are_left_out_up_to_the_limit_and_listed(veri):
     broken = veri / "data" / "image_train" / "0001_c001_00000000_0.jpg"
     broken.write_bytes(broken.read_bytes()[:400])
-    with pytest.raises(DataError, match=r"1 of 11 images .*max_quarantined.*0001_c001_00000000_0.jpg") as error:
-        prepare(Run(veri, source="veri776", max_quarantined=0.09))
+    with pytest.raises(DataError, match=r"1 of 12 images .*max_quarantined.*0001_c001_00000000_0.jpg") as error:
+        prepare(Run(veri, source="veri776", max_quarantined=0.08))
     assert error.value.exit_code == 3 and not Files(veri, veri).manifest.exists()
     with Files(veri, veri).quarantine.open() as file:
         (row,) = csv.DictReader(file)
@@ -84,6 +88,43 @@ def test_unreadable_images_are_left_out_up_to_the_limit_and_listed(veri):
 def test_a_test_image_that_is_a_training_image_stops_everything(veri):
     source = veri / "data" / "image_train" / "0002_c002_00000001_0.jpg"
     (veri / "data" / "image_test" / "0003_c002_00000000_0.jpg").write_bytes(source.read_bytes())
-    with pytest.raises(DataError, match=r"1 test images.*image_test/0003_c002_00000000_0.jpg = image_train/0002_c002"):
+    with pytest.raises(
+        DataError, match=r"1 of 4 test images.*max_leaked.*image_test/0003_c002_00000000_0.jpg = image_tr"
+    ):
         prepare(Run(veri, source="veri776"))
     assert not Files(veri, veri).manifest.exists()
+    record = prepare(Run(veri, source="veri776", max_leaked=0.5))
+    assert (record.leaked, record.gallery) == (1, 3)
+    with Files(veri, veri).remarks.open() as file:
+        remarks = {row["path"]: row["remark"] for row in csv.DictReader(file)}
+    assert remarks["image_test/0003_c002_00000000_0.jpg"].startswith(
+        "has the pixels of training image image_train/0002"
+    )
+
+
+def test_an_image_that_changes_while_it_is_read_stops_everything(veri, monkeypatch):
+    def cached(manifest, *_):
+        path = manifest.root / manifest.items[3].path
+        path.write_bytes(path.read_bytes() + b" ")
+
+    monkeypatch.setattr("stages.prepare.build_cache", cached)
+    with pytest.raises(DataError, match=r"1 images changed while they were read: image_train/.*; run the stage again"):
+        prepare(Run(veri, source="veri776"))
+    assert not Files(veri, veri).manifest.exists()
+
+
+def test_own_data_are_split_where_the_data_do_not_say(tmp_path):
+    layouts.folder(tmp_path / "data", 12, 0)
+    record = prepare(Run(tmp_path, source="folder", validation=0.2))
+    assert record.train + record.validation + record.query + record.gallery == record.images == 72
+    assert record.query == record.gallery > 0  # two views in each of three cameras
+    everyone = prepare(Run(tmp_path, source="folder", protocol="loo", validation=0.2))
+    assert (everyone.gallery, everyone.query) == (0, record.query + record.gallery)
+
+
+def test_images_under_two_identities_are_unusable(tmp_path):
+    layouts.folder(tmp_path / "data", 8, 0)
+    for thing in ("thing 1", "thing 2"):
+        layouts.picture(tmp_path / "data" / thing / "cam1" / "same.png", 99)
+    with pytest.raises(DataError, match=r"2 of 50 images are unusable.*claim the same pixels"):
+        prepare(Run(tmp_path, source="folder", own=Own(table="images.csv", pattern="", test=0.01)))

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline.config import Vehicles
 from pipeline.data import bodies, vehicles
-from pipeline.data.sources import read_source
+from pipeline.data.layouts import veri776
 
 SMALL = Vehicles(train_identities=3, test_identities=2, views=2, size=24)
 
@@ -31,7 +31,7 @@ def rendered(tmp_path_factory):
 
 
 def test_the_set_is_read_as_veri776_is(rendered):
-    items = read_source("veri776", rendered)
+    items = list(veri776(rendered))
     assert Counter(item.split for item in items) == {"train": 3 * 6 * 2, "query": 2 * 2, "gallery": 2 * (6 * 2 - 2)}
     assert {item.identity for item in items if item.split == "train"} == {"0001", "0002", "0003"}
     assert {item.identity for item in items if item.split != "train"} == {"0004", "0005"}
@@ -40,7 +40,7 @@ def test_the_set_is_read_as_veri776_is(rendered):
 
 
 def test_queries_are_first_images_of_every_third_camera_and_in_no_gallery(rendered):
-    items = read_source("veri776", rendered)
+    items = list(veri776(rendered))
     queries = {(item.identity, item.camera) for item in items if item.split == "query"}
     assert queries == {("0004", "c001"), ("0004", "c004"), ("0005", "c002"), ("0005", "c005")}
     names = [item.path.split("/")[1] for item in items]
