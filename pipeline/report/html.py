@@ -110,7 +110,7 @@ def _scrolling(content: str, label: str) -> str:
 STYLE = """
 :root { color-scheme: light; --ink: #1d2429; --soft: #56626a; --rule: #d9dee2; --accent: #0072b2; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 58rem; background: #fff; color: var(--ink);
+body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 64rem; background: #fff; color: var(--ink);
   font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 h1 { margin: 0; font-size: 1.9rem; line-height: 1.2; }
 h2 { margin: 3rem 0 .3rem; padding-top: .8rem; border-top: 1px solid var(--rule); font-size: 1.3rem; }
