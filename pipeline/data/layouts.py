@@ -135,7 +135,7 @@ def lines(path: Path, words: int, skipped: int = 0) -> Iterator[list[str]]:
 
     Args:
         path: Of the list.
-        words: In each line; the last one may hold spaces where there is one only.
+        words: In each line; where it is one, that is the whole line.
         skipped: Lines of its head.
 
     Raises:

@@ -106,10 +106,10 @@ def complain_about_test(items: Sequence[Item], protocol: str) -> None:
     tested = [item for item in items if item.split in ("query", "gallery")]
     asking = {item.identity for item in tested if item.split == "query"}
     gallery = [item.path for item in tested if item.split == "gallery"]
-    if len({item.identity for item in tested}) < 2 or not asking:
+    identities = {item.identity for item in tested}
+    if len(identities) < 2 or not asking:
         raise DataError(
-            f"the test set has {len(tested)} images of {len({item.identity for item in tested})} identities, and "
-            f"{len(asking)} of them ask; two identities are needed, one of them with two images"
+            f"the test set has {len(tested)} images of {len(identities)} identities, and {len(asking)} of them ask; two identities are needed, one of them with two images"
             f"{' from two cameras' if protocol.startswith('market') else ''}: raise `data.own.test`, or add images"
         )
     if JUNK in asking:
@@ -146,8 +146,8 @@ def _asking(seen: Seen, protocol: str) -> Sequence[str]:
     if not _can_be_found(seen, protocol):
         return []
     if protocol.startswith("market"):
-        cameras = sorted(seen)
-        if sum(len(paths) > 1 for paths in seen.values()) < 2:
+        cameras = sorted(seen.keys() - {UNKNOWN})
+        if sum(len(seen[camera]) > 1 for camera in cameras) < 2:
             cameras = cameras[::2]
         return [seen[camera][0] for camera in cameras]
     everything = [path for camera in sorted(seen) for path in seen[camera]]

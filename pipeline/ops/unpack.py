@@ -34,7 +34,7 @@ LONGEST_HEADER = 2**20
 """Bytes of a tar's extended header, which is read as a whole before anything else is known."""
 DAMAGE = (
     *(zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError),
-    *(EOFError, NotImplementedError, RuntimeError, UnicodeError),
+    *(EOFError, RuntimeError, UnicodeError),  # RuntimeError: compressed in a way that zipfile does not know
 )
 """What Python's readers raise where an archive is damaged or of a kind that they do not know."""
 

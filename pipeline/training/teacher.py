@@ -151,6 +151,6 @@ def pretrained(weights: str, depth: int) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(
-            f"`weights` names {weights}, which is no safetensors file ({error}); torchvision's .pth becomes one by "
-            "`safetensors.torch.save_file(torch.load(OLD, weights_only=True), NEW)`"
+            f"`weights` names {weights}, which is no safetensors file ({error}); write a state dict that you trust "
+            "with `safetensors.torch.save_file`"
         ) from error

@@ -218,6 +218,17 @@ def test_a_tar_that_ends_with_a_zip_is_a_tar(tmp_path):
     assert [path.name for path in (tmp_path / "target").iterdir()] == ["images.zip"]
 
 
+def test_an_unknown_compression_is_said(tmp_path):
+    archive = zipped(tmp_path / "a.zip", "a.jpg")
+    raw = bytearray(archive.read_bytes())
+    for at in (raw.index(b"PK\x03\x04") + 8, raw.index(b"PK\x01\x02") + 10):
+        raw[at] = 99
+    archive.write_bytes(raw)
+    with pytest.raises(DataError, match=r"damaged or of an unknown kind: .*compression"):
+        unpack(archive, tmp_path / "target")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
+
+
 def test_a_label_is_no_file(tmp_path):
     archive = tarred(tmp_path / "a.tar", ("label", b"V", ""), ("a.jpg", REG, ""))
     assert unpack(archive, tmp_path / "target") == 1

@@ -549,5 +549,7 @@ def test_weights_that_cannot_be_had_are_one_clear_sentence(params: Params, tmp_p
     with pytest.raises(ValueError, match=r"torchvision publishes no resnet26"):
         pretrained("imagenet", 26)
     torch.save({}, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"weights\.pth, which is no safetensors file .*save_file\(torch\.load"):
+    with pytest.raises(
+        ValueError, match=r"weights\.pth, which is no safetensors file .*with `safetensors\.torch\.save_file`"
+    ):
         pretrained(str(tmp_path / "weights.pth"), 18)
