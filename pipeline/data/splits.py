@@ -109,8 +109,8 @@ def complain_about_test(items: Sequence[Item], protocol: str) -> None:
     identities = {item.identity for item in tested}
     if len(identities) < 2 or not asking:
         raise DataError(
-            f"the test set has {len(tested)} images of {len(identities)} identities, and {len(asking)} of them ask; two "
-            "identities are needed, one of them with two images"
+            f"the test set has {len(tested)} images of {len(identities)} identities, and {len(asking)} of them ask; "
+            "two identities are needed, one of them with two images"
             f"{' from two cameras' if protocol.startswith('market') else ''}: raise `data.own.test`, or add images"
         )
     if JUNK in asking:
