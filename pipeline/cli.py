@@ -153,6 +153,19 @@ def unpack(
     typer.echo(f"{run(archive, target)} files in {target}")
 
 
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="What stage `export` wrote, or what was downloaded.")] = Path(
+        "artifacts/export"
+    ),
+) -> None:
+    """Hash all files of a release, and run its models on the picture that goes with them."""
+    from pipeline.export.sample import check_release
+
+    for name, close in check_release(folder).items():
+        typer.echo(f"{name}: SHA-256 as written, cosine {close:.6f} with the embedding that was written")
+
+
 class Refusal(ValueError):
     """The command cannot do what is asked; its text says why."""
 

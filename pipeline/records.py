@@ -83,12 +83,20 @@ class SurgeryRecord(TeacherRecord):
 
 
 class ExportRecord(Record):
-    """Stage `export`: `map` and `bytes` of model.onnx, the same of teacher.onnx, parity with torch."""
+    """Stage `export`: mAP and bytes of model.onnx and of the other files; smallest cosine with torch, of floats.
+
+    `map_student_on_teacher` is that of the student's queries in a gallery that the teacher has embedded.
+    """
 
     map: float
+    map_allinone: float
+    map_int8: float | None = None
     map_teacher: float
+    map_student_on_teacher: float | None = None
     min_cosine: float
     bytes: int
+    bytes_allinone: int
+    bytes_int8: int | None = None
     bytes_teacher: int
     params: int
     macs: int

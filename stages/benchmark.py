@@ -14,7 +14,7 @@ import numpy as np
 from pipeline import checkpoint
 from pipeline.benchmark.latency import measure
 from pipeline.benchmark.table import STUDENT, TEACHER, benchmark_record, write_csv
-from pipeline.data.augment import normalise
+from pipeline.data.augment import MEAN, STD
 from pipeline.data.images import open_images
 from pipeline.export.embed import embed
 from pipeline.files import read_json
@@ -75,7 +75,7 @@ def benchmark(run: Run) -> BenchmarkRecord:
         curves={name: read_curves(files.plots(name)) for name in (TEACHER, STUDENT)},
         widths={name: spec.widths for name, spec in specs.items()},
         sites=[site for site in specs[TEACHER].widths if site in kept],
-        embeddings={name: embed(open_session(path), images, rows, normalise) for name, path in onnx.items()},
+        embeddings={name: embed(open_session(path), images, rows, MEAN, STD) for name, path in onnx.items()},
         manifest=manifest,
         images=images,
         panels=settings.panels,

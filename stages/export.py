@@ -7,71 +7,125 @@ Writes  artifacts/export/, metrics/export.json
 import numpy as np
 
 from pipeline import checkpoint
+from pipeline.benchmark.latency import speedups
+from pipeline.config import PROTOCOLS_OF
 from pipeline.data.augment import MEAN, STD, normalise
 from pipeline.data.images import open_images
+from pipeline.export import int8, sample
 from pipeline.export.card import Entry, card
-from pipeline.export.onnx import Metadata, finish, params_digest, serialise, to_onnx
-from pipeline.export.parity import Parity, Probe, verify, verify_batches
+from pipeline.export.embed import Embeddings, normalised
+from pipeline.export.files import ALL_IN_ONE, INT8, STUDENT, TEACHER, Workshop
+from pipeline.export.onnx import Metadata, params_digest
+from pipeline.export.parity import Probe
 from pipeline.export.release import sha256, write_release
 from pipeline.models import cost
+from pipeline.models.resnet import RetrievalNet
+from pipeline.models.spec import ArchSpec
 from pipeline.ops.stage import Run, run_stage
 from pipeline.records import ExportRecord
-from pipeline.retrieval.embed import embed, evaluate_embedder
+from pipeline.retrieval.compatibility import compare
+from pipeline.retrieval.embed import embed, evaluate_embedder, sides
 from pipeline.runtime import launch
 
-FILES = {"model.onnx": ("surgery", "the student"), "teacher.onnx": ("teacher", "the network that it learnt from")}
+ORIGINALS = 64
+"""Test images that a file which resizes is tried with in their own size."""
 
 
 def export(run: Run) -> ExportRecord:
     """Translate, compare with torch on all test images; only if all gates hold, write."""
-    params = run.params
+    params, commit = run.params, run.commit
     fabric = launch(params.runtime.alone(), params.seed)
     manifest, images = open_images(run.files, params)
     height, width = params.data.image_size
-    probe = Probe(
-        images=images,
-        rows=np.concatenate([manifest.rows("query"), manifest.rows("gallery")]),
-        preprocess=normalise,
-        score=lambda found: evaluate_embedder(lambda _: found, manifest, "query", "gallery", params.data.protocol).map,
-        gates=params.export.gates,
-    )
-    contents: dict[str, bytes] = {}
-    entries: dict[str, Entry] = {}
-    parities: dict[str, Parity] = {}
-    for name, (stage, what) in FILES.items():
-        net = checkpoint.load(run.files.artifacts(stage))
-        model = to_onnx(net, (height, width), params.export.opset)
-        reference = embed(net.to(fabric.device), images, probe.rows, normalise, fabric.device)
-        parities[name] = verify(name, serialise(model), reference, probe)
-        metadata = Metadata(
+    queries, gallery = manifest.rows("query"), manifest.rows("gallery")
+    rows = np.concatenate([queries, gallery])
+    protocol = params.data.protocol
+
+    def score(found: Embeddings, protocol: str = protocol) -> float:
+        return evaluate_embedder(lambda _: found, manifest, "query", "gallery", protocol).map
+
+    def describe(spec: ArchSpec, quality: float) -> Metadata:
+        return Metadata(
             data=params.data.source,
             data_digest=manifest.digest,
             params_digest=params_digest(params),
-            protocol=params.data.protocol,
-            map=parities[name].map,
+            git_commit=commit,
+            licence=params.export.licence,
+            protocol=protocol,
+            map=quality,
             image_size=(height, width),
-            mean=tuple(MEAN),
-            std=tuple(STD),
-            embedding_dim=net.spec.embedding_dim,
-            params=cost.params(net.spec),
-            macs=cost.macs(net.spec, (height, width)),
+            mean=MEAN,
+            std=STD,
+            embedding_dim=spec.embedding_dim,
+            params=cost.params(spec),
+            macs=cost.macs(spec, (height, width)),
         )
-        contents[name] = finish(model, metadata)
-        verify_batches(name, contents[name], reference, probe)
-        entries[name] = Entry(what, metadata, len(contents[name]), sha256(contents[name]))
-    write_release(run.out, contents | {"card.md": card(entries).encode()})
-    student, teacher = (entries[name].metadata for name in FILES)
+
+    def by_torch(net: RetrievalNet) -> Embeddings:
+        return embed(net.to(fabric.device), images, rows, normalise, fabric.device)
+
+    seen = manifest.rows("train")
+    seen = seen[np.linspace(0, len(seen) - 1, min(int8.CALIBRATED, len(seen))).astype(int)]
+    workshop = Workshop(
+        image_size=(height, width),
+        settings=params.export,
+        probe=Probe(images, rows, len(queries), MEAN, STD, score, params.export.gates),
+        describe=describe,
+        embed=by_torch,
+        speedups=lambda files, of: speedups(files, of, (height, width)),
+        calibration=[
+            normalised(images.batch(seen[start : start + int8.BATCH]), MEAN, STD)
+            for start in range(0, len(seen), int8.BATCH)
+        ],
+        originals=[images.original(row) for row in rows[:: -(-len(rows) // ORIGINALS)]],
+    )
+    student, teacher = (checkpoint.load(run.files.artifacts(stage)) for stage in ("surgery", "teacher"))
+    files, verdict = workshop.files(student, teacher)
+
+    mixed = compare(
+        protocol,
+        *(sides(files[name].embeddings, manifest, "query", "gallery", protocol) for name in (TEACHER, STUDENT)),
+    )
+    protocols = dict.fromkeys((protocol, *PROTOCOLS_OF.get(params.data.source, ())))
+    entries = {
+        name: Entry(
+            file.what,
+            file.metadata,
+            {other: score(file.embeddings, other) for other in protocols},
+            len(file.content),
+            sha256(file.content),
+            resizes=name == ALL_IN_ONE,
+        )
+        for name, file in files.items()
+    }
+    remarks = {f"Galleries that `{TEACHER}` has embedded": f"Where the student takes its place, {mixed.verdict}."}
+    contents = {name: file.content for name, file in files.items()}
+    if verdict is not None:
+        remarks["Eight bits"] = verdict.text
+    write_release(
+        run.out,
+        contents
+        | {"card.md": card(entries, remarks).encode()}
+        | {sample.PICTURE: sample.as_png(sample.picture((height, width)))}
+        | {sample.EXPECTED: sample.expected(contents, (height, width))},
+    )
+    about, original = files[STUDENT].metadata, files[TEACHER].metadata
     return ExportRecord(
-        map=student.map,
-        map_teacher=teacher.map,
-        min_cosine=min(parity.min_cosine for parity in parities.values()),
-        bytes=len(contents["model.onnx"]),
-        bytes_teacher=len(contents["teacher.onnx"]),
-        params=student.params,
-        macs=student.macs,
-        params_reduction=1 - student.params / teacher.params,
-        macs_reduction=1 - student.macs / teacher.macs,
-        int8_published=0,
+        map=about.map,
+        map_allinone=files[ALL_IN_ONE].metadata.map,
+        map_int8=files[INT8].metadata.map if INT8 in files else None,
+        map_teacher=original.map,
+        map_student_on_teacher=mixed.mixed,
+        min_cosine=min(file.min_cosine for file in files.values() if file.min_cosine is not None),
+        bytes=len(contents[STUDENT]),
+        bytes_allinone=len(contents[ALL_IN_ONE]),
+        bytes_int8=len(contents[INT8]) if INT8 in files else None,
+        bytes_teacher=len(contents[TEACHER]),
+        params=about.params,
+        macs=about.macs,
+        params_reduction=1 - about.params / original.params,
+        macs_reduction=1 - about.macs / original.macs,
+        int8_published=int(INT8 in files),
     )
 
 

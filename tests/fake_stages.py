@@ -15,7 +15,7 @@ NUMBERS = {
         "macs_reduction": 0.55,
         "max_abs_diff": 1e-14,
     },
-    "export": {"map": 0.59, "map_teacher": 0.61, "min_cosine": 0.999999, "bytes": 2000, "bytes_teacher": 4000},
+    "export": {"map": 0.59, "map_allinone": 0.59, "map_teacher": 0.61, "min_cosine": 0.999999, "bytes": 2000},
     "benchmark": {"speedup": 2.0, "ideal_speedup": 2.5, "realised": 0.8},
 }
 SCORES = {"map": 0.6, "rank1": 0.7, "rank5": 0.8, "rank10": 0.9, "minp": 0.3, "queries": 2, "dropped": 0}
@@ -34,6 +34,8 @@ NUMBERS["export"] |= {
     "params_reduction": 0.5,
     "macs_reduction": 0.55,
     "int8_published": 0,
+    "bytes_allinone": 2100,
+    "bytes_teacher": 4000,
 }
 NUMBERS["benchmark"] |= LATENCIES
 

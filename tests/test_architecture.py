@@ -27,7 +27,7 @@ ALLOWED = {
     "training": BASE | {"data", "models", "losses", "compress", "retrieval", "checkpoint"},
     "benchmark": BASE | {"export", "inference", "retrieval", "data", "models"},
     "report": BASE | {"export", "retrieval", "data", "models", "benchmark"},
-    "cli": BASE | {"ops", "retrieval"},
+    "cli": BASE | {"ops", "retrieval", "export"},
     "__main__": {"cli"},
 }
 SERVICES = {"mlflow", "prefect", "dvc"}

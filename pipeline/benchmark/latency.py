@@ -1,6 +1,7 @@
 """How long ONNX files take, measured so that they can be compared."""
 
 import logging
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,9 @@ PAUSE = 0.1
 """Seconds before each turn: the threads of the sessions that ran before spin on for some time, and with four files on
 two cores a call took three times as long as alone.
 """
+
+COMPARED = 40
+"""Timed calls of each file where only one is to be chosen."""
 
 NOISY = 0.5
 """Spread above which a timing means little: something else used the machine."""
@@ -106,6 +110,22 @@ def measure(
                 seconds[name] += _calls(sessions[name], feeds[name], min(BURST, repeats - done))
         timings += [summarise(name, batch, count, seconds[name]) for name in names]
     return timings
+
+
+def speedups(files: Mapping[str, bytes], of: str, image_size: tuple[int, int]) -> dict[str, float]:
+    """How much faster than one of some files the others are: ratio of p50, one image, all threads.
+
+    Args:
+        files: Content by name.
+        of: Name of the one to compare with.
+        image_size: As in `measure`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {name: Path(folder) / f"{number}.onnx" for number, name in enumerate(files)}
+        for name, path in paths.items():
+            path.write_bytes(files[name])
+        timings = {timing.file: timing for timing in measure(paths, image_size, [1], [0], COMPARED)}
+    return {name: timings[of].p50_ms / timings[name].p50_ms for name in files}
 
 
 def _calls(session: Any, feed: Mapping[str, npt.NDArray[np.float32]], number: int) -> list[float]:

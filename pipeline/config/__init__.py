@@ -121,6 +121,8 @@ class Gates(Section):
     """Smallest cosine between the embeddings of torch and of ONNX Runtime, over all test images."""
     map_difference: Fraction
     """Largest absolute difference of mAP between torch and ONNX Runtime."""
+    int8_map_loss: Fraction
+    """Largest mAP that the int8 file may lose; if it loses more, or is not faster here, there is none."""
 
 
 class Export(Section):
@@ -128,9 +130,17 @@ class Export(Section):
 
     opset: Annotated[int, Field(ge=18, le=23)]
     """ONNX operator set."""
-    precisions: Annotated[list[Literal["fp32"]], Field(min_length=1)]
-    """Files to write."""
+    precisions: Annotated[list[Literal["fp32", "int8"]], Field(min_length=1)]
+    """Files to write; fp32 must be among them, int8 is tried where it is asked for."""
+    licence: Annotated[str, Field(min_length=1)]
+    """What the files may be used for, as card and metadata say it; the data that they learnt from have a word in it."""
     gates: Gates
+
+    @model_validator(mode="after")
+    def _has_floats(self) -> Self:
+        if "fp32" not in self.precisions:
+            raise ValueError(f"`precisions` must contain fp32, got {self.precisions}")
+        return self
 
 
 class Benchmark(Section):

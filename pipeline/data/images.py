@@ -169,6 +169,11 @@ class Images:
             batch[place] = decode(self.manifest.root / self.manifest.items[row].path, self.size)
         return batch
 
+    def original(self, row: int) -> Pixels:
+        """Image (h, w, 3) uint8 in its own size, decoded from its file."""
+        with opened(self.manifest.root / self.manifest.items[row].path) as image:
+            return np.asarray(upright_rgb(image))
+
     def _open(self, cache: Path) -> Pixels:
         try:
             array: Pixels = np.load(cache, mmap_mode="r", allow_pickle=False)

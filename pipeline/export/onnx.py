@@ -1,15 +1,17 @@
 """A network as one ONNX file: float images in, embeddings of length 1 out, what it is in its metadata.
 
-Equal weights give equal bytes: nothing in a file tells when, where or by whom it was made.
+Equal weights of one commit give equal bytes: nothing in a file tells when, where or by whom it was made.
 """
 
 import hashlib
 import json
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import onnx
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from pipeline.config import Params
@@ -32,6 +34,8 @@ class Metadata:
         data: Kind of data that it was trained and evaluated on.
         data_digest: SHA-256 of the manifest.
         params_digest: SHA-256 of the params, see `params_digest`.
+        git_commit: Of the sources, with a plus sign where they were changed since; `unknown` outside of Git.
+        licence: What the file may be used for, in the words of params.yaml.
         protocol: Of the mAP.
         map: mAP of this file on the test set, by ONNX Runtime, in [0, 1].
         image_size: Height and width of the input, pixels.
@@ -45,6 +49,8 @@ class Metadata:
     data: str
     data_digest: str
     params_digest: str
+    git_commit: str
+    licence: str
     protocol: str
     map: float
     image_size: tuple[int, int]
@@ -57,6 +63,17 @@ class Metadata:
     def properties(self) -> dict[str, str]:
         """As ONNX holds them: text under text; numbers and lists are JSON."""
         return {name: value if isinstance(value, str) else json.dumps(value) for name, value in self.__dict__.items()}
+
+    @classmethod
+    def parse(cls, properties: Mapping[str, str]) -> Self:
+        """Back from what ONNX holds.
+
+        Raises:
+            KeyError: If a property is missing.
+            ValueError: If one is not what it should be.
+        """
+        held = ((field.name, field.type, properties[field.name]) for field in fields(cls))
+        return TypeAdapter(cls).validate_python({name: t if kind is str else json.loads(t) for name, kind, t in held})
 
 
 def params_digest(params: Params) -> str:

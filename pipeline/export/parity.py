@@ -1,23 +1,27 @@
 """Whether an exported file does what the network did: if not, there is no file."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
+from PIL import Image
 
 from pipeline.config import Gates
-from pipeline.export.embed import Images, embed
-from pipeline.inference.session import open_session
+from pipeline.export.embed import Colour, Embeddings, Images, Pixels, embed, embed_pixels
+from pipeline.inference.session import InferenceSession, open_session
 
 log = logging.getLogger(__name__)
 
 BATCHES = (1, 3, 8)
 """Batch sizes that must give the same embeddings."""
-
-Embeddings = npt.NDArray[np.float32]
+PROBED = 4096
+"""Test images that are run at each of them; all are run at one."""
+NEAR = 1e-5
+"""Gap of two similarities below which rounding may change places."""
+RESIZED = 0.999
+"""Smallest cosine where a file resizes by itself and Pillow does it otherwise: their last bits differ."""
 
 
 class ParityError(RuntimeError):
@@ -32,17 +36,25 @@ class Probe:
 
     Attributes:
         images: Where the pixels come from.
-        rows: (n,) the test images.
-        preprocess: From uint8 (B, 3, h, w) to the network's float input.
+        rows: (n,) the test images, queries first.
+        queries: How many of them ask the others; where all do, each asks all others.
+        mean: By channel (RGB), of pixels in [0, 1], for files that take floats.
+        std: Likewise.
         score: mAP of embeddings (n, D) of these rows.
         gates: What must hold.
     """
 
     images: Images
     rows: npt.NDArray[np.int64]
-    preprocess: Callable[[Tensor], Tensor]
+    queries: int
+    mean: Colour
+    std: Colour
     score: Callable[[Embeddings], float]
     gates: Gates
+
+    def embed(self, session: InferenceSession, rows: slice = slice(None), batch: int = 32) -> Embeddings:
+        """What a file makes of the test images, or of some of them."""
+        return embed(session, self.images, self.rows[rows], self.mean, self.std, batch)
 
 
 @dataclass(frozen=True)
@@ -53,11 +65,13 @@ class Parity:
         min_cosine: Smallest cosine between the two embeddings of an image.
         map: mAP of ONNX Runtime's embeddings.
         map_torch: mAP of torch's.
+        embeddings: (n, D) of ONNX Runtime.
     """
 
     min_cosine: float
     map: float
     map_torch: float
+    embeddings: Embeddings
 
 
 def verify(name: str, content: bytes, reference: Embeddings, probe: Probe) -> Parity:
@@ -72,8 +86,9 @@ def verify(name: str, content: bytes, reference: Embeddings, probe: Probe) -> Pa
     Raises:
         ParityError: If a gate does not hold, naming file, figure and bound.
     """
-    found = embed(open_session(content), probe.images, probe.rows, probe.preprocess)
-    parity = Parity(_check_cosines(name, reference, found, probe), probe.score(found), probe.score(reference))
+    found = probe.embed(open_session(content))
+    closest = _check(name, reference, found, probe)
+    parity = Parity(closest, probe.score(found), probe.score(reference), found)
     difference = abs(parity.map - parity.map_torch)
     if not difference <= probe.gates.map_difference:
         raise ParityError(
@@ -85,16 +100,98 @@ def verify(name: str, content: bytes, reference: Embeddings, probe: Probe) -> Pa
 
 
 def verify_batches(name: str, content: bytes, reference: Embeddings, probe: Probe) -> None:
-    """Run the first few test images in batches of 1, 3 and 8; arguments as in `verify`.
+    """Run test images (`PROBED`) in batches of 1, 3 and 8; arguments as in `verify`.
 
     Raises:
         ParityError: If an embedding depends on the batch that it is computed in.
     """
-    session = open_session(content)
-    few = slice(0, max(BATCHES))
+    session, some = open_session(content), slice(0, PROBED)
     for batch in BATCHES:
-        found = embed(session, probe.images, probe.rows[few], probe.preprocess, batch)
-        _check_cosines(f"{name}, batch {batch}", reference[few], found, probe)
+        found = probe.embed(session, some, batch)
+        _check(f"{name}, batch {batch}", reference[some], found, probe)
+
+
+def verify_resizing(name: str, resizing: bytes, core: bytes, pictures: Sequence[Pixels], probe: Probe) -> float:
+    """Compare a file that resizes with one that gets resized pictures.
+
+    Args:
+        name: Of the file that resizes.
+        resizing: Its content.
+        core: Content of the other.
+        pictures: (h, w, 3) each, of any size.
+        probe: Its mean and deviation count.
+
+    Returns:
+        Smallest cosine between the two embeddings of a picture.
+
+    Raises:
+        ParityError: If it is below `RESIZED`.
+    """
+    inside, outside = open_session(resizing), open_session(core)
+    height, width = outside.get_inputs()[0].shape[2:]
+    closest = 1.0
+    for picture in pictures:
+        resized = Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR)
+        pair = [
+            embed_pixels(session, pixels[None], probe.mean, probe.std)
+            for session, pixels in ((inside, picture), (outside, np.asarray(resized)))
+        ]
+        close = float(cosines(*pair)[0])
+        if not close >= RESIZED:
+            raise ParityError(
+                f"{name}: for a picture of {picture.shape[1]} x {picture.shape[0]} pixels the cosine with Pillow's "
+                f"resizing is {close:.6f}; {RESIZED} is asked for"
+            )
+        closest = min(closest, close)
+    return closest
+
+
+def neighbours(embeddings: Embeddings, queries: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Nearest other image of each query, and how far ahead of the next it is.
+
+    Args:
+        embeddings: (n, D), of length 1, queries first.
+        queries: How many ask the others; where all do, each asks all others.
+
+    Returns:
+        Rows (queries,) of the nearest; similarity (queries,) less that of the second, infinite where there is none.
+    """
+    alone = queries == len(embeddings)
+    asked = embeddings if alone else embeddings[queries:]
+    nearest, gap = np.zeros(queries, np.int64), np.full(queries, np.inf)
+    for start in range(0, queries, 256):
+        block = slice(start, min(start + 256, queries))
+        similarity = (embeddings[block] @ asked.T).astype(np.float64)
+        rows = np.arange(len(similarity))
+        if alone:
+            similarity[rows, np.arange(block.start, block.stop)] = -np.inf
+        best = similarity.argmax(axis=1)
+        first = similarity[rows, best]
+        similarity[rows, best] = -np.inf
+        nearest[block], gap[block] = best + (0 if alone else queries), first - similarity.max(axis=1)
+    return nearest, gap
+
+
+def _check(what: str, reference: Embeddings, found: Embeddings, probe: Probe) -> float:
+    """Smallest cosine, if it is large enough and every query finds the same image first.
+
+    Raises:
+        ParityError: If not.
+    """
+    closest = _check_cosines(what, reference, found, probe)
+    alone = probe.queries == len(probe.rows)
+    queries = len(reference) if alone else probe.queries
+    if not alone and queries >= len(reference):
+        return closest  # too few of the images to hold any of the gallery
+    nearest, gap = neighbours(reference, queries)
+    changed = np.flatnonzero((neighbours(found, queries)[0] != nearest) & (gap > NEAR))
+    if len(changed):
+        query = changed[0]
+        raise ParityError(
+            f"{what}: {len(changed)} of {queries} queries find another image first than in torch, such as that in row "
+            f"{probe.rows[query]} of the manifest, where the first was {gap[query]:.2e} ahead"
+        )
+    return closest
 
 
 def cosines(left: Embeddings, right: Embeddings) -> npt.NDArray[np.float64]:

@@ -1,4 +1,7 @@
-"""The folder that leaves the building: files, and their SHA-256 in the format of `sha256sum`."""
+"""The folder that leaves the building: files, and their SHA-256 in the format of `sha256sum`.
+
+Nothing of it is parsed before its hash is the one that was written.
+"""
 
 import hashlib
 from collections.abc import Mapping
@@ -8,6 +11,12 @@ from pathlib import Path
 from pipeline.files import write_atomically, write_text
 
 SUMS = "SHA256SUMS"
+
+
+class ReleaseError(RuntimeError):
+    """A folder is not what was written."""
+
+    exit_code = 4
 
 
 def sha256(content: bytes) -> str:
@@ -25,4 +34,61 @@ def write_release(folder: Path, files: Mapping[str, bytes]) -> None:
     (folder / SUMS).unlink(missing_ok=True)
     for name, content in files.items():
         write_atomically(folder / name, partial(Path.write_bytes, data=content))
-    write_text(folder / SUMS, "".join(f"{sha256(content)}  {name}\n" for name, content in files.items()))
+    write_text(folder / SUMS, _render({name: sha256(content) for name, content in files.items()}))
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """SHA-256 by file name, as written.
+
+    Raises:
+        ReleaseError: If the folder has none, or they are damaged.
+    """
+    path = folder / SUMS
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ReleaseError(f"{path} cannot be read ({error.strerror}); a folder without it was not finished") from None
+    text = raw.decode("ascii", errors="replace")
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
+    if _render(sums) != text or not sums or not all(map(_plain, sums)):
+        raise ReleaseError(f"{path} is damaged; get the folder again from where it came")
+    return sums
+
+
+def read_checked(folder: Path, name: str) -> bytes:
+    """Content of one file of a release, whose hash is the one that was written.
+
+    Raises:
+        ReleaseError: If it is missing, not part of the release, or another.
+    """
+    sums = read_sums(folder)
+    if name not in sums:
+        raise ReleaseError(f"{folder / SUMS} names no {name}; it names {', '.join(sums)}")
+    try:
+        content = (folder / name).read_bytes()
+    except OSError as error:
+        raise ReleaseError(f"{folder / name} cannot be read ({error.strerror}); get the folder again") from None
+    if sha256(content) != sums[name]:
+        raise ReleaseError(
+            f"{folder / name} is damaged: SHA-256 {sha256(content)[:12]}..., written was {sums[name][:12]}...; get "
+            "the folder again from where it came"
+        )
+    return content
+
+
+def read_release(folder: Path) -> dict[str, bytes]:
+    """Content of all files that belong to a release; others in the folder are left alone.
+
+    Raises:
+        ReleaseError: As `read_checked`.
+    """
+    return {name: read_checked(folder, name) for name in read_sums(folder)}
+
+
+def _render(sums: Mapping[str, str]) -> str:
+    return "".join(f"{digest}  {name}\n" for name, digest in sums.items())
+
+
+def _plain(name: str) -> bool:
+    """Whether it names a file in the folder itself."""
+    return name == Path(name).name and name not in ("", ".", "..") and "\\" not in name

@@ -1,4 +1,4 @@
-"""ONNX Runtime: the only place that imports it, after its telemetry is off."""
+"""ONNX Runtime: whoever imports it imports this first, which turns its telemetry off."""
 
 import os
 from pathlib import Path

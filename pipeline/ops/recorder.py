@@ -11,7 +11,6 @@ import getpass
 import hashlib
 import json
 import logging
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,6 +26,7 @@ from mlflow.exceptions import MlflowException
 from pipeline.files import Files, read_json, write_json
 from pipeline.ops import execution, figures
 from pipeline.ops.execution import Child, Execution, State
+from pipeline.ops.git import commit
 from pipeline.ops.process import identity
 from pipeline.ops.tracking import UPLOADS, tracking_uri, upload_folder
 from pipeline.records import RECORDS
@@ -113,7 +113,7 @@ class Recorder:
             "mlflow.source.name": self.files.root.name,
             "mlflow.source.type": "PROJECT",
             "params_digest": hashlib.sha256(content).hexdigest(),
-            **_git(self.files.root),
+            **_sources(self.files.root),
         }
 
     def _data_digest(self) -> dict[str, str]:
@@ -245,25 +245,12 @@ def _user() -> str:
         return "unknown"
 
 
-def _git(root: Path) -> dict[str, str]:
-    """Commit, and whether the sources differ from it (what a run writes itself does not count)."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words],  # noqa: S607 - the user's git
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--", ".", ":!dvc.lock", ":!metrics", ":!plots")
-        commit = git("rev-parse", "HEAD")
-    except (OSError, subprocess.SubprocessError):
-        return {"git_commit": "unknown"}
-    return {"mlflow.source.git.commit": commit, "git_commit": commit, "git_dirty": str(bool(changed)).lower()}
+def _sources(root: Path) -> dict[str, str]:
+    """Tags that tell what the run was made from."""
+    found, changed = commit(root)
+    if changed is None:
+        return {"git_commit": found}
+    return {"mlflow.source.git.commit": found, "git_commit": found, "git_dirty": str(changed).lower()}
 
 
 def main() -> None:

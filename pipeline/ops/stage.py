@@ -26,6 +26,7 @@ from ruamel.yaml import YAML
 
 from pipeline.config import Params
 from pipeline.files import Files, write_json, write_text
+from pipeline.ops import git
 from pipeline.ops import params as params_file
 from pipeline.ops.execution import Execution, current, sole_writer
 from pipeline.ops.process import Stopped, die_with_parent, peak_memory, stoppable
@@ -80,6 +81,12 @@ class Run:
         self.rows.append(dict(row))
         if self._tracker is not None:
             self._tracker.curve(row)
+
+    @property
+    def commit(self) -> str:
+        """Commit of the sources, with a plus sign where they differ from it; `unknown` outside of Git."""
+        found, changed = git.commit(self.files.root)
+        return f"{found}+" if changed else found
 
     def timing(self, name: str, seconds: float) -> None:
         """Note how long a part took, for timings/<stage>.json."""

@@ -118,11 +118,27 @@ def evaluate_embedder(
         raise ValueError(
             f"embedding of {path} is not finite ({len(broken)} of {len(embeddings)} images); the network diverged"
         )
-    sides = [
+    return protocols.evaluate(protocol, *sides(embeddings, manifest, query_split, gallery_split, protocol))
+
+
+def sides(
+    embeddings: npt.NDArray[np.float32], manifest: Manifest, query_split: str, gallery_split: str, protocol: str
+) -> tuple[Side, Side | None]:
+    """Queries and gallery for `protocols.evaluate`; no gallery where the protocol has none of its own.
+
+    Args:
+        embeddings: (query + gallery, D), in the order of the splits' rows.
+        manifest: Knows their labels.
+        query_split: Name of the queries' split.
+        gallery_split: Of the gallery's.
+        protocol: Name in `PROTOCOLS`.
+    """
+    query, gallery = manifest.rows(query_split), manifest.rows(gallery_split)
+    asking, asked = (
         Side(found, manifest.identities(rows), manifest.cameras(rows))
         for found, rows in ((embeddings[: len(query)], query), (embeddings[len(query) :], gallery))
-    ]
-    return protocols.evaluate(protocol, *(sides if PROTOCOLS[protocol].gallery == "given" else sides[:1]))
+    )
+    return asking, asked if PROTOCOLS[protocol].gallery == "given" else None
 
 
 @contextmanager

@@ -111,7 +111,8 @@ def evaluate(
     Args:
         protocol: Name in `PROTOCOLS`.
         query: What is asked; all there is where the protocol has no gallery of its own.
-        gallery: What is asked of.
+        gallery: What is asked of. Where the protocol has none of its own: the same images as the queries', as another
+            network embeds them; None for the queries themselves.
         rerank: Whether to rank again by k-reciprocal neighbours.
         ties: Which of equally similar images come first.
         block: Queries a matrix product; None for what suits the gallery's size.
@@ -125,12 +126,16 @@ def evaluate(
         raise ValueError(f"there is no protocol {protocol!r}; there are {', '.join(PROTOCOLS)}")
     rules = PROTOCOLS[protocol]
     query = _checked("query", query, rules)
-    if (gallery is None) is (rules.gallery == "given"):
-        needed = "needs a gallery" if gallery is None else "takes no gallery, all images are queries"
-        raise ValueError(f"protocol {protocol} {needed}")
+    if gallery is None:
+        if rules.gallery == "given":
+            raise ValueError(f"protocol {protocol} needs a gallery")
+        gallery = query
+    gallery = _checked("gallery", gallery, rules, query.vectors.shape[1])
+    if rules.gallery != "given" and not np.array_equal(gallery.identities, query.identities):
+        raise ValueError(f"protocol {protocol} takes no gallery, all images are queries")
     parts = []
-    for draw, (rows, asked) in enumerate(_galleries(rules, query, gallery, seed)):
-        asking = query if rules.gallery == "itself" else query.take(rows) if rules.gallery == "drawn" else query
+    for draw, (rows, asked) in enumerate(_galleries(rules, gallery, len(query.identities), seed)):
+        asking = query.take(rows) if rules.gallery == "drawn" else query
         found = _score(rules, asking, asked, rerank, ties, block)
         parts.append(replace(found, query=rows, draw=np.full(len(rows), draw)))
     names = [field.name for field in fields(Retrieval)]
@@ -171,20 +176,16 @@ def figures(protocol: str, found: Retrieval) -> dict[str, str | float | int]:
     return {"protocol": protocol, "map": quoted.map, **deviation, "minp": quoted.minp, **shares, **counts}
 
 
-def _galleries(rules: Protocol, query: Side, gallery: Side | None, seed: int) -> Iterator[tuple[Rows, Side]]:
+def _galleries(rules: Protocol, gallery: Side, queries: int, seed: int) -> Iterator[tuple[Rows, Side]]:
     """Rows of the queries, and what they are asked of."""
-    everything = np.arange(len(query.identities))
-    if rules.gallery == "given" and gallery is not None:
-        yield everything, _checked("gallery", gallery, rules, query.vectors.shape[1])
-    elif rules.gallery == "itself":
-        yield everything, query
-    else:
-        for draw in range(DRAWS):
-            rng = np.random.default_rng([seed, draw])
-            order = rng.permutation(len(everything))
-            _, first = np.unique(query.identities[order], return_index=True)
-            chosen = np.sort(order[first])
-            yield np.setdiff1d(everything, chosen), query.take(chosen)
+    if rules.gallery != "drawn":
+        yield np.arange(queries), gallery
+        return
+    for draw in range(DRAWS):
+        order = np.random.default_rng([seed, draw]).permutation(queries)
+        _, first = np.unique(gallery.identities[order], return_index=True)
+        chosen = np.sort(order[first])
+        yield np.setdiff1d(np.arange(queries), chosen), gallery.take(chosen)
 
 
 def _score(rules: Protocol, query: Side, gallery: Side, rerank: bool, ties: Ties, block: int | None) -> Retrieval:

@@ -1,45 +1,88 @@
-"""The card: short, true, and its code runs."""
+"""The card: short, true, and its code runs without torch and without this package."""
 
+import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
+import onnx
+import pytest
 from PIL import Image
 
+from pipeline.export.allinone import all_in_one
 from pipeline.export.card import Entry, card
+from pipeline.export.onnx import finish
 from pipeline.export.release import sha256
-from tests.export.tiny_network import SIZE, Pictures
+from tests.export.tiny_network import MEAN, SIZE, STD, Pictures
+
+BARE = """
+import importlib.abc, json, sys
+class OnlyOnnxruntime(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"torch", "torchvision", "onnx", "pipeline", "stages", "scipy", "mlflow"}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, OnlyOnnxruntime())
+names = {}
+exec(open("code.py").read(), names)
+print(json.dumps(names["embedding"].tolist()))
+"""
 
 
-def test_its_code_gives_the_pipelines_embedding(content, metadata, reference, tmp_path, monkeypatch):
-    text = card({"model.onnx": Entry("the student", metadata, len(content), sha256(content))})
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "model.onnx").write_bytes(content)
-    Image.fromarray(Pictures.pixels[5]).save(tmp_path / "image.jpg", format="PNG")  # losslessly; PIL looks inside
-    code = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
-    assert len(code.splitlines()) <= 11
-    names = {}
-    exec(code, names)
-    assert names["embedding"].shape == (1, 16)
-    np.testing.assert_allclose(names["embedding"][0], reference[5], atol=1e-5)
-
-
-def test_it_tells_protocol_quality_size_input_and_checksums(metadata):
-    files = {
-        "model.onnx": Entry("the student", metadata, 4321, "a" * 64),
-        "teacher.onnx": Entry("the teacher", replace(metadata, map=0.6666, params=9876543), 99999, "b" * 64),
+@pytest.fixture(scope="module")
+def files(content, translated, metadata):
+    return {
+        "model.onnx": content,
+        "model.allinone.onnx": finish(all_in_one(onnx.load_from_string(translated), SIZE, MEAN, STD), metadata),
     }
-    text = card(files)
+
+
+@pytest.fixture(scope="module")
+def entries(files, metadata):
+    return {
+        name: Entry("the student", metadata, {"market": 0.625, "loo": 0.5}, len(file), sha256(file), "all" in name)
+        for name, file in files.items()
+    }
+
+
+def test_each_block_of_code_gives_the_pipelines_embedding_with_onnxruntime_alone(files, entries, reference, tmp_path):
+    text = card(entries, {})
+    for name, file in files.items():
+        (tmp_path / name).write_bytes(file)
+    Image.fromarray(Pictures.pixels[5]).save(tmp_path / "image.jpg", format="PNG")  # losslessly; PIL looks inside
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert [file for block in blocks for file in files if f'"{file}"' in block] == ["model.allinone.onnx", "model.onnx"]
+    for block in blocks:
+        assert len(block.splitlines()) <= 11
+        (tmp_path / "code.py").write_text(block)
+        command = [sys.executable, "-c", BARE]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        found = np.array(json.loads(done.stdout))
+        assert found.shape == (1, 16)
+        np.testing.assert_allclose(found[0], reference[5], atol=1e-5)
+
+
+def test_it_tells_protocols_quality_size_input_licence_origin_and_checksums(entries, metadata):
+    changed = replace(metadata, params=9876543, git_commit="c" * 40 + "+")
+    shown = entries | {
+        "teacher.onnx": Entry("the teacher", changed, {"market": 0.6666, "loo": 0.1}, 99, "b" * 64, False)
+    }
+    text = card(shown, {"Eight bits": "There are none."})
     height, width = SIZE
     for fact in (
-        "| `model.onnx` | the student | 0.6250 | 1,234 | 56,789 | 4,321 |",
-        "| `teacher.onnx` | the teacher | 0.6666 | 9,876,543 | 56,789 | 99,999 |",
-        "protocol `market`",
+        "| file | what | mAP, `market` | mAP, `loo` | params | MACs | bytes |\n|---|---|---|---|---|---|---|\n",
+        f"| `model.onnx` | the student | 0.6250 | 0.5000 | 1,234 | 56,789 | {shown['model.onnx'].bytes:,} |",
+        "| `teacher.onnx` | the teacher | 0.6666 | 0.1000 | 9,876,543 | 56,789 | 99 |",
         f"float32 (batch, 3, {height}, {width})",
         f"resize(({width}, {height})",
-        f"{'a' * 64}  model.onnx",
+        "uint8 (batch, height, width, 3) RGB of any size",
+        "Licence: as you like",
+        f"commit `{'c' * 12}`",
+        "## Eight bits\n\nThere are none.",
         f"{'b' * 64}  teacher.onnx",
     ):
         assert fact in text
-    assert card(files) == text
-    assert len(text.splitlines()) < 60
+    assert card(shown, {"Eight bits": "There are none."}) == text
+    changed_first = {name: replace(entry, metadata=changed) for name, entry in shown.items()}
+    assert f"commit `{'c' * 12}`, with changes" in card(changed_first, {})

@@ -15,11 +15,11 @@ import torch
 from onnx import TensorProto, numpy_helper
 
 from pipeline.export.embed import embed
-from pipeline.export.onnx import finish, params_digest, to_onnx
+from pipeline.export.onnx import Metadata, finish, params_digest, to_onnx
 from pipeline.inference.session import open_session
 from pipeline.models import cost
 from pipeline.ops.params import load
-from tests.export.tiny_network import SIZE, Pictures, normalise, tiny_net
+from tests.export.tiny_network import MEAN, SIZE, STD, Pictures, normalise, tiny_net
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,7 +30,7 @@ def test_it_computes_the_unit_embedding_of_the_network_in_eval_mode_for_any_batc
     with torch.no_grad():
         pixels = torch.from_numpy(Pictures.pixels[:batch]).permute(0, 3, 1, 2)
         expected = torch.nn.functional.normalize(tiny_net(0).eval()(normalise(pixels)).embedding).numpy()
-    found = embed(open_session(content), Pictures(), rows, normalise, batch)
+    found = embed(open_session(content), Pictures(), rows, MEAN, STD, batch)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
     assert net.training  # the network itself is left alone
@@ -67,16 +67,18 @@ def test_a_zero_embedding_stays_finite(content):
     for tensor in model.graph.initializer:
         if tensor.name in head:
             tensor.CopyFrom(numpy_helper.from_array(np.zeros(tensor.dims, np.float32), tensor.name))
-    found = embed(open_session(model.SerializeToString()), Pictures(), np.arange(3), normalise)
+    found = embed(open_session(model.SerializeToString()), Pictures(), np.arange(3), MEAN, STD)
     np.testing.assert_array_equal(found, 0)
 
 
-def test_metadata_can_be_read_with_onnxruntime_alone(content):
+def test_metadata_can_be_read_with_onnxruntime_alone(content, metadata):
     held = open_session(content).get_modelmeta().custom_metadata_map
-    assert {name: held[name] for name in ("data", "protocol", "data_digest")} == {
+    assert {name: held[name] for name in ("data", "protocol", "data_digest", "git_commit", "licence")} == {
         "data": "vehicles",
         "protocol": "market",
         "data_digest": "d" * 64,
+        "git_commit": "c" * 40,
+        "licence": "as you like",
     }
     numbers = ("map", "image_size", "mean", "std", "embedding_dim", "params", "macs")
     assert [json.loads(held[name]) for name in numbers] == [
@@ -88,6 +90,9 @@ def test_metadata_can_be_read_with_onnxruntime_alone(content):
         1234,
         56789,
     ]
+    assert Metadata.parse(held) == metadata
+    with pytest.raises(KeyError, match="licence"):
+        Metadata.parse({name: text for name, text in held.items() if name != "licence"})
 
 
 def test_an_invalid_model_is_refused(translated, metadata):

@@ -5,9 +5,13 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
-from pipeline.export.parity import Parity, ParityError, cosines, verify, verify_batches
-from tests.export.tiny_network import Pictures, normalise
+from pipeline.export import parity
+from pipeline.export.allinone import all_in_one
+from pipeline.export.onnx import finish
+from pipeline.export.parity import ParityError, cosines, neighbours, verify, verify_batches, verify_resizing
+from tests.export.tiny_network import MEAN, SIZE, STD, Pictures, normalise
 
 
 def damaged(content: bytes) -> bytes:
@@ -36,9 +40,10 @@ def of_batch() -> bytes:
 
 def test_a_good_file_is_told_how_good_it_is(content, reference, probe):
     scores = iter([0.61, 0.61005])
-    parity = verify("model.onnx", content, reference, probe(score=lambda _: next(scores)))
-    assert parity == Parity(parity.min_cosine, map=0.61, map_torch=0.61005)
-    assert 0.999999 < parity.min_cosine <= 1 + 1e-12
+    found = verify("model.onnx", content, reference, probe(score=lambda _: next(scores)))
+    assert (found.map, found.map_torch) == (0.61, 0.61005)
+    np.testing.assert_allclose(found.embeddings, reference, atol=1e-5)
+    assert 0.999999 < found.min_cosine <= 1 + 1e-12
     verify_batches("model.onnx", content, reference, probe())
 
 
@@ -98,3 +103,53 @@ def test_another_embedding_length_is_refused(content, reference, probe):
 def test_cosines_are_those_of_the_definition():
     left, right = np.array([[3, 4], [1, 0]], np.float32), np.array([[4, 3], [0, 2]], np.float32)
     np.testing.assert_allclose(cosines(left, right), [24 / 25, 0], atol=1e-15)
+
+
+def at(angle):
+    """A vector of length 1 in the plane of the first two axes."""
+    found = np.zeros(16, np.float32)
+    found[:2] = np.cos(angle), np.sin(angle)
+    return found
+
+
+def test_a_query_that_finds_another_image_first_is_named_though_every_cosine_is_high(probe):
+    reference = np.stack([at(0), at(3), at(0.8), at(0.801), *[at(3.1 + 0.1 * number) for number in range(8)]])
+    moved = reference.copy()
+    moved[2] = at(0.8015)
+    assert cosines(reference, moved).min() > 0.99999
+    parity._check("model.onnx", reference, reference, probe())
+    with pytest.raises(ParityError, match=r"\.onnx: 1 of 2 queries find another image first .* row 0 .* 7\.1\de-04"):
+        parity._check("model.onnx", reference, moved, probe())
+    reference[3] = at(0.800001)  # 7e-7 behind: rounding may change places
+    parity._check("model.onnx", reference, moved, probe())
+
+
+def test_neighbours_are_those_of_the_definition():
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((600, 5)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    for queries in (300, 600):
+        nearest, gap = neighbours(vectors, queries)
+        for query in range(queries):
+            others = [row for row in range(0 if queries == 600 else queries, 600) if row != query]
+            ranked = sorted(others, key=lambda row: -float(vectors[query] @ vectors[row]))
+            assert nearest[query] == ranked[0]
+            first, second = (float(vectors[query] @ vectors[row]) for row in ranked[:2])
+            assert gap[query] == pytest.approx(first - second, abs=1e-6)
+    assert neighbours(vectors[:2], 1)[1][0] == np.inf
+
+
+def test_a_file_that_resizes_otherwise_is_refused(content, translated, metadata, probe):
+    core = onnx.load_from_string(translated)
+    whole = finish(all_in_one(core, SIZE, MEAN, STD), metadata)
+    rng = np.random.default_rng(1)
+    sizes = [(50, 70), (32, 24), (20, 90), (200, 31), (7, 5), (1, 1)]
+    pictures = [
+        np.asarray(Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize(size)) for size in sizes
+    ]
+    assert verify_resizing("model.allinone.onnx", whole, content, pictures, probe()) >= 0.999
+    other = onnx.load_from_string(whole)
+    scale = next(tensor for tensor in other.graph.initializer if tensor.name == "preprocess/std")
+    scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) / 8, scale.name))
+    with pytest.raises(ParityError, match=r"allinone\.onnx: for a picture of \d+ x \d+ pixels the cosine .* 0\.999 is"):
+        verify_resizing("model.allinone.onnx", other.SerializeToString(), content, pictures, probe())

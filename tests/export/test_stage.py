@@ -1,17 +1,21 @@
 """The stage: all files or none."""
 
 import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 
 from pipeline import checkpoint
 from pipeline.config import Params
 from pipeline.data.manifest import Item, Manifest
+from pipeline.export import files
 from pipeline.export.parity import ParityError
+from pipeline.export.sample import check_release
 from pipeline.files import Files, write_atomically
 from pipeline.models import cost
 from pipeline.ops.execution import current
@@ -32,44 +36,60 @@ def run(tmp_path: Path) -> Run:
     """Params of the smoke preset, a dozen pictures, one network as teacher and as student."""
     smoke = load(ROOT / "presets" / "smoke.yaml").model_dump()
     smoke["data"]["image_size"] = list(SIZE)
-    files = Files(tmp_path, tmp_path)
-    Manifest(PICTURES, files.vehicles).write(files.manifest)
-    write_atomically(files.image_cache, lambda path: np.lib.format.open_memmap(path, "w+", np.uint8, (12, *SIZE, 3)))
-    np.load(files.image_cache, mmap_mode="r+")[:] = Pictures.pixels
+    paths = Files(tmp_path, tmp_path)
+    Manifest(PICTURES, paths.vehicles).write(paths.manifest)
+    paths.vehicles.mkdir(parents=True)
+    write_atomically(paths.image_cache, lambda path: np.lib.format.open_memmap(path, "w+", np.uint8, (12, *SIZE, 3)))
+    np.load(paths.image_cache, mmap_mode="r+")[:] = Pictures.pixels
+    for row, item in enumerate(PICTURES):
+        Image.fromarray(Pictures.pixels[row]).save(paths.vehicles / item.path, format="PNG")
     for name in ("teacher", "surgery"):
-        checkpoint.save(files.artifacts(name), tiny_net(0))
-    return Run("export", Params.model_validate(smoke), files, current(), files.artifacts("export"))
+        checkpoint.save(paths.artifacts(name), tiny_net(0))
+    return Run("export", Params.model_validate(smoke), paths, current(), paths.artifacts("export"))
 
 
 def written(run: Run) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in run.out.iterdir()}
 
 
-def test_it_writes_files_that_say_what_the_record_says(run, translated, net, monkeypatch):
-    monkeypatch.setattr(stage, "to_onnx", lambda *_: onnx.load_from_string(translated))
+@pytest.mark.parametrize("gain", [None, 2.0, 0.9], ids=["not asked for", "faster", "slower"])
+def test_it_writes_files_that_say_what_the_record_says(run, translated, net, monkeypatch, gain):
+    monkeypatch.setattr(files, "to_onnx", lambda *_: onnx.load_from_string(translated))
+    if gain is not None:  # else timing, which has its own tests, would decide about this one
+        run.params.export.precisions.append("int8")
+        monkeypatch.setattr(stage, "speedups", lambda tried, *_: dict.fromkeys(tried, gain))
     record = stage.export(run)
-    files = written(run)
-    assert set(files) == {"model.onnx", "teacher.onnx", "card.md", "SHA256SUMS"}
-    assert (record.bytes, record.params, record.macs) == (
-        len(files["model.onnx"]),
-        cost.params(net.spec),
-        cost.macs(net.spec, SIZE),
+    found = written(run)
+    published = gain == 2.0
+    onnx_files = {"model.onnx", "model.allinone.onnx", "teacher.onnx"} | ({"model.int8.onnx"} if published else set())
+    assert set(found) == {*onnx_files, "card.md", "sample.png", "sample.json", "SHA256SUMS"}
+    assert record.params == cost.params(net.spec)
+    assert record.macs == cost.macs(net.spec, SIZE)
+    assert (record.bytes, record.bytes_allinone, record.bytes_teacher) == tuple(
+        len(found[name]) for name in ("model.onnx", "model.allinone.onnx", "teacher.onnx")
     )
-    assert (record.map_teacher, record.params_reduction, record.int8_published) == (record.map, 0.0, 0)
-    held = {entry.key: entry.value for entry in onnx.load_from_string(files["model.onnx"]).metadata_props}
-    assert float(held["map"]) == record.map
-    assert f"| {record.map:.4f} |" in files["card.md"].decode()
-    for line in files["SHA256SUMS"].decode().splitlines():
+    assert (record.map_allinone, record.map_teacher, record.params_reduction) == (record.map, record.map, 0.0)
+    assert (record.int8_published, record.map_int8 is None) == (int(published), not published)
+    assert record.map_student_on_teacher == record.map  # it is the same network
+    text = found["card.md"].decode()
+    for name in onnx_files:
+        held = {entry.key: entry.value for entry in onnx.load_from_string(found[name]).metadata_props}
+        quality = record.map_int8 if name == "model.int8.onnx" else record.map
+        assert (float(held["map"]), held["git_commit"]) == (quality, "unknown")
+        assert re.search(rf"\| `{name}` \| [^|]+ \| {quality:.4f} \|", text)
+    assert ("## Eight bits" in text) is (gain is not None)
+    for line in found["SHA256SUMS"].decode().splitlines():
         digest, name = line.split("  ")
-        assert hashlib.sha256(files[name]).hexdigest() == digest
+        assert hashlib.sha256(found[name]).hexdigest() == digest
+    assert set(check_release(run.out)) == onnx_files
 
     torch.manual_seed(99)
-    assert (stage.export(run), written(run)) == (record, files)
+    assert (stage.export(run), written(run)) == (record, found)
 
 
-def test_it_writes_nothing_if_a_gate_does_not_hold_for_the_second_file(run, translated, monkeypatch):
+def test_it_writes_nothing_if_a_gate_does_not_hold_for_the_last_file(run, translated, monkeypatch):
     checkpoint.save(run.files.artifacts("teacher"), tiny_net(1))
-    monkeypatch.setattr(stage, "to_onnx", lambda *_: onnx.load_from_string(translated))
+    monkeypatch.setattr(files, "to_onnx", lambda *_: onnx.load_from_string(translated))
     with pytest.raises(ParityError, match=r"teacher\.onnx: cosine") as caught:
         stage.export(run)
     assert caught.value.exit_code == 4

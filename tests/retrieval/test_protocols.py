@@ -163,7 +163,7 @@ def test_what_a_protocol_needs_is_said():
     with pytest.raises(ValueError, match="needs the cameras of the query; without them use query-gallery"):
         evaluate("market", side, side)
     with pytest.raises(ValueError, match="loo takes no gallery"):
-        evaluate("loo", side, side)
+        evaluate("loo", side, angles(0, 90, ids=["a", "c"]))
     with pytest.raises(ValueError, match="query-gallery needs a gallery"):
         evaluate("query-gallery", side)
     with pytest.raises(ValueError, match="no protocol 'voc'; there are market, "):
@@ -236,3 +236,19 @@ def test_vectors_of_any_length_keep_their_direction(scale):
 def test_queries_are_counted_once_however_often_they_are_drawn():
     query = Side(np.eye(6), np.array(list("aabbcc")))
     assert scores("vehicleid", evaluate("vehicleid", query)).queries == 3
+
+
+@pytest.mark.parametrize("name", ["loo", "vehicleid"])
+def test_the_same_images_by_another_network_can_be_the_gallery(name):
+    """Every query is still asked of the others only, in the other network's embeddings."""
+    rng = np.random.default_rng(4)
+    ids = np.repeat([str(number) for number in range(8)], 4)
+    mine, other = (Side(rng.standard_normal((32, 6)).astype(np.float32), ids) for _ in range(2))
+    assert evaluate(name, mine, mine).map == evaluate(name, mine).map
+    found = evaluate(name, mine, other)
+    if name == "loo":
+        same = ids[:, None] == ids
+        out = np.eye(32, dtype=bool)
+        ap, *_ = literal(mine.vectors, other.vectors, same & ~out, out, False)
+        np.testing.assert_allclose(found.ap, ap, atol=1e-12, rtol=0)
+    assert found.map != evaluate(name, mine).map

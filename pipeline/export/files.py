@@ -1,0 +1,119 @@
+"""The files of a release, each proven to be what was trained before it is one."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx
+
+from pipeline.config import Export
+from pipeline.export import int8
+from pipeline.export.allinone import all_in_one
+from pipeline.export.embed import Embeddings, Pixels
+from pipeline.export.onnx import Metadata, finish, serialise, to_onnx
+from pipeline.export.parity import Probe, verify, verify_batches, verify_resizing
+from pipeline.inference.session import open_session
+from pipeline.models.resnet import RetrievalNet
+from pipeline.models.spec import ArchSpec
+
+log = logging.getLogger(__name__)
+
+STUDENT, ALL_IN_ONE, INT8, TEACHER = "model.onnx", "model.allinone.onnx", "model.int8.onnx", "teacher.onnx"
+
+Describe = Callable[[ArchSpec, float], Metadata]
+"""What a file says about itself, given its network's spec and its own mAP."""
+Speedups = Callable[[Mapping[str, bytes], str], Mapping[str, float]]
+"""How much faster than a named one of some files each of them is."""
+
+
+@dataclass(frozen=True)
+class File:
+    """An ONNX file.
+
+    Attributes:
+        what: What it is, in a few words.
+        content: Of it.
+        metadata: What it says about itself.
+        embeddings: (n, D) that it gives the probe's images.
+        min_cosine: Smallest cosine of them with torch's; None where bits were given up on purpose.
+    """
+
+    what: str
+    content: bytes
+    metadata: Metadata
+    embeddings: Embeddings
+    min_cosine: float | None
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What files are made and judged with.
+
+    Attributes:
+        image_size: Height and width of the input, pixels.
+        settings: Section of params.yaml.
+        probe: What files are compared with torch on.
+        describe: Makes metadata.
+        embed: Embeddings (n, D) of the probe's images by a torch network.
+        speedups: Times files.
+        calibration: (n, 3, h, w) each, normalised training images.
+        originals: (h, w, 3) each, test images of their own size.
+    """
+
+    image_size: tuple[int, int]
+    settings: Export
+    probe: Probe
+    describe: Describe
+    embed: Callable[[RetrievalNet], Embeddings]
+    speedups: Speedups
+    calibration: Sequence[int8.Inputs]
+    originals: Sequence[Pixels]
+
+    def files(self, student: RetrievalNet, teacher: RetrievalNet) -> tuple[dict[str, File], int8.Verdict | None]:
+        """All files of a release by name, the one to begin with first; and what became of int8, where it is asked for.
+
+        Raises:
+            ParityError: If a file does something else than its network.
+        """
+        probe, reference = self.probe, self.embed(student)
+        model = to_onnx(student, self.image_size, self.settings.opset)
+        core = self._exact(STUDENT, "the student", student, model, reference)
+        resizing = all_in_one(model, self.image_size, probe.mean, probe.std)
+        whole = self._exact(ALL_IN_ONE, "the student, with preprocessing inside", student, resizing, reference)
+        verify_resizing(ALL_IN_ONE, whole.content, core.content, self.originals, probe)
+        found, verdict = {STUDENT: core, ALL_IN_ONE: whole}, None
+        if "int8" in self.settings.precisions:
+            verdict = self._judged(model, core)
+            if verdict.model is not None and verdict.map is not None:
+                found[INT8] = self._coarse("the student, 8 bits", student, verdict.model, verdict.map)
+        translated = to_onnx(teacher, self.image_size, self.settings.opset)
+        what = "the network that it learnt from"
+        return found | {TEACHER: self._exact(TEACHER, what, teacher, translated, self.embed(teacher))}, verdict
+
+    def _exact(self, name: str, what: str, net: RetrievalNet, model: onnx.ModelProto, reference: Embeddings) -> File:
+        """A file that must do what the network does."""
+        parity = verify(name, serialise(model), reference, self.probe)
+        metadata = self.describe(net.spec, parity.map)
+        content = finish(model, metadata)
+        verify_batches(name, content, reference, self.probe)
+        return File(what, content, metadata, parity.embeddings, parity.min_cosine)
+
+    def _judged(self, model: onnx.ModelProto, core: File) -> int8.Verdict:
+        """Whether an int8 file is worth it."""
+
+        def speedups(files: Mapping[str, bytes]) -> Mapping[str, float]:
+            return self.speedups({STUDENT: core.content, **files}, STUDENT)
+
+        def score(content: bytes) -> float:
+            return self.probe.score(self.probe.embed(open_session(content)))
+
+        loss = self.settings.gates.int8_map_loss
+        verdict = int8.choose(model, self.calibration, core.metadata.map, loss, score, speedups)
+        log.info("int8 is %s: %s", "published" if verdict.model else "not published", verdict.reason)
+        return verdict
+
+    def _coarse(self, what: str, net: RetrievalNet, model: onnx.ModelProto, quality: float) -> File:
+        """A file that gives up bits, judged already."""
+        metadata = self.describe(net.spec, quality)
+        content = finish(model, metadata)
+        return File(what, content, metadata, self.probe.embed(open_session(content)), None)
