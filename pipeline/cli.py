@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pipeline.files import Files, write_text
-from pipeline.ops.stage import guarded
+from pipeline.ops.stage import guarded, log_to_stderr
 
 app = typer.Typer(
     help="An image-retrieval network that shrinks while it learns.",
@@ -151,6 +151,74 @@ def unpack(
     from pipeline.ops.unpack import unpack as run
 
     typer.echo(f"{run(archive, target)} files in {target}")
+
+
+MODEL = typer.Option(help="ONNX file of a release.")
+
+
+@app.command()
+def index(
+    gallery: Annotated[Path, typer.Option(help="Folder of images, searched in depth.")],
+    out: Annotated[Path, typer.Option(help="Folder of the index.")],
+    model: Annotated[Path, MODEL] = Path("artifacts/export/model.onnx"),
+) -> None:
+    """Embed a gallery, so that it can be searched."""
+    from pipeline.search.index import build
+
+    log_to_stderr("index")
+    built = build(model, gallery)
+    built.save(out, model)
+    typer.echo(f"{len(built)} images in {_short(out)}, embedded by {model.name}")
+
+
+@app.command()
+def search(
+    index: Annotated[Path, typer.Option(help="What `smaller-student index` wrote.")],
+    query: Annotated[Path, typer.Option(help="Image to ask for.")],
+    top: Annotated[int, typer.Option(help="How many images to find.", min=1)] = 10,
+    out: Annotated[Path | None, typer.Option(help="PNG file to draw query and finds in.")] = None,
+    model: Annotated[Path | None, typer.Option(help="The index's model, where it lies elsewhere now.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print finds as JSON.")] = False,
+) -> None:
+    """Find the images of a gallery that are most like one."""
+    from dataclasses import asdict
+
+    from pipeline.search.index import open_index
+
+    asked = open_index(index, model)
+    picture = asked.query(query)
+    hits = asked.search(asked.model.embed(picture), top)
+    if out is not None:
+        from pipeline.report.panels import save_finds
+
+        save_finds(out, asked.model.name, picture[0], [asked.query(asked.gallery / hit.path)[0] for hit in hits])
+    if as_json:
+        typer.echo(json.dumps([asdict(hit) for hit in hits], ensure_ascii=False))
+        return
+    for hit in hits:
+        typer.echo(f"{hit.similarity:.4f}  {hit.path}")
+
+
+@app.command()
+def serve(
+    index: Annotated[list[Path], typer.Option(help="What `smaller-student index` wrote; each is a column.")],
+    host: Annotated[str, typer.Option(help="Address to listen at; others than this machine can reach 0.0.0.0.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    name: Annotated[list[str] | None, typer.Option(help="Host name that the page is called by, if not localhost.")] = (
+        None
+    ),
+) -> None:
+    """Search by a page in the browser."""
+    import uvicorn
+
+    from pipeline.search.index import open_index
+    from pipeline.search.page import application
+
+    indexes = [open_index(folder) for folder in index]
+    hosts = ["localhost", "127.0.0.1", "[::1]", *(name or [])]
+    uvicorn.run(application(indexes, hosts), host=host, port=port, log_level="warning", access_log=False)
 
 
 @app.command()

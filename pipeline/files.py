@@ -4,9 +4,11 @@ Everything a stage writes goes through `write_atomically`: a temporary file besi
 moved over it, and the folder flushed too, so that a reader sees the old file or the new one and never half of either.
 """
 
+import csv
+import io
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,13 @@ def sync_folder(folder: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text with Unix line ends, atomically."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """CSV with Unix line ends."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue()
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

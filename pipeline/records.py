@@ -110,20 +110,30 @@ class Latency(Record):
 
     p50: float
     p90: float
+    p99: float
 
 
 class BenchmarkRecord(Record):
     """Stage `benchmark`: `speedup` is the ratio of p50 at batch 1 with all threads; `realised` its share of the ideal.
 
-    `teacher` and `student` hold latencies by setting, named `batch<B>_threads<T>` (T = `all` or a number).
+    `teacher`, `student` and `int8` hold latencies by setting, named `batch<B>_threads<T>` (T = `all` or a number).
+    `conclusive` is 1 where the 95 % interval from `speedup_low` to `speedup_high` is narrow. Memory is the peak of
+    loading a file and one call of the largest batch, bytes.
     """
 
     speedup: float
+    speedup_low: float
+    speedup_high: float
+    conclusive: int
     speedup_by_setting: dict[str, float]
     ideal_speedup: float
     realised: float
     teacher: dict[str, Latency]
     student: dict[str, Latency]
+    int8: dict[str, Latency] | None = None
+    speedup_int8: float | None = None
+    memory_teacher: int | None = None
+    memory_student: int | None = None
 
 
 RECORDS: dict[str, type[Record]] = {

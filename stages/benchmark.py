@@ -12,8 +12,9 @@ from typing import TypeVar
 import numpy as np
 
 from pipeline import checkpoint
+from pipeline.benchmark.footprint import footprints
 from pipeline.benchmark.latency import measure
-from pipeline.benchmark.table import STUDENT, TEACHER, benchmark_record, write_csv
+from pipeline.benchmark.table import INT8, STUDENT, TEACHER, benchmark_record, write_csv
 from pipeline.data.augment import MEAN, STD
 from pipeline.data.images import open_images
 from pipeline.export.embed import embed
@@ -35,7 +36,7 @@ from pipeline.runtime import available_threads
 
 R = TypeVar("R", bound=Record)
 
-FILES = {TEACHER: "teacher.onnx", STUDENT: "model.onnx"}
+FILES = {TEACHER: "teacher.onnx", STUDENT: "model.onnx", INT8: "model.int8.onnx"}
 
 
 def benchmark(run: Run) -> BenchmarkRecord:
@@ -49,8 +50,11 @@ def benchmark(run: Run) -> BenchmarkRecord:
 
     teacher, export = read("teacher", TeacherRecord), read("export", ExportRecord)
     onnx = {name: files.artifacts("export") / file for name, file in FILES.items()}
+    if not export.int8_published:
+        del onnx[INT8]
     timings = measure(onnx, (height, width), settings.batches, settings.threads, settings.repeats)
-    record = benchmark_record(timings, teacher.macs, export.macs)
+    costs = footprints(onnx, (height, width), max(settings.batches))
+    record = benchmark_record(timings, costs, teacher.macs, export.macs)
     write_csv(timings, run.out / "latency.csv")
 
     manifest, images = open_images(files, params)
@@ -72,10 +76,11 @@ def benchmark(run: Run) -> BenchmarkRecord:
         export=export,
         benchmark=record,
         timings=timings,
+        footprints=costs,
         curves={name: read_curves(files.plots(name)) for name in (TEACHER, STUDENT)},
         widths={name: spec.widths for name, spec in specs.items()},
         sites=[site for site in specs[TEACHER].widths if site in kept],
-        embeddings={name: embed(open_session(path), images, rows, MEAN, STD) for name, path in onnx.items()},
+        embeddings={name: embed(open_session(onnx[name]), images, rows, MEAN, STD) for name in (TEACHER, STUDENT)},
         manifest=manifest,
         images=images,
         panels=settings.panels,

@@ -7,7 +7,7 @@ Writes  artifacts/export/, metrics/export.json
 import numpy as np
 
 from pipeline import checkpoint
-from pipeline.benchmark.latency import speedups
+from pipeline.benchmark.latency import gains
 from pipeline.config import PROTOCOLS_OF
 from pipeline.data.augment import MEAN, STD, normalise
 from pipeline.data.images import open_images
@@ -72,7 +72,7 @@ def export(run: Run) -> ExportRecord:
         probe=Probe(images, rows, len(queries), MEAN, STD, score, params.export.gates),
         describe=describe,
         embed=by_torch,
-        speedups=lambda files, of: speedups(files, of, (height, width)),
+        gains=lambda files, of: gains(files, of, (height, width)),
         calibration=[
             normalised(images.batch(seen[start : start + int8.BATCH]), MEAN, STD)
             for start in range(0, len(seen), int8.BATCH)

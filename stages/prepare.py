@@ -4,8 +4,6 @@ Reads   data.root (source `vehicles` renders its own images)
 Writes  artifacts/prepare/, artifacts/remarks.csv, metrics/prepare.json
 """
 
-import csv
-import io
 import logging
 import time
 from collections.abc import Iterable
@@ -19,7 +17,7 @@ from pipeline.data.layouts import UNKNOWN
 from pipeline.data.manifest import DataError, Manifest, some
 from pipeline.data.sources import read_source
 from pipeline.data.splits import complain_about_test, split_test, split_validation
-from pipeline.files import write_text
+from pipeline.files import csv_text, write_text
 from pipeline.ops.stage import Run, run_stage
 from pipeline.records import PrepareRecord
 
@@ -76,9 +74,7 @@ def prepare(run: Run) -> PrepareRecord:
 
 def _list(path: Path, heading: str, rows: Iterable[tuple[str, str]]) -> None:
     """Write (path, what is said about it)."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([("path", heading), *rows])
-    write_text(path, text.getvalue())
+    write_text(path, csv_text(("path", heading), rows))
 
 
 if __name__ == "__main__":

@@ -25,9 +25,10 @@ ALLOWED = {
     "inference": BASE | {"models"},
     "export": BASE | {"models", "checkpoint", "inference"},
     "training": BASE | {"data", "models", "losses", "compress", "retrieval", "checkpoint"},
+    "search": BASE | {"data", "export", "inference"},
     "benchmark": BASE | {"export", "inference", "retrieval", "data", "models"},
     "report": BASE | {"export", "retrieval", "data", "models", "benchmark"},
-    "cli": BASE | {"ops", "retrieval", "export"},
+    "cli": BASE | {"ops", "retrieval", "export", "report", "search"},
     "__main__": {"cli"},
 }
 SERVICES = {"mlflow", "prefect", "dvc"}

@@ -1,6 +1,5 @@
 """How long ONNX files take, measured so that they can be compared."""
 
-import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import binom
 
 from pipeline.inference.session import open_session
 from pipeline.progress import track
-
-log = logging.getLogger(__name__)
 
 WARM_UP = 5
 """Calls of each file before anything counts: memory arenas and clock frequency settle."""
@@ -35,8 +33,10 @@ two cores a call took three times as long as alone.
 COMPARED = 40
 """Timed calls of each file where only one is to be chosen."""
 
-NOISY = 0.5
-"""Spread above which a timing means little: something else used the machine."""
+CONFIDENCE = 0.95
+"""Of the interval of a ratio."""
+UNCERTAIN = 0.2
+"""Share of a ratio that its interval may span; where it is wider, the machine was too noisy for a number."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,10 @@ class Timing:
         threads: Intra-op threads, 0 for all.
         p50_ms: Median time of a call, milliseconds.
         p90_ms: Nine calls in ten took at most this, milliseconds.
+        p99_ms: Likewise 99 in a hundred.
         spread: (p90 - p10) / p50; how far the middle four fifths of the calls lie apart.
+        turns_ms: Median of each turn, in order; another file's turn of the same number met the same state of the
+            machine.
     """
 
     file: str
@@ -57,17 +60,56 @@ class Timing:
     threads: int
     p50_ms: float
     p90_ms: float
+    p99_ms: float
     spread: float
+    turns_ms: tuple[float, ...]
 
     @property
     def images_per_second(self) -> float:
         """Throughput at the median."""
         return 1000 * self.batch / self.p50_ms
 
+
+@dataclass(frozen=True)
+class Gain:
+    """How many times as fast one file is as another.
+
+    Attributes:
+        ratio: Of their p50.
+        low: Lower end of an interval for the median ratio of turns (`CONFIDENCE`).
+        high: Upper end.
+        turns: That were compared; fewer than six allow no such interval, which is from least to greatest then.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    turns: int
+
     @property
-    def noisy(self) -> bool:
-        """Whether the calls differ too much for a conclusion."""
-        return self.spread > NOISY
+    def conclusive(self) -> bool:
+        """Whether the ratio is known well enough to be told."""
+        return self.turns >= LEAST_TURNS and self.high - self.low <= UNCERTAIN * self.ratio
+
+
+def gain(slow: Timing, fast: Timing) -> Gain:
+    """Compare two files at one setting, turn by turn.
+
+    The interval is that of the sign test, from order statistics of the ratios: it assumes nothing about how noise is
+    distributed (Conover, Practical Nonparametric Statistics, 3.2).
+
+    Args:
+        slow: What is compared with.
+        fast: What may be faster.
+    """
+    ratios = sorted(left / right for left, right in zip(slow.turns_ms, fast.turns_ms, strict=True))
+    cut = max(int(binom.ppf((1 - CONFIDENCE) / 2, len(ratios), 0.5)) - 1, 0)
+    ratio = slow.p50_ms / fast.p50_ms
+    return Gain(ratio, min(ratios[cut], ratio), max(ratios[-1 - cut], ratio), len(ratios))
+
+
+LEAST_TURNS = 6
+"""With five, least and greatest ratio hold the median in 94 % of the cases."""
 
 
 def measure(
@@ -99,7 +141,7 @@ def measure(
         sessions = {name: open_session(path, count) for name, path in files.items()}
         feeds = {name: {session.get_inputs()[0].name: pixels[:batch]} for name, session in sessions.items()}
         names = list(files)
-        seconds: dict[str, list[float]] = {name: [] for name in names}
+        seconds: dict[str, list[list[float]]] = {name: [] for name in names}
         for name in names:
             _calls(sessions[name], feeds[name], WARM_UP)
         for turn, done in enumerate(range(0, repeats, BURST)):
@@ -107,13 +149,13 @@ def measure(
             for name in names[first:] + names[:first]:
                 sleep(PAUSE)
                 _calls(sessions[name], feeds[name], SETTLE)
-                seconds[name] += _calls(sessions[name], feeds[name], min(BURST, repeats - done))
+                seconds[name].append(_calls(sessions[name], feeds[name], min(BURST, repeats - done)))
         timings += [summarise(name, batch, count, seconds[name]) for name in names]
     return timings
 
 
-def speedups(files: Mapping[str, bytes], of: str, image_size: tuple[int, int]) -> dict[str, float]:
-    """How much faster than one of some files the others are: ratio of p50, one image, all threads.
+def gains(files: Mapping[str, bytes], of: str, image_size: tuple[int, int]) -> dict[str, Gain]:
+    """How much faster than one of some files each of them is, on one image with all threads.
 
     Args:
         files: Content by name.
@@ -125,7 +167,7 @@ def speedups(files: Mapping[str, bytes], of: str, image_size: tuple[int, int]) -
         for name, path in paths.items():
             path.write_bytes(files[name])
         timings = {timing.file: timing for timing in measure(paths, image_size, [1], [0], COMPARED)}
-    return {name: timings[of].p50_ms / timings[name].p50_ms for name in files}
+    return {name: gain(timings[of], timings[name]) for name in files}
 
 
 def _calls(session: Any, feed: Mapping[str, npt.NDArray[np.float32]], number: int) -> list[float]:
@@ -138,17 +180,16 @@ def _calls(session: Any, feed: Mapping[str, npt.NDArray[np.float32]], number: in
     return seconds
 
 
-def summarise(file: str, batch: int, threads: int, seconds: Sequence[float]) -> Timing:
+def summarise(file: str, batch: int, threads: int, turns: Sequence[Sequence[float]]) -> Timing:
     """Boil the calls of one file at one setting down.
 
     Args:
         file: Name of the file.
         batch: Images a call.
         threads: Intra-op threads, 0 for all.
-        seconds: Time of each call, at least one.
+        turns: Seconds of each call, by turn; at least one.
     """
-    p10, p50, p90 = 1000 * np.quantile(np.asarray(seconds, dtype=np.float64), (0.1, 0.5, 0.9))
-    timing = Timing(file, batch, threads, float(p50), float(p90), float((p90 - p10) / p50))
-    if timing.noisy:
-        log.warning("%s, batch %d: calls differ by %.0f %%; is the machine busy?", file, batch, 100 * timing.spread)
-    return timing
+    milliseconds = 1000 * np.concatenate([np.asarray(turn, np.float64) for turn in turns])
+    p10, p50, p90, p99 = np.quantile(milliseconds, (0.1, 0.5, 0.9, 0.99)).tolist()
+    medians = tuple(float(1000 * np.median(turn)) for turn in turns)
+    return Timing(file, batch, threads, p50, p90, p99, (p90 - p10) / p50, medians)

@@ -1,16 +1,14 @@
 """From timings to what the stage reports."""
 
-import csv
-import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.benchmark.latency import Timing
-from pipeline.files import write_text
+from pipeline.benchmark.footprint import Footprint
+from pipeline.benchmark.latency import Gain, Timing, gain
+from pipeline.files import csv_text, write_text
 from pipeline.records import BenchmarkRecord, Latency
 
-TEACHER, STUDENT = "teacher", "student"
-COLUMNS = ("file", "batch", "threads", "p50_ms", "p90_ms", "images_per_second")
+TEACHER, STUDENT, INT8 = "teacher", "student", "int8"
 
 
 def setting(batch: int, threads: int) -> str:
@@ -18,46 +16,78 @@ def setting(batch: int, threads: int) -> str:
     return f"batch{batch}_threads{threads or 'all'}"
 
 
+COLUMNS = ("file", "batch", "threads", "p50_ms", "p90_ms", "p99_ms", "spread", "images_per_second")
+
 HEADLINE = setting(batch=1, threads=0)
 """The setting that `speedup` is told for."""
 
 
-def benchmark_record(timings: Sequence[Timing], teacher_macs: int, student_macs: int) -> BenchmarkRecord:
+def gains(timings: Sequence[Timing], of: str = TEACHER) -> dict[str, dict[str, Gain]]:
+    """How much faster each other file is than one, by file and setting.
+
+    Args:
+        timings: Of all files, at the same settings.
+        of: The file to compare with.
+
+    Raises:
+        KeyError: If a setting was timed for some files only.
+    """
+    found: dict[str, dict[str, Timing]] = {}
+    for timing in timings:
+        found.setdefault(timing.file, {})[setting(timing.batch, timing.threads)] = timing
+    for file, by_setting in found.items():
+        if lonely := set(by_setting) ^ set(found[of]):
+            raise KeyError(f"timed for only one of {of} and {file}: {', '.join(sorted(lonely))}")
+    return {
+        file: {name: gain(found[of][name], timing) for name, timing in by_setting.items()}
+        for file, by_setting in found.items()
+        if file != of
+    }
+
+
+def benchmark_record(
+    timings: Sequence[Timing], footprints: Mapping[str, Footprint], teacher_macs: int, student_macs: int
+) -> BenchmarkRecord:
     """Compare the student's latency with the teacher's, and with what its MACs promise.
 
     Args:
-        timings: Of files `teacher` and `student`, at the same settings, the headline's among them.
+        timings: Of files `teacher` and `student`, perhaps `int8`, at the same settings, the headline's among them.
+        footprints: Of the same files.
         teacher_macs: Multiply-accumulates of the teacher for one image.
         student_macs: The same of the student.
 
     Raises:
-        KeyError: If a setting was timed for one of them only, or the headline's was not timed.
+        KeyError: If a setting was timed for some of them only, or the headline's was not timed.
     """
-    tables: dict[str, dict[str, Latency]] = {TEACHER: {}, STUDENT: {}}
+    latencies: dict[str, dict[str, Latency]] = {}
     for timing in timings:
-        name = setting(timing.batch, timing.threads)
-        tables.setdefault(timing.file, {})[name] = Latency(p50=timing.p50_ms, p90=timing.p90_ms)
-    teacher, student = tables[TEACHER], tables[STUDENT]
-    if lonely := set(teacher) ^ set(student):
-        raise KeyError(f"timed for only one of teacher and student: {', '.join(sorted(lonely))}")
-    speedups = {name: latency.p50 / student[name].p50 for name, latency in teacher.items()}
-    ideal = teacher_macs / student_macs
+        latency = Latency(p50=timing.p50_ms, p90=timing.p90_ms, p99=timing.p99_ms)
+        latencies.setdefault(timing.file, {})[setting(timing.batch, timing.threads)] = latency
+    compared = gains(timings)
+    headline, ideal = compared[STUDENT][HEADLINE], teacher_macs / student_macs
     return BenchmarkRecord(
-        speedup=speedups[HEADLINE],
-        speedup_by_setting=speedups,
+        speedup=headline.ratio,
+        speedup_low=headline.low,
+        speedup_high=headline.high,
+        conclusive=int(headline.conclusive),
+        speedup_by_setting={name: found.ratio for name, found in compared[STUDENT].items()},
+        speedup_int8=compared[INT8][HEADLINE].ratio if INT8 in compared else None,
         ideal_speedup=ideal,
-        realised=speedups[HEADLINE] / ideal,
-        teacher=teacher,
-        student=student,
+        realised=headline.ratio / ideal,
+        teacher=latencies[TEACHER],
+        student=latencies[STUDENT],
+        int8=latencies.get(INT8),
+        memory_teacher=footprints[TEACHER].memory,
+        memory_student=footprints[STUDENT].memory,
     )
 
 
 def write_csv(timings: Sequence[Timing], path: Path) -> None:
     """Write latency.csv: one line a file and setting; threads `all` or a number."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for timing in timings:
-        numbers = (timing.p50_ms, timing.p90_ms, timing.images_per_second)
-        writer.writerow((timing.file, timing.batch, timing.threads or "all", *(f"{number:.4f}" for number in numbers)))
-    write_text(path, text.getvalue())
+    lines = [
+        (timing.file, timing.batch, timing.threads or "all", *(f"{number:.4f}" for number in (
+            timing.p50_ms, timing.p90_ms, timing.p99_ms, timing.spread, timing.images_per_second
+        )))
+        for timing in timings
+    ]  # fmt: skip
+    write_text(path, csv_text(COLUMNS, lines))

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.files import write_text
+from pipeline.files import csv_text, write_text
 
 TRAINING = ("train", "validation-query", "validation-gallery")
 TEST = ("query", "gallery")
@@ -132,11 +132,7 @@ class Manifest:
 
     @cached_property
     def _csv(self) -> str:
-        buffer = io.StringIO(newline="")
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows(map(astuple, self.items))
-        return buffer.getvalue()
+        return csv_text(COLUMNS, map(astuple, self.items))
 
 
 def some(names: Iterable[str], limit: int = 3) -> str:

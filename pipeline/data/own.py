@@ -45,7 +45,7 @@ def folder(root: Path, pattern: str) -> tuple[list[Item], list[Remark]]:
         raise FileNotFoundError(f"{root} is missing; `data.root` must hold one folder an identity")
     form = re.compile(pattern) if pattern else None
     items, remarks = [], []
-    for path, why in _walk(root, ""):
+    for path, why in walk(root, ""):
         parts = path.split("/")
         if why or len(parts) < 2:
             remarks.append((path, why or "lies in no identity's folder, left out"))
@@ -67,7 +67,7 @@ def folder(root: Path, pattern: str) -> tuple[list[Item], list[Remark]]:
     return items, remarks
 
 
-def _walk(root: Path, inside: str) -> Iterator[tuple[str, str]]:
+def walk(root: Path, inside: str) -> Iterator[tuple[str, str]]:
     """Files below a folder, by relative path, sorted; with a reason where one is left out."""
     with os.scandir(root / inside) as entries:
         found = sorted(entries, key=lambda entry: entry.name)
@@ -81,7 +81,7 @@ def _walk(root: Path, inside: str) -> Iterator[tuple[str, str]]:
         elif entry.is_symlink():
             yield path, "a link, left out: only regular files inside the root are read"
         elif entry.is_dir():
-            yield from _walk(root, path)
+            yield from walk(root, path)
         elif entry.is_file():
             yield path, "" if _may_be_image(entry.name) else "no image by its ending, left out"
         else:

@@ -22,7 +22,7 @@ STUDENT, ALL_IN_ONE, INT8, TEACHER = "model.onnx", "model.allinone.onnx", "model
 
 Describe = Callable[[ArchSpec, float], Metadata]
 """What a file says about itself, given its network's spec and its own mAP."""
-Speedups = Callable[[Mapping[str, bytes], str], Mapping[str, float]]
+Gains = Callable[[Mapping[str, bytes], str], Mapping[str, int8.Gain]]
 """How much faster than a named one of some files each of them is."""
 
 
@@ -55,7 +55,7 @@ class Workshop:
         probe: What files are compared with torch on.
         describe: Makes metadata.
         embed: Embeddings (n, D) of the probe's images by a torch network.
-        speedups: Times files.
+        gains: Times files.
         calibration: (n, 3, h, w) each, normalised training images.
         originals: (h, w, 3) each, test images of their own size.
     """
@@ -65,7 +65,7 @@ class Workshop:
     probe: Probe
     describe: Describe
     embed: Callable[[RetrievalNet], Embeddings]
-    speedups: Speedups
+    gains: Gains
     calibration: Sequence[int8.Inputs]
     originals: Sequence[Pixels]
 
@@ -101,14 +101,14 @@ class Workshop:
     def _judged(self, model: onnx.ModelProto, core: File) -> int8.Verdict:
         """Whether an int8 file is worth it."""
 
-        def speedups(files: Mapping[str, bytes]) -> Mapping[str, float]:
-            return self.speedups({STUDENT: core.content, **files}, STUDENT)
+        def gains(files: Mapping[str, bytes]) -> Mapping[str, int8.Gain]:
+            return self.gains({STUDENT: core.content, **files}, STUDENT)
 
         def score(content: bytes) -> float:
             return self.probe.score(self.probe.embed(open_session(content)))
 
         loss = self.settings.gates.int8_map_loss
-        verdict = int8.choose(model, self.calibration, core.metadata.map, loss, score, speedups)
+        verdict = int8.choose(model, self.calibration, core.metadata.map, loss, score, gains)
         log.info("int8 is %s: %s", "published" if verdict.model else "not published", verdict.reason)
         return verdict
 

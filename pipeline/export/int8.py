@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +25,6 @@ CALIBRATED = 256
 """Training images that ranges are seen on."""
 BATCH = 32
 """Of them at a time."""
-FASTER = 1.05
-"""Least speed-up: less can be noise."""
-
 Inputs = npt.NDArray[np.float32]
 
 
@@ -58,6 +56,18 @@ bits, which overflow. A file may run on another processor than it was made on, s
 """
 
 
+class Gain(Protocol):
+    """How much faster a file is: ratio of times, and the lower end of its 95 % interval."""
+
+    @property
+    def ratio(self) -> float:
+        """Times as fast."""
+
+    @property
+    def low(self) -> float:
+        """At least."""
+
+
 @dataclass(frozen=True)
 class Trial:
     """What a recipe led to.
@@ -65,14 +75,21 @@ class Trial:
     Attributes:
         recipe: Its name.
         speedup: Time of the float file / its own, one image, all threads.
+        at_least: Lower end of the speed-up's 95 % interval.
         map: mAP on the test set; None where it was not asked, for want of speed.
         bytes: Size of the file.
     """
 
     recipe: str
     speedup: float
+    at_least: float
     map: float | None
     bytes: int
+
+    @property
+    def quality(self) -> str:
+        """Its mAP, in words."""
+        return "not asked" if self.map is None else f"{self.map:.4f}"
 
 
 @dataclass(frozen=True)
@@ -97,15 +114,14 @@ class Verdict:
     def text(self) -> str:
         """For people, as Markdown."""
         rows = "\n".join(
-            f"| {trial.recipe} | {trial.speedup:.2f} | {'not asked' if trial.map is None else f'{trial.map:.4f}'} "
-            f"| {trial.bytes:,} |"
+            f"| {trial.recipe} | {trial.speedup:.2f} | {trial.at_least:.2f} | {trial.quality} | {trial.bytes:,} |"
             for trial in self.trials
         )
         sums = "gets some sums of 8-bit products wrong" if self.saturates else "adds 8-bit products rightly"
         return (
             f"{'There is an int8 file' if self.model else 'There is no int8 file'}. {self.reason}. The processor that "
             f"it was tried on {sums}; 7-bit weights are right on all.\n\n"
-            f"| recipe | times as fast, one image | mAP | bytes |\n|---|---|---|---|\n{rows}"
+            f"| recipe | times as fast, one image | at least | mAP | bytes |\n|---|---|---|---|---|\n{rows}"
         )
 
 
@@ -115,7 +131,7 @@ def choose(
     reference: float,
     largest_loss: float,
     score: Callable[[bytes], float],
-    speedups: Callable[[Mapping[str, bytes]], Mapping[str, float]],
+    gains: Callable[[Mapping[str, bytes]], Mapping[str, Gain]],
 ) -> Verdict:
     """Quantise by each recipe; take the fastest that is faster than floats and loses little.
 
@@ -125,26 +141,29 @@ def choose(
         reference: mAP of the float file.
         largest_loss: Of mAP.
         score: mAP of a file.
-        speedups: How much faster than the float file each of some files is, by name.
+        gains: How much faster than the float file each of some files is, by name.
     """
     wrong_sums = saturates()
     files = {recipe.name: quantise(model, inputs, recipe) for recipe in RECIPES}
     contents = {name: file.SerializeToString() for name, file in files.items()}
-    found, trials, reasons = speedups(contents), [], []
+    found, trials, reasons = gains(contents), [], []
     chosen: tuple[str, float] | None = None
-    for name in sorted(files, key=lambda name: -found[name]):
-        quality = score(contents[name]) if found[name] >= FASTER and chosen is None else None
-        trials.append(Trial(name, found[name], quality, len(contents[name])))
-        if quality is None:
-            reasons.append(f"{name} is {found[name]:.2f} times as fast as floats ({FASTER} are asked for)")
-        elif not reference - quality <= largest_loss:  # NaN loses
+    for name in sorted(files, key=lambda name: -found[name].ratio):
+        speed = found[name]
+        quality = score(contents[name]) if speed.low > 1 and chosen is None else None
+        trials.append(Trial(name, speed.ratio, speed.low, quality, len(contents[name])))
+        if speed.low <= 1:
+            reasons.append(
+                f"{name} is not faster than floats for sure ({speed.ratio:.2f} times, at least {speed.low:.2f})"
+            )
+        elif quality is not None and not reference - quality <= largest_loss:  # NaN loses
             reasons.append(f"{name} loses {reference - quality:.4f} mAP ({largest_loss:g} are allowed)")
-        else:
+        elif quality is not None:
             chosen = (name, quality)
     if chosen is None:
         return Verdict(None, None, "; ".join(reasons), tuple(trials), wrong_sums)
     name, quality = chosen
-    reason = f"{name}: {found[name]:.2f} times as fast as floats on one image, mAP {quality - reference:+.4f}"
+    reason = f"{name}: {found[name].ratio:.2f} times as fast as floats on one image, mAP {quality - reference:+.4f}"
     return Verdict(files[name], quality, reason, tuple(trials), wrong_sums)
 
 

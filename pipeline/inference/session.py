@@ -15,13 +15,16 @@ INPUT, OUTPUT = "image", "embedding"
 """Names of the one input and the one output of every exported file."""
 
 
-def open_session(model: Path | bytes, threads: int = 0, profile: Path | None = None) -> InferenceSession:
+def open_session(
+    model: Path | bytes, threads: int = 0, profile: Path | None = None, optimised: Path | None = None
+) -> InferenceSession:
     """Load an ONNX model on the CPU, with all of the graph's optimisations.
 
     Args:
         model: The file, or its content.
         threads: Intra-op threads; 0 for all that this process may use.
         profile: Start of the path of a profile to write; `end_profiling` tells the whole.
+        optimised: Where to write the graph as it is run, for this machine alone.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -34,5 +37,8 @@ def open_session(model: Path | bytes, threads: int = 0, profile: Path | None = N
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
+    if optimised is not None:
+        options.optimized_model_filepath = str(optimised)
+        options.log_severity_level = 3  # else it warns that the file is for this machine alone
     options.graph_optimization_level = GraphOptimizationLevel.ORT_ENABLE_ALL
     return InferenceSession(model, options, providers=["CPUExecutionProvider"])

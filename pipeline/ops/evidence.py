@@ -5,9 +5,7 @@ Those that have one are not run again, on whichever machine the comparison goes 
 what an interrupted run had finished.
 """
 
-import csv
 import hashlib
-import io
 import json
 import logging
 import subprocess
@@ -20,9 +18,9 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from pipeline.benchmark.latency import measure
+from pipeline.benchmark.latency import gain, measure
 from pipeline.config import Params
-from pipeline.files import Files, write_json, write_text
+from pipeline.files import Files, csv_text, write_json, write_text
 from pipeline.inference.graph import timing_graph
 from pipeline.models.spec import ArchSpec
 from pipeline.ops.params import load
@@ -250,19 +248,14 @@ def _timed(results: Sequence[Result], full: ArchSpec, size: tuple[int, int]) -> 
             paths[str(number)].write_bytes(timing_graph(full.model_copy(update={"widths": widths}), size))
         timings = measure(paths, size, batches=[1], threads=[0], repeats=REPEATS)
     teacher, *students = timings
+    gains = [gain(teacher, student) for student in students]
     return [
-        result.model_copy(
-            update={"speedup": None if teacher.noisy or student.noisy else teacher.p50_ms / student.p50_ms}
-        )
-        for result, student in zip(results, students, strict=True)
+        result.model_copy(update={"speedup": found.ratio if found.conclusive else None})
+        for result, found in zip(results, gains, strict=True)
     ]
 
 
 def _table(results: Sequence[Result], path: Path) -> None:
     """One line an experiment."""
     rows = [result.row() for result in results]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
+    write_text(path, csv_text(list(rows[0]), [list(row.values()) for row in rows]))

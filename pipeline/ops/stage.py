@@ -4,10 +4,8 @@ Exit codes: 0 done, 1 other error, 2 params.yaml, 3 data, 4 a gate (parity, surg
 of a signal (130 Ctrl-C, 143 SIGTERM). An exception tells its own by an attribute `exit_code`.
 """
 
-import csv
 import hashlib
 import importlib.metadata
-import io
 import json
 import logging
 import math
@@ -25,7 +23,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 from ruamel.yaml import YAML
 
 from pipeline.config import Params
-from pipeline.files import Files, write_json, write_text
+from pipeline.files import Files, csv_text, write_json, write_text
 from pipeline.ops import git
 from pipeline.ops import params as params_file
 from pipeline.ops.execution import Execution, current, sole_writer
@@ -139,11 +137,7 @@ class Run:
 def table(rows: list[dict[str, float]]) -> str:
     """CSV of all columns in the order in which they came up; a cell is empty where a row has no value."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: repr(value) for name, value in row.items()} for row in rows)
-    return text.getvalue()
+    return csv_text(columns, [[repr(row[name]) if name in row else "" for name in columns] for row in rows])
 
 
 def _versions() -> dict[str, str]:

@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.benchmark.footprint import Footprint
 from pipeline.benchmark.latency import Timing
-from pipeline.benchmark.table import HEADLINE, STUDENT, TEACHER, setting
+from pipeline.benchmark.table import STUDENT, TEACHER
 from pipeline.files import write_text
 from pipeline.records import BenchmarkRecord, ExportRecord, PrepareRecord, StudentRecord, SurgeryRecord, TeacherRecord
+from pipeline.report import speed
 from pipeline.report.curves import Curves, capacity, training
 from pipeline.report.html import Picture, Section, Table, Tile, page
+from pipeline.report.numbers import MINUS, TO, count, percent, times
 from pipeline.report.panels import Choice, Ranking, choose, describe, panel, rank
 from pipeline.report.pareto import Point, pareto
 from pipeline.report.style import save
@@ -22,9 +25,6 @@ from pipeline.retrieval.metrics import Retrieval
 from pipeline.retrieval.protocols import PROTOCOLS, Side
 
 PAGE = "index.html"
-NO_BREAK = "\N{NO-BREAK SPACE}"
-NOISY = ", noisy"
-TIMES, MINUS, TO = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}", "\N{RIGHTWARDS ARROW}"
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Evidence:
         export: See `prepare`.
         benchmark: See `prepare`.
         timings: Latencies that `benchmark` sums up.
+        footprints: Size and memory of the timed files.
         curves: Training curves of teacher and student.
         widths: Channels by dimension name, of teacher and of the student after surgery.
         sites: Dimensions that could be cut, from input to output.
@@ -63,6 +64,7 @@ class Evidence:
     export: ExportRecord
     benchmark: BenchmarkRecord
     timings: Sequence[Timing]
+    footprints: Mapping[str, Footprint]
     curves: Mapping[str, Curves]
     widths: Mapping[str, Mapping[str, int]]
     sites: Sequence[str]
@@ -84,7 +86,7 @@ def write_report(folder: Path, evidence: Evidence) -> None:
     retrievals = {name: _retrieval(evidence, name) for name in (TEACHER, STUDENT)}
     sections = [
         Section("Stage by stage", STAGES_TEXT, tables=[_stages(evidence, retrievals)]),
-        Section("Speed", SPEED_TEXT, tables=[_speed(evidence)]),
+        Section("Speed", SPEED_TEXT, tables=_speed(evidence)),
         Section("Quality against cost", PARETO_TEXT, pictures=[_pareto(folder, evidence)]),
         Section("What they find", PANELS_TEXT, pictures=_panels(folder, evidence, retrievals)),
         Section("Capacity over epochs", CAPACITY_TEXT, pictures=[_capacity(folder, evidence)]),
@@ -97,9 +99,8 @@ def write_report(folder: Path, evidence: Evidence) -> None:
 
 STAGES_TEXT = "Surgery and export must change nothing: the three rows of the student should agree."
 SPEED_TEXT = (
-    "Milliseconds a call in ONNX Runtime on the CPU. The ideal is the ratio of MACs: what the student would gain if "
-    "time followed arithmetic. A row is called noisy where calls of one file differ too much to conclude anything: "
-    "measure again on a quiet machine."
+    "In ONNX Runtime on the CPU. If time followed arithmetic, the student would gain the ratio of MACs. Files take "
+    "turns; a ratio is told only if that of most turns is nearly the same, else measure again on a quiet machine."
 )
 PANELS_TEXT = (
     "Each query with the images of the gallery that either network puts first, best on the left. Green frame and tick: "
@@ -118,18 +119,17 @@ def _retrieval(evidence: Evidence, name: str) -> Retrieval:
 
 
 def _summary(evidence: Evidence) -> str:
-    teacher, export, speed = evidence.teacher, evidence.export, evidence.benchmark
+    teacher, export, found = evidence.teacher, evidence.export, speed.headline(evidence.timings)
+    fast = f"{times(found.ratio)} as fast" if found.conclusive else f"{speed.interval(found)} times as fast"
     return (
         f"The student reaches mAP {export.map:.3f} where its teacher has {teacher.map:.3f}, with "
         f"{percent(export.macs_reduction)} fewer multiply-accumulates and {percent(export.params_reduction)} fewer "
-        f"parameters. On one image it is {_times(speed.speedup)} as fast; its MACs alone would allow "
-        f"{_times(speed.ideal_speedup)}."
+        f"parameters. On one image it is {fast}; its MACs alone would allow {times(evidence.benchmark.ideal_speedup)}."
     )
 
 
 def _tiles(evidence: Evidence) -> list[Tile]:
-    teacher, export, speed = evidence.teacher, evidence.export, evidence.benchmark
-    noisy = NOISY if _noise(evidence)[HEADLINE].noisy else ""
+    teacher, export, found = evidence.teacher, evidence.export, speed.headline(evidence.timings)
     return [
         Tile(
             "mAP on the test set",
@@ -142,7 +142,11 @@ def _tiles(evidence: Evidence) -> list[Tile]:
             f"{MINUS}{percent(export.params_reduction)}",
             f"{count(teacher.params)} {TO} {count(export.params)}",
         ),
-        Tile("Speed-up, one image", _times(speed.speedup), f"ideal {_times(speed.ideal_speedup)}{noisy}"),
+        Tile(
+            "Speed-up, one image",
+            speed.told(found),
+            f"{speed.interval(found)}, ratio of MACs {times(evidence.benchmark.ideal_speedup)}",
+        ),
     ]
 
 
@@ -174,34 +178,12 @@ def _stages(evidence: Evidence, retrievals: Mapping[str, Retrieval]) -> Table:
     )
 
 
-def _speed(evidence: Evidence) -> Table:
-    speed = evidence.benchmark
-    noise = _noise(evidence)
-    settings = dict.fromkeys((timing.batch, timing.threads) for timing in evidence.timings)
-    rows = []
-    for batch, threads in settings:
-        name = setting(batch, threads)
-        teacher, student, gain = speed.teacher[name], speed.student[name], speed.speedup_by_setting[name]
-        rows.append(
-            (
-                f"batch {batch}, {_threads(threads)}",
-                _times(gain),
-                _times(speed.ideal_speedup),
-                percent(gain / speed.ideal_speedup),
-                *(f"{value:.2f}" for value in (teacher.p50, teacher.p90, student.p50, student.p90)),
-                percent(noise[name].spread) + (NOISY if noise[name].noisy else ""),
-            )
-        )
-    header = ("", "speed-up", "ideal", "realised", "teacher p50", "p90", "student p50", "p90", "spread")
-    return Table("Spread: the middle four fifths of the calls lie this far apart, as a share of p50", header, rows)
-
-
-def _noise(evidence: Evidence) -> dict[str, Timing]:
-    """The timing with the larger spread, by setting."""
-    return {
-        setting(timing.batch, timing.threads): timing
-        for timing in sorted(evidence.timings, key=lambda timing: timing.spread)
-    }
+def _speed(evidence: Evidence) -> list[Table]:
+    return [
+        speed.speedups(evidence.timings, evidence.benchmark.ideal_speedup),
+        speed.latencies(evidence.timings),
+        speed.sizes(evidence.footprints, max(timing.batch for timing in evidence.timings)),
+    ]
 
 
 def _pareto(folder: Path, evidence: Evidence) -> Picture:
@@ -263,7 +245,7 @@ def _ranking(evidence: Evidence, name: str, choice: Choice, ap: npt.NDArray[np.f
         gallery, asked = query, asking
     right, left_out = PROTOCOLS[evidence.protocol].positives(asking, choice.query, asked)
     top = rank(asking.vectors[choice.query], asked.vectors, right, left_out)
-    return Ranking(name, float(ap[choice.query]), evidence.images.batch(gallery[top]), right[top])
+    return Ranking(name, evidence.images.batch(gallery[top]), float(ap[choice.query]), right[top])
 
 
 def _asked(evidence: Evidence) -> str:
@@ -285,24 +267,3 @@ def _notes(evidence: Evidence) -> list[str]:
         "ratio of p50. The files take turns, so that all meet the same state of the machine.",
         f"One run with seed {evidence.seed}; another seed gives somewhat other numbers.",
     ]
-
-
-def count(number: int) -> str:
-    """A large number in three digits: ``3.76 M``."""
-    for unit, name in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if number >= 0.9995 * unit:  # from there on three digits round up to it
-            return f"{number / unit:.3g}{NO_BREAK}{name}"
-    return str(number)
-
-
-def percent(share: float) -> str:
-    """A fraction in percent, with one decimal: ``65.3 %``."""
-    return f"{100 * share:.1f}{NO_BREAK}%"
-
-
-def _times(factor: float) -> str:
-    return f"{factor:.2f}{TIMES}"
-
-
-def _threads(number: int) -> str:
-    return {0: "all threads", 1: "1 thread"}.get(number, f"{number} threads")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -9,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from pipeline.report.style import RIGHT, WRONG, new_figure, styled
+from pipeline.report.style import RIGHT, WRONG, new_figure, save, styled
 
 TOP = 10
 """Images of the gallery in a row."""
@@ -32,15 +33,15 @@ class Ranking:
 
     Attributes:
         name: Whose ranking it is.
-        ap: Average precision of the query, over the whole gallery.
         images: (k, h, w, 3) uint8, best first.
-        right: (k,) whether each shows the query's identity.
+        ap: Average precision of the query, over the whole gallery; None where nobody knows what is right.
+        right: (k,) whether each shows the query's identity; None likewise.
     """
 
     name: str
-    ap: float
     images: npt.NDArray[np.uint8]
-    right: npt.NDArray[np.bool_]
+    ap: float | None = None
+    right: npt.NDArray[np.bool_] | None = None
 
 
 def choose(teacher: npt.NDArray[np.float64], student: npt.NDArray[np.float64], count: int) -> list[Choice]:
@@ -93,7 +94,7 @@ def rank(
 def panel(query: npt.NDArray[np.uint8], rankings: Sequence[Ranking]) -> Figure:
     """Draw a query beside the rankings of several networks.
 
-    Right images have a green frame and a tick, wrong ones a red frame and a cross.
+    Right images have a green frame and a tick, wrong ones a red frame and a cross, where that is known.
 
     Args:
         query: (h, w, 3) uint8.
@@ -114,16 +115,32 @@ def panel(query: npt.NDArray[np.uint8], rankings: Sequence[Ranking]) -> Figure:
         for number, ranking in enumerate(rankings):
             top = number * row_height + 0.4
             chart.text(start, top - 0.08, ranking.name, fontsize=12, weight="bold")
-            chart.text(start + 1.2 + GAP, top - 0.08, f"AP {ranking.ap:.2f}", fontsize=12)
-            for place, (image, right) in enumerate(zip(ranking.images, ranking.right, strict=True)):
+            if ranking.ap is not None:
+                chart.text(start + 1.2 + GAP, top - 0.08, f"AP {ranking.ap:.2f}", fontsize=12)
+            for place, image in enumerate(ranking.images):
                 left = start + place * (1 + GAP)
                 _image(chart, image, left, top, 1, tall)
-                _verdict(chart, bool(right), left, top, tall)
+                if ranking.right is not None:
+                    _verdict(chart, bool(ranking.right[place]), left, top, tall)
     return figure
+
+
+def save_finds(path: Path, name: str, query: npt.NDArray[np.uint8], finds: Sequence[npt.NDArray[np.uint8]]) -> None:
+    """Draw a query beside the first images that a model found for it.
+
+    Args:
+        path: PNG file.
+        name: Of the model.
+        query: (h, w, 3) uint8.
+        finds: Images of the query's size, best first.
+    """
+    save(panel(query, [Ranking(name, np.stack(finds[:TOP]))]), path)
 
 
 def describe(ranking: Ranking) -> str:
     """A ranking in words, for readers who cannot see it: ``teacher: right at 1, 2, 5 of 10``."""
+    if ranking.right is None:
+        return f"{ranking.name}: the first {len(ranking.images)}"
     right = ", ".join(str(place + 1) for place in np.flatnonzero(ranking.right))
     return f"{ranking.name}: right at {right or 'none'} of the first {len(ranking.right)}, AP {ranking.ap:.2f}"
 

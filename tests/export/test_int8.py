@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import pytest
 
+from pipeline.benchmark.latency import Gain
 from pipeline.export import int8
 from pipeline.export.embed import embed_pixels, normalised
 from pipeline.export.onnx import finish
@@ -50,7 +51,8 @@ def choose(translated, inputs, gains, maps, loss=0.005):
         asked.append(content)
         return maps.pop(0)
 
-    verdict = int8.choose(onnx.load_from_string(translated), inputs, 0.8, loss, score, lambda _: gains)
+    found = {name: Gain(ratio, ratio - 0.04, ratio + 0.04, 8) for name, ratio in gains.items()}
+    verdict = int8.choose(onnx.load_from_string(translated), inputs, 0.8, loss, score, lambda _: found)
     return verdict, asked
 
 
@@ -71,7 +73,11 @@ def test_one_that_loses_more_gives_way_to_a_slower_one(translated, inputs):
 @pytest.mark.parametrize(
     ("gains", "maps", "why"),
     [
-        ({FAST: 1.04, ADVISED: 0.6}, [], r"1\.04 times as fast as floats \(1\.05 are asked for\); .*0\.60 times"),
+        (
+            {FAST: 1.04, ADVISED: 0.6},
+            [],
+            r"not faster .* sure \(1\.04 times, at least 1\.00\); S8S8 .*\(0\.60 times",
+        ),
         ({FAST: 2.0, ADVISED: 1.9}, [0.7949, 0.5], r"loses 0\.0051 mAP \(0\.005 are allowed\); S8S8 loses 0\.3000"),
         ({FAST: 2.0, ADVISED: 0.9}, [float("nan")], "loses nan mAP"),
     ],

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from pipeline import checkpoint
+from pipeline.benchmark.latency import Gain
 from pipeline.config import Params
 from pipeline.data.manifest import Item, Manifest
 from pipeline.export import files
@@ -57,7 +58,7 @@ def test_it_writes_files_that_say_what_the_record_says(run, translated, net, mon
     monkeypatch.setattr(files, "to_onnx", lambda *_: onnx.load_from_string(translated))
     if gain is not None:  # else timing, which has its own tests, would decide about this one
         run.params.export.precisions.append("int8")
-        monkeypatch.setattr(stage, "speedups", lambda tried, *_: dict.fromkeys(tried, gain))
+        monkeypatch.setattr(stage, "gains", lambda tried, *_: dict.fromkeys(tried, Gain(gain, gain, gain, 8)))
     record = stage.export(run)
     found = written(run)
     published = gain == 2.0

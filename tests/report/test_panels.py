@@ -80,8 +80,8 @@ def test_the_order_is_the_one_that_is_scored(seed):
 def rankings(tall=8, wide=8):
     images = np.zeros((3, tall, wide, 3), dtype=np.uint8)
     return [
-        Ranking("teacher", 0.5, images, np.array([True, False, True])),
-        Ranking("student", 0.25, images, np.array([False, False, True])),
+        Ranking("teacher", images, 0.5, np.array([True, False, True])),
+        Ranking("student", images, 0.25, np.array([False, False, True])),
     ]
 
 
@@ -113,5 +113,5 @@ def test_images_keep_their_shape():
 def test_a_ranking_can_be_read_aloud():
     first, second = rankings()
     assert describe(first) == "teacher: right at 1, 3 of the first 3, AP 0.50"
-    nothing = Ranking("student", 0.0, second.images, np.zeros(3, dtype=bool))
+    nothing = Ranking("student", second.images, 0.0, np.zeros(3, dtype=bool))
     assert describe(nothing) == "student: right at none of the first 3, AP 0.00"

@@ -1,0 +1,91 @@
+"""What a file costs besides time: bytes on disk, memory, and layers that run in a slow layout."""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import psutil
+
+from pipeline.inference.session import INPUT, open_session
+
+BLOCKED = "com.microsoft.nchwc"
+"""Domain of ONNX Runtime's convolutions on blocks of channels, which its others are several times slower than."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one file costs.
+
+    Attributes:
+        bytes: Its size.
+        memory: Bytes of memory that loading it and one call took at their peak; None where the system does not tell.
+        plain_layers: Convolutions in floats that run outside of the fast layout.
+    """
+
+    bytes: int
+    memory: int | None
+    plain_layers: tuple[str, ...]
+
+
+def footprints(files: Mapping[str, Path], image_size: tuple[int, int], batch: int) -> dict[str, Footprint]:
+    """Look at some files.
+
+    Args:
+        files: ONNX files by name; each takes one float32 (B, 3, h, w).
+        image_size: Height and width, pixels.
+        batch: Images in the call whose memory is told.
+    """
+    return {
+        name: Footprint(path.stat().st_size, _memory(path, image_size, batch), plain_layers(path))
+        for name, path in files.items()
+    }
+
+
+def plain_layers(path: Path) -> tuple[str, ...]:
+    """Convolutions of a file that ONNX Runtime does not run on blocks of channels on this machine, by their weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        optimised = Path(folder) / "optimised.onnx"
+        open_session(path, 1, optimised=optimised)
+        graph = onnx.load(optimised).graph
+    return tuple(
+        node.input[1].removesuffix(".weight")
+        for node in graph.node
+        if node.op_type in ("Conv", "FusedConv") and node.domain != BLOCKED
+    )
+
+
+def _memory(path: Path, image_size: tuple[int, int], batch: int) -> int | None:
+    """Measured in a process of its own: memory that was used before would hide it."""
+    command = [sys.executable, "-m", "pipeline.benchmark.footprint", str(path), *map(str, image_size), str(batch)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return int(done.stdout) or None
+
+
+def _peak() -> int:
+    """Largest memory of this process so far, bytes; 0 where the system does not tell."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would count what the parent held when it started this process
+        return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
+    try:
+        import resource
+    except ImportError:  # Windows
+        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def main() -> None:
+    """Write the memory that a file takes to standard output."""
+    path, height, width, batch = Path(sys.argv[1]), *map(int, sys.argv[2:])
+    pixels = np.zeros((batch, 3, height, width), np.float32)
+    before = _peak()
+    open_session(path).run(None, {INPUT: pixels})
+    sys.stdout.write(str(max(_peak() - before, 0)))
+
+
+if __name__ == "__main__":
+    main()
