@@ -1,0 +1,58 @@
+"""A release with a student and a teacher, and a gallery of pictures in folders."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.export.onnx import Metadata, finish, to_onnx
+from pipeline.export.release import write_release
+from tests.export.tiny_network import MEAN, SIZE, STD, tiny_net
+
+LARGE = (64, 48)
+"""Height and width of the gallery's pictures."""
+
+
+def picture(number: int) -> Image.Image:
+    """A smooth picture that nothing else looks like."""
+    rng = np.random.default_rng(number)
+    return Image.fromarray(rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)).resize(LARGE[::-1])
+
+
+@pytest.fixture(scope="session")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two networks of the same size with other weights."""
+    folder = tmp_path_factory.mktemp("release")
+    about = Metadata(
+        data="pictures",
+        data_digest="d" * 64,
+        params_digest="p" * 64,
+        git_commit="c" * 40,
+        licence="as you like",
+        protocol="loo",
+        map=0.5,
+        image_size=SIZE,
+        mean=MEAN,
+        std=STD,
+        embedding_dim=16,
+        params=1234,
+        macs=56789,
+    )
+    files = {name: finish(to_onnx(tiny_net(seed), SIZE, 18), about) for seed, name in enumerate(("model", "teacher"))}
+    write_release(folder, {f"{name}.onnx": content for name, content in files.items()})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty pictures, two folders deep, and some files that are none."""
+    folder = tmp_path_factory.mktemp("gallery")
+    for number in range(40):
+        path = folder / f"{number % 3}" / f"auto {number:02d} \N{LATIN SMALL LETTER E WITH ACUTE}.png"
+        path.parent.mkdir(exist_ok=True)
+        picture(number).save(path)
+    (folder / "0" / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
+    (folder / "notes.txt").write_text("no picture")
+    (folder / ".hidden.png").write_bytes(b"")
+    return folder

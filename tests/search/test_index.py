@@ -1,0 +1,128 @@
+"""A gallery that can be searched, by the model that embedded it and no other."""
+
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.cli import main
+from pipeline.export.release import ReleaseError, read_release, write_release
+from pipeline.search.index import GalleryError, build, open_index
+from tests.search.conftest import picture
+
+
+@pytest.fixture(scope="module")
+def folder(release, gallery, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("index")
+    build(release / "model.onnx", gallery).save(folder, release / "model.onnx")
+    return folder
+
+
+def test_every_picture_is_there_and_what_is_none_is_named(release, gallery, caplog):
+    with caplog.at_level(logging.WARNING):
+        found = build(release / "model.onnx", gallery)
+    assert len(found) == 40
+    assert found.paths == sorted(found.paths)
+    assert "cut.jpg is left out" in caplog.text
+    assert not [path for path in found.paths if "hidden" in path or path.endswith("txt")]
+
+
+def test_finds_are_those_of_all_similarities(folder, gallery):
+    index = open_index(folder)
+    embeddings = np.concatenate([index.model.embed(index.query(gallery / path)) for path in index.paths])
+    for place in (0, 17, 39):
+        expected = np.argsort(-(embeddings @ embeddings[place]), kind="stable")[:7]
+        hits = index.search(embeddings[place : place + 1], 7)
+        assert hits[0].place == place
+        assert hits[0].similarity == pytest.approx(1, abs=1e-5)
+        assert [hit.path for hit in hits] == [index.paths[row] for row in expected]
+        np.testing.assert_allclose(
+            [hit.similarity for hit in hits], (embeddings @ embeddings[place])[expected], atol=1e-5
+        )
+    assert len(index.search(embeddings[:1], 1000)) == 40
+
+
+def test_copies_come_in_the_order_of_their_names(release, tmp_path):
+    for name in ("b", "a", "c"):
+        picture(1).save(tmp_path / f"{name}.png")
+    picture(2).save(tmp_path / "0.png")
+    index = build(release / "model.onnx", tmp_path)
+    hits = index.search(index.model.embed(index.query(tmp_path / "a.png")), 4)
+    assert [hit.path for hit in hits] == ["a.png", "b.png", "c.png", "0.png"]
+
+
+def test_queries_of_another_model_are_refused(folder, release, tmp_path):
+    with pytest.raises(GalleryError, match=r"embedded by a model with SHA-256 .* index the gallery anew") as caught:
+        open_index(folder, release / "teacher.onnx")
+    assert caught.value.exit_code == 3
+    moved = tmp_path / "moved"
+    shutil.copytree(release, moved)
+    assert len(open_index(folder, moved / "model.onnx")) == 40
+
+
+def test_a_model_that_was_exported_anew_is_another(gallery, release, tmp_path):
+    mine, index = tmp_path / "mine", tmp_path / "index"
+    shutil.copytree(release, mine)
+    build(mine / "model.onnx", gallery).save(index, mine / "model.onnx")
+    files = read_release(mine)
+    write_release(mine, {"model.onnx": files["teacher.onnx"]})
+    with pytest.raises(GalleryError, match="its queries would find nothing there"):
+        open_index(index)
+
+
+@pytest.mark.parametrize("name", ["index.json", "vectors.faiss", "SHA256SUMS"])
+def test_a_damaged_index_is_refused(folder, tmp_path, name):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder, damaged)
+    content = bytearray((damaged / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (damaged / name).write_bytes(content)
+    with pytest.raises(ReleaseError):
+        open_index(damaged)
+
+
+def test_nothing_to_index_is_said(release, tmp_path):
+    with pytest.raises(GalleryError, match="is no folder"):
+        build(release / "model.onnx", tmp_path / "none")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    with pytest.raises(GalleryError, match=r"holds no image that can be read \(1 files"):
+        build(release / "model.onnx", tmp_path)
+
+
+def smaller_student(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["smaller-student", *map(str, words)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return int(caught.value.code or 0)
+
+
+def test_the_commands_index_search_and_draw(release, gallery, tmp_path, monkeypatch, capsys):
+    index, panel = tmp_path / "index", tmp_path / "finds.png"
+    asked = gallery / "1" / "auto 04 \N{LATIN SMALL LETTER E WITH ACUTE}.png"
+    model = release / "model.onnx"
+    assert smaller_student(monkeypatch, "index", "--gallery", gallery, "--out", index, "--model", model) == 0
+    assert "40 images in" in capsys.readouterr().out
+    words = ("search", "--index", index, "--query", asked, "--top", "3")
+    assert smaller_student(monkeypatch, *words, "--out", panel, "--json") == 0
+    hits = json.loads(capsys.readouterr().out)
+    assert [set(hit) for hit in hits] == [{"place", "path", "similarity"}] * 3
+    assert gallery / hits[0]["path"] == asked
+    with Image.open(panel) as image:
+        assert image.width > 800
+    assert smaller_student(monkeypatch, *words) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"1.0000  {hits[0]['path']}"
+    assert smaller_student(monkeypatch, *words, "--model", release / "teacher.onnx") == 3
+    assert "index the gallery anew" in capsys.readouterr().err
+
+
+def test_a_query_that_is_no_picture_is_said(folder, tmp_path, monkeypatch, capsys):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no picture")
+    assert smaller_student(monkeypatch, "search", "--index", folder, "--query", broken) != 0
+    assert "broken.jpg" in capsys.readouterr().err
+    assert smaller_student(monkeypatch, "search", "--index", folder, "--query", Path("none.jpg")) == 3

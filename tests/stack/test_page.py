@@ -1,0 +1,70 @@
+"""The page for searching, in a real browser against the real command."""
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from pipeline.search.index import build
+from tests.search.conftest import gallery, picture, release
+
+__all__ = ["gallery", "release"]
+
+pytestmark = pytest.mark.stack
+
+
+@pytest.fixture
+def address(release: Path, gallery: Path, tmp_path: Path) -> Iterator[str]:
+    """Where `smaller-student serve` answers, with a column for each model."""
+    words = []
+    for name in ("teacher", "model"):
+        build(release / f"{name}.onnx", gallery).save(tmp_path / name, release / f"{name}.onnx")
+        words += ["--index", str(tmp_path / name)]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = subprocess.Popen([sys.executable, "-m", "pipeline", "serve", *words, "--port", str(port)])
+    deadline = time.monotonic() + 120
+    while server.poll() is None and time.monotonic() < deadline:
+        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/indexes", timeout=2):
+            break
+        time.sleep(0.2)
+    yield f"http://127.0.0.1:{port}"
+    server.terminate()
+    server.wait(10)
+
+
+def test_a_dropped_picture_is_found_in_both_columns(page: Page, address: str, tmp_path: Path) -> None:
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto(address)
+    expect(page.locator("#said")).to_contain_text("teacher.onnx: 40 images")
+    picture(11).save(tmp_path / "query.png")
+    page.set_input_files("#file", tmp_path / "query.png")
+    expect(page.locator("section")).to_have_count(2)
+    for column in range(2):
+        first = page.locator("section").nth(column).locator("li").first
+        expect(first).to_contain_text("auto 11")
+        expect(first).to_contain_text("1. 1.000")
+        expect(first).to_have_class("both")
+    assert page.locator("h2").all_text_contents()[1].startswith("model.onnx")
+    expect(page.locator("h2").nth(1)).to_contain_text("times as fast as teacher.onnx")
+    page.wait_for_function("[...document.querySelectorAll('li img')].slice(0, 3).every(i => i.naturalWidth > 0)")
+
+    other = page.locator("section").nth(1).locator("li").nth(2)  # what was found can be asked for
+    name = other.locator(".name").text_content() or ""
+    other.locator("button").click()
+    expect(page.locator("section").nth(1).locator("li").first.locator(".name")).to_have_text(name)
+    assert said == []
+
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    page.set_input_files("#file", tmp_path / "broken.jpg")
+    expect(page.locator("#said")).to_contain_text("This is no picture that can be read")
+    expect(page.locator("section")).to_have_count(0)
