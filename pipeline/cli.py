@@ -234,6 +234,24 @@ def verify(
         typer.echo(f"{name}: SHA-256 as written, cosine {close:.6f} with the embedding that was written")
 
 
+@app.command()
+def compatible(
+    old: Annotated[Path, typer.Argument(help="ONNX file of an older release, whose gallery there is.")],
+    new: Annotated[Path, typer.Option(help="ONNX file that shall take its place.")] = Path(
+        "artifacts/export/model.onnx"
+    ),
+) -> None:
+    """Say whether a gallery must be embedded anew, by this checkout's test set."""
+    from pipeline.ops.compatible import compatible as run
+
+    log_to_stderr("compatible")
+    found = run(Files.here(), old, new)
+    shown = {"both old": found.old, "new queries, old gallery": found.mixed, "both new": found.new}
+    for what, value in shown.items():
+        typer.echo(f"{what:26} mAP {'-' if value is None else f'{value:.4f}'}")
+    typer.echo(found.verdict)
+
+
 class Refusal(ValueError):
     """The command cannot do what is asked; its text says why."""
 

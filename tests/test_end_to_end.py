@@ -153,6 +153,37 @@ def test_checksums_are_those_that_sha256sum_checks(finished: Path) -> None:
         assert hashlib.sha256((export / name).read_bytes()).hexdigest() == digest
 
 
+def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run `smaller-student`."""
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", *words], cwd=folder, env=environment(), capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+
+
+def test_the_release_verifies_and_a_flipped_byte_does_not(finished: Path, tmp_path: Path) -> None:
+    done = command(finished, "verify")
+    assert done.returncode == 0, done.stderr
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == [
+        "model.onnx", "model.allinone.onnx", "teacher.onnx"
+    ]  # fmt: skip
+    shutil.copytree(finished / "artifacts" / "export", tmp_path / "export")
+    content = bytearray((tmp_path / "export" / "model.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "export" / "model.onnx").write_bytes(content)
+    done = command(finished, "verify", str(tmp_path / "export"))
+    assert done.returncode == 4
+    assert "model.onnx is damaged" in done.stderr
+
+
+def test_student_in_the_teachers_gallery_is_told_alike_by_stage_and_command(finished: Path) -> None:
+    done = command(finished, "compatible", "artifacts/export/teacher.onnx")
+    assert done.returncode == 0, done.stderr
+    told = [float(line.split()[-1]) for line in done.stdout.splitlines()[:3]]
+    export = metrics(finished, "export")
+    assert told == pytest.approx([export["map_teacher"], export["map_student_on_teacher"], export["map"]], abs=6e-5)
+
+
 def test_a_second_repro_does_nothing(finished: Path) -> None:
     before = digests(finished)
     done = repro(finished)
