@@ -77,7 +77,7 @@ def export(run: Run) -> ExportRecord:
             normalised(images.batch(seen[start : start + int8.BATCH]), MEAN, STD)
             for start in range(0, len(seen), int8.BATCH)
         ],
-        originals=[images.original(row) for row in rows[:: -(-len(rows) // ORIGINALS)]],
+        originals=(images.original(row) for row in rows[:: -(-len(rows) // ORIGINALS)]),
     )
     student, teacher = (checkpoint.load(run.files.artifacts(stage)) for stage in ("surgery", "teacher"))
     files, verdict = workshop.files(student, teacher)

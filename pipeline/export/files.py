@@ -1,7 +1,7 @@
 """The files of a release, each proven to be what was trained before it is one."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -57,7 +57,7 @@ class Workshop:
         embed: Embeddings (n, D) of the probe's images by a torch network.
         gains: Times files.
         calibration: (n, 3, h, w) each, normalised training images.
-        originals: (h, w, 3) each, test images of their own size.
+        originals: (h, w, 3) each, test images of their own size; they need not fit into memory together.
     """
 
     image_size: tuple[int, int]
@@ -67,7 +67,7 @@ class Workshop:
     embed: Callable[[RetrievalNet], Embeddings]
     gains: Gains
     calibration: Sequence[int8.Inputs]
-    originals: Sequence[Pixels]
+    originals: Iterable[Pixels]
 
     def files(self, student: RetrievalNet, teacher: RetrievalNet) -> tuple[dict[str, File], int8.Verdict | None]:
         """All files of a release by name, the one to begin with first; and what became of int8, where it is asked for.

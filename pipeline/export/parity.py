@@ -1,7 +1,7 @@
 """Whether an exported file does what the network did: if not, there is no file."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,7 +111,7 @@ def verify_batches(name: str, content: bytes, reference: Embeddings, probe: Prob
         _check(f"{name}, batch {batch}", reference[some], found, probe)
 
 
-def verify_resizing(name: str, resizing: bytes, core: bytes, pictures: Sequence[Pixels], probe: Probe) -> float:
+def verify_resizing(name: str, resizing: bytes, core: bytes, pictures: Iterable[Pixels], probe: Probe) -> float:
     """Compare a file that resizes with one that gets resized pictures.
 
     Args:

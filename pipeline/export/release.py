@@ -25,13 +25,19 @@ def sha256(content: bytes) -> str:
 
 
 def write_release(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files and then SHA256SUMS: a folder without it was not finished.
+    """Write files and then SHA256SUMS: a folder without it was not finished. Files of an earlier release go.
 
     Args:
         folder: Where they go.
         files: Content by file name.
     """
+    try:
+        earlier = set(read_sums(folder))
+    except ReleaseError:  # there was none, or it was not finished
+        earlier = set()
     (folder / SUMS).unlink(missing_ok=True)
+    for name in earlier - set(files):
+        (folder / name).unlink(missing_ok=True)
     for name, content in files.items():
         write_atomically(folder / name, partial(Path.write_bytes, data=content))
     write_text(folder / SUMS, _render({name: sha256(content) for name, content in files.items()}))

@@ -13,7 +13,7 @@ from PIL import Image
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from pipeline.data.images import MAX_BYTES, opened, upright_rgb
+from pipeline.data.images import opened, upright_rgb
 from pipeline.data.manifest import DataError
 from pipeline.search.index import Index
 
@@ -24,6 +24,8 @@ TOP = 20
 """Images that are shown."""
 LARGEST = 256
 """Longest side of a shown image, pixels."""
+UPLOAD = 64 * 2**20
+"""Bytes of a dropped file; more are not read."""
 REPEATS = 5
 """Calls of a model after a first one, of which the fastest is told."""
 
@@ -52,8 +54,8 @@ def application(indexes: Sequence[Index], hosts: Sequence[str]) -> FastAPI:
         content = bytearray()
         async for part in request.stream():
             content += part
-            if len(content) > MAX_BYTES:
-                raise HTTPException(413, f"more than {MAX_BYTES} bytes")
+            if len(content) > UPLOAD:
+                raise HTTPException(413, f"The picture has more than {UPLOAD} bytes; make it smaller.")
         return await run_in_threadpool(_search, indexes, bytes(content))
 
     @app.get("/image/{column}/{place}")

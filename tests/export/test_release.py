@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from pipeline.export import release
-from pipeline.export.release import write_release
+from pipeline.export.release import read_release, write_release
 
 
 def test_sums_are_those_of_the_files_and_sha256sum_agrees(tmp_path):
@@ -34,3 +34,11 @@ def test_a_folder_that_was_not_finished_has_no_sums(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_release(tmp_path, {"a": b"new", "b": b"new"})
     assert not (tmp_path / "SHA256SUMS").exists()
+
+
+def test_files_of_an_earlier_release_go_and_those_of_others_stay(tmp_path):
+    write_release(tmp_path, {"model.onnx": b"one", "model.int8.onnx": b"two"})
+    (tmp_path / "notes.txt").write_text("mine")
+    write_release(tmp_path, {"model.onnx": b"three"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["SHA256SUMS", "model.onnx", "notes.txt"]
+    assert read_release(tmp_path) == {"model.onnx": b"three"}

@@ -56,7 +56,7 @@ def test_what_is_no_picture_is_said_and_too_much_is_not_read(client, monkeypatch
     assert answer.status_code == 422
     assert answer.json()["detail"].startswith("This is no picture that can be read")
     assert "/tmp" not in answer.json()["detail"]
-    monkeypatch.setattr(page, "MAX_BYTES", 10)
+    monkeypatch.setattr(page, "UPLOAD", 10)
     assert client.post("/search", content=content(1)).status_code == 413
 
 
