@@ -65,8 +65,9 @@ def checkout(folder: Path, preset: str = "smoke") -> Path:
         path = folder / produced
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org"]
+    then = {"GIT_AUTHOR_DATE": "2026-01-01T00:00Z", "GIT_COMMITTER_DATE": "2026-01-01T00:00Z"}  # files name the commit
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "all"]):
-        subprocess.run([*git, *command], cwd=folder, check=True, capture_output=True)
+        subprocess.run([*git, *command], cwd=folder, check=True, capture_output=True, env={**os.environ, **then})
     return folder
 
 
