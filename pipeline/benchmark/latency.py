@@ -30,7 +30,7 @@ PAUSE = 0.1
 two cores a call took three times as long as alone.
 """
 
-COMPARED = 40
+COMPARED = 100
 """Timed calls of each file where only one is to be chosen."""
 
 CONFIDENCE = 0.95

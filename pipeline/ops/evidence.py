@@ -40,7 +40,7 @@ Methods `paper` and `none` take ours.
 """
 STAGES = ("prepare", "teacher", "student", "surgery")
 """What an experiment runs."""
-REPEATS = 40
+REPEATS = 200
 """Timed calls of each network."""
 
 
