@@ -217,7 +217,7 @@ def serve(
     from pipeline.search.page import application
 
     indexes = [open_index(folder) for folder in index]
-    hosts = ["localhost", "127.0.0.1", "[::1]", *(name or [])]
+    hosts = ["localhost", "127.0.0.1", *(name or [])]
     uvicorn.run(application(indexes, hosts), host=host, port=port, log_level="warning", access_log=False)
 
 

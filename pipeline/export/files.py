@@ -83,9 +83,8 @@ class Workshop:
         verify_resizing(ALL_IN_ONE, whole.content, core.content, self.originals, probe)
         found, verdict = {STUDENT: core, ALL_IN_ONE: whole}, None
         if "int8" in self.settings.precisions:
-            verdict = self._judged(model, core)
-            if verdict.model is not None and verdict.map is not None:
-                found[INT8] = self._coarse("the student, 8 bits", student, verdict.model, verdict.map)
+            verdict, coarse = self._judged(student, model, core)
+            found |= {INT8: coarse} if coarse else {}
         translated = to_onnx(teacher, self.image_size, self.settings.opset)
         what = "the network that it learnt from"
         return found | {TEACHER: self._exact(TEACHER, what, teacher, translated, self.embed(teacher))}, verdict
@@ -98,22 +97,21 @@ class Workshop:
         verify_batches(name, content, reference, self.probe)
         return File(what, content, metadata, parity.embeddings, parity.min_cosine)
 
-    def _judged(self, model: onnx.ModelProto, core: File) -> int8.Verdict:
-        """Whether an int8 file is worth it."""
+    def _judged(self, net: RetrievalNet, model: onnx.ModelProto, core: File) -> tuple[int8.Verdict, File | None]:
+        """Whether an int8 file is worth it, and it if it is."""
+        tried: list[Embeddings] = []
 
         def gains(files: Mapping[str, bytes]) -> Mapping[str, int8.Gain]:
             return self.gains({STUDENT: core.content, **files}, STUDENT)
 
         def score(content: bytes) -> float:
-            return self.probe.score(self.probe.embed(open_session(content)))
+            tried.append(self.probe.embed(open_session(content)))
+            return self.probe.score(tried[-1])
 
         loss = self.settings.gates.int8_map_loss
         verdict = int8.choose(model, self.calibration, core.metadata.map, loss, score, gains)
         log.info("int8 is %s: %s", "published" if verdict.model else "not published", verdict.reason)
-        return verdict
-
-    def _coarse(self, what: str, net: RetrievalNet, model: onnx.ModelProto, quality: float) -> File:
-        """A file that gives up bits, judged already."""
-        metadata = self.describe(net.spec, quality)
-        content = finish(model, metadata)
-        return File(what, content, metadata, self.probe.embed(open_session(content)), None)
+        if verdict.model is None or verdict.map is None:
+            return verdict, None
+        metadata = self.describe(net.spec, verdict.map)  # the last that was tried is the one that was taken
+        return verdict, File("the student, 8 bits", finish(verdict.model, metadata), metadata, tried[-1], None)

@@ -6,14 +6,12 @@ import numpy as np
 
 from pipeline.data.images import Images, data_root
 from pipeline.data.manifest import Manifest
+from pipeline.export.embed import Embeddings, embed
 from pipeline.export.model import open_model
 from pipeline.files import Files
 from pipeline.ops.params import load
-from pipeline.progress import track
 from pipeline.retrieval.compatibility import Compatibility, compare
 from pipeline.retrieval.embed import sides
-
-BATCH = 32
 
 
 def compatible(files: Files, old: Path, new: Path) -> Compatibility:
@@ -31,11 +29,10 @@ def compatible(files: Files, old: Path, new: Path) -> Compatibility:
     manifest = Manifest.read(files.manifest, data_root(files, params))
     rows = np.concatenate([manifest.rows("query"), manifest.rows("gallery")])
 
-    def embedded(path: Path) -> np.ndarray:
+    def embedded(path: Path) -> Embeddings:
         model = open_model(path)
         images = Images(manifest, model.metadata.image_size, None)  # the sizes may differ: from the files themselves
-        chunks = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
-        return np.concatenate([model.embed(images.batch(chunk)) for chunk in track(chunks, len(chunks), path.name)])
+        return embed(model.session, images, rows, model.metadata.mean, model.metadata.std)
 
     protocol = params.data.protocol
     return compare(protocol, *(sides(embedded(path), manifest, "query", "gallery", protocol) for path in (old, new)))

@@ -15,7 +15,7 @@ from pipeline.records import BenchmarkRecord, ExportRecord, PrepareRecord, Stude
 from pipeline.report import speed
 from pipeline.report.curves import Curves, capacity, training
 from pipeline.report.html import Picture, Section, Table, Tile, page
-from pipeline.report.numbers import MINUS, TIMES, TO, count, percent, times
+from pipeline.report.numbers import MINUS, TO, count, percent, times
 from pipeline.report.panels import Choice, Ranking, choose, describe, panel, rank
 from pipeline.report.pareto import Point, pareto
 from pipeline.report.style import save
@@ -120,7 +120,7 @@ def _retrieval(evidence: Evidence, name: str) -> Retrieval:
 
 def _summary(evidence: Evidence) -> str:
     teacher, export, found = evidence.teacher, evidence.export, speed.headline(evidence.timings)
-    range_ = f"between {found.low:.2f}{TIMES} and {found.high:.2f}{TIMES} as fast (the machine was too busy to tell)"
+    range_ = f"between {times(found.low)} and {times(found.high)} as fast (the machine was too busy to tell)"
     fast = f"{times(found.ratio)} as fast" if found.conclusive else range_
     return (
         f"The student reaches mAP {export.map:.3f} where its teacher has {teacher.map:.3f}, with "

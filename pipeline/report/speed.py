@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from pipeline.benchmark.footprint import Footprint
 from pipeline.benchmark.latency import Gain, Timing
-from pipeline.benchmark.table import STUDENT, TEACHER, gains, setting
+from pipeline.benchmark.table import HEADLINE, STUDENT, gains, setting
 from pipeline.report.html import Table
-from pipeline.report.numbers import TIMES, percent
+from pipeline.report.numbers import percent, times
 
 INCONCLUSIVE = "inconclusive"
 MIB = 2**20
@@ -27,7 +27,7 @@ def speedups(timings: Sequence[Timing], ideal: float) -> Table:
         student = found[STUDENT]
         realised = percent(student.ratio / ideal) if student.conclusive else ""
         cells = [cell for file in found for cell in (told(found[file]), interval(found[file]))]
-        table.append((f"batch {batch}, {_threads(threads)}", *cells, f"{ideal:.2f}{TIMES}", realised))
+        table.append((f"batch {batch}, {_threads(threads)}", *cells, times(ideal), realised))
     header = [heading for file in compared for heading in (file, "95 % interval")]
     return Table(
         "Times as fast as the teacher; the student realises a share of the ratio of MACs",
@@ -73,7 +73,7 @@ def sizes(footprints: Mapping[str, Footprint], batch: int) -> Table:
 
 def told(gain: Gain) -> str:
     """A ratio, if the machine was quiet enough to tell one."""
-    return f"{gain.ratio:.2f}{TIMES}" if gain.conclusive else INCONCLUSIVE
+    return times(gain.ratio) if gain.conclusive else INCONCLUSIVE
 
 
 def interval(gain: Gain) -> str:
@@ -83,9 +83,7 @@ def interval(gain: Gain) -> str:
 
 def headline(timings: Sequence[Timing]) -> Gain:
     """Student against teacher, one image, all threads."""
-    return gains([timing for timing in timings if (timing.batch, timing.threads) == (1, 0)], TEACHER)[STUDENT][
-        setting(1, 0)
-    ]
+    return gains(timings)[STUDENT][HEADLINE]
 
 
 def _threads(number: int) -> str:

@@ -11,7 +11,7 @@ from pipeline.export.onnx import Metadata, finish, to_onnx
 from pipeline.export.parity import Probe
 from pipeline.models.resnet import RetrievalNet
 from pipeline.retrieval.embed import embed
-from tests.export.tiny_network import MEAN, SIZE, STD, Pictures, normalise, tiny_net
+from tests.export.tiny_network import ABOUT, MEAN, SIZE, STD, Pictures, normalise, tiny_net
 
 
 @pytest.fixture(scope="session")
@@ -27,21 +27,7 @@ def translated(net: RetrievalNet) -> bytes:
 
 @pytest.fixture(scope="session")
 def metadata() -> Metadata:
-    return Metadata(
-        data="vehicles",
-        data_digest="d" * 64,
-        params_digest="p" * 64,
-        git_commit="c" * 40,
-        licence="as you like",
-        protocol="market",
-        map=0.625,
-        image_size=SIZE,
-        mean=MEAN,
-        std=STD,
-        embedding_dim=16,
-        params=1234,
-        macs=56789,
-    )
+    return ABOUT
 
 
 @pytest.fixture(scope="session")

@@ -105,6 +105,12 @@ def test_cosines_are_those_of_the_definition():
     np.testing.assert_allclose(cosines(left, right), [24 / 25, 0], atol=1e-15)
 
 
+def test_map_is_compared_in_every_batch_size(content, reference, probe):
+    scores = iter([0.5, 0.5, 0.5, 0.502])
+    with pytest.raises(ParityError, match=r"model\.onnx, batch 3: mAP is 0\.500000 .* 0\.502000"):
+        verify_batches("model.onnx", content, reference, probe(score=lambda _: next(scores)))
+
+
 def at(angle):
     """A vector of length 1 in the plane of the first two axes."""
     found = np.zeros(16, np.float32)

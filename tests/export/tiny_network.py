@@ -3,11 +3,28 @@
 import numpy as np
 import torch
 
+from pipeline.export.onnx import Metadata
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
 
 SIZE = (32, 24)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+ABOUT = Metadata(
+    data="vehicles",
+    data_digest="d" * 64,
+    params_digest="p" * 64,
+    git_commit="c" * 40,
+    licence="as you like",
+    protocol="market",
+    map=0.625,
+    image_size=SIZE,
+    mean=MEAN,
+    std=STD,
+    embedding_dim=16,
+    params=1234,
+    macs=56789,
+)
+"""What its files say about themselves."""
 
 
 def tiny_net(seed: int) -> RetrievalNet:

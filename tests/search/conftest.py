@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.export.onnx import Metadata, finish, to_onnx
+from pipeline.export.onnx import finish, to_onnx
 from pipeline.export.release import write_release
-from tests.export.tiny_network import MEAN, SIZE, STD, tiny_net
+from tests.export.tiny_network import ABOUT, SIZE, tiny_net
 
 LARGE = (64, 48)
 """Height and width of the gallery's pictures."""
@@ -24,22 +24,7 @@ def picture(number: int) -> Image.Image:
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two networks of the same size with other weights."""
     folder = tmp_path_factory.mktemp("release")
-    about = Metadata(
-        data="pictures",
-        data_digest="d" * 64,
-        params_digest="p" * 64,
-        git_commit="c" * 40,
-        licence="as you like",
-        protocol="loo",
-        map=0.5,
-        image_size=SIZE,
-        mean=MEAN,
-        std=STD,
-        embedding_dim=16,
-        params=1234,
-        macs=56789,
-    )
-    files = {name: finish(to_onnx(tiny_net(seed), SIZE, 18), about) for seed, name in enumerate(("model", "teacher"))}
+    files = {name: finish(to_onnx(tiny_net(seed), SIZE, 18), ABOUT) for seed, name in enumerate(("model", "teacher"))}
     write_release(folder, {f"{name}.onnx": content for name, content in files.items()})
     return folder
 
