@@ -10,8 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
-from pipeline.benchmark.latency import gain, measure
 from pipeline.files import Files, read_json
+from pipeline.inference.timing import gain, measure
 from pipeline.ops.params import load
 
 NAMES = ("shufflenet_v2_x0_5", "mobilenet_v3_small", "mobilenet_v3_large", "resnet18", "resnet50")

@@ -3,16 +3,18 @@
 Short trainings on noise. Some minutes on 2 cores.
 """
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from benchmarks.short import Noise, preset, train
-from pipeline.benchmark.latency import measure
 from pipeline.compress.surgery import operate
 from pipeline.export.onnx import serialise, to_onnx
-from pipeline.inference.layers import latency_model
+from pipeline.inference.layers import kept_share, latency_model
+from pipeline.inference.timing import measure
 from pipeline.models.resnet import convert
 from pipeline.models.spec import ArchSpec
 
@@ -26,6 +28,7 @@ def main() -> None:
         spec = ArchSpec.full(depth, width, 256)
         model = latency_model(spec, size, 8)
         with TemporaryDirectory() as folder:
+            counted = replace(model, measured=partial(kept_share, Path(folder) / "measured.json", spec, size))
             files = {}
             for asked in (None, *ASKED):
                 params = preset(
@@ -35,7 +38,7 @@ def main() -> None:
                     student__budget__fade=0.3, student__budget__every=1,
                 )  # fmt: skip
                 noise = Noise(3, 12, size)
-                task, net = train(params, noise, model)
+                task, net = train(params, noise, counted)
                 probe = task.calibration[:2]
                 small = operate(net, task.teacher.spec, params.surgery, probe).net
                 bare = convert(task.teacher, task.teacher.spec.model_copy(update={"identities": 0}))

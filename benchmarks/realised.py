@@ -9,8 +9,8 @@ from pathlib import Path
 
 from benchmarks.short import Noise, preset, train
 from pipeline.benchmark.footprint import plain_layers
-from pipeline.benchmark.latency import gain, measure
 from pipeline.inference.graph import timing_graph
+from pipeline.inference.timing import gain, measure
 from pipeline.models import cost
 from pipeline.training.student import remaining_spec
 

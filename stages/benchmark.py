@@ -13,13 +13,13 @@ import numpy as np
 
 from pipeline import checkpoint
 from pipeline.benchmark.footprint import footprints
-from pipeline.benchmark.latency import measure
 from pipeline.benchmark.table import INT8, STUDENT, TEACHER, benchmark_record, write_csv
 from pipeline.data.augment import MEAN, STD
 from pipeline.data.images import open_images
 from pipeline.export.embed import embed
 from pipeline.files import read_json
 from pipeline.inference.session import open_session
+from pipeline.inference.timing import measure
 from pipeline.ops.stage import Run, run_stage
 from pipeline.records import (
     BenchmarkRecord,

@@ -7,7 +7,6 @@ Writes  artifacts/export/, metrics/export.json
 import numpy as np
 
 from pipeline import checkpoint
-from pipeline.benchmark.latency import gains
 from pipeline.config import PROTOCOLS_OF
 from pipeline.data.augment import MEAN, STD, normalise
 from pipeline.data.images import open_images
@@ -18,6 +17,7 @@ from pipeline.export.files import ALL_IN_ONE, INT8, STUDENT, TEACHER, Workshop
 from pipeline.export.onnx import Metadata, params_digest
 from pipeline.export.parity import Probe
 from pipeline.export.release import sha256, write_release
+from pipeline.inference.timing import gains
 from pipeline.models import cost
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec

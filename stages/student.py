@@ -4,10 +4,12 @@ Reads   artifacts/prepare/, artifacts/teacher/
 Writes  artifacts/student/, metrics/student.json, plots/student.csv
 
 With a budget of latency the result depends on how fast the layers were when that was measured, which
-artifacts/student/latency.json tells.
+artifacts/student/latency.json tells. Of the network that is chosen in the end the time is measured, and the choice is
+corrected by that.
 """
 
-import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import cast
 
 from pipeline import checkpoint
@@ -26,7 +28,7 @@ from pipeline.training.loop import Fit
 from pipeline.training.student import CALIBRATION, fresh_student, remaining_spec, spread, student_task
 from pipeline.training.teacher import validation
 
-LATENCY = "latency.json"
+LATENCY, MEASURED = "latency.json", "measured.json"
 
 
 def student(run: Run) -> StudentRecord:
@@ -40,12 +42,18 @@ def student(run: Run) -> StudentRecord:
     checkpoints = run.checkpoints("data", "teacher", "student")
 
     def measure() -> CostModel:
-        from pipeline.inference.layers import kept_latency_model  # ONNX Runtime is needed for this only
+        from pipeline.inference import layers  # ONNX Runtime is needed for this only
+
+        def share(widths: Mapping[str, int]) -> float:
+            found = 1.0
+            if fabric.is_global_zero:
+                found = layers.kept_share(checkpoints.folder / MEASURED, teacher.spec, size, widths)
+            return fabric.broadcast(found)
 
         found = None
         if fabric.is_global_zero:  # all devices must count alike
-            found = kept_latency_model(checkpoints.folder / LATENCY, teacher.spec, size, config.channel_multiple)
-        return cast(CostModel, fabric.broadcast(found))
+            found = layers.kept_latency_model(checkpoints.folder / LATENCY, teacher.spec, size, config.channel_multiple)
+        return replace(cast(CostModel, fabric.broadcast(found)), measured=share)
 
     budgeted = cost_model(teacher.spec, config, size, measure)
     validate = validation(manifest, images, params.data.protocol, normalise, fabric.device)
@@ -58,8 +66,11 @@ def student(run: Run) -> StudentRecord:
     task.plan().write(run.out)
     checkpoint.save(run.out, net)
     latency = config.budgeted and config.budget.of == "latency"
-    if latency and fabric.is_global_zero:  # what was counted: it cannot be measured twice alike
-        shutil.copyfile(checkpoints.folder / LATENCY, run.out / LATENCY)
+    counted = task.compression.cost
+    if latency and fabric.is_global_zero:  # it cannot be measured twice alike
+        from pipeline.inference.layers import write_model
+
+        write_model(run.out / LATENCY, counted)
     protocol = params.data.protocol
     found = evaluate(net, manifest, images, "query", "gallery", protocol, normalise, fabric.device)
     small = remaining_spec(net)
@@ -69,7 +80,7 @@ def student(run: Run) -> StudentRecord:
         macs=cost.macs(small, size),
         params_reduction=1 - cost.params(small) / cost.params(teacher.spec),
         macs_reduction=1 - cost.macs(small, size) / cost.macs(teacher.spec, size),
-        latency_reduction=1 - budgeted(small.widths) / budgeted(teacher.spec.widths) if latency else None,
+        latency_reduction=1 - counted(small.widths) / counted(teacher.spec.widths) if latency else None,
         target=config.budget.reduction if config.budgeted else 0.0,
     )
 

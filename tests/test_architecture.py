@@ -28,7 +28,7 @@ ALLOWED = {
     "training": BASE | {"data", "models", "losses", "compress", "retrieval", "checkpoint"},
     "search": BASE | {"data", "export", "inference"},
     "benchmark": BASE | {"export", "inference", "retrieval", "data", "models"},
-    "report": BASE | {"export", "retrieval", "data", "models", "benchmark"},
+    "report": BASE | {"export", "inference", "retrieval", "data", "models", "benchmark"},
     "cli": BASE | {"ops", "retrieval", "export", "report", "search"},
     "__main__": {"cli"},
 }

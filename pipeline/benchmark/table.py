@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.benchmark.footprint import Footprint
-from pipeline.benchmark.latency import Gain, Timing, gain
 from pipeline.files import csv_text, write_text
+from pipeline.inference.timing import Gain, Timing, gain
 from pipeline.records import BenchmarkRecord, Latency
 
 TEACHER, STUDENT, INT8 = "teacher", "student", "int8"

@@ -74,6 +74,7 @@ class Capacity:
         steps: Steps of the whole training.
         sites: State by site.
         blocks: Inner sites, by last norm, of the blocks that may go altogether.
+        stretch: How much more is saved than the cost model told before the final choice was measured.
         settled: Whether the final choice is made.
     """
 
@@ -83,6 +84,7 @@ class Capacity:
     steps: int
     sites: dict[str, SiteState]
     blocks: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    stretch: float = 1.0
     settled: bool = False
 
     whole: ClassVar[bool] = True
@@ -198,6 +200,10 @@ class Capacity:
         allotment = Allotment.of(self.spec, self.config, self.cost, free)
         if progress >= budget.end:
             allotment.settle(budget.reduction)
+            self._correct(self.cost.stretch(self.spec.widths, allotment.widths))
+            if self.stretch != 1:
+                allotment = Allotment.of(self.spec, self.config, self.cost, free)
+                allotment.settle(budget.reduction)
             self.settled = True
         else:
             allotment.spend(self.due(progress), limit=budget.reduction)
@@ -216,6 +222,11 @@ class Capacity:
             site.masked = masked
         for name, parameter, left in self._norms(net):  # of a block that stays after all
             parameter.div_(torch.where((going[name] > 0) & (left == 0), going[name] / self.fade, 1.0))
+
+    def _correct(self, factor: float) -> None:
+        """Count as the network that was to be the last one turned out."""
+        if factor != self.stretch:
+            self.cost, self.stretch = self.cost.stretched(self.spec.widths, factor), factor
 
     def _present(self, net: RetrievalNet) -> dict[str, tuple[Indicator, SiteState]]:
         """Indicators that are still in the network, and their states."""
@@ -294,7 +305,10 @@ class Capacity:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that changes, as tensors by name."""
-        tensors = {"settled": torch.tensor(self.settled)}
+        tensors = {
+            "settled": torch.tensor(self.settled),
+            "stretch": torch.tensor(self.stretch, dtype=torch.float64),
+        }
         for name, site in self.sites.items():
             tensors |= {f"{name}/{key}": value for key, value in site.tensors().items()}
         return tensors
@@ -302,6 +316,7 @@ class Capacity:
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` returned."""
         self.settled = bool(tensors["settled"])
+        self._correct(float(tensors["stretch"]))
         for name, site in self.sites.items():
             values = {key: tensors[f"{name}/{key}"].to(value.device) for key, value in site.tensors().items()}
             self.sites[name] = SiteState(**values)

@@ -30,6 +30,11 @@ class Compression(Protocol):
         ...
 
     @property
+    def cost(self) -> CostModel:
+        """What the budget counts."""
+        ...
+
+    @property
     def compared(self) -> Mapping[str, Tensor]:
         """Which of them are compared with the teacher's, (C,) bool by site; all where a site is not named."""
         ...
@@ -74,11 +79,13 @@ class Fixed:
 
     Attributes:
         kept: Channels of the teacher, by site.
+        cost: What the budget counts.
         compared: All of them.
         observed: Nothing.
     """
 
     kept: Mapping[str, Tensor]
+    cost: CostModel
     compared: Mapping[str, Tensor] = field(default_factory=dict)
     observed: tuple[str, ...] = ()
 
@@ -132,13 +139,13 @@ def compression(
     if config.method == "budget":
         return Capacity.start(spec, config, cost, steps, seed, device)
     if config.method == "paper":
-        return PaperCapacity.start(spec, config, steps, device)
+        return PaperCapacity.start(spec, config, cost, steps, device)
     plan = SurgeryPlan({})
     if config.method == "static-magnitude":
-        plan = static.by_magnitude(teacher, config, cost)
+        plan, cost = static.by_magnitude(teacher, config, cost)
     elif config.method == "static-random":
-        plan = static.by_factor(spec, config, cost)
-    return Fixed({site: torch.tensor(rows, device=device) for site, rows in plan.kept.items()})
+        plan, cost = static.by_factor(spec, config, cost)
+    return Fixed({site: torch.tensor(rows, device=device) for site, rows in plan.kept.items()}, cost)
 
 
 def plan_of(chosen: Compression) -> SurgeryPlan:

@@ -18,6 +18,7 @@ from torch.nn import functional
 from pipeline.compress.budget import least_widths, shrinking_sites
 from pipeline.compress.compactor import by_row, reset_gradients, row_norms
 from pipeline.config import Student
+from pipeline.models.cost import CostModel
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
 
@@ -88,6 +89,7 @@ class PaperCapacity:
     Attributes:
         spec: The uncompressed network.
         config: Section of params.yaml.
+        cost: What a budget would count.
         steps: Steps of the whole training.
         sites: State by site.
         progress: Share of the training done.
@@ -95,17 +97,21 @@ class PaperCapacity:
 
     spec: ArchSpec
     config: Student
+    cost: CostModel
     steps: int
     sites: dict[str, PaperSite]
     progress: float = 0.0
 
     @classmethod
-    def start(cls, spec: ArchSpec, config: Student, steps: int, device: torch.device) -> "PaperCapacity":
+    def start(
+        cls, spec: ArchSpec, config: Student, cost: CostModel, steps: int, device: torch.device
+    ) -> "PaperCapacity":
         """Nothing masked, nothing remembered.
 
         Args:
             spec: The uncompressed network.
             config: Section of params.yaml.
+            cost: What a budget would count.
             steps: Steps of the whole training.
             device: Where the student lives.
         """
@@ -114,7 +120,7 @@ class PaperCapacity:
             width = spec.widths[name]
             masked = torch.zeros(width, dtype=torch.bool, device=device)
             sites[name] = PaperSite(masked, torch.zeros(config.paper.memory, width, device=device))
-        return cls(spec, config, steps, sites)
+        return cls(spec, config, cost, steps, sites)
 
     @property
     def kept(self) -> dict[str, Tensor]:

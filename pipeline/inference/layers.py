@@ -22,6 +22,7 @@ from scipy.optimize import nnls
 from pipeline.files import read_json, write_text
 from pipeline.inference.graph import timing_graph
 from pipeline.inference.session import INPUT, open_session
+from pipeline.inference.timing import gains
 from pipeline.models.cost import CostModel, Term, fixed_sizes
 from pipeline.models.spec import ArchSpec
 from pipeline.progress import track
@@ -87,8 +88,36 @@ def kept_latency_model(path: Path, spec: ArchSpec, image_size: tuple[int, int], 
     """
     if not path.is_file():
         model = latency_model(spec, image_size, multiple)
-        write_text(path, json.dumps([asdict(term) for term in model.terms], indent=1) + "\n")
+        write_model(path, model)
     return CostModel(tuple(Term(**term) for term in read_json(path)), fixed_sizes(spec))
+
+
+def write_model(path: Path, model: CostModel) -> None:
+    """Write the terms as JSON."""
+    write_text(path, json.dumps([asdict(term) for term in model.terms], indent=1) + "\n")
+
+
+def kept_share(path: Path, spec: ArchSpec, image_size: tuple[int, int], widths: Mapping[str, int]) -> float:
+    """Share of a network's time that it takes with other widths: both are run in turns, once.
+
+    The layers' times leave a few per cent to be known: widths that a budget chooses are no random ones.
+
+    Args:
+        path: JSON file of what was measured before.
+        spec: The uncompressed network.
+        image_size: Height and width, pixels.
+        widths: Of the narrowed one.
+    """
+    known = read_json(path) if path.is_file() else {}
+    asked = json.dumps(dict(widths), sort_keys=True)
+    if asked not in known:
+        full = spec.model_copy(update={"indicators": (), "identities": 0})
+        narrow = full.model_copy(update={"widths": {**spec.widths, **widths}})
+        files = {"full": timing_graph(full, image_size), "narrow": timing_graph(narrow, image_size)}
+        known[asked] = 1 / gains(files, "full", image_size)["narrow"].ratio
+        write_text(path, json.dumps(known, indent=1) + "\n")
+    log.info("the network that was chosen takes %.1f %% of the time", 100 * known[asked])
+    return float(known[asked])
 
 
 def _samples(spec: ArchSpec, multiple: int) -> Iterator[ArchSpec]:

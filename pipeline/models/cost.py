@@ -4,8 +4,8 @@ A cost is a sum over layers, each a function of its two widths, so that the budg
 cost without building it. Backbone and embedding head count, the classifier, compactors and gates do not.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from pipeline.models.spec import EMBEDDING, INPUT, ArchSpec, Layer
 
@@ -50,15 +50,39 @@ class CostModel:
     Attributes:
         terms: What is summed.
         fixed: Sizes of the dimensions that never change.
+        measured: Share of the uncompressed network's cost that one of these widths has in truth; None where the terms
+            are the truth.
     """
 
     terms: tuple[Term, ...]
     fixed: Mapping[str, int]
+    measured: Callable[[Mapping[str, int]], float] | None = None
 
     def __call__(self, widths: Mapping[str, int]) -> float:
         """Cost of a network with these widths; a whole number where all terms' are."""
         sizes = {**self.fixed, **widths}
         return sum(term(sizes) for term in self.terms)
+
+    def stretched(self, full: Mapping[str, int], factor: float) -> "CostModel":
+        """A model of which everything saves `factor` times as much.
+
+        Args:
+            full: Widths of the uncompressed network, which costs what it did.
+            factor: Of each saving.
+        """
+        parts = ("product", "per_left", "per_right", "constant")
+        terms = [replace(term, **{part: factor * getattr(term, part) for part in parts}) for term in self.terms]
+        return replace(self, terms=(*terms, Term(ONE, ONE, 0, constant=(1 - factor) * self(full))))
+
+    def stretch(self, full: Mapping[str, int], widths: Mapping[str, int]) -> float:
+        """By what savings must be stretched to be the truth for a narrowed network; 1 where the terms are.
+
+        Args:
+            full: Widths of the uncompressed network.
+            widths: Of the narrowed one.
+        """
+        told = 1 - self(widths) / self(full)
+        return 1.0 if self.measured is None or not told else (1 - self.measured(widths)) / told
 
 
 def fixed_sizes(spec: ArchSpec) -> dict[str, int]:

@@ -18,10 +18,10 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from pipeline.benchmark.latency import gain, measure
 from pipeline.config import Params
 from pipeline.files import Files, csv_text, write_json, write_text
 from pipeline.inference.graph import timing_graph
+from pipeline.inference.timing import gain, measure
 from pipeline.models.spec import ArchSpec
 from pipeline.ops.params import load
 from pipeline.records import SurgeryRecord, TeacherRecord

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.benchmark.footprint import Footprint
-from pipeline.benchmark.latency import Timing
 from pipeline.benchmark.table import STUDENT, TEACHER
 from pipeline.files import write_text
+from pipeline.inference.timing import Timing
 from pipeline.records import BenchmarkRecord, ExportRecord, PrepareRecord, StudentRecord, SurgeryRecord, TeacherRecord
 from pipeline.report import speed
 from pipeline.report.curves import Curves, capacity, training

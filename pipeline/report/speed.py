@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from pipeline.benchmark.footprint import Footprint
-from pipeline.benchmark.latency import Gain, Timing
 from pipeline.benchmark.table import HEADLINE, STUDENT, gains, setting
+from pipeline.inference.timing import Gain, Timing
 from pipeline.report.html import Table
 from pipeline.report.numbers import percent, times
 

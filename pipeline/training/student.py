@@ -50,7 +50,6 @@ class StudentTask:
         teacher: Frozen, in evaluation mode.
         image_size: Height and width, pixels.
         compression: The method.
-        budgeted: What the budget counts.
         calibration: Normalised training images (B, 3, H, W) that folded batch norms are measured on.
         validate: mAP on held-out identities, None where there are none.
         answers: The teacher's, where they are kept for other students.
@@ -61,7 +60,6 @@ class StudentTask:
     teacher: RetrievalNet
     image_size: tuple[int, int]
     compression: Compression
-    budgeted: CostModel
     calibration: Tensor
     validate: Validate | None
     answers: Answers | None = None
@@ -146,7 +144,7 @@ class StudentTask:
             "params_reduction": 1 - cost.params(small) / cost.params(full),
         }
         if self.config.budgeted and self.config.budget.of == "latency":
-            row["latency_reduction"] = 1 - self.budgeted(small.widths) / self.budgeted(full.widths)
+            row["latency_reduction"] = 1 - self.compression.cost(small.widths) / self.compression.cost(full.widths)
         due = self.compression.due(progress)
         if due is not None:
             row["target_reduction"] = due
@@ -260,7 +258,7 @@ def student_task(
     teacher.to(fabric.device).eval().requires_grad_(False)
     size = (params.data.image_size[0], params.data.image_size[1])
     chosen = compression(config, teacher, budgeted, steps, params.seed, fabric.device)
-    task = StudentTask(fabric, config, teacher, size, chosen, budgeted, calibration, validate)
+    task = StudentTask(fabric, config, teacher, size, chosen, calibration, validate)
     kept = params.runtime.answers_gib and not chosen.observed  # nobody else asks about such sites
     if answers is not None and kept:
         computed = f"{params.runtime.precision} on {fabric.device.type}, torch {torch.__version__}"

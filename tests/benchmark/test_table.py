@@ -3,8 +3,8 @@
 import pytest
 
 from pipeline.benchmark.footprint import Footprint
-from pipeline.benchmark.latency import Timing
 from pipeline.benchmark.table import HEADLINE, benchmark_record, gains, setting, write_csv
+from pipeline.inference.timing import Timing
 from pipeline.records import BenchmarkRecord
 
 FOOTPRINTS = {name: Footprint(number, 100 * number, ()) for number, name in enumerate(("teacher", "student"), start=1)}

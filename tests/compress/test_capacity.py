@@ -1,5 +1,7 @@
 """Masks, proximal shrinking, commitment: what happens to a row between being chosen and being zero."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from pipeline.compress.budget import BudgetError, cost_model
 from pipeline.compress.capacity import Capacity
 from pipeline.compress.compactor import attach, removed_sites, row_norms, shrink_rows
 from pipeline.compress.importance import magnitudes, taylor
+from pipeline.compress.methods import compression
 from pipeline.compress.surgery import fold_and_cut, largest_difference, plan_cut
 from pipeline.config import Student
 from pipeline.models import cost
@@ -129,6 +132,48 @@ def test_masks_follow_the_schedule_in_whole_groups_and_end_in_the_window() -> No
     tested.revise(net, 0.5)
     assert tested.settled
     assert 0.4 <= reduction(tested) <= 0.41
+
+
+def less_saved(model: cost.CostModel) -> cost.CostModel:
+    """Claims one thing and turns out to be another: a narrowed network costs more than its layers tell."""
+    return replace(model, measured=lambda widths: (model(widths) / model(SPEC.widths)) ** 0.9)
+
+
+def test_the_final_choice_keeps_to_what_its_network_was_measured_to_cost_and_is_restored() -> None:
+    model = cost.macs_model(SPEC, (32, 32))
+    tested, net = capacity(), student()
+    tested.cost = less_saved(model)
+    tested.revise(net, 0.5)
+    assert tested.settled
+    told = 1 - model(tested.widths) / model(SPEC.widths)
+    assert told > 0.42
+    assert 1 - (1 - told) ** 0.9 == pytest.approx(0.4, abs=0.015)
+    tested.check(tested.widths)
+    fresh_one = fresh()
+    fresh_one.load_state_dict(tested.state_dict())
+    assert fresh_one.cost(tested.widths) == tested.cost(tested.widths)
+    fresh_one.check(tested.widths)
+
+
+@pytest.mark.parametrize("method", ["static-magnitude", "static-random"])
+def test_a_static_choice_keeps_to_what_its_network_was_measured_to_cost(method: str) -> None:
+    model = cost.macs_model(SPEC, (32, 32))
+    config = section().model_copy(update={"method": method, "sites": ["conv1", "conv2", "stream"]})
+    chosen = compression(config, RetrievalNet(SPEC), less_saved(model), STEPS, 0, torch.device("cpu"))
+    widths = {**SPEC.widths, **{name: len(rows) for name, rows in chosen.kept.items()}}
+    told = 1 - model(widths) / model(SPEC.widths)
+    assert 1 - (1 - told) ** 0.9 == pytest.approx(0.4, abs=0.015)
+    assert 0.4 <= 1 - chosen.cost(widths) / chosen.cost(SPEC.widths) <= 0.41
+
+
+def test_a_stretched_model_leaves_the_whole_as_it_is() -> None:
+    model = cost.params_model(SPEC)
+    narrow = {**SPEC.widths, "layer3": 64}
+    stretched = model.stretched(SPEC.widths, 0.75)
+    assert stretched(SPEC.widths) == pytest.approx(model(SPEC.widths))
+    saved = 0.75 * (model(SPEC.widths) - model(narrow))
+    assert stretched(SPEC.widths) - stretched(narrow) == pytest.approx(saved)
+    assert model.stretch(SPEC.widths, narrow) == 1.0  # exact: nothing was measured
 
 
 def test_a_mask_is_revised_until_a_row_is_zero_and_kept_from_then_on() -> None:

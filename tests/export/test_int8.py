@@ -7,11 +7,11 @@ import numpy as np
 import onnx
 import pytest
 
-from pipeline.benchmark.latency import Gain
 from pipeline.export import int8
 from pipeline.export.embed import embed_pixels, normalised
 from pipeline.export.onnx import finish
 from pipeline.inference.session import open_session
+from pipeline.inference.timing import Gain
 from tests.export.tiny_network import MEAN, STD, Pictures
 
 FAST, ADVISED = (recipe.name for recipe in int8.RECIPES)

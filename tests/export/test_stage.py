@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 from pipeline import checkpoint
-from pipeline.benchmark.latency import Gain
 from pipeline.config import Params
 from pipeline.data.manifest import Item, Manifest
 from pipeline.export import files
 from pipeline.export.parity import ParityError
 from pipeline.export.sample import check_release
 from pipeline.files import Files, write_atomically
+from pipeline.inference.timing import Gain
 from pipeline.models import cost
 from pipeline.ops.execution import current
 from pipeline.ops.params import load

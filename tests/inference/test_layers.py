@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.inference import layers
 from pipeline.inference.graph import timing_graph
-from pipeline.inference.layers import kept_latency_model, latency_model
+from pipeline.inference.layers import kept_latency_model, kept_share, latency_model
 from pipeline.inference.session import INPUT, open_session
 from pipeline.models.cost import areas
 from pipeline.models.spec import ArchSpec
@@ -68,3 +68,14 @@ def test_a_training_that_goes_on_counts_as_it_began(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(layers, "latency_model", must_not_measure)
     assert kept_latency_model(path, spec, SIZE, 8) == first
+
+
+def test_a_narrowed_network_is_timed_beside_the_full_one_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, path = ArchSpec.full(18, 48, 24), tmp_path / "measured.json"
+    narrow = dict.fromkeys(spec.widths, 8)
+    share = kept_share(path, spec, (64, 64), narrow)
+    assert 0 < share < 0.7
+    monkeypatch.setattr(layers, "gains", None)
+    assert kept_share(path, spec, (64, 64), narrow) == share
+    with pytest.raises(TypeError):  # another one would be measured
+        kept_share(path, spec, (64, 64), narrow | {"layer4": 16})

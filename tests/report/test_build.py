@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from pipeline.benchmark.footprint import Footprint
-from pipeline.benchmark.latency import Timing
 from pipeline.benchmark.table import benchmark_record
+from pipeline.inference.timing import Timing
 from pipeline.records import ExportRecord, PrepareRecord, StudentRecord, SurgeryRecord, TeacherRecord
 from pipeline.report.build import Evidence, write_report
 from pipeline.report.numbers import count, percent

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis.strategies import floats, lists
 
-from pipeline.benchmark import latency
-from pipeline.benchmark.latency import BURST, LEAST_TURNS, SETTLE, WARM_UP, Timing, gain, gains, measure, summarise
+from pipeline.inference import timing
+from pipeline.inference.timing import BURST, LEAST_TURNS, SETTLE, WARM_UP, Timing, gain, gains, measure, summarise
 
 MILLISECONDS = {"teacher": 4.0, "student": 1.5}
 FILES = {name: Path(f"{name}.onnx") for name in MILLISECONDS}
@@ -43,8 +43,8 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch):
     machine = Machine()
-    monkeypatch.setattr(latency, "perf_counter", machine.perf_counter)
-    monkeypatch.setattr(latency, "open_session", machine.open_session)
+    monkeypatch.setattr(timing, "perf_counter", machine.perf_counter)
+    monkeypatch.setattr(timing, "open_session", machine.open_session)
     return machine
 
 
@@ -53,11 +53,11 @@ def test_every_file_is_timed_at_every_setting_in_order(machine):
     assert [(t.threads, t.batch, t.file) for t in timings] == [
         (threads, batch, name) for threads in (0, 2) for batch in (1, 3) for name in FILES
     ]
-    for timing in timings:
-        expected = MILLISECONDS[timing.file] * timing.batch
-        assert (timing.p50_ms, timing.p90_ms) == (pytest.approx(expected), pytest.approx(expected))
-        assert timing.spread == pytest.approx(0, abs=1e-9)
-        assert timing.images_per_second == pytest.approx(1000 / MILLISECONDS[timing.file])
+    for found in timings:
+        expected = MILLISECONDS[found.file] * found.batch
+        assert (found.p50_ms, found.p90_ms) == (pytest.approx(expected), pytest.approx(expected))
+        assert found.spread == pytest.approx(0, abs=1e-9)
+        assert found.images_per_second == pytest.approx(1000 / MILLISECONDS[found.file])
     assert {shape for _, _, shape in machine.calls} == {(1, 3, 8, 6), (3, 3, 8, 6)}
     assert set(machine.opened) == {(name, threads) for name in FILES for threads in (0, 2)}
 
@@ -76,9 +76,9 @@ def test_files_take_turns_and_no_turn_begins_with_a_timed_call(machine):
 def test_only_the_asked_number_of_calls_counts(machine, monkeypatch):
     counted = Counter()
     monkeypatch.setattr(
-        latency, "summarise", lambda file, batch, threads, turns: counted.update({file: sum(map(len, turns))})
+        timing, "summarise", lambda file, batch, threads, turns: counted.update({file: sum(map(len, turns))})
     )
-    monkeypatch.setattr(latency, "WARM_UP", 40)
+    monkeypatch.setattr(timing, "WARM_UP", 40)
     measure(FILES, (4, 4), batches=[1], threads=[0], repeats=13)
     assert counted == {"teacher": 13, "student": 13}
 
@@ -94,15 +94,15 @@ def test_quantiles_spread_and_turns_of_one_to_eleven_milliseconds():
     assert timing.images_per_second == pytest.approx(2 * 1000 / 6)
 
 
-def timing(*turns: float) -> Timing:
+def timed(*turns: float) -> Timing:
     return summarise("f", 1, 0, [[turn / 1000] for turn in turns])
 
 
 def test_an_interval_is_from_order_statistics_of_the_ratios_turn_by_turn():
     """Of twelve turns, the third and the tenth: in 79 of 2^12 cases at most two ratios lie below the median."""
     ratios = [2.0, 2.2, 1.9, 2.1, 2.05, 1.95, 2.15, 1.85, 2.3, 1.8, 2.0, 2.1]
-    slow = timing(*(4 * (1 + 0.5 * (number % 3)) * ratio for number, ratio in enumerate(ratios)))
-    fast = timing(*(4 * (1 + 0.5 * (number % 3)) for number in range(12)))
+    slow = timed(*(4 * (1 + 0.5 * (number % 3)) * ratio for number, ratio in enumerate(ratios)))
+    fast = timed(*(4 * (1 + 0.5 * (number % 3)) for number in range(12)))
     found = gain(slow, fast)
     ordered = sorted(ratios)
     covered = 1 - 2 * sum(comb(12, below) for below in range(3)) / 2**12
@@ -114,16 +114,16 @@ def test_an_interval_is_from_order_statistics_of_the_ratios_turn_by_turn():
 
 @given(lists(floats(0.5, 20), min_size=1, max_size=60), floats(0.1, 10))
 def test_the_interval_holds_the_ratio_and_a_constant_factor_is_certain(turns, factor):
-    found = gain(timing(*(factor * turn for turn in turns)), timing(*turns))
+    found = gain(timed(*(factor * turn for turn in turns)), timed(*turns))
     assert found.low <= found.ratio <= found.high
     assert (found.low, found.high) == (pytest.approx(factor), pytest.approx(factor))
     assert found.conclusive is (len(turns) >= LEAST_TURNS)
 
 
 def test_a_machine_that_does_something_else_half_of_the_time_leaves_it_open():
-    slow = timing(*[4.0, 9.0] * 6)
-    assert not gain(slow, timing(*[2.0, 2.0, 5.0] * 4)).conclusive
-    assert gain(slow, timing(*[2.0, 4.5] * 6)).conclusive  # both met the same
+    slow = timed(*[4.0, 9.0] * 6)
+    assert not gain(slow, timed(*[2.0, 2.0, 5.0] * 4)).conclusive
+    assert gain(slow, timed(*[2.0, 4.5] * 6)).conclusive  # both met the same
 
 
 def test_files_are_compared_by_content(machine, monkeypatch):
