@@ -96,6 +96,19 @@ def compare() -> None:
 
 
 @app.command()
+def sync(
+    again: Annotated[bool, typer.Option(help="Tell everything again that is still known; nothing is doubled.")] = False,
+) -> None:
+    """Tell MLflow what it missed while it was away."""
+    from pipeline.ops.params import load
+    from pipeline.ops.sync import sync as run
+
+    files = Files.here()
+    executions, events = run(files, load(files.params).tracking.experiment, again)
+    typer.echo(f"told {events} events of {executions} executions" if events else "MLflow knows everything")
+
+
+@app.command()
 def evidence(
     seed: Annotated[list[int] | None, typer.Option(help="Seeds of data, teacher and students.")] = None,
     target: Annotated[list[float] | None, typer.Option(help="Reductions to ask for.")] = None,

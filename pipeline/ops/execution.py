@@ -1,7 +1,6 @@
 """What belongs together: one execution is one dvc process or one flow run, whatever it runs or takes from its cache.
 
-The processes of an execution know each other by its key (kind, pid and start time of the owner) and share one small
-file of state under `files.tracking`.
+The processes of an execution know each other by its key: kind, pid and start time of the owner.
 """
 
 import os
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import psutil
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ValidationError
 
 from pipeline.files import Files, read_json, write_json
 
@@ -82,57 +80,6 @@ def _is_dvc(process: psutil.Process) -> bool:
     except psutil.Error:
         return False
     return "dvc" in [Path(part).name.removesuffix(".exe") for part in command[:4]]
-
-
-# --- state ------------------------------------------------------------------------------------------------------------
-
-
-class Child(BaseModel):
-    """One stage of an execution in MLflow."""
-
-    run: str
-    status: str
-    pid: int = 0
-    started: int = 0
-    """The process that records it; only while the status is RUNNING."""
-
-
-class State(BaseModel):
-    """What MLflow was told about an execution."""
-
-    uri: str
-    parent: str
-    children: dict[str, Child] = {}
-    summarised: bool = False
-
-
-def load(files: Files, key: str) -> State | None:
-    """State of an execution, or None where there is none (or half a file of another version)."""
-    try:
-        return State.model_validate(read_json(_path(files, key)))
-    except (FileNotFoundError, ValueError, ValidationError):
-        return None
-
-
-def save(files: Files, key: str, state: State) -> None:
-    """Write the state of an execution."""
-    write_json(_path(files, key), state.model_dump())
-
-
-def forget(files: Files, key: str) -> None:
-    """Drop the state of an execution that is over."""
-    _path(files, key).unlink(missing_ok=True)
-
-
-def ended(files: Files) -> Iterator[str]:
-    """Keys of the executions whose owner runs no more."""
-    for path in sorted(_path(files, "").parent.glob("*.json")):
-        if not Execution.parse(path.stem).alive:
-            yield path.stem
-
-
-def _path(files: Files, key: str) -> Path:
-    return files.tracking / "executions" / f"{key}.json"
 
 
 # --- one writer -------------------------------------------------------------------------------------------------------

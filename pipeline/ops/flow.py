@@ -19,11 +19,14 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from pipeline.files import Files
-from pipeline.ops import execution, figures, params, tracking
+from pipeline.ops import figures, params, tracking
 from pipeline.ops.execution import VARIABLE, Busy, Execution, retraining
+from pipeline.ops.journal import Journal
+from pipeline.ops.recording import FLOW_RUN
 from pipeline.records import RECORDS
 
 STOPPING = ((signal.SIGINT, 18.0), (signal.SIGTERM, 4.0))
@@ -67,7 +70,7 @@ def _retrain(files: Files, force: bool) -> State[None]:
                 raise StageError(state.message)
         tracking.complete(files, checked, owner)
     finally:
-        execution.forget(files, owner.key)  # another run in this process is another execution
+        Journal.of(files, owner).close()  # another run in this process is another execution
     create_table_artifact(table=figures.table(files), key="result", description="What each stage led to.")
     return Completed(message=f"ran {', '.join(changed) or 'nothing anew'}")
 
@@ -76,7 +79,7 @@ def _retrain(files: Files, force: bool) -> State[None]:
 def reproduce(stage: str, owner: str) -> State[None]:
     """`dvc repro` of one stage, its output line by line in the log."""
     log = get_run_logger()
-    with dvc("repro", "--single-item", stage, **{VARIABLE: owner}) as process:
+    with dvc("repro", "--single-item", stage, **{VARIABLE: owner, FLOW_RUN: str(flow_run.id or "")}) as process:
         for line in process.stdout or ():
             if line := line.rstrip():
                 log.info(line)

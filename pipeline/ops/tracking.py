@@ -1,45 +1,46 @@
-"""The stage's end of MLflow: start a recorder beside the stage, hand it what happens, never wait long for it.
+"""What a stage says of itself: into the journal of its execution, from which another process tells MLflow.
 
-`recorder` imports mlflow and talks to the server, in a process of its own. So neither the import (2-3 s) nor a server
-that is slow or down costs the stage anything, and even after SIGKILL the recorder sees the pipe close and sets the run
-KILLED. `SMALLER_STUDENT_TRACKING=off` does without.
+The stage only appends lines to a file. Whether a server is there, slow or gone costs it nothing but the little that it
+waits in the end, so that whoever looks at MLflow after `dvc repro` finds the run complete.
+`SMALLER_STUDENT_TRACKING=off` does without all this.
 """
 
 import contextlib
 import json
 import logging
 import os
-import select
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import psutil
+
 import pipeline
 from pipeline.config import Params
-from pipeline.files import Files
-from pipeline.ops.execution import Execution, load
+from pipeline.files import Files, read_json, write_json
+from pipeline.ops import figures
+from pipeline.ops.execution import Execution
+from pipeline.ops.journal import Journal
+from pipeline.ops.recording import Recording
 from pipeline.records import RECORDS
 
 log = logging.getLogger(__name__)
 
 PATIENCE = 5.0
-"""Seconds that a finished stage waits for a server, upload apart."""
-START = 15.0
-"""Seconds that a recorder may take to import mlflow beside a busy stage; only very short stages notice."""
+"""Seconds that all stages of an execution together wait for a server."""
 LOCAL = 120.0
-"""Seconds to wait for a database on this machine: never kill it while it makes its tables."""
-SLOWEST_UPLOAD = 2e6
-"""Bytes a second; an upload that is slower is given up."""
+"""Seconds to wait for a database on this machine: it may be making its tables."""
 CALM = {"benchmark"}
-"""Stages that begin only once the recorder has nothing more to do: they measure time."""
-UPLOADS = {"export": "export", "benchmark": "report"}
-"""Folder in the run's artifacts, for stages whose results are worth a look."""
-LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "2"}
+"""Stages that MLflow hears of in the end only: they measure time."""
+LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
 """By default a dead server costs four minutes a call."""
+SAMPLE = 10.0
+"""Seconds between looks at processor and memory."""
 
 
 def tracking_uri(files: Files) -> str:
@@ -47,103 +48,114 @@ def tracking_uri(files: Files) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{files.mlflow_db.resolve()}"
 
 
-def upload_folder(files: Files, stage: str) -> Path | None:
-    """What a stage uploads: the ONNX files with their papers, the report with its pictures."""
-    return {"export": files.artifacts("export"), "benchmark": files.report}.get(stage)
+def log_path(files: Files) -> Path:
+    """Why the last delivery failed; missing where it did not."""
+    return files.tracking / "trouble.txt"
+
+
+def wanted() -> bool:
+    """Whether anything is recorded at all."""
+    return os.environ.get("SMALLER_STUDENT_TRACKING", "").lower() != "off"
 
 
 class Tracker:
-    """Records one stage, or completes an execution; a context manager whose exit tells how it went.
+    """Records one stage; a context manager whose exit tells how it went.
 
     Args:
         files: Paths of the checkout.
         params: Recorded with the execution.
         execution: What the stage belongs to.
-        stage: Its name; None to replay, from disk, all stages that the execution has not recorded.
+        stage: Its name; None to record, from disk, all stages that the execution has not recorded.
     """
 
     def __init__(self, files: Files, params: Params, execution: Execution, stage: str | None) -> None:
         self._files, self._stage = files, stage
-        self._recorder: subprocess.Popen[str] | None = None
-        self._order = {
-            "root": str(files.root),
-            "state": str(files.state),
-            "execution": execution.key,
-            "stage": stage,
-            "params": params.model_dump(mode="json"),
-        }
+        self._recording = Recording(files, params, execution, stage) if wanted() else None
+        self._experiment = params.tracking.experiment
+        self._deliverer: subprocess.Popen[bytes] | None = None
+        self._ended = threading.Event()
 
     def __enter__(self) -> Self:
-        if os.environ.get("SMALLER_STUDENT_TRACKING", "").lower() == "off":
-            return self
-        # The recorder runs the code that this process runs, whatever else is installed.
-        search = os.pathsep.join(filter(None, [str(Path(pipeline.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-        self._recorder = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "pipeline.ops.recorder"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            cwd=self._files.root,
-            env={**LIMITS, **os.environ, "PYTHONPATH": search},
-            start_new_session=True,  # Ctrl-C is for the stage; the recorder then has something to record
-        )
-        if hasattr(os, "register_at_fork"):  # a worker that outlives the stage must not hold the pipe open
-            os.register_at_fork(after_in_child=self._close)
-        self._start = time.monotonic()
-        self._say(self._order)
-        if self._stage in CALM and self._recorder.stdout and os.name != "nt":  # Windows cannot wait for a pipe so
-            select.select([self._recorder.stdout.fileno()], [], [], START)
+        if self._recording is not None:
+            self._recording.begin()
+            if self._stage is not None and self._stage not in CALM:
+                self._deliver(self._recording)
+                threading.Thread(target=self._watch, args=(self._recording,), daemon=True).start()
         return self
 
     def curve(self, row: Mapping[str, float]) -> None:
-        """Hand over one row of the curve, as of now."""
-        self._say({"curve": dict(row)})
+        """Record one row of the curve, as of now."""
+        if self._recording is not None:
+            self._recording.curve(figures.curve(row), int(row.get("epoch", 0)))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._recorder is None:
+        if self._recording is None:
             return
+        self._ended.set()
         status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
-        self._say({"end": status, "error": str(error or "")})
-        self._close()
-        if status == "KILLED":
-            return  # whoever stopped the stage wants it gone; the recorder writes that down and leaves by itself
-        patience = self._patience(status)
-        try:
-            self._recorder.wait(patience)
-        except subprocess.TimeoutExpired:
-            self._recorder.kill()
-            self._recorder.wait()
-            log.warning("MLflow took longer than %.0f s; what it has of this stage is incomplete", patience)
+        self._recording.end(status, str(error or ""))
+        if self._deliverer is None or self._deliverer.poll() is not None:
+            self._deliver(self._recording)
+        if status != "KILLED":  # whoever stopped the stage wants it gone
+            self._wait(self._recording.journal)
 
-    def _patience(self, status: str) -> float:
-        """Seconds to wait for the recorder from now on."""
-        if not tracking_uri(self._files).startswith("http"):
-            return LOCAL
-        folder = upload_folder(self._files, self._stage or "") if status == "FINISHED" else None
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder else 0
-        return max(PATIENCE, self._start + START - time.monotonic()) + size / SLOWEST_UPLOAD
+    # --- beside the stage ---------------------------------------------------------------------------------------------
 
-    def _say(self, message: Mapping[str, object]) -> None:
-        if self._recorder is None or self._recorder.stdin is None or self._recorder.stdin.closed:
-            return
-        try:
-            self._recorder.stdin.write(json.dumps({**message, "time": time.time()}) + "\n")
-            self._recorder.stdin.flush()
-        except OSError:  # the recorder gave up, and said why
-            self._close()
+    def _watch(self, recording: Recording) -> None:
+        """Note how busy the machine is, under the keys of MLflow's system metrics."""
+        step = 0
+        psutil.cpu_percent()
+        while not self._ended.wait(SAMPLE):
+            memory = psutil.virtual_memory()
+            values = {
+                "system/cpu_utilization_percentage": psutil.cpu_percent(),
+                "system/system_memory_usage_megabytes": memory.used / 1e6,
+                "system/system_memory_usage_percentage": memory.percent,
+            }
+            recording.curve(values, step)
+            step += 1
 
-    def _close(self) -> None:
-        if self._recorder is not None and self._recorder.stdin is not None:
-            with contextlib.suppress(OSError):
-                self._recorder.stdin.close()
+    def _deliver(self, recording: Recording) -> None:
+        """Start the process that tells MLflow; it outlives the stage where it must."""
+        order = {
+            "root": str(self._files.root),
+            "state": str(self._files.state),
+            "experiment": self._experiment,
+            "journal": str(recording.journal.folder),
+        }
+        # It runs the code that this process runs, whatever else is installed.
+        search = os.pathsep.join(filter(None, [str(Path(pipeline.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+        self._deliverer = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "pipeline.ops.delivery", json.dumps(order)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # a reader of the stage's output must not wait for it
+            stderr=subprocess.DEVNULL,
+            cwd=self._files.root,
+            env={**LIMITS, **os.environ, "PYTHONPATH": search},
+            start_new_session=True,  # Ctrl-C is for the stage
+        )
+
+    def _wait(self, journal: Journal) -> None:
+        """Wait until MLflow knows, but not for long: what it is not told by now it will be told later."""
+        uri = tracking_uri(self._files)
+        waited = journal.folder / "waited.json"
+        spent = float(read_json(waited)["seconds"]) if waited.is_file() else 0.0
+        began = time.monotonic()
+        assert self._deliverer is not None  # noqa: S101 - started before
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._deliverer.wait(max(0.0, PATIENCE - spent) if uri.startswith("http") else LOCAL)
+        write_json(waited, {"seconds": spent + time.monotonic() - began})
+        if journal.pending(uri):
+            trouble = log_path(self._files)
+            why = trouble.read_text(encoding="utf-8").strip() if trouble.is_file() else "it is slow"
+            log.warning("MLflow at %s does not know all of this yet (%s); `smaller-student sync` tells it", uri, why)
 
 
 def complete(files: Files, params: Params, execution: Execution) -> None:
-    """Replay from disk what an execution did not run, so that it stands in MLflow as a whole."""
-    state = load(files, execution.key)
-    if state is None or any(stage not in state.children for stage in RECORDS):
+    """Record from disk what an execution did not run, so that it stands in MLflow as a whole."""
+    outcomes = Journal.of(files, execution).outcomes()
+    if any(stage not in outcomes for stage in RECORDS):
         with Tracker(files, params, execution, stage=None):
             pass

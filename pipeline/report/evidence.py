@@ -109,7 +109,7 @@ def page(results: Sequence[Result], data: str) -> str:
         f"Made by `{COMMAND}` from `presets/evidence.yaml`: {data}; {_seeds(seeds)}. All students of a seed have "
         "the same teacher, losses, epochs and multiples, and each budgeted method the best of the learning rates that "
         "were tried, by validation. Speed-up: ONNX Runtime, one image, all threads, all networks timed side by side; "
-        "inconclusive where the calls of a network differed too much.",
+        "inconclusive where the calls of a network differed too much. A figure without ± is of one seed.",
         "",
         f"Teacher: mAP {_spread(teachers)}.",
         "",

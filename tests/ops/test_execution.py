@@ -6,9 +6,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.files import Files
-from pipeline.ops import execution
-from pipeline.ops.execution import VARIABLE, Busy, Child, Execution, State, alive, current, sole_writer
+from pipeline.ops.execution import VARIABLE, Busy, Execution, alive, current, sole_writer
 
 ROOT = Path(__file__).parents[2]
 WHO = "from pipeline.ops.execution import current; print(current().key)"
@@ -60,29 +58,6 @@ def test_all_stages_of_one_dvc_process_belong_together(tmp_path: Path, shell: bo
     pid, first, second = done.stdout.split()
     assert first == second
     assert first.startswith(f"dvc-{pid}-")
-
-
-def test_state_survives_and_half_a_file_counts_as_none(tmp_path: Path) -> None:
-    files, key = Files(tmp_path, tmp_path), "dvc-1-2"
-    state = State(
-        uri="sqlite:///x", parent="p", children={"teacher": Child(run="t", status="RUNNING", pid=3, started=4)}
-    )
-    execution.save(files, key, state)
-    assert execution.load(files, key) == state
-    (path,) = (files.tracking / "executions").iterdir()
-    path.write_text(path.read_text()[:20])
-    assert execution.load(files, key) is None
-    execution.forget(files, key)
-    execution.forget(files, key)
-    assert execution.load(files, key) is None
-
-
-def test_executions_whose_owner_is_gone_are_found(tmp_path: Path) -> None:
-    files = Files(tmp_path, tmp_path)
-    dead, living = Execution("dvc", os.getpid(), 1), Execution.of("dvc", psutil.Process())
-    for owner in (dead, living):
-        execution.save(files, owner.key, State(uri="u", parent="p"))
-    assert list(execution.ended(files)) == [dead.key]
 
 
 HOLD = """

@@ -1,6 +1,5 @@
 """What someone sees who opens the MLflow UI after a run."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,10 +8,11 @@ from mlflow import MlflowClient
 from playwright.sync_api import Locator, Page, expect
 
 from pipeline.files import Files, write_json, write_text
+from pipeline.ops.delivery import Delivery
 from pipeline.ops.execution import Execution
 from pipeline.ops.params import load
 from pipeline.ops.process import identity
-from pipeline.ops.recorder import Recorder
+from pipeline.ops.recording import Recording
 from pipeline.records import RECORDS
 from tests.fake_stages import NUMBERS
 
@@ -30,12 +30,13 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
     write_text(files.manifest, "path,identity,camera,split\n")
     write_text(files.plots("teacher"), "epoch,loss,validation_map\n1,2.5,0.2\n2,1.5,0.4\n3,1.1,0.5\n")
     write_text(files.plots("student"), "epoch,loss,macs_reduction\n1,2.0,0.1\n2,1.4,0.4\n3,1.0,0.55\n")
-    params = load(files.params).model_dump(mode="json")
+    params = load(files.params)
     for stage in RECORDS:
         write_json(files.metrics(stage), NUMBERS[stage])
-    recorder = Recorder(files, params, Execution("dvc", *identity()), int(time.time() * 1000))
-    recorder.begin(None)
-    recorder.end(None, "FINISHED")
+    recording = Recording(files, params, Execution("dvc", *identity()), None)
+    recording.begin()
+    recording.end("FINISHED")
+    Delivery(files, params.tracking.experiment).tell(recording.journal)
     return files
 
 

@@ -1,0 +1,47 @@
+"""Telling MLflow, in the foreground, what it missed."""
+
+import logging
+import os
+
+from pipeline.files import Files
+from pipeline.ops.execution import Busy
+from pipeline.ops.tracking import LIMITS, tracking_uri
+
+PATIENCE = 10.0
+"""Seconds to wait for another process that tells MLflow."""
+
+
+class TrackingError(RuntimeError):
+    """MLflow cannot be reached, or refuses."""
+
+
+def sync(files: Files, experiment: str, again: bool) -> tuple[int, int]:
+    """Tell what all executions left untold.
+
+    Args:
+        files: Of the checkout.
+        experiment: Its name in MLflow.
+        again: Tell everything again.
+
+    Returns:
+        How many executions and events there were to tell.
+
+    Raises:
+        TrackingError: With the cause; what was told until then is remembered.
+        Busy: If another process is telling it.
+    """
+    for name, value in LIMITS.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    from filelock import Timeout
+
+    from pipeline.ops.delivery import Delivery, cause, sole_delivery  # imports mlflow
+
+    try:
+        with sole_delivery(files, PATIENCE):
+            return Delivery(files, experiment).sync(again=again)
+    except Timeout as error:
+        raise Busy("busy: another process tells MLflow; wait for it") from error
+    except Exception as error:
+        uri = tracking_uri(files)
+        raise TrackingError(f"MLflow at {uri} cannot be told ({cause(error)}); everything stays on disk") from error
