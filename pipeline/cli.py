@@ -108,6 +108,73 @@ def sync(
     typer.echo(f"told {events} events of {executions} executions" if events else "MLflow knows everything")
 
 
+RELEASE = typer.Argument(help="What stage `export` wrote.")
+
+
+@app.command()
+def publish(folder: Annotated[Path, RELEASE] = Path("artifacts/export")) -> None:
+    """Register a release as challenger; it becomes champion if the gate lets it pass."""
+    from pipeline.ops.params import load
+    from pipeline.ops.publishing import publish as run
+
+    log_to_stderr("publish")
+    files = Files.here()
+    found = run(files, load(files.params), folder)
+    if not found.verdict.passed:
+        raise Rejection(f"version {found.version} stays challenger: {found.verdict.reason}")
+    typer.echo(f"version {found.version} is champion: {found.verdict.reason}")
+
+
+@app.command()
+def pull(
+    out: Annotated[Path, typer.Option(help="Folder to make; it must not exist.")] = Path("model"),
+    alias: Annotated[str, typer.Option(help="champion, challenger, best, or a version.")] = "champion",
+) -> None:
+    """Fetch a model from the registry, and check it."""
+    from pipeline.ops.params import load
+    from pipeline.ops.publishing import registry
+
+    files = Files.here()
+    with registry(files, load(files.params)) as known:
+        version = known.version_of(alias)
+        known.download(version, out)
+    typer.echo(f"version {version} in {_short(out)}; its card.md tells how to run it")
+
+
+@app.command()
+def rollback() -> None:
+    """Put the champion before the present one back in its place."""
+    from pipeline.ops.params import load
+    from pipeline.ops.publishing import registry
+
+    files = Files.here()
+    with registry(files, load(files.params)) as known:
+        old, new = known.roll_back()
+    typer.echo(f"version {new} is champion again, version {old} was taken back")
+
+
+@app.command()
+def history() -> None:
+    """Show who was champion, since when and why."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from pipeline.ops.params import load
+    from pipeline.ops.publishing import registry
+
+    files = Files.here()
+    with registry(files, load(files.params)) as known:
+        lines = known.ledger()
+    if not lines:
+        raise Refusal("nothing was promoted yet; run `smaller-student publish` first")
+    shown = Table()
+    for heading in ("since (UTC)", "champion", "by", "why"):
+        shown.add_column(heading, no_wrap=heading != "why")
+    for line in lines:
+        shown.add_row(f"{line.when:%Y-%m-%d %H:%M}", line.version, line.action, line.reason)
+    Console().print(shown)
+
+
 @app.command()
 def evidence(
     seed: Annotated[list[int] | None, typer.Option(help="Seeds of data, teacher and students.")] = None,
@@ -263,6 +330,12 @@ def compatible(
     for what, value in shown.items():
         typer.echo(f"{what:26} mAP {'-' if value is None else f'{value:.4f}'}")
     typer.echo(found.verdict)
+
+
+class Rejection(RuntimeError):
+    """The gate refused a challenger."""
+
+    exit_code = 4
 
 
 class Refusal(ValueError):

@@ -188,6 +188,17 @@ class Runtime(Section):
     schedule) need not ask again; 0 keeps none. The default network's take 10 kB an image and epoch."""
 
 
+class PromotionGate(Section):
+    """What a new model may cost, to take the place of the one in use."""
+
+    margin: Annotated[float, Field(ge=0, le=1)]
+    """mAP that may be lost: the lower end of the 95 % interval of the difference must lie above minus this."""
+    larger: Annotated[float, Field(gt=0)]
+    """Size of model.onnx that is allowed, as a multiple of the champion's."""
+    slower: Annotated[float, Field(gt=0)]
+    """Time for one image that is allowed, as a multiple of the champion's."""
+
+
 class Tracking(Section):
     """MLflow."""
 
@@ -195,6 +206,8 @@ class Tracking(Section):
     """Experiment that runs are recorded in."""
     model_name: Annotated[str, Field(min_length=1)]
     """Name in the model registry."""
+    gate: PromotionGate
+    """When `publish` makes a challenger the champion."""
 
 
 class Params(Section):

@@ -1,0 +1,73 @@
+"""From a release on this machine to a champion in the registry."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from requests.exceptions import RequestException
+
+from pipeline.config import Params
+from pipeline.export.sample import check_release
+from pipeline.files import Files
+from pipeline.ops import sync
+from pipeline.ops.delivery import cause
+from pipeline.ops.gate import Gate
+from pipeline.ops.registry import Registry, facts, uploaded
+from pipeline.ops.tracking import LIMITS, tracking_uri
+from pipeline.retrieval.gate import Verdict
+
+
+@dataclass(frozen=True)
+class Published:
+    """What became of a release.
+
+    Attributes:
+        version: In the registry.
+        verdict: Of the gate.
+    """
+
+    version: str
+    verdict: Verdict
+
+
+@contextmanager
+def registry(files: Files, params: Params) -> Iterator[Registry]:
+    """The model's registry; what goes wrong in MLflow becomes one sentence.
+
+    Raises:
+        TrackingError: If MLflow cannot be reached, or refuses.
+    """
+    for name, value in LIMITS.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    uri = tracking_uri(files)
+    try:
+        yield Registry(MlflowClient(uri, registry_uri=uri), params.tracking.model_name)
+    except (MlflowException, RequestException) as error:
+        raise sync.TrackingError(f"MLflow at {uri} did not do it ({cause(error)})") from error
+
+
+def publish(files: Files, params: Params, folder: Path) -> Published:
+    """Register a release as `challenger`, and let it become `champion` if the gate lets it pass.
+
+    Args:
+        files: Of the checkout.
+        params: Of the checkout.
+        folder: The release, as stage `export` writes it.
+
+    Raises:
+        ReleaseError: If the release is damaged or does not do what it did when it was written.
+        TrackingError: If MLflow cannot be reached; the release stays where it is.
+    """
+    check_release(folder)
+    sync.sync(files, params.tracking.experiment, again=False)
+    with registry(files, params) as known:
+        run = uploaded(known.client, files, folder, params.tracking.experiment)
+        gate = Gate(files, params, known, folder)
+        version = known.publish(folder, run, {**facts(folder), "test_digest": gate.test_digest})
+        return Published(version, known.promote(version, gate))
