@@ -38,20 +38,34 @@ def page() -> Iterator[Page]:
         browser.close()
 
 
+Serve = Callable[[str], str]
+"""Starts MLflow's server over a store, waits until it answers, and returns its address."""
+
+
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[[str], str]]:
-    """Starts MLflow's server over a store, waits until it answers, and returns its address."""
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """A server for one test."""
+    yield from _servers(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def serve_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
+    """A server for all tests of a file."""
+    yield from _servers(tmp_path_factory.mktemp("server"))
+
+
+def _servers(folder: Path) -> Iterator[Serve]:
     servers = []
 
     def begin(store: str) -> str:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
-        log = (tmp_path / "server.log").open("w")
+        log = (folder / "server.log").open("w")
         environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # of no use here, and slow to start
         server = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)],
-            cwd=tmp_path,
+            cwd=folder,
             env=environment,
             stdout=log,
             stderr=log,
@@ -63,7 +77,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[[str], str]]:
             with suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=2):
                 return address
             time.sleep(0.2)
-        raise AssertionError((tmp_path / "server.log").read_text())
+        raise AssertionError((folder / "server.log").read_text())
 
     yield begin
     for server in servers:

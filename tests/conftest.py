@@ -16,7 +16,7 @@ from pipeline.files import Files, write_json, write_text
 from pipeline.records import RECORDS
 from tests.fake_stages import NUMBERS, Start, source
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture

@@ -1,0 +1,77 @@
+"""A server that fails costs the run nothing but a wait, and is told everything once it is back: no point is lost, none
+is there twice."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from urllib.parse import urlsplit
+
+import pytest
+from mlflow import MlflowClient
+
+from pipeline.files import Files
+from pipeline.ops.journal import journals
+from pipeline.records import RECORDS
+from tests.fake_stages import Start
+from tests.stack.proxy import WAYS, Proxy
+
+pytestmark = pytest.mark.stack
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, serve_module: Callable[[str], str]) -> str:
+    """A real server that never fails."""
+    return serve_module(f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}")
+
+
+@pytest.fixture
+def proxy(server: str) -> Iterator[Proxy]:
+    found = Proxy(urlsplit(server).port or 0)
+    yield found
+    found.close()
+
+
+def points(client: MlflowClient, experiment: str) -> Counter[tuple[str, str, int, float]]:
+    """Every point of every metric of every run."""
+    found: Counter[tuple[str, str, int, float]] = Counter()
+    for run in client.search_runs(experiment):
+        for key in run.data.metrics:
+            for point in client.get_metric_history(run.info.run_id, key):
+                found[run.data.tags.get("stage", ""), key, point.step, point.value] += 1
+    return found
+
+
+def written(files: Files) -> Counter[tuple[str, str, int, float]]:
+    """The same by the journal."""
+    (journal,) = journals(files)
+    return Counter(
+        (event.stage, key, event.step, value) for _, event in journal.events() for key, value in event.values.items()
+    )
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_is_lost_or_doubled(
+    pipeline: Files,
+    start: Start,
+    server: str,
+    proxy: Proxy,
+    way: str,
+) -> None:
+    text = pipeline.params.read_text().replace("experiment: smaller-student", f"experiment: {way}")
+    pipeline.params.write_text(text)
+    proxy.way = way
+    run = start(pipeline, "-m", "dvc", "repro", MLFLOW_TRACKING_URI=proxy.address, DVC_NO_ANALYTICS="1")
+    out, err = run.communicate(timeout=300)
+    assert run.returncode == 0, out + err
+    assert all(pipeline.metrics(stage).is_file() for stage in RECORDS)
+
+    proxy.way = ""
+    for again in ([], ["--again"], ["--again"]):
+        sync = start(pipeline, "-m", "pipeline", "sync", *again, MLFLOW_TRACKING_URI=proxy.address)
+        _, err = sync.communicate(timeout=300)
+        assert sync.returncode == 0, err
+    client = MlflowClient(server)
+    experiment = client.get_experiment_by_name(way).experiment_id
+    runs = client.search_runs(experiment)
+    assert sorted(run.data.tags.get("stage", "") for run in runs) == sorted(["", *RECORDS])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert points(client, experiment) == written(pipeline)
