@@ -104,7 +104,7 @@ def sync(
     from pipeline.ops.sync import sync as run
 
     files = Files.here()
-    executions, events = run(files, load(files.params).tracking.experiment, again)
+    executions, events = run(files, load(files.params), again)
     typer.echo(f"told {events} events of {executions} executions" if events else "MLflow knows everything")
 
 

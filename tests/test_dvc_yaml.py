@@ -20,6 +20,9 @@ WITHOUT_RESULT = {
     "runtime.workers",
     "runtime.answers_gib",
     "tracking.experiment",
+    "tracking.gate.larger",
+    "tracking.gate.margin",
+    "tracking.gate.slower",
     "tracking.model_name",
 }
 """Keys that say where and how fast it runs and where it is recorded, not what comes out."""

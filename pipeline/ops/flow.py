@@ -5,14 +5,7 @@ the server that the user's Prefect profile names; PREFECT_HOME stays as it is. M
 system, not on Prefect.
 """
 
-import json
 import os
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import psutil
 from prefect import flow, get_run_logger, task
@@ -24,17 +17,11 @@ from prefect.states import Completed, Failed
 
 from pipeline.files import Files
 from pipeline.ops import figures, params, tracking
+from pipeline.ops.dvc import StageError, changes, dvc
 from pipeline.ops.execution import VARIABLE, Busy, Execution, retraining
 from pipeline.ops.journal import Journal
 from pipeline.ops.recording import FLOW_RUN
 from pipeline.records import RECORDS
-
-STOPPING = ((signal.SIGINT, 18.0), (signal.SIGTERM, 4.0))
-"""How a dvc process is asked to end, and how many seconds it has for it; Prefect's worker kills after 30."""
-
-
-class StageError(RuntimeError):
-    """A stage failed; what dvc said stands in the log."""
 
 
 @flow(name="retrain", log_prints=False)
@@ -59,18 +46,21 @@ def retrain(force: bool = False) -> State[None]:
 def _retrain(files: Files, force: bool) -> State[None]:
     checked = params.load(files.params)
     changed = changes()
+    tracking.complete_last(files, checked, changed)
     if not changed and not force:
         return Completed(name="NoChange", message="nothing changed since the last run")
     get_run_logger().info("changed: %s", ", ".join(changed) or "nothing")
+    os.environ[FLOW_RUN] = str(flow_run.id or "")  # stages inherit it
     owner = Execution.of("flow", psutil.Process())
+    journal = Journal.of(files, owner)
     try:
         for stage in RECORDS:
             state = reproduce.with_options(name=stage, task_run_name=stage)(stage, owner.key, return_state=True)
             if not state.is_completed():
                 raise StageError(state.message)
-        tracking.complete(files, checked, owner)
+        tracking.complete(files, checked, journal)
     finally:
-        Journal.of(files, owner).close()  # another run in this process is another execution
+        journal.close()  # another run in this process is another execution
     create_table_artifact(table=figures.table(files), key="result", description="What each stage led to.")
     return Completed(message=f"ran {', '.join(changed) or 'nothing anew'}")
 
@@ -79,7 +69,7 @@ def _retrain(files: Files, force: bool) -> State[None]:
 def reproduce(stage: str, owner: str) -> State[None]:
     """`dvc repro` of one stage, its output line by line in the log."""
     log = get_run_logger()
-    with dvc("repro", "--single-item", stage, **{VARIABLE: owner, FLOW_RUN: str(flow_run.id or "")}) as process:
+    with dvc("repro", "--single-item", stage, **{VARIABLE: owner}) as process:
         for line in process.stdout or ():
             if line := line.rstrip():
                 log.info(line)
@@ -89,64 +79,3 @@ def reproduce(stage: str, owner: str) -> State[None]:
             message=f"stage {stage} failed (`dvc repro` ended with {code}); its reason stands above in the log"
         )
     return Completed(message=f"stage {stage} is up to date")
-
-
-def changes() -> list[str]:
-    """Stages whose inputs, outputs or params differ from dvc.lock.
-
-    Raises:
-        StageError: If `dvc status` fails.
-    """
-    done = subprocess.run([*DVC, "status", "--json"], capture_output=True, text=True, env=_environment())
-    if done.returncode:
-        raise StageError(f"`dvc status` failed: {done.stderr.strip()}")
-    return list(json.loads(done.stdout or "{}"))
-
-
-# --- dvc --------------------------------------------------------------------------------------------------------------
-
-DVC = (sys.executable, "-m", "dvc")
-
-
-def _environment(**extra: str) -> dict[str, str]:
-    """The own environment, with the own Python first: dvc.yaml says `python`."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **extra}
-
-
-@contextmanager
-def dvc(*words: str, **extra: str) -> Iterator[subprocess.Popen[str]]:
-    """A dvc process, in a process group that is ended as a whole when the block is left early.
-
-    Prefect cancels by ending one process; dvc in a group of its own would live on.
-    """
-    process = subprocess.Popen(
-        [*DVC, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env=_environment(**extra),
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            _end(process)
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """SIGINT, which dvc handles cleanly, then SIGTERM, then SIGKILL, to the whole group."""
-    if os.name == "nt":
-        process.terminate()
-        return
-    for number, seconds in STOPPING:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
-            return
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

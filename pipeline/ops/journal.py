@@ -36,6 +36,7 @@ class Event(BaseModel):
         time: Seconds since 1970.
         stage: Whose; empty for the execution's own.
         name: Of the execution.
+        root: Checkout that it ran in; MLflow is not told.
         tags: Of the run.
         params: Flattened, all of them.
         values: Figures by metric key.
@@ -53,6 +54,7 @@ class Event(BaseModel):
     time: float
     stage: str = ""
     name: str = ""
+    root: str = ""
     tags: dict[str, str] = {}
     params: dict[str, str] = {}
     values: dict[str, float] = {}
@@ -132,10 +134,11 @@ class Journal:
         """Names the execution among all of the world."""
         return self.events()[0][1].tags["execution_id"]
 
-    def open(self, name: str, tags: dict[str, str], params: dict[str, str]) -> None:
+    def open(self, name: str, tags: dict[str, str], params: dict[str, str], root: Path = Path()) -> None:
         """Begin it, if nobody has."""
         if not self.events():
-            self.append("open", name=name, tags={**tags, "execution_id": uuid.uuid4().hex}, params=params)
+            tags = {**tags, "execution_id": uuid.uuid4().hex}
+            self.append("open", name=name, tags=tags, params=params, root=str(root))
 
     def close(self) -> None:
         """Nothing more belongs to this execution, though its process lives on."""

@@ -65,7 +65,7 @@ def publish(files: Files, params: Params, folder: Path) -> Published:
         TrackingError: If MLflow cannot be reached; the release stays where it is.
     """
     check_release(folder)
-    sync.sync(files, params.tracking.experiment, again=False)
+    sync.sync(files, params)
     with registry(files, params) as known:
         run = uploaded(known.client, files, folder, params.tracking.experiment)
         gate = Gate(files, params, known, folder)

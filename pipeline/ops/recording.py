@@ -6,14 +6,13 @@ Figures come from the files that the stage wrote, so what ran and what is replay
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Params
 from pipeline.files import Files, read_json, write_json
 from pipeline.ops import figures, git
-from pipeline.ops.execution import Execution
 from pipeline.ops.journal import Journal
 from pipeline.ops.process import identity
 from pipeline.records import RECORDS
@@ -39,20 +38,23 @@ class Recording:
     Args:
         files: Paths of the checkout.
         params: Recorded with the execution.
-        execution: What the stage belongs to.
+        journal: Of the execution that the stage belongs to.
         stage: Its name; None to record, from disk, all stages that the execution has not recorded.
     """
 
-    def __init__(self, files: Files, params: Params, execution: Execution, stage: str | None) -> None:
-        self._files, self._params, self._stage = files, params, stage
-        self.journal = Journal.of(files, execution)
+    def __init__(self, files: Files, params: Params, journal: Journal, stage: str | None) -> None:
+        self._files, self._params, self._stage, self.journal = files, params, stage, journal
 
-    def begin(self) -> None:
-        """Open the execution, if nobody has, record what came before, and begin the stage."""
+    def begin(self, changed: Collection[str] = ()) -> None:
+        """Open the execution, if nobody has, record what came before, and begin the stage.
+
+        Args:
+            changed: Stages whose files are not, or not any more, what this execution led to.
+        """
         self._open()
         outcomes = self.journal.outcomes()
         for earlier in RECORDS:
-            if earlier == self._stage:
+            if earlier == self._stage or earlier in changed:
                 break
             if outcomes.get(earlier) != "FINISHED" and self._files.metrics(earlier).is_file():
                 self._replay(earlier)
@@ -84,7 +86,7 @@ class Recording:
             **_sources(self._files.root),
             **({"flow_run_id": os.environ[FLOW_RUN]} if os.environ.get(FLOW_RUN) else {}),
         }
-        self.journal.open(f"{data.source}, {goal}", tags, dict(flatten(params)))
+        self.journal.open(f"{data.source}, {goal}", tags, dict(flatten(params)), self._files.root)
 
     def _replay(self, stage: str) -> None:
         """Record a stage that did not run in this execution, from the files that it left."""

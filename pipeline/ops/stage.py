@@ -27,6 +27,7 @@ from pipeline.files import Files, csv_text, write_json, write_text
 from pipeline.ops import git
 from pipeline.ops import params as params_file
 from pipeline.ops.execution import Execution, current, sole_writer
+from pipeline.ops.journal import Journal
 from pipeline.ops.process import Stopped, die_with_parent, peak_memory, stoppable
 from pipeline.ops.tracking import Tracker
 from pipeline.records import Record
@@ -224,7 +225,7 @@ def _run(stage: str, function: Callable[[Run], Record]) -> None:
         return
     with (
         sole_writer(files.root / ".tracking" / "stage.lock", "a stage of this checkout", LAST_WORKERS),
-        Tracker(files, params, execution, stage) as tracker,
+        Tracker(files, params, Journal.of(files, execution), stage) as tracker,
     ):
         started = time.monotonic()
         run = Run(stage, params, files, execution, files.artifacts(stage), tracker)

@@ -3,9 +3,11 @@
 import logging
 import os
 
+from pipeline.config import Params
 from pipeline.files import Files
+from pipeline.ops.dvc import changes
 from pipeline.ops.execution import Busy
-from pipeline.ops.tracking import LIMITS, tracking_uri
+from pipeline.ops.tracking import LIMITS, complete_last, tracking_uri
 
 PATIENCE = 10.0
 """Seconds to wait for another process that tells MLflow."""
@@ -15,12 +17,12 @@ class TrackingError(RuntimeError):
     """MLflow cannot be reached, or refuses."""
 
 
-def sync(files: Files, experiment: str, again: bool) -> tuple[int, int]:
-    """Tell what all executions left untold.
+def sync(files: Files, params: Params, again: bool = False) -> tuple[int, int]:
+    """Complete the checkout's last execution, and tell what all executions left untold.
 
     Args:
         files: Of the checkout.
-        experiment: Its name in MLflow.
+        params: Of the checkout.
         again: Tell everything again.
 
     Returns:
@@ -37,9 +39,10 @@ def sync(files: Files, experiment: str, again: bool) -> tuple[int, int]:
 
     from pipeline.ops.delivery import Delivery, cause, sole_delivery  # imports mlflow
 
+    complete_last(files, params, changes())
     try:
         with sole_delivery(files, PATIENCE):
-            return Delivery(files, experiment).sync(again=again)
+            return Delivery(files, params.tracking.experiment).sync(again=again)
     except Timeout as error:
         raise Busy("busy: another process tells MLflow; wait for it") from error
     except Exception as error:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,8 +24,7 @@ import pipeline
 from pipeline.config import Params
 from pipeline.files import Files, read_json, write_json
 from pipeline.ops import figures
-from pipeline.ops.execution import Execution
-from pipeline.ops.journal import Journal
+from pipeline.ops.journal import Journal, journals
 from pipeline.ops.recording import Recording
 from pipeline.records import RECORDS
 
@@ -64,20 +63,23 @@ class Tracker:
     Args:
         files: Paths of the checkout.
         params: Recorded with the execution.
-        execution: What the stage belongs to.
+        journal: Of the execution that the stage belongs to.
         stage: Its name; None to record, from disk, all stages that the execution has not recorded.
+        changed: As in `Recording.begin`.
     """
 
-    def __init__(self, files: Files, params: Params, execution: Execution, stage: str | None) -> None:
-        self._files, self._stage = files, stage
-        self._recording = Recording(files, params, execution, stage) if wanted() else None
+    def __init__(
+        self, files: Files, params: Params, journal: Journal, stage: str | None, changed: Collection[str] = ()
+    ) -> None:
+        self._files, self._stage, self._changed = files, stage, changed
+        self._recording = Recording(files, params, journal, stage) if wanted() else None
         self._experiment = params.tracking.experiment
         self._deliverer: subprocess.Popen[bytes] | None = None
         self._ended = threading.Event()
 
     def __enter__(self) -> Self:
         if self._recording is not None:
-            self._recording.begin()
+            self._recording.begin(self._changed)
             if self._stage is not None and self._stage not in CALM:
                 self._deliver(self._recording)
                 threading.Thread(target=self._watch, args=(self._recording,), daemon=True).start()
@@ -153,9 +155,28 @@ class Tracker:
             log.warning("MLflow at %s does not know all of this yet (%s); `smaller-student sync` tells it", uri, why)
 
 
-def complete(files: Files, params: Params, execution: Execution) -> None:
-    """Record from disk what an execution did not run, so that it stands in MLflow as a whole."""
-    outcomes = Journal.of(files, execution).outcomes()
-    if any(stage not in outcomes for stage in RECORDS):
-        with Tracker(files, params, execution, stage=None):
+def complete(files: Files, params: Params, journal: Journal, changed: Collection[str] = ()) -> None:
+    """Record from disk what an execution did not run, so that it stands in MLflow as a whole.
+
+    Args:
+        files: Paths of the checkout.
+        params: Of the execution.
+        journal: Of the execution.
+        changed: As in `Recording.begin`.
+    """
+    if any(stage not in journal.outcomes() for stage in RECORDS):
+        with Tracker(files, params, journal, None, changed):
             pass
+
+
+def complete_last(files: Files, params: Params, changed: Collection[str]) -> None:
+    """Complete the last execution of a checkout: of a plain `dvc repro`, stages that come last may have run no code.
+
+    Args:
+        files: Paths of the checkout.
+        params: Of the checkout.
+        changed: Stages that are not up to date any more; what they and later ones led to is not known.
+    """
+    mine = [one for one in journals(files) if one.events()[0][1].root == str(files.root)]
+    if mine and mine[-1].over and set(mine[-1].outcomes().values()) == {"FINISHED"}:
+        complete(files, params, mine[-1], changed)

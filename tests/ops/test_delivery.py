@@ -38,7 +38,8 @@ def here(reported: Files, store: str, monkeypatch: pytest.MonkeyPatch) -> Files:
 
 
 def recording(files: Files, stage: str | None, owner: Execution | None = None) -> Recording:
-    return Recording(files, load(files.params), owner or Execution("dvc", *identity()), stage)
+    journal = Journal.of(files, owner or Execution("dvc", *identity()))
+    return Recording(files, load(files.params), journal, stage)
 
 
 def tell(files: Files, journal: Journal, again: bool = False) -> int:

@@ -14,7 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.files import Files
-from pipeline.ops import flow
+from pipeline.ops import dvc
 from pipeline.ops.execution import retraining
 from pipeline.records import RECORDS
 from tests.fake_stages import OFF, Start
@@ -128,8 +128,8 @@ time.sleep(600)
 @pytest.fixture
 def stubborn(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """A dvc that ignores some signals; the patience for each is half a second."""
-    monkeypatch.setattr(flow, "STOPPING", tuple((number, 0.5) for number, _ in flow.STOPPING))
-    return lambda ignored: monkeypatch.setattr(flow, "DVC", (sys.executable, "-c", STUBBORN, ignored))
+    monkeypatch.setattr(dvc, "STOPPING", tuple((number, 0.5) for number, _ in dvc.STOPPING))
+    return lambda ignored: monkeypatch.setattr(dvc, "DVC", (sys.executable, "-c", STUBBORN, ignored))
 
 
 @pytest.mark.parametrize("ignored", ["", "SIGINT", "SIGINT,SIGTERM"])
@@ -138,7 +138,7 @@ def test_a_dvc_that_is_left_early_ends_with_all_its_children(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     stubborn(ignored)
-    with pytest.raises(KeyboardInterrupt), flow.dvc("repro") as process:
+    with pytest.raises(KeyboardInterrupt), dvc.dvc("repro") as process:
         assert process.stdout is not None
         child = psutil.Process(int(process.stdout.readline()))
         raise KeyboardInterrupt
@@ -149,14 +149,14 @@ def test_a_dvc_that_is_left_early_ends_with_all_its_children(
 
 def test_a_dvc_status_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(flow.StageError, match=r"`dvc status` failed: .*not inside of a DVC repository"):
-        flow.changes()
+    with pytest.raises(dvc.StageError, match=r"`dvc status` failed: .*not inside of a DVC repository"):
+        dvc.changes()
 
 
 def test_stages_run_with_the_python_that_runs_the_flow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(flow, "DVC", ("python", "-c", "import sys; print(sys.prefix)"))
-    with flow.dvc() as process:
+    monkeypatch.setattr(dvc, "DVC", ("python", "-c", "import sys; print(sys.prefix)"))
+    with dvc.dvc() as process:
         out, _ = process.communicate()
     assert out.strip() == sys.prefix
     assert isinstance(process, subprocess.Popen)
