@@ -44,7 +44,7 @@ class Event(BaseModel):
         status: How a stage ended: FINISHED, FAILED or KILLED.
         folder: What a stage leaves for people, below `Journal.kept`.
         dataset: What the execution learned from.
-        pid: Process that runs the stage; 0 for a stage that is replayed.
+        pid: Process that writes this.
         started: Its start, whole seconds since 1970.
     """
 

@@ -59,8 +59,7 @@ class Recording:
             if outcomes.get(earlier) != "FINISHED" and self._files.metrics(earlier).is_file():
                 self._replay(earlier)
         if self._stage is not None:
-            pid, started = identity()
-            self.journal.append("begin", stage=self._stage, tags={"cached": "false"}, pid=pid, started=started)
+            self._begin(self._stage, {"cached": "false"})
 
     def curve(self, values: Mapping[str, float], step: int) -> None:
         """Record points of curves, as of now."""
@@ -88,11 +87,16 @@ class Recording:
         }
         self.journal.open(f"{data.source}, {goal}", tags, dict(flatten(params)), self._files.root)
 
+    def _begin(self, stage: str, tags: dict[str, str]) -> None:
+        """Of a stage that begins and never ends, this process tells whether it still may."""
+        pid, started = identity()
+        self.journal.append("begin", stage=stage, tags=tags, pid=pid, started=started)
+
     def _replay(self, stage: str) -> None:
         """Record a stage that did not run in this execution, from the files that it left."""
         original = self._original(stage)
         tags = {"cached": "true", **({"original": original} if original else {})}
-        self.journal.append("begin", stage=stage, tags=tags)
+        self._begin(stage, tags)
         for row in figures.curves(self._files.plots(stage)):
             self.journal.append("curve", stage=stage, values=figures.curve(row), step=int(row["epoch"]))
         self.journal.append("end", stage=stage, status="FINISHED", values=figures.finals(self._files, stage))

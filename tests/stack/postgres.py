@@ -11,9 +11,8 @@ from pathlib import Path
 
 def programs() -> Path:
     """Folder of the server's programs; Debian keeps them out of the PATH."""
-    found = [path.parent for path in sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))]
-    if there := shutil.which("initdb"):
-        found.append(Path(there).parent)
+    there = [shutil.which("initdb"), *sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")))]
+    found = [Path(path).parent for path in there if path]
     assert found, "PostgreSQL is not installed; the package is called postgresql"
     return found[-1]
 
@@ -48,4 +47,4 @@ def postgres(folder: Path) -> Iterator[str]:
     try:
         yield f"postgresql+psycopg://mlflow@127.0.0.1:{port}/postgres"
     finally:
-        subprocess.run([*control, "-m", "immediate", "stop"], check=True, stdout=subprocess.DEVNULL, cwd="/")
+        subprocess.run([*control, "-m", "fast", "stop"], check=True, stdout=subprocess.DEVNULL, cwd="/")

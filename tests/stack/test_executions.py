@@ -38,6 +38,7 @@ def test_executions_are_complete_whatever_dvc_ran(pipeline: Files, start: Start,
     student.write_text(student.read_text() + "\n# changed\n")
     run(start, pipeline, "dvc", "repro", server=server)
     run(start, pipeline, "pipeline", "retrain", "--force", server=server)
+    run(start, pipeline, "pipeline", "sync", server=server)  # a slow server may not know all of it yet
 
     client = MlflowClient(server)
     experiment = client.get_experiment_by_name("smaller-student")
