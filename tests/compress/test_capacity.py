@@ -253,7 +253,7 @@ def test_masked_rows_move_by_the_proximal_step_alone() -> None:
     assert any(site.masked.any() for site in tested.sites.values())
     for name, site in tested.sites.items():
         norms = row_norms(compactors[name].matrix.detach())
-        torch.testing.assert_close(norms[site.masked], site.left[site.masked] / FADE)
+        torch.testing.assert_close(norms[site.masked], site.length[site.masked] * site.left[site.masked] / FADE)
         if not site.masked.all():
             assert (norms[~site.masked] != 1.0).any()
 
