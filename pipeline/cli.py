@@ -4,12 +4,15 @@ import difflib
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.files import Files, write_text
 from pipeline.ops.stage import guarded, log_to_stderr
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 app = typer.Typer(
     help="An image-retrieval network that shrinks while it learns.",
@@ -71,25 +74,32 @@ def retrain(
 
 
 @app.command()
-def compare() -> None:
-    """Show what each stage led to, and where report and ONNX file lie."""
+def compare(
+    run: Annotated[list[str] | None, typer.Argument(help="Run ids of executions in MLflow, or their beginnings.")] = (
+        None
+    ),
+    last: Annotated[int, typer.Option(help="Show so many executions, the latest ones.", min=0)] = 0,
+) -> None:
+    """Show what each stage of this checkout led to; or executions side by side, as MLflow knows them."""
     from rich.console import Console
-    from rich.table import Table
 
     from pipeline.ops.figures import protocol, table
 
-    files = Files.here()
+    files, console = Files.here(), Console()
+    if run or last:
+        from pipeline.ops.comparison import executions
+        from pipeline.ops.params import load
+        from pipeline.ops.publishing import registry
+
+        params = load(files.params)
+        with registry(files, params) as known:
+            console.print(_table(executions(known.client, params.tracking.experiment, run or [], last)))
+        return
     rows = table(files)
     if not rows:
         raise Refusal("no stage has run yet; run `dvc repro` first")
     scored = protocol(files)
-    shown = Table(title=f"{f'Protocol {scored}, batch' if scored else 'Batch'} 1, all threads")
-    for heading in rows[0]:
-        shown.add_column(heading, justify="left" if heading == "stage" else "right")
-    for row in rows:
-        shown.add_row(*row.values())
-    console = Console()
-    console.print(shown)
+    console.print(_table(rows, f"{f'Protocol {scored}, batch' if scored else 'Batch'} 1, all threads"))
     for what, path in (("report", files.report / "index.html"), ("ONNX", files.artifacts("export") / "model.onnx")):
         if path.is_file():
             console.print(f"{what}: {_short(path)}", highlight=False, soft_wrap=True)
@@ -342,6 +352,19 @@ class Refusal(ValueError):
     """The command cannot do what is asked; its text says why."""
 
     exit_code = 2
+
+
+def _table(rows: list[dict[str, str]], title: str | None = None) -> "Table":
+    """Texts to the left, figures to the right."""
+    from rich.table import Table
+
+    shown = Table(title=title)
+    for heading in rows[0]:
+        text = heading in ("stage", "run", "began", "what", "commit")
+        shown.add_column(heading, justify="left" if text else "right")
+    for row in rows:
+        shown.add_row(*row.values())
+    return shown
 
 
 def _short(path: Path) -> Path:

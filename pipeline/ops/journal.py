@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -176,15 +176,21 @@ class Journal:
                 self.append("end", stage=stage, status="KILLED", tags={"error": "its process is gone"})
         return living
 
-    def keep(self, folder: Path, name: str) -> str:
+    def keep(self, files: Iterable[Path], name: str) -> str:
         """Hold on to what a stage left: a later run writes other files in its place.
 
+        Args:
+            files: What to hold on to.
+            name: Of the folder below `kept`, and of that in the run's artifacts.
+
         Returns:
-            Name of the copy below `kept`.
+            The name.
         """
         target = self.kept / name
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(folder, target, copy_function=_link)
+        target.mkdir(parents=True)
+        for file in files:
+            _link(file, target / file.name)
         return name
 
     @property
@@ -251,7 +257,7 @@ def _parsed(line: bytes) -> Event | None:
         return None
 
 
-def _link(source: str, target: str) -> None:
+def _link(source: Path, target: Path) -> None:
     """A second name for a file that is never written in place, or a copy where that cannot be."""
     try:
         os.link(source, target)

@@ -19,6 +19,8 @@ from pipeline.records import RECORDS
 
 UPLOADS = {"export": "export", "benchmark": "report"}
 """Folder in the run's artifacts, for stages whose results are worth a look."""
+PICTURES = ("pareto.png", "panel-01.png")
+"""Of the report, for the execution itself."""
 FLOW_RUN = "SMALLER_STUDENT_FLOW_RUN"
 """Environment variable that hands the id of a Prefect flow run to the stages below it."""
 
@@ -70,7 +72,9 @@ class Recording:
         if self._stage is not None:
             self._end(self._stage, status, error)
         if status == "FINISHED" and "benchmark" in self.journal.outcomes():
-            self.journal.append("tag", values=figures.summary(self._files), tags=self._lock())
+            pictures = [path for name in PICTURES if (path := self._files.report / name).is_file()]
+            folder = self.journal.keep(pictures, "pictures") if pictures else ""
+            self.journal.append("tag", values=figures.summary(self._files), tags=self._lock(), folder=folder)
 
     def _open(self) -> None:
         budget, data = self._params.student.budget, self._params.data
@@ -110,7 +114,7 @@ class Recording:
             seconds = {f"time/{name}": value for name, value in timings["seconds"].items()}
             values = {**figures.finals(self._files, stage), **seconds}
             if (left := upload_folder(self._files, stage)) and left.is_dir():
-                folder = self.journal.keep(left, UPLOADS[stage])
+                folder = self.journal.keep(left.iterdir(), UPLOADS[stage])
             self._remember(stage)
         tags = {"error": error.splitlines()[0][:500]} if error else {}
         self.journal.append("end", stage=stage, status=status, values=values, tags=tags, folder=folder)

@@ -95,7 +95,7 @@ def test_copies_go_once_they_were_uploaded_and_old_journals_once_they_were_told(
     (files.root / "left" / "model.onnx").write_text("onnx")
     made = [opened(files, Execution("dvc", 1, number)) for number in range(4)]
     for journal in made:
-        journal.append("tag", folder=journal.keep(files.root / "left", "export"))
+        journal.append("tag", folder=journal.keep((files.root / "left").iterdir(), "export"))
     for journal in made[1:]:
         journal.note(journal.delivered(URI).model_copy(update={"lines": 2}))
     tidy(files, URI)
