@@ -356,11 +356,12 @@ class Refusal(ValueError):
 
 def _table(rows: list[dict[str, str]], title: str | None = None) -> "Table":
     """Texts to the left, figures to the right."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    shown = Table(title=title)
+    shown = Table(title=title, box=SIMPLE_HEAD, padding=0)
     for heading in rows[0]:
-        text = heading in ("stage", "run", "began", "what", "commit")
+        text = heading in ("stage", "run", "began", "ended", "commit")
         shown.add_column(heading, justify="left" if text else "right")
     for row in rows:
         shown.add_row(*row.values())

@@ -11,8 +11,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
+
+from pipeline.export.model import load_model
+from pipeline.export.release import read_release, write_release
+from pipeline.export.sample import EXPECTED, expected
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("prepare", "teacher", "student", "surgery", "export", "benchmark")
@@ -160,6 +165,56 @@ def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "pipeline", *words], cwd=folder, env=environment(), capture_output=True, text=True,
         check=False,
     )  # fmt: skip
+
+
+def spoilt(release: Path, target: Path) -> None:
+    """A release of its own whose student lost part of what it knew."""
+    files = read_release(release)
+    model = onnx.load_from_string(files["model.onnx"])
+    random = np.random.default_rng(0)
+    for weights in model.graph.initializer:
+        if len(weights.dims) == 4:
+            values = onnx.numpy_helper.to_array(weights)
+            noisy = values + random.normal(0, 2 * values.std(), values.shape).astype(values.dtype)
+            weights.CopyFrom(onnx.numpy_helper.from_array(noisy, weights.name))
+    files["model.onnx"] = model.SerializeToString()
+    models = {name: content for name, content in files.items() if name.endswith(".onnx")}
+    size = load_model("model.onnx", files["model.onnx"]).metadata.image_size
+    target.mkdir()
+    write_release(target, files | {EXPECTED: expected(models, size)})
+
+
+def test_a_release_becomes_champion_a_worse_one_does_not_and_what_is_pulled_runs(
+    finished: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkout"
+    shutil.copytree(finished, folder, symlinks=True)
+    first = command(folder, "publish")
+    assert (first.returncode, first.stdout) == (0, "version 1 is champion: there was none before it\n"), first.stderr
+    spoilt(folder / "artifacts" / "export", tmp_path / "worse")
+    second = command(folder, "publish", str(tmp_path / "worse"))
+    assert second.returncode == 4, second.stderr
+    assert "version 2 stays challenger: mAP may be " in second.stderr
+    pulled = command(folder, "pull", "--out", str(tmp_path / "model"))
+    assert pulled.returncode == 0, pulled.stderr
+    assert (tmp_path / "model" / "SHA256SUMS").read_text() == (
+        folder / "artifacts" / "export" / "SHA256SUMS"
+    ).read_text()
+    assert command(folder, "verify", str(tmp_path / "model")).returncode == 0
+    refused = command(folder, "rollback")
+    assert refused.returncode == 3
+    assert "no champion before the present one" in refused.stderr
+    history = command(folder, "history").stdout
+    assert history.count("promote") == 1
+    compared = command(folder, "compare", "--last", "3").stdout
+    assert f"{metrics(folder, 'export')['map']:.4f}" in compared
+    downloaded = subprocess.run(
+        [sys.executable, "-m", "mlflow", "artifacts", "download", "-u", "models:/smaller-student@champion",
+         "-d", str(tmp_path / "downloaded")],
+        cwd=folder, env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert downloaded.returncode == 0, downloaded.stderr
+    assert command(folder, "verify", str(tmp_path / "downloaded")).returncode == 0
 
 
 def test_the_release_verifies_and_a_flipped_byte_does_not(finished: Path, tmp_path: Path) -> None:

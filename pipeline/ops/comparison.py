@@ -9,14 +9,13 @@ from mlflow.entities import Run
 from pipeline.ops.registry import RegistryError
 
 COLUMNS = {
-    "teacher/mAP": ("teacher mAP", "{:.4f}", 1),
+    "teacher/mAP": ("teacher", "{:.4f}", 1),
     "eval/mAP": ("mAP", "{:.4f}", 1),
-    "model/params": ("params", "{:.2f} M", 1e6),
-    "model/params_reduction": ("params cut", "{:.1%}", 1),
-    "model/flops_reduction": ("MACs cut", "{:.1%}", 1),
-    "latency/speedup": ("speed-up", "{:.2f}x", 1),
+    "model/params_reduction": ("params", "{:.1%}", -1),
+    "model/flops_reduction": ("MACs", "{:.1%}", -1),
+    "latency/speedup": ("speed", "{:.2f}x", 1),
 }
-"""Metric key of a parent run: heading, format and unit."""
+"""Metric key of a parent run: heading, format and unit; short enough for a terminal of 80 columns."""
 
 
 def executions(client: MlflowClient, experiment: str, asked: Sequence[str], last: int) -> list[dict[str, str]]:
@@ -72,11 +71,10 @@ def _row(run: Run) -> dict[str, str]:
     }
     commit = tags.get("git_commit", "")[:7] + ("+" if tags.get("git_dirty") == "true" else "")
     when = datetime.fromtimestamp(run.info.start_time / 1000).astimezone()
-    state = "" if run.info.status == "FINISHED" else f" ({run.info.status.lower()})"
     return {
         "run": run.info.run_id[:8],
         "began": f"{when:%m-%d %H:%M}",
-        "what": f"{run.info.run_name}{state}",
+        "ended": run.info.status.lower(),
         **figures,
         "commit": commit,
     }
