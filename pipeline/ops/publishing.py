@@ -67,7 +67,9 @@ def publish(files: Files, params: Params, folder: Path) -> Published:
     check_release(folder)
     sync.sync(files, params)
     with registry(files, params) as known:
-        run = uploaded(known.client, files, folder, params.tracking.experiment)
         gate = Gate(files, params, known, folder)
-        version = known.publish(folder, run, {**facts(folder), "test_digest": gate.test_digest})
+        found = {**facts(folder), "test_set": gate.test_digest[:12]}
+        version = known.publish(
+            folder, lambda: uploaded(known.client, files, folder, params.tracking.experiment), found
+        )
         return Published(version, known.promote(version, gate))

@@ -101,12 +101,12 @@ class Registry:
             if not token:
                 return sorted(found, key=lambda one: int(one.version))
 
-    def publish(self, folder: Path, run: str, tags: dict[str, str]) -> str:
-        """Register a release that was uploaded with a run, as `challenger`; one that is there already is not doubled.
+    def publish(self, folder: Path, run: Callable[[], str], tags: dict[str, str]) -> str:
+        """Register a release as `challenger`; one that is there already is not doubled.
 
         Args:
             folder: The release on this machine.
-            run: Id of the run that has it among its artifacts.
+            run: Returns the id of a run that has it among its artifacts.
             tags: What is told about it.
 
         Returns:
@@ -116,9 +116,9 @@ class Registry:
         digest = release_digest(folder)
         version = next((one.version for one in self._all(self.name) if one.tags.get(DIGEST) == digest), None)
         if version is None:
-            source = f"{self.client.get_run(run).info.artifact_uri}/{ARTIFACTS}"
-            made = self.client.create_model_version(self.name, source, run, {**tags, DIGEST: digest})
-            version = made.version
+            holder = run()
+            source = f"{self.client.get_run(holder).info.artifact_uri}/{ARTIFACTS}"
+            version = self.client.create_model_version(self.name, source, holder, {**tags, DIGEST: digest}).version
         self.client.set_registered_model_alias(self.name, CHALLENGER, version)
         return str(version)
 
@@ -277,10 +277,9 @@ def release_digest(folder: Path) -> str:
 
 
 def facts(folder: Path) -> dict[str, str]:
-    """What is told about a release in the registry."""
+    """What is told about a release in the registry, at a glance; its files tell the rest."""
     about = open_model(folder / STUDENT).metadata
-    shown = ("protocol", "params", "macs", "data", "data_digest", "params_digest", "git_commit", "licence")
-    return {"mAP": f"{about.map:.4f}", **{name: str(getattr(about, name)) for name in shown}}
+    return {"mAP": f"{about.map:.4f} ({about.protocol})", "MACs": f"{about.macs:,}", "commit": about.git_commit[:12]}
 
 
 def uploaded(client: MlflowClient, files: Files, folder: Path, experiment: str) -> str:

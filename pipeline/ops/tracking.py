@@ -36,8 +36,12 @@ LOCAL = 120.0
 """Seconds to wait for a database on this machine: it may be making its tables."""
 CALM = {"benchmark"}
 """Stages that MLflow hears of in the end only: they measure time."""
-LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
-"""By default a dead server costs four minutes a call."""
+LIMITS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+"""Of MLflow's client: by default a dead server costs four minutes a call."""
 SAMPLE = 10.0
 """Seconds between looks at processor and memory."""
 

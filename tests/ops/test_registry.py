@@ -38,7 +38,7 @@ def publish(registry: Registry, run: str, folder: Path, quality: float) -> str:
     """A release that is no more than its list of files: nothing is opened here."""
     folder.mkdir(exist_ok=True)
     (folder / "SHA256SUMS").write_text(f"{quality}\n")
-    return registry.publish(folder, run, {"quality": str(quality)})
+    return registry.publish(folder, lambda: run, {"quality": str(quality)})
 
 
 def gate(registry: Registry, version: str) -> Callable[[str | None, str | None], tuple[Verdict, bool]]:
