@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ class Recording:
             **_sources(self._files.root),
             **({"flow_run_id": os.environ[FLOW_RUN]} if os.environ.get(FLOW_RUN) else {}),
         }
-        self.journal.open(f"{data.source}, {goal}", tags, dict(flatten(params)), self._files.root)
+        name = f"{data.source}, {goal}, {datetime.now():%m-%d %H:%M}"  # charts tell executions apart by it
+        self.journal.open(name, tags, dict(flatten(params)), self._files.root)
 
     def _begin(self, stage: str, tags: dict[str, str]) -> None:
         """Of a stage that begins and never ends, this process tells whether it still may."""
