@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -40,6 +41,7 @@ def application(indexes: Sequence[Index], hosts: Sequence[str]) -> FastAPI:
     app = FastAPI(title="smaller-student", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     html = PAGE.read_text(encoding="utf-8")
+    turn = Lock()  # two at once would spoil each other's times, and forty large pictures the machine's memory
 
     @app.get("/")
     def page() -> Response:
@@ -56,7 +58,11 @@ def application(indexes: Sequence[Index], hosts: Sequence[str]) -> FastAPI:
             content += part
             if len(content) > UPLOAD:
                 raise HTTPException(413, f"The picture has more than {UPLOAD} bytes; make it smaller.")
-        return await run_in_threadpool(_search, indexes, bytes(content))
+        return await run_in_threadpool(in_turn, bytes(content))
+
+    def in_turn(content: bytes) -> dict[str, Any]:
+        with turn:
+            return _search(indexes, content)
 
     @app.get("/image/{column}/{place}")
     def image(column: int, place: int) -> Response:
