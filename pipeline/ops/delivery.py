@@ -30,8 +30,8 @@ KIND = {"mlflow.experimentKind": "custom_model_development", "mlflow.experiment.
 """Tags that tell the UI how to show the experiment."""
 MOST_PARAMS, MOST_METRICS = 100, 1000
 """What MLflow takes in one call."""
-GLANCE, RETRY = 0.3, 5.0
-"""Seconds between looks at the journal of a stage that runs, and after a failure."""
+GLANCE, RETRY, SWEEP = 0.3, 5.0, 60.0
+"""Seconds between looks at the journal of a stage that runs, after a failure, and between looks at all others."""
 
 
 def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -164,10 +164,13 @@ class Delivery:
         Raises:
             Exception: What MLflow raised last, if the stage has ended.
         """
+        sweep = 0.0
         while True:
             living = journal.running()
             try:
-                self.sync(journal)
+                if time.monotonic() >= sweep:
+                    self.sync(journal)
+                    sweep = time.monotonic() + SWEEP
                 self.tell(journal)
             except Exception as error:
                 self._client = None
@@ -193,12 +196,15 @@ class Delivery:
         """
         executions = events = 0
         for journal in journals(self.files):
-            if current is not None and journal.folder == current.folder:
+            if (current is not None and journal.folder == current.folder) or (journal.settled and not again):
                 continue
-            journal.running()
+            over = journal.over
+            running = journal.running()
             if again or journal.pending(self.uri):
                 executions, events = executions + 1, events + self.tell(journal, again)
-        tidy(self.files, self.uri)
+            if over and not running:
+                journal.settle()
+        tidy(self.files)
         return executions, events
 
 

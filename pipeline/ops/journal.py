@@ -21,7 +21,7 @@ from pipeline.files import Files, read_json, write_json
 from pipeline.ops import execution
 from pipeline.ops.execution import Execution
 
-DELIVERED = "delivered.json"
+DELIVERED, SETTLED = "delivered.json", "settled"
 TICK = 0.002
 """Seconds between two events at least: MLflow lists runs by their start, in milliseconds."""
 KEPT = 200
@@ -105,6 +105,7 @@ class Journal:
                 line = "\n" + line  # after what a crash left of a line, which then counts as none
             file.write(line.encode())
             file.flush()
+            (self.folder / SETTLED).unlink(missing_ok=True)
             os.fsync(file.fileno())
 
     @staticmethod
@@ -128,6 +129,15 @@ class Journal:
                 self._lines += 1
             self._read += len(whole)
             return list(self._events)
+
+    @property
+    def opening(self) -> Event | None:
+        """Its first event; of a long journal nothing else is read."""
+        try:
+            with self._path.open("rb") as file:
+                return _parsed(file.readline())
+        except FileNotFoundError:
+            return None
 
     @property
     def id(self) -> str:
@@ -212,6 +222,15 @@ class Journal:
         """Remember that."""
         write_json(self.folder / DELIVERED, delivered.model_dump())
 
+    @property
+    def settled(self) -> bool:
+        """Whether it was over and told, as far as anyone looked; whatever is written later unsettles it."""
+        return (self.folder / SETTLED).exists()
+
+    def settle(self) -> None:
+        """Nobody needs to look at it again."""
+        (self.folder / SETTLED).touch()
+
     def pending(self, uri: str) -> bool:
         """Whether there is something that a server was not told."""
         events = self.events()
@@ -235,14 +254,14 @@ class Delivered(BaseModel):
 def journals(files: Files) -> Iterator[Journal]:
     """Those of all executions, the oldest first."""
     found = [Journal(path.parent) for path in _home(files).glob("*/events.jsonl")]
-    yield from sorted((one for one in found if one.events()), key=lambda one: one.events()[0][1].time)
+    begun = [(opening.time, number) for number, one in enumerate(found) if (opening := one.opening)]
+    yield from (found[number] for _, number in sorted(begun))
 
 
-def tidy(files: Files, uri: str) -> None:
+def tidy(files: Files) -> None:
     """Drop the copies that were uploaded, and old journals that were delivered."""
-    known = list(journals(files))
-    for number, journal in enumerate(reversed(known)):
-        if journal.over and not journal.pending(uri):
+    for number, journal in enumerate(reversed(list(journals(files)))):
+        if journal.settled:
             shutil.rmtree(journal.folder if number >= KEPT else journal.kept, ignore_errors=True)
 
 

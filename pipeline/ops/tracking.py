@@ -38,7 +38,7 @@ CALM = {"benchmark"}
 """Stages that MLflow hears of in the end only: they measure time."""
 LIMITS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 """Of MLflow's client: by default a dead server costs four minutes a call."""
@@ -181,6 +181,6 @@ def complete_last(files: Files, params: Params, changed: Collection[str]) -> Non
         params: Of the checkout.
         changed: Stages that are not up to date any more; what they and later ones led to is not known.
     """
-    mine = [one for one in journals(files) if one.events()[0][1].root == str(files.root)]
+    mine = [one for one in journals(files) if (opening := one.opening) and opening.root == str(files.root)]
     if mine and mine[-1].over and set(mine[-1].outcomes().values()) == {"FINISHED"}:
         complete(files, params, mine[-1], changed)

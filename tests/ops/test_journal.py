@@ -12,8 +12,6 @@ from pipeline.files import Files
 from pipeline.ops.execution import Execution
 from pipeline.ops.journal import Journal, journals, tidy
 
-URI = "sqlite:///x"
-
 
 @pytest.fixture
 def files(tmp_path: Path) -> Files:
@@ -97,8 +95,10 @@ def test_copies_go_once_they_were_uploaded_and_old_journals_once_they_were_told(
     for journal in made:
         journal.append("tag", folder=journal.keep((files.root / "left").iterdir(), "export"))
     for journal in made[1:]:
-        journal.note(journal.delivered(URI).model_copy(update={"lines": 2}))
-    tidy(files, URI)
+        journal.settle()
+    tidy(files)
     assert [journal.folder.is_dir() for journal in made] == [True, False, True, True]
     assert [journal.kept.is_dir() for journal in made] == [True, False, False, False]
     assert (files.root / "left" / "model.onnx").read_text() == "onnx"
+    made[3].append("tag")
+    assert not made[3].settled

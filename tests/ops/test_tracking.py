@@ -111,7 +111,7 @@ def test_a_server_that_never_answers_costs_seconds_and_one_warning(checkout: Fil
     process = start(checkout, *TEACHER, NAP="12", MLFLOW_TRACKING_URI=silent)
     _, err = process.communicate()
     assert process.returncode == 0 and checkout.metrics("teacher").is_file()
-    assert err.count("MLflow") == 1 and "timed out" in err.lower()
+    assert err.count("MLflow") == 1 and ("(it is slow)" in err or "timed out" in err.lower())
     assert time.monotonic() - began < 12 + 5 + 2  # the stage's own time, the cost, starting Python
 
 
