@@ -9,8 +9,8 @@ from pipeline.ops.dvc import changes
 from pipeline.ops.execution import Busy
 from pipeline.ops.tracking import LIMITS, complete_last, tracking_uri
 
-PATIENCE = 10.0
-"""Seconds to wait for another process that tells MLflow."""
+PATIENCE = 45.0
+"""Seconds to wait for another process that tells MLflow: it may be waiting for an answer that never comes."""
 
 
 class TrackingError(RuntimeError):

@@ -38,7 +38,7 @@ CALM = {"benchmark"}
 """Stages that MLflow hears of in the end only: they measure time."""
 LIMITS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 """Of MLflow's client: by default a dead server costs four minutes a call."""
