@@ -30,7 +30,7 @@ from pipeline.records import RECORDS
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 5.0
+PATIENCE = 4.5
 """Seconds that all stages of an execution together wait for a server."""
 LOCAL = 120.0
 """Seconds to wait for a database on this machine: it may be making its tables."""
