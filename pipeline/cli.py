@@ -253,9 +253,10 @@ def index(
     model: Annotated[Path, MODEL] = Path("artifacts/export/model.onnx"),
 ) -> None:
     """Embed a gallery, so that it can be searched."""
-    from pipeline.search.index import build
+    from pipeline.search.index import build, check_place
 
     log_to_stderr("index")
+    check_place(out)
     built = build(model, gallery)
     built.save(out, model)
     typer.echo(f"{len(built)} images in {_short(out)}, embedded by {model.name}")
@@ -281,7 +282,7 @@ def search(
     if out is not None:
         from pipeline.report.panels import save_finds
 
-        save_finds(out, asked.model.name, picture[0], [asked.query(asked.gallery / hit.path)[0] for hit in hits])
+        save_finds(out, asked.model.name, picture[0], [asked.query(asked.path(hit.place))[0] for hit in hits])
     if as_json:
         typer.echo(json.dumps([asdict(hit) for hit in hits], ensure_ascii=False))
         return
@@ -292,7 +293,7 @@ def search(
 @app.command()
 def serve(
     index: Annotated[list[Path], typer.Option(help="What `smaller-student index` wrote; each is a column.")],
-    host: Annotated[str, typer.Option(help="Address to listen at; others than this machine can reach 0.0.0.0.")] = (
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is reached from other machines.")] = (
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
@@ -304,10 +305,13 @@ def serve(
     import uvicorn
 
     from pipeline.search.index import open_index
-    from pipeline.search.page import application
+    from pipeline.search.page import application, callable_by
 
+    hosts = callable_by(host, name or [])
     indexes = [open_index(folder) for folder in index]
-    hosts = ["localhost", "127.0.0.1", *(name or [])]
+    for folder in sorted({str(asked.gallery) for asked in indexes}):
+        typer.echo(f"images of {folder} are shown")
+    typer.echo(f"http://{(name or [host])[0]}:{port}/")
     uvicorn.run(application(indexes, hosts), host=host, port=port, log_level="warning", access_log=False)
 
 

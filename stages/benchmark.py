@@ -17,6 +17,7 @@ from pipeline.benchmark.table import INT8, STUDENT, TEACHER, benchmark_record, w
 from pipeline.data.augment import MEAN, STD
 from pipeline.data.images import open_images
 from pipeline.export.embed import embed
+from pipeline.export.release import read_release
 from pipeline.files import read_json
 from pipeline.inference.session import open_session
 from pipeline.inference.timing import measure
@@ -49,6 +50,7 @@ def benchmark(run: Run) -> BenchmarkRecord:
         return kind.model_validate(read_json(files.metrics(stage)))
 
     teacher, export = read("teacher", TeacherRecord), read("export", ExportRecord)
+    read_release(files.artifacts("export"))  # what is timed is what was proven
     onnx = {name: files.artifacts("export") / file for name, file in FILES.items()}
     if not export.int8_published:
         del onnx[INT8]

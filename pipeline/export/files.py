@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx
 
@@ -11,7 +11,8 @@ from pipeline.export import int8
 from pipeline.export.allinone import all_in_one
 from pipeline.export.embed import Embeddings, Pixels
 from pipeline.export.onnx import Metadata, finish, serialise, to_onnx
-from pipeline.export.parity import Probe, verify, verify_batches, verify_resizing
+from pipeline.export.parity import BATCHES, Probe, cosines, probed, verify, verify_batches, verify_resizing
+from pipeline.export.sample import BYTES
 from pipeline.inference.session import open_session
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
@@ -110,8 +111,20 @@ class Workshop:
 
         loss = self.settings.gates.int8_map_loss
         verdict = int8.choose(model, self.calibration, core.metadata.map, loss, score, gains)
-        log.info("int8 is %s: %s", "published" if verdict.model else "not published", verdict.reason)
-        if verdict.model is None or verdict.map is None:
-            return verdict, None
-        metadata = self.describe(net.spec, verdict.map)  # the last that was tried is the one that was taken
-        return verdict, File("the student, 8 bits", finish(verdict.model, metadata), metadata, tried[-1], None)
+        file = None
+        if verdict.model is not None and verdict.map is not None:
+            metadata = self.describe(net.spec, verdict.map)  # the last that was tried is the one that was taken
+            file = File("the student, 8 bits", finish(verdict.model, metadata), metadata, tried[-1], None)
+            if fault := self._by_batch(file):
+                verdict, file = replace(verdict, model=None, map=None, reason=f"{verdict.reason}, but {fault}"), None
+        log.info("int8 is %s: %s", "published" if file else "not published", verdict.reason)
+        return verdict, file
+
+    def _by_batch(self, file: File) -> str:
+        """How the finished file's embeddings depend on the batch; nothing if they don't."""
+        session, some = open_session(file.content), probed(len(file.embeddings))
+        for batch in BATCHES:
+            close = cosines(self.probe.embed(session, some, batch), file.embeddings[some]).min()
+            if not close >= BYTES:
+                return f"in batches of {batch} an image's embedding has cosine {close:.4f} with the one that was scored"
+        return ""

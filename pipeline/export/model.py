@@ -16,6 +16,8 @@ DOMAINS = {"", "ai.onnx"}
 """Of operators: the standard's own. Others are code that a runtime was given beside it."""
 LARGEST = 2**31 - 1
 """Bytes; a protobuf message holds no more."""
+NATIVE = b"ORTM"
+"""At byte 4 of files in ONNX Runtime's own format, which may be ONNX as well; only one of the two is looked through."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ def vet(name: str, content: bytes) -> None:
     """
     if len(content) > LARGEST:
         raise ReleaseError(f"{name} has {len(content)} bytes; at most {LARGEST} can be ONNX")
+    if content[4 : 4 + len(NATIVE)] == NATIVE:
+        raise ReleaseError(f"{name} is in ONNX Runtime's own format; only ONNX is loaded")
     try:
         model = onnx.load_from_string(content)
     except Exception as error:  # protobuf's own, of no public class

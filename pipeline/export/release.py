@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from stat import S_ISREG
 
 from pipeline.files import write_atomically, write_text
 
@@ -67,19 +68,7 @@ def read_checked(folder: Path, name: str) -> bytes:
     Raises:
         ReleaseError: If it is missing, not part of the release, or another.
     """
-    sums = read_sums(folder)
-    if name not in sums:
-        raise ReleaseError(f"{folder / SUMS} names no {name}; it names {', '.join(sums)}")
-    try:
-        content = (folder / name).read_bytes()
-    except OSError as error:
-        raise ReleaseError(f"{folder / name} cannot be read ({error.strerror}); get the folder again") from None
-    if sha256(content) != sums[name]:
-        raise ReleaseError(
-            f"{folder / name} is damaged: SHA-256 {sha256(content)[:12]}..., written was {sums[name][:12]}...; get "
-            "the folder again from where it came"
-        )
-    return content
+    return _read(folder, name, read_sums(folder))
 
 
 def read_release(folder: Path) -> dict[str, bytes]:
@@ -88,7 +77,26 @@ def read_release(folder: Path) -> dict[str, bytes]:
     Raises:
         ReleaseError: As `read_checked`.
     """
-    return {name: read_checked(folder, name) for name in read_sums(folder)}
+    sums = read_sums(folder)
+    return {name: _read(folder, name, sums) for name in sums}
+
+
+def _read(folder: Path, name: str, sums: Mapping[str, str]) -> bytes:
+    if name not in sums:
+        raise ReleaseError(f"{folder / SUMS} names no {name}; it names {', '.join(sums)}")
+    path = folder / name
+    try:
+        if not S_ISREG(path.stat().st_mode):  # a device or a pipe may never end
+            raise ReleaseError(f"{path} is no plain file; get the folder again from where it came")
+        content = path.read_bytes()
+    except OSError as error:
+        raise ReleaseError(f"{path} cannot be read ({error.strerror}); get the folder again") from None
+    if sha256(content) != sums[name]:
+        raise ReleaseError(
+            f"{path} is damaged: SHA-256 {sha256(content)[:12]}..., written was {sums[name][:12]}...; get "
+            "the folder again from where it came"
+        )
+    return content
 
 
 def _render(sums: Mapping[str, str]) -> str:

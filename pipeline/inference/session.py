@@ -34,6 +34,8 @@ def open_session(
     options = SessionOptions()
     options.intra_op_num_threads = threads or available_threads()
     options.inter_op_num_threads = 1
+    # Else content that begins as the runtime's own format is loaded as that, and what was looked through is not run.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)

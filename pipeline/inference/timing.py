@@ -121,8 +121,9 @@ def measure(
 ) -> list[Timing]:
     """Time calls of ONNX files on the CPU.
 
-    At each setting the files take turns of a few calls, each round begun by another file, so that a drift of the
-    machine meets all of them alike. A turn begins with untimed calls (see `BURST`).
+    At each setting the files take turns of a few calls, each round begun by another file and every other round the
+    other way about, so that a drift of the machine, and what a file leaves to the next one, meets all of them alike.
+    A turn begins with untimed calls (see `BURST`).
 
     Args:
         files: ONNX files by the name that the result has for them; each takes one float32 (B, 3, h, w).
@@ -145,13 +146,19 @@ def measure(
         for name in names:
             _calls(sessions[name], feeds[name], WARM_UP)
         for turn, done in enumerate(range(0, repeats, BURST)):
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
+            for name in _order(names, turn):
                 sleep(PAUSE)
                 _calls(sessions[name], feeds[name], SETTLE)
                 seconds[name].append(_calls(sessions[name], feeds[name], min(BURST, repeats - done)))
         timings += [summarise(name, batch, count, seconds[name]) for name in names]
     return timings
+
+
+def _order(names: Sequence[str], turn: int) -> list[str]:
+    """Whose turn it is in one round: each begins equally often, and each pair goes both ways equally often."""
+    first = turn // 2 % len(names)
+    order = [*names[first:], *names[:first]]
+    return order[::-1] if turn % 2 else order
 
 
 def gains(files: Mapping[str, bytes], of: str, image_size: tuple[int, int]) -> dict[str, Gain]:

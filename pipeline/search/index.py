@@ -1,6 +1,6 @@
 """A gallery's embeddings, and which model made them: queries of another would find nothing, and not say so."""
 
-import json
+import io
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,19 +8,19 @@ from pathlib import Path
 
 import faiss
 import numpy as np
-import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.data.images import Pixels, decode
 from pipeline.data.own import walk
 from pipeline.data.parallel import in_threads
 from pipeline.export.embed import Embeddings
 from pipeline.export.model import Model, open_model
-from pipeline.export.release import read_release, write_release
+from pipeline.export.release import SUMS, ReleaseError, read_release, read_sums, write_release
 from pipeline.progress import track
 
 log = logging.getLogger(__name__)
 
-VECTORS, ABOUT = "vectors.faiss", "index.json"
+VECTORS, ABOUT = "vectors.npy", "index.json"
 BATCH, CHUNK = 32, 256
 """Images that are embedded at a time, and that are decoded at a time: a gallery need not fit into memory."""
 
@@ -29,6 +29,24 @@ class GalleryError(RuntimeError):
     """A gallery cannot be indexed, or an index not be asked."""
 
     exit_code = 3
+
+
+class About(BaseModel):
+    """What index.json says.
+
+    Attributes:
+        model: Where the model lay.
+        sha256: Of the model.
+        gallery: Folder of the images.
+        paths: Of the images, relative to it.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str
+    sha256: str
+    gallery: str
+    paths: list[str] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -53,7 +71,7 @@ class Index:
         model: That embeds queries, and has embedded the gallery.
         gallery: Folder of the images.
         paths: Of the images, relative to it.
-        vectors: Of them, in this order.
+        vectors: (n, D) of them, in this order.
 
     Attributes:
         model: See above.
@@ -61,8 +79,10 @@ class Index:
         paths: See above.
     """
 
-    def __init__(self, model: Model, gallery: Path, paths: Sequence[str], vectors: faiss.Index) -> None:
+    def __init__(self, model: Model, gallery: Path, paths: Sequence[str], vectors: Embeddings) -> None:
         self.model, self.gallery, self.paths, self._vectors = model, gallery, list(paths), vectors
+        self._found = faiss.IndexFlatIP(vectors.shape[1])
+        self._found.add(vectors)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -74,9 +94,20 @@ class Index:
             embedding: (1, D), by this index's model.
             top: How many; all there are if they are fewer.
         """
-        similarities, places = self._vectors.search(embedding, min(top, len(self)))
+        similarities, places = self._found.search(embedding, min(top, len(self)))
         found = sorted(zip(-similarities[0], places[0], strict=True))
         return [Hit(int(place), self.paths[place], -float(similarity)) for similarity, place in found]
+
+    def path(self, place: int) -> Path:
+        """An image of the gallery; an index that came from elsewhere reaches nothing outside of it.
+
+        Raises:
+            GalleryError: If it lies elsewhere, be it by a link.
+        """
+        path = (self.gallery / self.paths[place]).resolve()
+        if not path.is_relative_to(self.gallery.resolve()):
+            raise GalleryError(f"{self.paths[place]} lies outside of {self.gallery}")
+        return path
 
     def query(self, picture: Path) -> Pixels:
         """A picture as the model wants it, (1, h, w, 3).
@@ -93,15 +124,34 @@ class Index:
         Args:
             folder: Where it goes.
             model: Where the model lies; the index names it, and its hash.
+
+        Raises:
+            GalleryError: If the folder holds something else that was written by this package.
         """
-        about = {
-            "model": str(model.resolve()),
-            "sha256": self.model.sha256,
-            "gallery": str(self.gallery.resolve()),
-            "paths": self.paths,
-        }
-        content = json.dumps(about, ensure_ascii=False, indent=1).encode()
-        write_release(folder, {ABOUT: content, VECTORS: bytes(faiss.serialize_index(self._vectors))})
+        check_place(folder)
+        about = About(
+            model=str(model.resolve()),
+            sha256=self.model.sha256,
+            gallery=str(self.gallery.resolve()),
+            paths=self.paths,
+        )
+        vectors = io.BytesIO()
+        np.save(vectors, self._vectors, allow_pickle=False)
+        write_release(folder, {ABOUT: about.model_dump_json(indent=1).encode(), VECTORS: vectors.getvalue()})
+
+
+def check_place(folder: Path) -> None:
+    """Refuse to write an index where another release is: its files would go.
+
+    Raises:
+        GalleryError: If there is one.
+    """
+    try:
+        names = set(read_sums(folder))
+    except ReleaseError:  # none, or no finished one
+        return
+    if others := sorted(names - {ABOUT, VECTORS}):
+        raise GalleryError(f"{folder} is a release with {', '.join(others)}; name another folder by `--out`")
 
 
 def build(model: Path, gallery: Path) -> Index:
@@ -142,9 +192,7 @@ def build(model: Path, gallery: Path) -> Index:
             embeddings.append(loaded.embed(np.stack(pictures[start : start + BATCH])))
     if not paths:
         raise GalleryError(f"{gallery} holds no image that can be read ({len(candidates)} files were looked at)")
-    vectors = faiss.IndexFlatIP(loaded.metadata.embedding_dim)
-    vectors.add(np.concatenate(embeddings))
-    return Index(loaded, gallery, paths, vectors)
+    return Index(loaded, gallery, paths, np.concatenate(embeddings))
 
 
 def open_index(folder: Path, model: Path | None = None) -> Index:
@@ -156,17 +204,44 @@ def open_index(folder: Path, model: Path | None = None) -> Index:
 
     Raises:
         ReleaseError: If index or model are not what was written.
-        GalleryError: If the model is another than that which embedded the gallery.
+        GalleryError: If it is no index, or the model another than that which embedded the gallery.
     """
     content = read_release(folder)
-    about = json.loads(content[ABOUT])
-    path = model or Path(about["model"])
-    loaded = open_model(path)
-    if loaded.sha256 != about["sha256"]:
+    if set(content) != {ABOUT, VECTORS}:
         raise GalleryError(
-            f"{folder} was embedded by a model with SHA-256 {about['sha256'][:12]}..., {path} has "
+            f"{folder} is no index: {SUMS} names {', '.join(content)}; `smaller-student index` makes one"
+        )
+    try:
+        about = About.model_validate_json(content[ABOUT])
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise GalleryError(f"{folder / ABOUT} is not what this package writes: {where} {first['msg']}") from None
+    path = model or Path(about.model)
+    loaded = open_model(path)
+    if loaded.sha256 != about.sha256:
+        raise GalleryError(
+            f"{folder} was embedded by a model with SHA-256 {about.sha256[:12]}..., {path} has "
             f"{loaded.sha256[:12]}...; its queries would find nothing there: index the gallery anew, or name the model "
             "by `--model`"
         )
-    vectors: npt.NDArray[np.uint8] = np.frombuffer(content[VECTORS], np.uint8)
-    return Index(loaded, Path(about["gallery"]), about["paths"], faiss.deserialize_index(vectors))
+    vectors = _vectors(folder / VECTORS, content[VECTORS], (len(about.paths), loaded.metadata.embedding_dim))
+    return Index(loaded, Path(about.gallery), about.paths, vectors)
+
+
+def _vectors(path: Path, content: bytes, shape: tuple[int, int]) -> Embeddings:
+    """Embeddings as NumPy wrote them.
+
+    Raises:
+        GalleryError: If they are of another shape or kind, or not finite.
+    """
+    try:
+        found = np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise GalleryError(f"{path} is no array of NumPy's ({error})") from None
+    if not isinstance(found, np.ndarray) or (found.shape, found.dtype) != (shape, np.float32):
+        what = f"{found.dtype} {found.shape}" if isinstance(found, np.ndarray) else "an archive"
+        raise GalleryError(f"{path} holds {what}; float32 {shape} belong to the images")
+    if not np.isfinite(found).all():
+        raise GalleryError(f"{path} holds numbers that are not finite; index the gallery anew")
+    return np.ascontiguousarray(found)

@@ -1,13 +1,14 @@
 """A page for the browser: drop a picture, see what each model finds in its gallery, and how long it took."""
 
+import asyncio
 import io
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
-from threading import Lock
 from time import perf_counter
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from PIL import Image
@@ -15,7 +16,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from pipeline.data.images import opened, upright_rgb
-from pipeline.data.manifest import DataError
 from pipeline.search.index import Index
 
 T = TypeVar("T")
@@ -27,8 +27,34 @@ LARGEST = 256
 """Longest side of a shown image, pixels."""
 UPLOAD = 64 * 2**20
 """Bytes of a dropped file; more are not read."""
+WAITING = 8
+"""Searches that wait their turn; who comes then is asked to come again: each holds its picture."""
 REPEATS = 5
 """Calls of a model after a first one, of which the fastest is told."""
+
+
+class AddressError(ValueError):
+    """The page cannot be served at such an address."""
+
+    exit_code = 2
+
+
+def callable_by(host: str, names: Sequence[str]) -> list[str]:
+    """Host names that the page may be called by.
+
+    Args:
+        host: Address that it listens at.
+        names: That the user gave.
+
+    Raises:
+        AddressError: If nobody could call it, or everybody by any name.
+    """
+    if strange := [name for name in names if not name or set(name) & set("*/:")]:
+        raise AddressError(f"`--name {strange[0]}` is no host name; give it without protocol, port or `*`")
+    nameless = not host or ":" in host or host == "0.0.0.0"  # noqa: S104 (asked about, not listened at)
+    if nameless and not names:
+        raise AddressError(f"a page at {host or 'all addresses'} is called by a name; give it by `--name`")
+    return list(dict.fromkeys(["localhost", "127.0.0.1", *([] if nameless else [host]), *names]))
 
 
 def application(indexes: Sequence[Index], hosts: Sequence[str]) -> FastAPI:
@@ -41,7 +67,18 @@ def application(indexes: Sequence[Index], hosts: Sequence[str]) -> FastAPI:
     app = FastAPI(title="smaller-student", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     html = PAGE.read_text(encoding="utf-8")
-    turn = Lock()  # two at once would spoil each other's times, and forty large pictures the machine's memory
+    turn = asyncio.Lock()  # two at once would spoil each other's times, and forty large pictures the machine's memory
+    present = 0
+
+    @app.middleware("http")
+    async def keep_out(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
+        origin = request.headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+            return Response("This page answers its own pages only.", 403)
+        answer = await go_on(request)
+        answer.headers["Cross-Origin-Resource-Policy"] = "same-origin"
+        answer.headers["X-Content-Type-Options"] = "nosniff"
+        return answer
 
     @app.get("/")
     def page() -> Response:
@@ -53,16 +90,16 @@ def application(indexes: Sequence[Index], hosts: Sequence[str]) -> FastAPI:
 
     @app.post("/search")
     async def search(request: Request) -> dict[str, Any]:
-        content = bytearray()
-        async for part in request.stream():
-            content += part
-            if len(content) > UPLOAD:
-                raise HTTPException(413, f"The picture has more than {UPLOAD} bytes; make it smaller.")
-        return await run_in_threadpool(in_turn, bytes(content))
-
-    def in_turn(content: bytes) -> dict[str, Any]:
-        with turn:
-            return _search(indexes, content)
+        nonlocal present
+        if present > WAITING:
+            raise HTTPException(503, "Many are searching; try again in a moment.", {"Retry-After": "5"})
+        present += 1
+        try:
+            content = await _upload(request)
+            async with turn:
+                return await run_in_threadpool(_search, indexes, content)
+        finally:
+            present -= 1
 
     @app.get("/image/{column}/{place}")
     def image(column: int, place: int) -> Response:
@@ -70,12 +107,30 @@ def application(indexes: Sequence[Index], hosts: Sequence[str]) -> FastAPI:
             raise HTTPException(404, "there is no such image")
         index = indexes[column]
         try:
-            content = _small(index.gallery / index.paths[place])
-        except (DataError, OSError) as error:
+            content = _small(index.path(place))
+        except Exception as error:  # whatever a decoder raises
             raise HTTPException(404, f"{index.paths[place]} cannot be shown any more: {error}") from None
         return Response(content, media_type="image/png", headers={"Cache-Control": "max-age=3600"})
 
     return app
+
+
+async def _upload(request: Request) -> bytes:
+    """What was sent, unless it is too much; what says so itself is not even read.
+
+    Raises:
+        HTTPException: 413.
+    """
+    too_much = HTTPException(413, f"The picture has more than {UPLOAD} bytes; make it smaller.")
+    said = request.headers.get("content-length", "")
+    if said.isdecimal() and int(said) > UPLOAD:
+        raise too_much
+    content = bytearray()
+    async for part in request.stream():
+        content += part
+        if len(content) > UPLOAD:
+            raise too_much
+    return bytes(content)
 
 
 def _about(index: Index) -> dict[str, Any]:

@@ -90,7 +90,8 @@ def test_else_there_is_none_and_the_verdict_says_why(translated, inputs, gains, 
 
 
 def test_the_probe_agrees_with_what_the_processor_says_it_has():
-    flags = Path("/proc/cpuinfo")
-    found = int8.saturates()
-    if flags.is_file() and "vnni" in flags.read_text():
-        assert not found
+    file = Path("/proc/cpuinfo")
+    flags = file.read_text() if file.is_file() else ""
+    if "avx2" not in flags:
+        pytest.skip("this system does not tell whether its processor adds 8-bit products in 16 bits")
+    assert int8.saturates() is ("vnni" not in flags)

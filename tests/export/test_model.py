@@ -1,6 +1,7 @@
 """Files are hashed before they are parsed, and looked through before they are loaded."""
 
 import json
+import os
 import random
 import shutil
 
@@ -88,6 +89,68 @@ def test_a_model_that_works_otherwise_is_named(release, content, tmp_path):
         sample.check_release(tmp_path)
 
 
+def changed(release, folder, name, content):
+    """The release with another file in it, and hashes that fit."""
+    write_release(folder, read_release(release) | {name: content})
+    return folder
+
+
+def test_a_model_that_nothing_was_written_of_is_refused(release, content, tmp_path):
+    whole = read_release(release)
+    with pytest.raises(ReleaseError, match=r"tells of model\.onnx, the release has extra\.ONNX, model\.onnx"):
+        sample.check_release(changed(release, tmp_path / "more", "extra.ONNX", content))
+    with pytest.raises(ReleaseError, match=r"tells of no model, the release has model\.onnx"):
+        sample.check_release(changed(release, tmp_path / "none", sample.EXPECTED, b"{}"))
+    (tmp_path / "more" / "stranger.onnx").write_bytes(content)
+    write_release(tmp_path / "more", whole)
+    with pytest.raises(ReleaseError, match=r"holds stranger\.onnx, which is not part of the release"):
+        sample.check_release(tmp_path / "more")
+
+
+def test_a_download_does_not_say_itself_how_near_is_near_enough(release, tmp_path):
+    expected = json.loads(read_release(release)[sample.EXPECTED])
+    expected["model.onnx"]["embedding"].reverse()
+    expected["model.onnx"]["min_cosine"] = -1
+    with pytest.raises(ReleaseError, match=r"works otherwise here: .* 0\.99999 is asked for"):
+        sample.check_release(changed(release, tmp_path, sample.EXPECTED, json.dumps(expected).encode()))
+
+
+@pytest.mark.parametrize("text", [b"[]", b"{", b'{"model.onnx": 1}', b'{"model.onnx": {}}', b"\xff"])
+def test_what_is_not_expected_is_said(release, tmp_path, text):
+    with pytest.raises(ReleaseError, match=r"sample\.json (is not what this package writes|tells of no model)"):
+        sample.check_release(changed(release, tmp_path, sample.EXPECTED, text))
+
+
+@pytest.mark.parametrize(
+    ("picture", "why"),
+    [
+        (sample.as_png(np.zeros((48, 37, 3), np.uint8)), r"\(37, 48\) pixels in RGB"),
+        (sample.as_png(np.zeros((48, 36), np.uint8)), "in L"),
+        (b"GIF89a", "cannot be decoded"),
+        (sample.as_png(sample.picture(SIZE))[:-30], "cannot be decoded"),
+    ],
+    ids=["larger", "grey", "GIF", "cut"],
+)
+def test_another_picture_is_refused(release, tmp_path, picture, why):
+    with pytest.raises(ReleaseError, match=rf"sample\.png .*{why}"):
+        sample.check_release(changed(release, tmp_path, sample.PICTURE, picture))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_plain_file_is_not_read(release, tmp_path, kind):
+    folder = tmp_path / "changed"
+    shutil.copytree(release, folder)
+    path = folder / "model.onnx"
+    path.rename(folder / "kept")
+    {"pipe": lambda: os.mkfifo(path), "device": lambda: path.symlink_to("/dev/zero"), "folder": path.mkdir}[kind]()
+    with pytest.raises(ReleaseError, match="is no plain file"):
+        sample.check_release(folder)
+    if kind != "folder":
+        path.unlink()
+        path.symlink_to("kept")  # as DVC links to its cache
+        assert set(sample.check_release(folder)) == {"model.onnx"}
+
+
 def of(nodes, initialisers=(), domains=("",)):
     graph = helper.make_graph(
         nodes, "g",
@@ -124,9 +187,10 @@ def hidden(tensor):
         (of([hidden(elsewhere())]), "keeps `weights` in"),
         (of([helper.make_node("Run", ["image"], ["embedding"], domain="evil")], domains=("", "evil")), "evil::Run"),
         (b"\x80\x04\x95no onnx", "no ONNX file"),
+        (b"\x22\x02\x08\x01ORTM", "in ONNX Runtime's own format"),
         (of([helper.make_node("Identity", ["image"], ["embedding"])]), "does not say what it is"),
     ],
-    ids=["external", "hidden external", "domain", "pickle", "foreign"],
+    ids=["external", "hidden external", "domain", "pickle", "two formats", "foreign"],
 )
 def test_what_this_package_does_not_write_is_refused(content, why):
     with pytest.raises(ReleaseError, match=why):

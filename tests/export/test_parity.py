@@ -1,5 +1,7 @@
 """A file that does not do what the network did is refused."""
 
+import logging
+
 import numpy as np
 import onnx
 import pytest
@@ -109,6 +111,22 @@ def test_map_is_compared_in_every_batch_size(content, reference, probe):
     scores = iter([0.5, 0.5, 0.5, 0.502])
     with pytest.raises(ParityError, match=r"model\.onnx, batch 3: mAP is 0\.500000 .* 0\.502000"):
         verify_batches("model.onnx", content, reference, probe(score=lambda _: next(scores)))
+
+
+def test_of_many_images_some_of_all_kinds_are_tried_in_batches(content, reference, probe, monkeypatch, caplog):
+    monkeypatch.setattr(parity, "PROBED", 5)
+    seen = []
+    with caplog.at_level(logging.INFO):
+        verify_batches("model.onnx", content, reference, probe(score=lambda found: seen.append(found) or 0.5))
+    assert "one in 3 of 12 test images" in caplog.text
+    for found in seen[::2]:  # the others are torch's own
+        ran = (found != reference).any(axis=1)
+        assert ran[[0, 3, 6, 9]].any()
+        assert not ran[[1, 2, 4, 5, 7, 8, 10, 11]].any()
+    wrong = reference.copy()
+    wrong[9] = np.roll(wrong[9], 1)
+    with pytest.raises(ParityError, match="row 9 of the manifest"):
+        verify_batches("model.onnx", content, wrong, probe())
 
 
 def at(angle):

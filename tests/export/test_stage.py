@@ -88,6 +88,20 @@ def test_it_writes_files_that_say_what_the_record_says(run, translated, net, mon
     assert (stage.export(run), written(run)) == (record, found)
 
 
+def test_eight_bits_that_depend_on_the_batch_are_not_published_and_the_card_says_why(run, translated, monkeypatch):
+    monkeypatch.setattr(files, "to_onnx", lambda *_: onnx.load_from_string(translated))
+    monkeypatch.setattr(stage, "gains", lambda tried, *_: dict.fromkeys(tried, Gain(2.0, 2.0, 2.0, 8)))
+    monkeypatch.setattr(files, "BYTES", 1.1)
+    run.params.export.precisions.append("int8")
+    record = stage.export(run)
+    assert (record.int8_published, record.map_int8, record.bytes_int8) == (0, None, None)
+    assert "model.int8.onnx" not in written(run)
+    text = written(run)["card.md"].decode()
+    assert re.search(
+        r"There is no int8 file\. .* but in batches of 1 an image's embedding has cosine (1\.0|0\.99)", text
+    )
+
+
 def test_it_writes_nothing_if_a_gate_does_not_hold_for_the_last_file(run, translated, monkeypatch):
     checkpoint.save(run.files.artifacts("teacher"), tiny_net(1))
     monkeypatch.setattr(files, "to_onnx", lambda *_: onnx.load_from_string(translated))

@@ -1,6 +1,7 @@
 """Timing ONNX files, on a clock of its own."""
 
 from collections import Counter
+from itertools import pairwise
 from math import comb
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,6 +72,13 @@ def test_files_take_turns_and_no_turn_begins_with_a_timed_call(machine):
     expected += ["teacher"] * (SETTLE + BURST) + ["student"] * (SETTLE + BURST)
     expected += ["student"] * (SETTLE + 2) + ["teacher"] * (SETTLE + 2)
     assert names == expected
+
+
+def test_each_begins_as_often_and_each_pair_goes_both_ways_as_often():
+    orders = [timing._order("abc", turn) for turn in range(6)]
+    assert Counter(order[0] for order in orders) == dict.fromkeys("abc", 2)
+    pairs = Counter(pair for order in orders for pair in pairwise(order))
+    assert all(pairs[one, other] == pairs[other, one] for one, other in pairs)
 
 
 def test_only_the_asked_number_of_calls_counts(machine, monkeypatch):

@@ -1,5 +1,6 @@
 """A gallery that can be searched, by the model that embedded it and no other."""
 
+import io
 import json
 import logging
 import shutil
@@ -9,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from starlette.testclient import TestClient
 
 from pipeline.cli import main
 from pipeline.export.release import ReleaseError, read_release, write_release
 from pipeline.search.index import GalleryError, build, open_index
+from pipeline.search.page import application
 from tests.search.conftest import picture
 
 
@@ -75,7 +78,7 @@ def test_a_model_that_was_exported_anew_is_another(gallery, release, tmp_path):
         open_index(index)
 
 
-@pytest.mark.parametrize("name", ["index.json", "vectors.faiss", "SHA256SUMS"])
+@pytest.mark.parametrize("name", ["index.json", "vectors.npy", "SHA256SUMS"])
 def test_a_damaged_index_is_refused(folder, tmp_path, name):
     damaged = tmp_path / "damaged"
     shutil.copytree(folder, damaged)
@@ -84,6 +87,75 @@ def test_a_damaged_index_is_refused(folder, tmp_path, name):
     (damaged / name).write_bytes(content)
     with pytest.raises(ReleaseError):
         open_index(damaged)
+
+
+def test_an_index_takes_the_place_of_an_index_and_of_nothing_else(
+    folder, release, gallery, tmp_path, monkeypatch, capsys
+):
+    index, mine = tmp_path / "index", tmp_path / "mine"
+    shutil.copytree(release, mine)
+    words = ("index", "--gallery", gallery, "--out")
+    assert smaller_student(monkeypatch, *words, mine, "--model", mine / "model.onnx") == 3
+    assert "is a release with model.onnx, teacher.onnx; name another folder by `--out`" in capsys.readouterr().err
+    assert read_release(mine) == read_release(release)
+    shutil.copytree(folder, index)
+    assert smaller_student(monkeypatch, *words, index, "--model", mine / "teacher.onnx") == 0
+    assert open_index(index).model.name == "teacher.onnx"
+
+
+def as_npy(array):
+    content = io.BytesIO()
+    np.save(content, array, allow_pickle=array.dtype == object)
+    return content.getvalue()
+
+
+def wrong_vectors():
+    good = np.zeros((40, 16), np.float32)
+    archive = io.BytesIO()
+    np.savez(archive, good)
+    yield "pickled", as_npy(np.array([[{}] * 16] * 40, object)), "no array of NumPy's"
+    yield "fewer", as_npy(good[:39]), r"float32 \(39, 16\); float32 \(40, 16\) belong"
+    yield "doubles", as_npy(good.astype(np.float64)), "holds float64"
+    yield "archive", archive.getvalue(), "holds an archive"
+    yield "infinite", as_npy(np.full_like(good, np.inf)), "not finite"
+    yield "nothing", b"", "no array of NumPy's"
+
+
+@pytest.mark.parametrize(
+    ("content", "why"), [case[1:] for case in wrong_vectors()], ids=[c[0] for c in wrong_vectors()]
+)
+def test_vectors_that_do_not_belong_to_the_images_are_refused(folder, tmp_path, content, why):
+    write_release(tmp_path, read_release(folder) | {"vectors.npy": content})
+    with pytest.raises(GalleryError, match=why):
+        open_index(tmp_path)
+
+
+def test_what_is_no_index_is_said(folder, release, tmp_path):
+    with pytest.raises(GalleryError, match=r"is no index: SHA256SUMS names model\.onnx, teacher\.onnx"):
+        open_index(release)
+    files = read_release(folder)
+    for change, where in (({"paths": []}, "paths"), ({"paths": "all"}, "paths"), ({"more": 1}, "more")):
+        about = json.loads(files["index.json"]) | change
+        write_release(tmp_path, files | {"index.json": json.dumps(about).encode()})
+        with pytest.raises(GalleryError, match=rf"index\.json is not what this package writes: {where}"):
+            open_index(tmp_path)
+
+
+@pytest.mark.parametrize("way", ["up", "absolute", "link"])
+def test_an_index_reaches_nothing_outside_of_its_gallery(folder, tmp_path, way):
+    secret, inside, files = tmp_path / "secret.png", tmp_path / "gallery", read_release(folder)
+    picture(3).save(secret)
+    inside.mkdir()
+    (inside / "link.png").symlink_to(secret)
+    about = json.loads(files["index.json"])
+    about["gallery"] = str(inside)
+    about["paths"][0] = {"up": "../secret.png", "absolute": str(secret), "link": "link.png"}[way]
+    write_release(tmp_path / "index", files | {"index.json": json.dumps(about).encode()})
+    index = open_index(tmp_path / "index")
+    with pytest.raises(GalleryError, match="lies outside of"):
+        index.path(0)
+    client = TestClient(application([index], ["localhost"]), base_url="http://localhost")
+    assert client.get("/image/0/0").status_code == 404
 
 
 def test_nothing_to_index_is_said(release, tmp_path):

@@ -1,7 +1,9 @@
 """What the page asks for."""
 
+import asyncio
 import io
 
+import httpx
 import pytest
 from PIL import Image
 from starlette.testclient import TestClient
@@ -29,6 +31,9 @@ def content(number: int, kind: str = "PNG") -> bytes:
 
 def test_it_loads_nothing_from_elsewhere(client):
     answer = client.get("/")
+    assert (answer.status_code, answer.headers["x-content-type-options"]) == (200, "nosniff")
+    assert answer.headers["cross-origin-resource-policy"] == "same-origin"
+    assert "<title>" in answer.text
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
     assert "http://" not in answer.text
     assert "https://" not in answer.text
@@ -57,15 +62,25 @@ def test_what_is_no_picture_is_said_and_too_much_is_not_read(client, monkeypatch
     assert answer.json()["detail"].startswith("This is no picture that can be read")
     assert "/tmp" not in answer.json()["detail"]
     monkeypatch.setattr(page, "UPLOAD", 10)
+    read = []
+
+    def parts(number):
+        for part in range(number):
+            read.append(part)
+            yield b"1234567"
+
     assert client.post("/search", content=content(1)).status_code == 413
+    assert client.post("/search", content=parts(9)).status_code == 413  # its length is not told
+    assert client.post("/search", content=b"1234567").status_code == 422
 
 
 def test_images_are_shown_small_and_only_those_of_the_index(client, indexes):
     answer = client.get("/image/1/3")
     with Image.open(io.BytesIO(answer.content)) as image:
         assert max(image.size) <= page.LARGEST
-    for address in ("/image/2/0", "/image/0/40", "/image/0/-1", "/image/0/..%2Fnotes.txt", "/image/-1/0"):
-        assert client.get(address).status_code in (404, 422)
+    for address in ("/image/2/0", "/image/0/40", "/image/0/-1", "/image/-1/0"):
+        assert client.get(address).json()["detail"] == "there is no such image"
+    assert client.get("/image/0/..%2Fnotes.txt").status_code == 404
 
 
 def test_an_image_that_is_gone_is_said(release, tmp_path):
@@ -74,6 +89,54 @@ def test_an_image_that_is_gone_is_said(release, tmp_path):
     client = TestClient(application, base_url="http://localhost")
     (tmp_path / "one.png").unlink()
     assert client.get("/image/0/0").status_code == 404
+
+
+async def searches(application, number):
+    """Answers to as many searches at once, and then to one more."""
+    transport = httpx.ASGITransport(application)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        many = await asyncio.gather(*(client.post("/search", content=content(n)) for n in range(number)))
+        return [*many, await client.post("/search", content=content(0))]
+
+
+def test_searches_take_turns_and_too_many_at_once_are_asked_to_come_again(indexes, monkeypatch):
+    monkeypatch.setattr(page, "WAITING", 3)
+    busy, most, search = 0, 0, page._search
+
+    def watched(*arguments):
+        nonlocal busy, most
+        busy += 1
+        most = max(most, busy)
+        try:
+            return search(*arguments)
+        finally:
+            busy -= 1
+
+    monkeypatch.setattr(page, "_search", watched)
+    answers = asyncio.run(searches(page.application(indexes, ["localhost"]), 12))
+    codes = [answer.status_code for answer in answers]
+    assert (sorted(set(codes)), codes.count(200), codes[-1], most) == ([200, 503], 5, 200, 1)
+    assert {answer.headers["retry-after"] for answer in answers if answer.status_code == 503} == {"5"}
+
+
+@pytest.mark.parametrize(
+    ("origin", "code"), [("http://evil.example", 403), ("null", 403), ("http://localhost", 200), (None, 200)]
+)
+def test_a_foreign_page_cannot_search_here(client, origin, code):
+    headers = {} if origin is None else {"Origin": origin}
+    assert client.post("/search", content=content(1), headers=headers).status_code == code
+
+
+def test_names_that_the_page_may_be_called_by():
+    assert page.callable_by("127.0.0.1", []) == ["localhost", "127.0.0.1"]
+    assert page.callable_by("10.0.0.7", []) == ["localhost", "127.0.0.1", "10.0.0.7"]
+    assert page.callable_by("0.0.0.0", ["box.lan"]) == ["localhost", "127.0.0.1", "box.lan"]
+    for host in ("0.0.0.0", "::", "", "fe80::1"):
+        with pytest.raises(page.AddressError, match="is called by a name; give it by `--name`"):
+            page.callable_by(host, [])
+    for name in ("*", "*.lan", "http://box", "box:8000", ""):
+        with pytest.raises(page.AddressError, match="is no host name"):
+            page.callable_by("0.0.0.0", [name])
 
 
 def test_a_name_of_somebody_elses_is_refused(client):
