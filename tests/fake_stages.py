@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 from collections.abc import Callable
 
 NUMBERS = {
@@ -78,3 +79,11 @@ def source(stage: str) -> str:
 Start = Callable[..., "subprocess.Popen[str]"]
 """Starts Python in a checkout: `start(files, *words, **environment)`."""
 OFF = {"SMALLER_STUDENT_TRACKING": "off"}
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    """Wait for what another process does."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

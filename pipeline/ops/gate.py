@@ -102,9 +102,7 @@ class Gate:
         return verdict, beaten is None or beaten.map.mean > 0
 
     def _rival(self, version: str, timed: bool) -> Rival:
-        folder = self.files.tracking / "models" / self.registry.name / version
-        if not folder.is_dir():
-            self.registry.download(version, folder)
+        folder = self.registry.fetched(version, self.files.tracking / "models")
         ours, theirs = open_model(self.folder / STUDENT), open_model(folder / STUDENT)
         gap = difference(self._score("", ours), self._score(version, theirs), self._asked.queries)
         size = (self.folder / STUDENT).stat().st_size / (folder / STUDENT).stat().st_size

@@ -67,6 +67,17 @@ class Promotion:
     reason: str
     when: datetime
 
+    @classmethod
+    def of(cls, line: ModelVersion) -> "tuple[int, Promotion] | None":
+        """Number of the line that it follows, and the promotion; None if somebody else made this version."""
+        tags = line.tags
+        try:
+            when = datetime.fromtimestamp(line.creation_timestamp / 1000, UTC)
+            version, best, action, reason = (tags[name] for name in ("version", "best", "action", "reason"))
+            return int(tags["follows"]), cls(int(line.version), version, best, action, reason, when)
+        except (KeyError, ValueError):
+            return None
+
 
 class Registry:
     """Versions of one model and who is in use.
@@ -139,6 +150,18 @@ class Registry:
                 return str(self.client.get_model_version_by_alias(self.name, alias).version)
         raise RegistryError(f"{self.name} has no `{alias}`; `smaller-student publish` makes one")
 
+    def fetched(self, version: str, models: Path) -> Path:
+        """Folder of a version's files, fetched at the first call: versions of all servers may lie side by side.
+
+        Args:
+            version: Which.
+            models: Where they lie, each named after its hash.
+        """
+        folder = models / self.client.get_model_version(self.name, version).tags.get(DIGEST, "unknown")[:16]
+        if not folder.is_dir():
+            self.download(version, folder)
+        return folder
+
     def download(self, version: str, folder: Path) -> None:
         """Fetch a version's files and check them; the folder is there in full or not at all.
 
@@ -157,6 +180,8 @@ class Registry:
             except (MlflowException, OSError) as error:
                 reason = str(error).splitlines()[0]
                 raise RegistryError(f"version {version} of {self.name} cannot be fetched ({reason})") from error
+            if written is None:
+                raise RegistryError(f"version {version} of {self.name} was not made by `smaller-student publish`")
             if release_digest(found) != written:
                 raise ReleaseError(f"version {version} of {self.name} is not what was published; publish it again")
             check_release(found)
@@ -167,13 +192,9 @@ class Registry:
     def ledger(self) -> list[Promotion]:
         """Valid promotions, the first one first."""
         valid: list[Promotion] = []
-        for line in self._all(self.ledger_name):
-            if int(line.tags["follows"]) == (valid[-1].number if valid else 0):
-                when = datetime.fromtimestamp(line.creation_timestamp / 1000, UTC)
-                tags = line.tags
-                valid.append(
-                    Promotion(int(line.version), tags["version"], tags["best"], tags["action"], tags["reason"], when)
-                )
+        for follows, line in filter(None, map(Promotion.of, self._all(self.ledger_name))):
+            if follows == (valid[-1].number if valid else 0):
+                valid.append(line)
         return valid
 
     def write(self, action: str, version: str, best: str, reason: str, follows: int) -> bool:

@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.files import Files
-from tests.fake_stages import OFF, Start
+from tests.fake_stages import OFF, Start, wait_until
 
 TEACHER = ("-m", "stages.teacher")
 
@@ -21,13 +21,6 @@ def statuses(files: Files) -> dict[str, str]:
     (experiment,) = [e for e in client.search_experiments() if e.name != "Default"]
     found = client.search_runs(experiment.experiment_id)
     return {run.data.tags.get("stage", "execution"): run.info.status for run in found}
-
-
-def wait_until(condition, seconds: float) -> None:  # type: ignore[no-untyped-def]
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def deliverer_of(pid: int) -> psutil.Process:

@@ -1,15 +1,18 @@
 """Three executions in a real server over each kind of database: whatever DVC ran, each stands there as a whole."""
 
+import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from pipeline.files import Files
 from pipeline.records import RECORDS
-from tests.fake_stages import Start
+from tests.fake_stages import Start, wait_until
 from tests.stack.conftest import Serve
 from tests.stack.postgres import postgres
 
@@ -61,6 +64,60 @@ def test_executions_are_complete_whatever_dvc_ran(pipeline: Files, start: Start,
     assert cached[2] == [old] * 6
     assert (Path(pipeline.root) / "dvc.lock").is_file()
     assert parents[2].data.tags["flow_run_id"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_ends_as_killed_when_its_stage_is(
+    pipeline: Files, start: Start, serve: Serve, tmp_path: Path, number: signal.Signals
+) -> None:
+    client = MlflowClient(serve(f"sqlite:///{tmp_path / 'mlflow.db'}"))
+    dvc = start(pipeline, "-m", "dvc", "repro", MLFLOW_TRACKING_URI=client.tracking_uri, NAP="600")
+
+    def statuses() -> dict[str, str]:
+        experiment = client.get_experiment_by_name("smaller-student")
+        runs = client.search_runs(experiment.experiment_id) if experiment else []
+        return {run.data.tags.get("stage", "execution"): run.info.status for run in runs}
+
+    wait_until(lambda: statuses() == {"execution": "RUNNING", "prepare": "RUNNING"}, 120)
+    (stage,) = [p for p in psutil.Process(dvc.pid).children(recursive=True) if "stages.prepare" in p.cmdline()[1:]]
+    stage.send_signal(number)
+    wait_until(lambda: statuses() == {"execution": "KILLED", "prepare": "KILLED"}, 15)
+    dvc.communicate(timeout=60)
+    assert dvc.returncode != 0
+
+    run(start, pipeline, "dvc", "repro", server=client.tracking_uri)
+    run(start, pipeline, "pipeline", "sync", server=client.tracking_uri)
+    experiment = client.get_experiment_by_name("smaller-student").experiment_id
+    ended = Counter(run.info.status for run in client.search_runs(experiment))
+    assert ended == {"KILLED": 2, "FINISHED": 1 + len(RECORDS)}
+
+
+def test_executions_are_compared_by_their_ids(pipeline: Files, start: Start, serve: Serve, tmp_path: Path) -> None:
+    address = serve(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    run(start, pipeline, "dvc", "repro", server=address)
+    run(start, pipeline, "pipeline", "retrain", "--force", server=address)
+    run(start, pipeline, "pipeline", "sync", server=address)
+    client = MlflowClient(address)
+    experiment = client.get_experiment_by_name("smaller-student").experiment_id
+    newest, oldest = client.search_runs(experiment, "tags.stage IS NULL", order_by=["attributes.start_time DESC"])
+
+    def compared(*words: str) -> tuple[int, str, str]:
+        done = start(pipeline, "-m", "pipeline", "compare", *words, MLFLOW_TRACKING_URI=address, COLUMNS="80")
+        out, err = done.communicate(timeout=60)
+        return done.returncode, out, err
+
+    code, out, _ = compared(oldest.info.run_id, newest.info.run_id[:12])
+    rows = [line.split() for line in out.splitlines() if "finished" in line]
+    assert (code, [row[0] for row in rows]) == (0, [oldest.info.run_id[:8], newest.info.run_id[:8]])
+    assert [row[4:] for row in rows] == [["0.6100", "0.5900", "-50.0%", "-55.0%", "2.00x", "unknown"]] * 2
+    assert max(map(len, out.splitlines())) <= 80
+    code, out, _ = compared("--last", "1")
+    assert (code, newest.info.run_id[:8] in out, oldest.info.run_id[:8] in out) == (0, True, False)
+    code, _, err = compared("zz")
+    assert code == 3
+    assert err == "smaller-student: MLflow knows no execution `zz`; `smaller-student compare --last 20` lists them\n"
+    code, _, err = compared("")
+    assert (code, "`` is of several executions" in err) == (3, True)
 
 
 def _original_is_known(child: Run, runs: list[Run]) -> bool:

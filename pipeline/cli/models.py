@@ -1,0 +1,96 @@
+"""Commands for what MLflow knows: executions, and the model in use."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.app import Refusal, app, short
+from pipeline.files import Files
+from pipeline.ops.stage import log_to_stderr
+
+
+@app.command()
+def sync(
+    again: Annotated[bool, typer.Option(help="Tell everything again that is still known; nothing is doubled.")] = False,
+) -> None:
+    """Tell MLflow what it missed while it was away."""
+    from pipeline.ops.params import load
+    from pipeline.ops.sync import sync as run
+
+    files = Files.here()
+    executions, events = run(files, load(files.params), again)
+    typer.echo(f"told {events} events of {executions} executions" if events else "MLflow knows everything")
+
+
+RELEASE = typer.Argument(help="What stage `export` wrote.")
+
+
+@app.command()
+def publish(folder: Annotated[Path, RELEASE] = Path("artifacts/export")) -> None:
+    """Register a release as challenger; it becomes champion if the gate lets it pass."""
+    from pipeline.ops.params import load
+    from pipeline.ops.publishing import publish as run
+
+    log_to_stderr("publish")
+    files = Files.here()
+    found = run(files, load(files.params), folder)
+    if not found.verdict.passed:
+        raise Rejection(f"version {found.version} stays challenger: {found.verdict.reason}")
+    typer.echo(f"version {found.version} is champion: {found.verdict.reason}")
+
+
+@app.command()
+def pull(
+    out: Annotated[Path, typer.Option(help="Folder to make; it must not exist.")] = Path("model"),
+    alias: Annotated[str, typer.Option(help="champion, challenger, best, or a version.")] = "champion",
+) -> None:
+    """Fetch a model from the registry, and check it."""
+    from pipeline.ops.params import load
+    from pipeline.ops.publishing import registry
+
+    files = Files.here()
+    with registry(files, load(files.params)) as known:
+        version = known.version_of(alias)
+        known.download(version, out)
+    typer.echo(f"version {version} in {short(out)}; its card.md tells how to run it")
+
+
+@app.command()
+def rollback() -> None:
+    """Put the champion before the present one back in its place."""
+    from pipeline.ops.params import load
+    from pipeline.ops.publishing import registry
+
+    files = Files.here()
+    with registry(files, load(files.params)) as known:
+        old, new = known.roll_back()
+    typer.echo(f"version {new} is champion again, version {old} was taken back")
+
+
+@app.command()
+def history() -> None:
+    """Show who was champion, since when and why."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from pipeline.ops.params import load
+    from pipeline.ops.publishing import registry
+
+    files = Files.here()
+    with registry(files, load(files.params)) as known:
+        lines = known.ledger()
+    if not lines:
+        raise Refusal("nothing was promoted yet; run `smaller-student publish` first")
+    shown = Table()
+    for heading in ("since (UTC)", "champion", "by", "why"):
+        shown.add_column(heading, no_wrap=heading != "why")
+    for line in lines:
+        shown.add_row(f"{line.when:%Y-%m-%d %H:%M}", line.version, line.action, line.reason)
+    Console().print(shown)
+
+
+class Rejection(RuntimeError):
+    """The gate refused a challenger."""
+
+    exit_code = 4
