@@ -47,7 +47,7 @@ ui: setup
 	python -m mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000 --workers 1
 
 lock:
-	uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate --extra dev --custom-compile-command "make lock" -o requirements.lock pyproject.toml
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate --extra dev --extra stack --custom-compile-command "make lock" -o requirements.lock pyproject.toml
 
 clean:
 	rm -rf .checkpoints .tracking timings mlflow.db* mlartifacts artifacts .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -22,7 +22,9 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def checkout(tmp_path: Path) -> Files:
     """Params, and stages that report fixed numbers; the library is the one under test."""
-    (tmp_path / "params.yaml").write_text((ROOT / "presets" / "smoke.yaml").read_text())
+    smoke = (ROOT / "presets" / "smoke.yaml").read_text()
+    assert "  publish: true\n" in smoke
+    (tmp_path / "params.yaml").write_text(smoke.replace("  publish: true\n", "  publish: false\n"))  # there is no model
     (tmp_path / "stages").mkdir()
     (tmp_path / "stages" / "__init__.py").write_text((ROOT / "stages" / "__init__.py").read_text())
     for stage in RECORDS:

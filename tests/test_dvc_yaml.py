@@ -15,6 +15,10 @@ STAGES = PIPELINE["stages"]
 EDGE = {"ops", "cli", "config", "progress"}
 """Rooms that change no result: tracking and commands; values are tracked by `params`."""
 WITHOUT_RESULT = {
+    "retrain.branch",
+    "retrain.incoming",
+    "retrain.publish",
+    "retrain.refresh",
     "runtime.accelerator",
     "runtime.strategy",
     "runtime.workers",

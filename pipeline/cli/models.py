@@ -36,8 +36,8 @@ def publish(folder: Annotated[Path, RELEASE] = Path("artifacts/export")) -> None
     files = Files.here()
     found = run(files, load(files.params), folder)
     if not found.verdict.passed:
-        raise Rejection(f"version {found.version} stays challenger: {found.verdict.reason}")
-    typer.echo(f"version {found.version} is champion: {found.verdict.reason}")
+        raise Rejection(found.sentence)
+    typer.echo(found.sentence)
 
 
 @app.command()

@@ -210,6 +210,27 @@ class Tracking(Section):
     """When `publish` makes a challenger the champion."""
 
 
+class Retrain(Section):
+    """What `smaller-student retrain` and its schedules do beside `dvc repro`."""
+
+    refresh: str
+    """Command that brings new data into `data.root`, run in the checkout before anything else; none where empty."""
+    incoming: str
+    """Folder whose files are moved into `data.root`, under the same relative paths; none where empty."""
+    publish: bool
+    """Whether the release is registered, and promoted if the gate lets it pass."""
+    branch: str
+    """Branch that params.yaml, dvc.lock, metrics and plots are committed to, never the one that is checked out; none
+    where empty."""
+
+    @field_validator("branch")
+    @classmethod
+    def _is_a_branch(cls, value: str) -> str:
+        if value and not re.fullmatch(r"[\w.+-]+(/[\w.+-]+)*", value):
+            raise ValueError(f"is no name of a branch, got {value!r}")
+        return value
+
+
 class Params(Section):
     """The whole of params.yaml."""
 
@@ -223,6 +244,7 @@ class Params(Section):
     benchmark: Benchmark
     runtime: Runtime
     tracking: Tracking
+    retrain: Retrain
 
     @model_validator(mode="after")
     def _stages_agree(self) -> Self:

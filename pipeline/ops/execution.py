@@ -126,6 +126,23 @@ def retraining(files: Files) -> AbstractContextManager[None]:
     return sole_writer(files.tracking / "retrain.lock", "retraining")
 
 
+def retraining_began(files: Files) -> datetime | None:
+    """When the last retraining of the checkout began."""
+    try:
+        return datetime.fromisoformat(read_json(_last(files))["began"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def begin_retraining(files: Files, now: datetime) -> None:
+    """One begins: whatever was due before has nothing left to do."""
+    write_json(_last(files), {"began": now.isoformat()})
+
+
+def _last(files: Files) -> Path:
+    return files.tracking / "retraining.json"
+
+
 def _holder(path: Path) -> str:
     try:
         holder = read_json(path)

@@ -1,81 +1,164 @@
-"""Prefect flow `retrain`: the stages of `dvc repro` as tasks with live logs, one writer at a time.
+"""Prefect flow `retrain`: new data, the stages of `dvc repro` as tasks, publication; one writer at a time.
 
-Runs with no server of its own (`smaller-student retrain`: Prefect then starts one for the time of the run) or against
-the server that the user's Prefect profile names; PREFECT_HOME stays as it is. Mutual exclusion rests on a lock of the
-system, not on Prefect.
+Runs with no server of its own (`smaller-student retrain`: Prefect then starts one for the time of the run), or by a
+worker for the deployments of prefect.yaml. Mutual exclusion rests on a lock of the system, not on Prefect.
 """
 
 import os
+from datetime import datetime
+from typing import Any
 
 import psutil
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import State, TaskRun
 from prefect.runtime import flow_run
-from prefect.states import Completed, Failed
+from prefect.states import Cancelled, Completed, Failed
 
+from pipeline.config import Params
 from pipeline.files import Files
-from pipeline.ops import figures, params, tracking
-from pipeline.ops.dvc import StageError, changes, dvc
-from pipeline.ops.execution import VARIABLE, Busy, Execution, retraining
+from pipeline.ops import announce, git, params, publishing, tracking
+from pipeline.ops.dvc import ENDED, StageError, changes, dvc
+from pipeline.ops.execution import VARIABLE, Busy, Execution, begin_retraining, retraining, retraining_began
 from pipeline.ops.journal import Journal
+from pipeline.ops.process import die_with_parent
+from pipeline.ops.publishing import Published
 from pipeline.ops.recording import FLOW_RUN
+from pipeline.ops.refresh import RefreshError
+from pipeline.ops.refresh import refresh as bring
+from pipeline.ops.sync import TrackingError
 from pipeline.records import RECORDS
+
+ENGINE = "PREFECT__FLOW_RUN_ID"
+"""Environment variable of a process that a worker started for one run."""
+FINAL = "Refused"
+"""Name of the state of a stage that would end the same way again: params, data or a gate."""
+HOPELESS = {2, 3, 4}
+"""Exit codes of such stages (see `stage`)."""
+
+
+def _hopeful(_: object, __: TaskRun, state: State[None]) -> bool:
+    return state.name != FINAL
 
 
 @flow(name="retrain", log_prints=False)
 def retrain(force: bool = False) -> State[None]:
-    """Bring every stage up to date, as `dvc repro` does.
+    """Bring everything up to date: data, stages, the model in use.
 
     Args:
         force: Record an execution even if nothing changed: each stage then comes from what is there. Nothing is
             computed again whose inputs are the same.
 
     Returns:
-        Completed, under the name NoChange where there was nothing to do; Failed, with a sentence that says why.
+        Completed, under the name Promoted or Rejected where there was something to do, NoChange where not; Cancelled,
+        under the name Busy or Overtaken, where another run does it or has done it; Failed, with a sentence that says
+        why.
     """
+    if ENGINE in os.environ:
+        die_with_parent()  # a worker that is killed tells nobody
     files = Files.here()
     try:
         with retraining(files):
             return _retrain(files, force)
-    except (Busy, params.ParamsError, StageError) as error:
-        return Failed(name=type(error).__name__, message=str(error))  # raised, Prefect would log a traceback
+    except Busy as error:
+        return Cancelled(name="Busy", message=str(error))
+    except (params.ParamsError, RefreshError, StageError, TrackingError) as error:  # raised, they would be tracebacks
+        return Failed(name=type(error).__name__.removesuffix("Error"), message=str(error))
 
 
 def _retrain(files: Files, force: bool) -> State[None]:
     checked = params.load(files.params)
+    due, began = flow_run.scheduled_start_time, retraining_began(files)
+    if began is not None and due is not None and due < began and not force:
+        return Cancelled(name="Overtaken", message=f"was due before the last retraining began ({began:%Y-%m-%d %H:%M})")
+    begin_retraining(files, datetime.now().astimezone())
+    if checked.retrain.refresh or checked.retrain.incoming:
+        _ended(
+            refresh.with_options(name="refresh", task_run_name="refresh")(files, checked, return_state=True),
+            RefreshError,
+        )
     changed = changes()
     tracking.complete_last(files, checked, changed)
-    if not changed and not force:
+    unpublished = checked.retrain.publish and publishing.remembered(files, checked) is None
+    if not changed and not unpublished and not force:
         return Completed(name="NoChange", message="nothing changed since the last run")
     get_run_logger().info("changed: %s", ", ".join(changed) or "nothing")
+    if changed or force:
+        _stages(files, checked)
+    announce.results(files)
+    message, name = f"ran {', '.join(changed) or 'nothing anew'}", "Completed"
+    if checked.retrain.publish:
+        found = _published(files, checked)
+        announce.verdict(files, checked, found)
+        message, name = found.sentence, "Promoted" if found.verdict.passed else "Rejected"
+    if checked.retrain.branch:
+        get_run_logger().info(git.record(files.root, checked.retrain.branch, f"Retrained: {message}"))
+    return Completed(name=name, message=message)
+
+
+def _stages(files: Files, checked: Params) -> None:
+    """Run all stages, as one execution."""
     os.environ[FLOW_RUN] = str(flow_run.id or "")  # stages inherit it
     owner = Execution.of("flow", psutil.Process())
     journal = Journal.of(files, owner)
     try:
         for stage in RECORDS:
-            state = reproduce.with_options(name=stage, task_run_name=stage)(stage, owner.key, return_state=True)
-            if not state.is_completed():
-                raise StageError(state.message)
+            run = reproduce.with_options(name=stage, task_run_name=stage)
+            _ended(run(stage, owner.key, return_state=True), StageError)
         tracking.complete(files, checked, journal)
     finally:
         journal.close()  # another run in this process is another execution
-    create_table_artifact(table=figures.table(files), key="result", description="What each stage led to.")
-    return Completed(message=f"ran {', '.join(changed) or 'nothing anew'}")
 
 
-@task(cache_policy=NO_CACHE, persist_result=False)
+def _ended(state: State[Any], error: type[RuntimeError]) -> None:
+    if not state.is_completed():
+        raise error(state.message)
+
+
+def _published(files: Files, checked: Params) -> Published:
+    """What the registry says of the release; it is asked once."""
+    if (known := publishing.remembered(files, checked)) is None:
+        _ended(publish(files, checked, return_state=True), TrackingError)
+        known = publishing.remembered(files, checked)
+    assert known is not None  # noqa: S101 - the task remembers what it found
+    return known
+
+
+@task(task_run_name="refresh", cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=30)
+def refresh(files: Files, checked: Params) -> State[None]:
+    """New data: `retrain.refresh`, `retrain.incoming`."""
+    try:
+        came = bring(files, checked)
+    except RefreshError as error:
+        return Failed(message=str(error))
+    return Completed(message=f"{len(came)} new files")
+
+
+@task(cache_policy=NO_CACHE, persist_result=False, retries=1, retry_delay_seconds=10, retry_condition_fn=_hopeful)
 def reproduce(stage: str, owner: str) -> State[None]:
-    """`dvc repro` of one stage, its output line by line in the log."""
-    log = get_run_logger()
+    """`dvc repro` of one stage, its output line by line in the log; what failed by chance is tried once more."""
+    log, progress, code = get_run_logger(), announce.Progress(stage), 0
     with dvc("repro", "--single-item", stage, **{VARIABLE: owner}) as process:
         for line in process.stdout or ():
             if line := line.rstrip():
                 log.info(line)
-        code = process.wait()
-    if code:
-        return Failed(
-            message=f"stage {stage} failed (`dvc repro` ended with {code}); its reason stands above in the log"
-        )
-    return Completed(message=f"stage {stage} is up to date")
+                progress.read(line)
+            if found := ENDED.search(line):
+                code = int(found[1])
+        if not (ended := process.wait()):
+            progress.done()
+            return Completed(message=f"stage {stage} is up to date")
+    return Failed(
+        name=FINAL if code in HOPELESS else "Failed",
+        message=f"stage {stage} failed (`dvc repro` ended with {ended}); its reason stands above in the log",
+    )
+
+
+@task(task_run_name="publish", cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=30)
+def publish(files: Files, checked: Params) -> State[None]:
+    """Register the release, and let it become champion if the gate lets it pass."""
+    try:
+        found = publishing.publish(files, checked, files.artifacts("export"))
+    except (TrackingError, Busy) as error:
+        return Failed(message=f"{error}; the release lies in {files.artifacts('export')}, the next run publishes it")
+    return Completed(message=found.sentence)

@@ -1,9 +1,15 @@
 """What Git knows of a checkout."""
 
+import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 UNKNOWN = "unknown"
+RESULTS = ("params.yaml", "dvc.lock", "metrics", "plots")
+"""What a retraining writes that belongs to Git."""
+NOBODY = {"user.name": "smaller-student", "user.email": "smaller-student@localhost"}
+"""Who commits where Git knows nobody."""
 
 
 def commit(root: Path) -> tuple[str, bool | None]:
@@ -12,19 +18,70 @@ def commit(root: Path) -> tuple[str, bool | None]:
     Returns:
         `unknown` and None outside of Git.
     """
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words],  # noqa: S607 - the user's git
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
-
     try:
-        changed = git("status", "--porcelain", "--", ".", ":!dvc.lock", ":!metrics", ":!plots")
-        return git("rev-parse", "HEAD"), bool(changed)
+        changed = _git(root, "status", "--porcelain", "--", ".", ":!dvc.lock", ":!metrics", ":!plots")
+        return _git(root, "rev-parse", "HEAD"), bool(changed)
     except (OSError, subprocess.SubprocessError):
         return UNKNOWN, None
+
+
+def record(root: Path, branch: str, message: str) -> str:
+    """Commit what a retraining wrote to a branch; working tree, index and the present branch stay as they are.
+
+    The commit holds the sources of HEAD with the results in place of theirs, and follows its last one and HEAD.
+
+    Args:
+        root: Of the checkout.
+        branch: Made where it is missing.
+        message: Of the commit.
+
+    Returns:
+        What was done, or why nothing could be, in one sentence.
+    """
+    try:
+        head = _git(root, "rev-parse", "--verify", "HEAD")
+        if _git(root, "symbolic-ref", "--quiet", "HEAD", accept=1) == f"refs/heads/{branch}":
+            return f"nothing was committed: `{branch}` is checked out; name another branch by `retrain.branch`"
+        tip = _git(root, "rev-parse", "--verify", "--quiet", f"refs/heads/{branch}", accept=1)
+        with tempfile.TemporaryDirectory() as scratch:
+            index = Path(scratch) / "index"
+            _git(root, "read-tree", head, index=index)
+            _git(root, "add", "--all", "--", *(name for name in RESULTS if (root / name).exists()), index=index)
+            tree = _git(root, "write-tree", index=index)
+        if tip and _git(root, "rev-parse", f"{tip}^{{tree}}") == tree:
+            return f"branch {branch} has it already"
+        newer = not tip or _git(root, "merge-base", tip, head, accept=1) != head
+        parents = [word for parent in (tip, head if newer else "") if parent for word in ("-p", parent)]
+        unknown = {name: value for name, value in NOBODY.items() if not _git(root, "config", name, accept=1)}
+        settings = [word for name, value in unknown.items() for word in ("-c", f"{name}={value}")]
+        made = _git(root, *settings, "commit-tree", tree, *parents, "-m", message)
+        _git(root, "update-ref", f"refs/heads/{branch}", made, tip or "0" * 40)
+        return f"committed {made[:12]} to branch {branch}"
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        return f"nothing was committed to branch {branch}: {reason.strip()}"
+
+
+def _git(root: Path, *words: str, accept: int = 0, index: Path | None = None) -> str:
+    """What Git says.
+
+    Args:
+        root: Of the checkout.
+        words: Of the command.
+        accept: Exit code that is no error either.
+        index: In place of the checkout's own.
+
+    Raises:
+        subprocess.CalledProcessError: If it ends with another code than 0 or `accept`.
+    """
+    done = subprocess.run(
+        ["git", *words],  # noqa: S607 - the user's git
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **({"GIT_INDEX_FILE": str(index)} if index else {})},
+    )
+    if done.returncode not in (0, accept):
+        raise subprocess.CalledProcessError(done.returncode, ["git", *words], stderr=done.stderr)
+    return done.stdout.strip()

@@ -3,13 +3,17 @@
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psutil
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+STOPPING = ((signal.SIGINT, 4.0), (signal.SIGTERM, 0.7))
+"""How a program is asked to end, and how many seconds it has for it: after five, nothing runs any more."""
 
 
 class Stopped(BaseException):
@@ -64,3 +68,60 @@ def peak_memory() -> int:
         return int(psutil.Process().memory_info().peak_wset)
     most = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return most if sys.platform == "darwin" else most * 1024
+
+
+# --- programs below this one ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def running(*words: str, **extra: str) -> Iterator["subprocess.Popen[str]"]:
+    """A program in a process group of its own, which is ended as a whole when the block is left early.
+
+    Prefect cancels by ending one process, and a killed one ends nobody: the program asks the kernel to be told.
+
+    Args:
+        words: Of the command. This Python and what is installed beside it come first in the PATH.
+        extra: Environment beside what is there.
+    """
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    guard = () if os.name == "nt" else (sys.executable, "-P", str(Path(__file__)))
+    process = subprocess.Popen(
+        [*guard, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **extra},
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            _end(process)
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    """Ask the whole group to end, and kill what does not."""
+    if os.name == "nt":
+        process.terminate()
+        return
+    for number, seconds in STOPPING:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+            return
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def main() -> None:
+    """Become another program, one that ends with its parent."""
+    die_with_parent()
+    os.execvp(sys.argv[1], sys.argv[1:])  # noqa: S606 (of our own words)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mlflow import MlflowClient
@@ -12,12 +12,13 @@ from mlflow.exceptions import MlflowException
 from requests.exceptions import RequestException
 
 from pipeline.config import Params
+from pipeline.export.release import ReleaseError
 from pipeline.export.sample import check_release
-from pipeline.files import Files
+from pipeline.files import Files, read_json, write_json
 from pipeline.ops import sync
 from pipeline.ops.delivery import cause
 from pipeline.ops.gate import Gate
-from pipeline.ops.registry import Registry, facts, uploaded
+from pipeline.ops.registry import Registry, facts, release_digest, uploaded
 from pipeline.ops.tracking import LIMITS, tracking_uri
 from pipeline.retrieval.gate import Verdict
 
@@ -27,12 +28,20 @@ class Published:
     """What became of a release.
 
     Attributes:
+        digest: Of the release, see `release_digest`.
         version: In the registry.
         verdict: Of the gate.
     """
 
+    digest: str
     version: str
     verdict: Verdict
+
+    @property
+    def sentence(self) -> str:
+        """For people."""
+        became = "is champion" if self.verdict.passed else "stays challenger"
+        return f"version {self.version} {became}: {self.verdict.reason}"
 
 
 @contextmanager
@@ -68,8 +77,28 @@ def publish(files: Files, params: Params, folder: Path) -> Published:
     sync.sync(files, params)
     with registry(files, params) as known:
         gate = Gate(files, params, known, folder)
-        found = {**facts(folder), "test_set": gate.test_digest[:12]}
-        version = known.publish(
-            folder, lambda: uploaded(known.client, files, folder, params.tracking.experiment), found
-        )
-        return Published(version, known.promote(version, gate))
+        told = {**facts(folder), "test_set": gate.test_digest[:12]}
+        version = known.publish(folder, lambda: uploaded(known.client, files, folder, params.tracking.experiment), told)
+        found = Published(release_digest(folder), version, known.promote(version, gate))
+    write_json(_memory(files), {**_place(files, params), **asdict(found)})
+    return found
+
+
+def remembered(files: Files, params: Params) -> Published | None:
+    """What the gate said of what lies in artifacts/export now, if this registry was asked."""
+    try:
+        said = read_json(_memory(files))
+        verdict = Verdict(bool(said["verdict"]["passed"]), str(said["verdict"]["reason"]))
+        found = Published(str(said["digest"]), str(said["version"]), verdict)
+        here = {name: said[name] for name in _place(files, params)} == _place(files, params)
+        return found if here and found.digest == release_digest(files.artifacts("export")) else None
+    except (OSError, ValueError, KeyError, TypeError, ReleaseError):
+        return None
+
+
+def _memory(files: Files) -> Path:
+    return files.tracking / "published.json"
+
+
+def _place(files: Files, params: Params) -> dict[str, str]:
+    return {"uri": tracking_uri(files), "model": params.tracking.model_name}

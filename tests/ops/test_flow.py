@@ -14,7 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.files import Files
-from pipeline.ops import dvc
+from pipeline.ops import dvc, process
 from pipeline.ops.execution import retraining
 from pipeline.records import RECORDS
 from tests.fake_stages import OFF, Start
@@ -48,7 +48,7 @@ def test_retrain_runs_what_changed_then_nothing_and_records_all_if_forced(pipeli
     with sqlite3.connect(pipeline.root / "prefect" / "prefect.db") as database:
         tasks = database.execute("select name, state_type from task_run order by created").fetchall()
         (result,) = database.execute("select data from artifact where key = 'result'").fetchone()
-    assert tasks == [(stage, "COMPLETED") for stage in RECORDS]
+    assert tasks == [(task, "COMPLETED") for task in ("refresh", *RECORDS)]
     assert "rank-1" in result
 
     second = start(pipeline, *RETRAIN, **home(pipeline))
@@ -128,7 +128,7 @@ time.sleep(600)
 @pytest.fixture
 def stubborn(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """A dvc that ignores some signals; the patience for each is half a second."""
-    monkeypatch.setattr(dvc, "STOPPING", tuple((number, 0.5) for number, _ in dvc.STOPPING))
+    monkeypatch.setattr(process, "STOPPING", tuple((number, 0.5) for number, _ in process.STOPPING))
     return lambda ignored: monkeypatch.setattr(dvc, "DVC", (sys.executable, "-c", STUBBORN, ignored))
 
 
@@ -138,11 +138,11 @@ def test_a_dvc_that_is_left_early_ends_with_all_its_children(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     stubborn(ignored)
-    with pytest.raises(KeyboardInterrupt), dvc.dvc("repro") as process:
-        assert process.stdout is not None
-        child = psutil.Process(int(process.stdout.readline()))
+    with pytest.raises(KeyboardInterrupt), dvc.dvc("repro") as started:
+        assert started.stdout is not None
+        child = psutil.Process(int(started.stdout.readline()))
         raise KeyboardInterrupt
-    assert process.poll() is not None
+    assert started.poll() is not None
     psutil.wait_procs([child], timeout=5)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
@@ -156,7 +156,7 @@ def test_a_dvc_status_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.Mo
 def test_stages_run_with_the_python_that_runs_the_flow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(dvc, "DVC", ("python", "-c", "import sys; print(sys.prefix)"))
-    with dvc.dvc() as process:
-        out, _ = process.communicate()
+    with dvc.dvc() as started:
+        out, _ = started.communicate()
     assert out.strip() == sys.prefix
-    assert isinstance(process, subprocess.Popen)
+    assert isinstance(started, subprocess.Popen)

@@ -1,0 +1,15 @@
+#!/bin/sh
+# Makes the passwords that are missing in a folder: random ones, that only their owner may read.
+set -eu
+umask 077
+folder=${1:-docker/secrets}
+mkdir -p "$folder"
+random() { head -c 24 /dev/urandom | base64 | tr '+/' '-_'; }
+for name in postgres mlflow mlflow_session s3; do
+    [ -s "$folder/$name" ] || random > "$folder/$name"
+done
+[ -s "$folder/prefect" ] || echo "admin:$(random)" > "$folder/prefect"
+[ -s "$folder/s3_config" ] || cat > "$folder/s3_config" <<JSON
+{"identities": [{"name": "stack", "actions": ["Admin"],
+  "credentials": [{"accessKey": "stack", "secretKey": "$(cat "$folder/s3")"}]}]}
+JSON

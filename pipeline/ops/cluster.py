@@ -1,0 +1,74 @@
+"""A PostgreSQL cluster in a folder, from the system's own package: what the image of compose.yaml does at its start."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+class ClusterError(RuntimeError):
+    """PostgreSQL is missing, or cannot be set up."""
+
+    exit_code = 3
+
+
+def programs() -> Path:
+    """Folder of the server's programs; Debian keeps them out of the PATH.
+
+    Raises:
+        ClusterError: If there is none.
+    """
+    there = [shutil.which("initdb"), *sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")))]
+    if not (found := [Path(path).parent for path in there if path]):
+        raise ClusterError("PostgreSQL is not installed; the package is called postgresql")
+    return found[-1]
+
+
+def owner(folder: Path) -> dict[str, Any]:
+    """Arguments of `subprocess` for a program of PostgreSQL's, which refuses to run as root.
+
+    Args:
+        folder: That it works in, made where it is missing; root's is given to the user that PostgreSQL has.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if os.name == "nt" or os.getuid() != 0:
+        return {}
+    for path in (folder, *folder.parents):  # its user must be able to go there
+        if path.stat().st_uid == 0 and not path.stat().st_mode & 0o001:
+            path.chmod(path.stat().st_mode | 0o011)
+    shutil.chown(folder, "postgres", "postgres")
+    return {"user": "postgres", "group": "postgres", "extra_groups": []}
+
+
+def initialise(data: Path, user: str, password: str, statements: Iterable[str]) -> None:
+    """Make a cluster, unless it is there.
+
+    Args:
+        data: Its folder.
+        user: Its superuser; who connects by the socket is believed, others need the password.
+        password: Of the user.
+        statements: SQL, run once.
+
+    Raises:
+        ClusterError: If a program of PostgreSQL's fails.
+    """
+    if (data / "PG_VERSION").exists() and not (data / "UNFINISHED").exists():
+        return
+    shutil.rmtree(data, ignore_errors=True)
+    owner(data.parent)
+    unfinished = data / "UNFINISHED"
+    options = ["-U", user, "--auth-local=trust", "--auth-host=scram-sha-256", "--pwfile=/dev/stdin", "--encoding=UTF8"]
+    _run(data, "initdb", "-D", str(data), *options, text=password + "\n")
+    unfinished.touch()
+    for statement in statements:
+        _run(data, "postgres", "--single", "-D", str(data), "postgres", text=statement + "\n")
+    unfinished.unlink()
+
+
+def _run(data: Path, program: str, *words: str, text: str) -> None:
+    command = [str(programs() / program), *words]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, cwd="/", **owner(data))
+    if done.returncode or "ERROR:" in done.stderr:
+        raise ClusterError(f"{program} failed: {done.stderr.strip()[-500:]}")

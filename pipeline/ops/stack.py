@@ -1,0 +1,210 @@
+"""`make stack`: what docker/compose.yaml declares, as processes of this machine instead of containers.
+
+Commands, environment and health checks are those of the file; only names of hosts and folders differ, by the variables
+that the file has for them.
+"""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+from pipeline.ops.cluster import initialise, owner, programs
+from pipeline.ops.compose import Service, services
+from pipeline.ops.process import Stopped
+from pipeline.ops.stage import guarded, log_to_stderr
+
+log = logging.getLogger(__name__)
+
+PORTS = {"POSTGRES_PORT": "5432", "MLFLOW_PORT": "5000", "PREFECT_PORT": "4200", "SEARCH_PORT": "8000"}
+HEALTHY = 180.0
+"""Seconds that a service gets until its health check holds: at the first start, tables are made."""
+UNAWAITED = ("search",)
+"""Services that are healthy only once there is a champion."""
+
+
+class StackError(RuntimeError):
+    """A service does not start."""
+
+
+class Stack:
+    """Services as processes; a context manager.
+
+    Args:
+        root: Of the checkout.
+        folder: Where databases, artefacts, passwords and logs are kept.
+        variables: Of compose.yaml, such as ports, beside those for hosts and folders.
+        without: Services that are left out.
+    """
+
+    def __init__(
+        self, root: Path, folder: Path, variables: Mapping[str, str] | None = None, without: Sequence[str] = ()
+    ) -> None:
+        self.root, self.folder = root, folder.resolve()
+        hosts = ("POSTGRES_HOST", "MLFLOW_HOST", "PREFECT_HOST", "LISTEN")
+        self.variables = {
+            **PORTS,
+            **dict.fromkeys(hosts, "127.0.0.1"),
+            "STACK": str((root / "docker").resolve()),
+            "SECRETS": str(self.folder / "secrets"),
+            "SOCKETS": str(self.folder / "postgres"),
+            "PGDATA": str(self.folder / "postgres" / "data"),
+            "ARTIFACTS": str(self.folder / "artifacts"),
+            "SCRATCH": str(self.folder),
+            **{name: value for name, value in os.environ.items() if name in {*PORTS, "GALLERY", "ARTIFACTS"}},
+            **(variables or {}),
+        }
+        declared = services(root / "docker" / "compose.yaml", self.variables)
+        self.services = {one.name: one for one in declared if one.name not in without}
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> Self:
+        make = ["sh", str(self.root / "docker" / "make-secrets.sh"), self.variables["SECRETS"]]
+        subprocess.run(make, check=True)
+        (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        try:
+            for name in self.services:
+                self.start(name)
+                if name not in UNAWAITED:
+                    self.wait(name)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def secret(self, name: str) -> str:
+        """Content of a password's file."""
+        return (self.folder / "secrets" / name).read_text(encoding="utf-8").strip()
+
+    def environment(self, name: str) -> dict[str, str]:
+        """What a service finds in its environment."""
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        own = {"PATH": path, "PREFECT_HOME": str(self.folder / "home" / name), "PYTHONUNBUFFERED": "1"}
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "PREFECT_"))}
+        return {**inherited, **own, **self.services[name].environment}
+
+    def start(self, name: str) -> None:
+        """Start one service."""
+        service = self.services[name]
+        command, extra = list(service.command), {}
+        if name == "postgres":
+            extra = self._cluster(service)
+            command[0] = str(programs() / command[0])
+        with (self.folder / "logs" / f"{name}.log").open("ab") as output:
+            self.processes[name] = subprocess.Popen(
+                command,
+                cwd=self.root,
+                env=self.environment(name),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # Ctrl-C ends them one after the other, not all at once
+                **extra,
+            )
+        log.info("%s starts", name)
+
+    def wait(self, name: str, seconds: float = HEALTHY) -> None:
+        """Wait until a service works.
+
+        Raises:
+            StackError: If it ends or does not work in time, with the end of its log.
+        """
+        deadline = time.monotonic() + seconds
+        while not self.healthy(name):
+            ended = self.processes[name].poll() is not None
+            if ended or time.monotonic() > deadline:
+                lines = (
+                    (self.folder / "logs" / f"{name}.log").read_text(encoding="utf-8", errors="replace").splitlines()
+                )
+                what = "ended" if ended else f"does not work after {seconds:.0f} s"
+                raise StackError(f"{name} {what}; its log ends with\n" + "\n".join(lines[-8:]))
+            time.sleep(0.5)
+        log.info("%s works", name)
+
+    def healthy(self, name: str) -> bool:
+        """Whether the health check of a service holds; one without a check need only run."""
+        if self.processes[name].poll() is not None:
+            return False
+        check = list(self.services[name].health)
+        if not check:
+            return True
+        if name == "postgres":
+            check[0] = str(programs() / check[0])
+        environment = self.environment(name)
+        return not subprocess.run(check, cwd=self.root, env=environment, capture_output=True).returncode
+
+    def stop(self) -> None:
+        """End all services, the last one first."""
+        for name in reversed(list(self.processes)):
+            self.end(name)
+
+    def end(self, name: str, number: int = signal.SIGTERM) -> None:
+        """End one service, and whatever it leaves after its time of grace."""
+        process = self.processes.pop(name)
+        below: list[psutil.Process] = []
+        with suppress(psutil.NoSuchProcess):
+            below = psutil.Process(process.pid).children(recursive=True)
+        if name == "postgres":
+            number = signal.SIGINT  # fast shutdown: it does not wait for clients
+        with suppress(ProcessLookupError):
+            process.send_signal(number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(self.services[name].grace)
+        for one in below:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+        process.kill()
+        process.wait()
+        log.info("%s ended", name)
+
+    def _cluster(self, service: Service) -> dict[str, Any]:
+        data = Path(service.environment["PGDATA"])
+        script = (self.root / "docker" / "databases.sql").read_text(encoding="utf-8")
+        statements = [line for line in script.splitlines() if line.startswith("CREATE")]
+        initialise(data, service.environment["POSTGRES_USER"], self.secret("postgres"), statements)
+        return owner(data)
+
+    def addresses(self) -> dict[str, str]:
+        """Where people find the services, and how they log in."""
+        ports = {"mlflow": "MLFLOW_PORT", "prefect": "PREFECT_PORT", "search": "SEARCH_PORT"}
+        return {
+            name: f"http://localhost:{self.variables[port]}" for name, port in ports.items() if name in self.services
+        }
+
+
+def serve(root: Path, folder: Path) -> None:
+    """Run the stack until this process is told to end."""
+    with Stack(root, folder) as stack:
+        for name, address in stack.addresses().items():
+            log.info("%-8s %s", name, address)
+        log.info("user admin; passwords in %s; Ctrl-C ends all", stack.variables["SECRETS"])
+        with suppress(KeyboardInterrupt, Stopped):
+            while all(process.poll() is None for process in stack.processes.values()):
+                time.sleep(1)
+            dead = [name for name, process in stack.processes.items() if process.poll() is not None]
+            raise StackError(f"{', '.join(dead)} ended; see {stack.folder / 'logs'}")
+
+
+def main() -> None:
+    """Entry point of `make stack`."""
+    log_to_stderr("stack")
+    root = Path.cwd()
+    sys.exit(guarded("stack", lambda: serve(root, root / ".stack")))
+
+
+if __name__ == "__main__":
+    main()
