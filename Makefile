@@ -9,7 +9,7 @@ export DO_NOT_TRACK := true
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: setup demo evidence test test-stack lint ui lock clean
+.PHONY: setup demo evidence test test-stack lint deploy stack up down ui lock clean
 
 # The environment, and this checkout's own command in it (a shared one may hold another clone's).
 setup: $(STAMP)
@@ -42,6 +42,24 @@ lint: setup
 	python -m ruff check .
 	python -m ruff format --check .
 	python -m mypy
+	hadolint docker/Dockerfile
+	check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml docker/compose.gpu.yaml
+
+# Work pool, schedules and the automation for lost runs, at the server that PREFECT_API_URL names.
+deploy: setup
+	python -m pipeline.ops.deploy
+
+# PostgreSQL, MLflow, Prefect, a worker and the search page, as docker/compose.yaml declares them: as processes ...
+stack: setup
+	python -m pipeline.ops.stack
+
+# ... or as containers.
+up:
+	sh docker/make-secrets.sh
+	HOST_UID=$$(id -u | sed 's/^0$$/1000/') HOST_GID=$$(id -g | sed 's/^0$$/1000/') docker compose -f docker/compose.yaml up --build --detach
+
+down:
+	docker compose -f docker/compose.yaml down
 
 ui: setup
 	python -m mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000 --workers 1

@@ -7,7 +7,7 @@ import pytest
 from ruamel.yaml import YAML
 from typer.main import get_command
 
-from pipeline.cli import app
+from pipeline.cli.commands import app
 from pipeline.config import Params
 from pipeline.ops.params import keys, load
 

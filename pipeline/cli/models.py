@@ -94,3 +94,34 @@ class Rejection(RuntimeError):
     """The gate refused a challenger."""
 
     exit_code = 4
+
+
+@app.command()
+def doctor(
+    fix: Annotated[bool, typer.Option("--fix", help="Remove what is certainly dead.")] = False,
+) -> None:
+    """Say what stands in the way: environment, disk, locks, MLflow, Prefect."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from pipeline.ops.doctor import examine
+
+    console, bad = Console(), 0
+    shown = Table(show_header=False, box=None, padding=(0, 1, 0, 0))
+    for found in examine(Files.here()):
+        done = ""
+        if fix and found.good is False and found.fix is not None:
+            found.fix()
+            done = "done: "
+        bad += found.good is False and not done
+        mark = {True: "[green]ok[/]", False: "[red]bad[/]", None: "[cyan]-[/]"}[found.good]
+        remedy = f"\n[dim]{done}{escape(found.remedy)}[/]" if found.remedy else ""
+        shown.add_row(mark, found.topic, escape(found.text) + remedy)
+    console.print(shown)
+    if bad:
+        raise Ailment(f"{bad} {'thing stands' if bad == 1 else 'things stand'} in the way")
+
+
+class Ailment(RuntimeError):
+    """The doctor found something."""

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from uuid import UUID
 
 from prefect.artifacts import (
@@ -15,7 +16,18 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterDeploymentId,
+    FlowRunFilterExpectedStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
 from prefect.events import emit_event
+from prefect.runtime import deployment
+from prefect.states import Cancelled
 
 from pipeline.config import Params
 from pipeline.files import Files
@@ -36,6 +48,27 @@ def _harmless(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # of a server that is gone, whatever it is
         log.warning("Prefect was not told %s (%s)", what, str(error).splitlines()[0] if str(error) else error)
+
+
+def overtake(now: datetime) -> None:
+    """End the runs of this deployment that were due before now and still wait, such as fifty after a holiday.
+
+    Each would end by itself as soon as it began, but a worker takes seconds for each.
+    """
+    if not deployment.id:
+        return
+    with _harmless("what was overtaken"), get_client(sync_client=True) as client:
+        waiting = client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(
+                deployment_id=FlowRunFilterDeploymentId(any_=[UUID(deployment.id)]),
+                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
+                expected_start_time=FlowRunFilterExpectedStartTime.model_validate({"before_": now}),
+            )
+        )
+        for run in waiting:
+            client.set_flow_run_state(
+                run.id, Cancelled(name="Overtaken", message=f"a run that began at {now:%H:%M} did it")
+            )
 
 
 class Progress:
@@ -88,7 +121,10 @@ def verdict(files: Files, params: Params, found: Published) -> None:
     with _harmless("the verdict"):
         rows = figures.table(files)
         lines = ["| " + " | ".join(row) + " |" for row in ([*rows[0]], ["---"] * len(rows[0]), *map(dict.values, rows))]
-        text = f"## {name}, version {found.version}: {outcome}\n\n{found.sentence}.\n\n" + "\n".join(lines)
+        text = (
+            f"## {name}, version {found.version}: {outcome}\n\n{found.sentence[0].upper()}{found.sentence[1:]}.\n\n"
+            + "\n".join(lines)
+        )
         create_markdown_artifact(text, key="verdict", description="What the gate said.")
         emit_event(
             event=f"model.{outcome}",

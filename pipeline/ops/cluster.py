@@ -57,17 +57,24 @@ def initialise(data: Path, user: str, password: str, statements: Iterable[str]) 
     if (data / "PG_VERSION").exists() and not (data / "UNFINISHED").exists():
         return
     shutil.rmtree(data, ignore_errors=True)
-    owner(data.parent)
-    unfinished = data / "UNFINISHED"
-    options = ["-U", user, "--auth-local=trust", "--auth-host=scram-sha-256", "--pwfile=/dev/stdin", "--encoding=UTF8"]
-    _run(data, "initdb", "-D", str(data), *options, text=password + "\n")
+    unfinished, secret = data / "UNFINISHED", data.parent / "password"
+    as_whom = owner(data.parent)
+    secret.touch(mode=0o600)
+    if as_whom:
+        shutil.chown(secret, as_whom["user"])
+    secret.write_text(password + "\n", encoding="utf-8")
+    options = ["-U", user, "--auth-local=trust", "--auth-host=scram-sha-256", f"--pwfile={secret}", "--encoding=UTF8"]
+    try:
+        _run(data, "initdb", "-D", str(data), *options)
+    finally:
+        secret.unlink()
     unfinished.touch()
     for statement in statements:
         _run(data, "postgres", "--single", "-D", str(data), "postgres", text=statement + "\n")
     unfinished.unlink()
 
 
-def _run(data: Path, program: str, *words: str, text: str) -> None:
+def _run(data: Path, program: str, *words: str, text: str = "") -> None:
     command = [str(programs() / program), *words]
     done = subprocess.run(command, input=text, capture_output=True, text=True, cwd="/", **owner(data))
     if done.returncode or "ERROR:" in done.stderr:

@@ -71,7 +71,9 @@ def _retrain(files: Files, force: bool) -> State[None]:
     due, began = flow_run.scheduled_start_time, retraining_began(files)
     if began is not None and due is not None and due < began and not force:
         return Cancelled(name="Overtaken", message=f"was due before the last retraining began ({began:%Y-%m-%d %H:%M})")
-    begin_retraining(files, datetime.now().astimezone())
+    now = datetime.now().astimezone()
+    begin_retraining(files, now)
+    announce.overtake(now)
     if checked.retrain.refresh or checked.retrain.incoming:
         _ended(
             refresh.with_options(name="refresh", task_run_name="refresh")(files, checked, return_state=True),

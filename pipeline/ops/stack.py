@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 PORTS = {"POSTGRES_PORT": "5432", "MLFLOW_PORT": "5000", "PREFECT_PORT": "4200", "SEARCH_PORT": "8000"}
 HEALTHY = 180.0
 """Seconds that a service gets until its health check holds: at the first start, tables are made."""
+AGAIN = 5.0
+"""Seconds until a service that ended starts again."""
 UNAWAITED = ("search",)
 """Services that are healthy only once there is a champion."""
 
@@ -52,15 +54,15 @@ class Stack:
         self.root, self.folder = root, folder.resolve()
         hosts = ("POSTGRES_HOST", "MLFLOW_HOST", "PREFECT_HOST", "LISTEN")
         self.variables = {
+            "ARTIFACTS": str(self.folder / "artifacts"),
             **PORTS,
+            **os.environ,
             **dict.fromkeys(hosts, "127.0.0.1"),
             "STACK": str((root / "docker").resolve()),
             "SECRETS": str(self.folder / "secrets"),
             "SOCKETS": str(self.folder / "postgres"),
             "PGDATA": str(self.folder / "postgres" / "data"),
-            "ARTIFACTS": str(self.folder / "artifacts"),
             "SCRATCH": str(self.folder),
-            **{name: value for name, value in os.environ.items() if name in {*PORTS, "GALLERY", "ARTIFACTS"}},
             **(variables or {}),
         }
         declared = services(root / "docker" / "compose.yaml", self.variables)
@@ -100,6 +102,7 @@ class Stack:
     def start(self, name: str) -> None:
         """Start one service."""
         service = self.services[name]
+        (self.folder / "home" / name).mkdir(parents=True, exist_ok=True)
         command, extra = list(service.command), {}
         if name == "postgres":
             extra = self._cluster(service)
@@ -116,6 +119,13 @@ class Stack:
                 **extra,
             )
         log.info("%s starts", name)
+
+    def revive(self) -> None:
+        """Start services again that ended by themselves, as compose.yaml asks for by `restart`."""
+        for name, process in self.processes.items():
+            if process.poll() is not None:
+                log.warning("%s ended with %s and starts again; see %s", name, process.returncode, self.folder / "logs")
+                self.start(name)
 
     def wait(self, name: str, seconds: float = HEALTHY) -> None:
         """Wait until a service works.
@@ -148,9 +158,14 @@ class Stack:
         return not subprocess.run(check, cwd=self.root, env=environment, capture_output=True).returncode
 
     def stop(self) -> None:
-        """End all services, the last one first."""
-        for name in reversed(list(self.processes)):
-            self.end(name)
+        """End all services, the last one first; who is told to end twice does not leave some of them behind."""
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for name in reversed(list(self.processes)):
+                self.end(name)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def end(self, name: str, number: int = signal.SIGTERM) -> None:
         """End one service, and whatever it leaves after its time of grace."""
@@ -193,10 +208,9 @@ def serve(root: Path, folder: Path) -> None:
             log.info("%-8s %s", name, address)
         log.info("user admin; passwords in %s; Ctrl-C ends all", stack.variables["SECRETS"])
         with suppress(KeyboardInterrupt, Stopped):
-            while all(process.poll() is None for process in stack.processes.values()):
-                time.sleep(1)
-            dead = [name for name, process in stack.processes.items() if process.poll() is not None]
-            raise StackError(f"{', '.join(dead)} ended; see {stack.folder / 'logs'}")
+            while True:
+                time.sleep(AGAIN)
+                stack.revive()
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,7 @@ from mlflow import MlflowClient
 
 from pipeline.files import Files
 from pipeline.ops import dvc, process
-from pipeline.ops.execution import retraining
+from pipeline.ops.execution import begin_retraining, retraining
 from pipeline.records import RECORDS
 from tests.fake_stages import OFF, Start
 
@@ -112,6 +113,68 @@ def test_bad_params_are_refused_before_prefect_is_imported(pipeline: Files, star
     _, err = process.communicate()
     assert process.returncode == 2 and "`teacher` is missing" in err
     assert not (pipeline.root / "prefect").exists()
+
+
+def test_new_files_make_it_run_and_results_go_to_their_branch(pipeline: Files, start: Start) -> None:
+    text = (
+        pipeline.params.read_text().replace("source: vehicles", "source: folder").replace('branch: ""', "branch: auto")
+    )
+    pipeline.params.write_text(text)
+    stages = pipeline.root / "dvc.yaml"
+    stages.write_text(stages.read_text().replace("- stages/prepare.py", "- stages/prepare.py\n    - data", 1))
+    (pipeline.root / "data").mkdir()
+    for words in (
+        ["init", "-q"],
+        ["add", "params.yaml"],
+        ["-c", "user.name=a", "-c", "user.email=a", "commit", "-qm", "a"],
+    ):
+        subprocess.run(["git", *words], cwd=pipeline.root, check=True)
+    for number, expected in enumerate(("Completed: ran prepare", "Completed: ran prepare", "NoChange")):
+        if number < 2:
+            (pipeline.root / "incoming").mkdir(exist_ok=True)
+            (pipeline.root / "incoming" / f"{number}.jpg").touch()
+            os.utime(pipeline.root / "incoming" / f"{number}.jpg", (1, 1))
+        process = start(pipeline, *RETRAIN, **home(pipeline), **OFF)
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        assert out.splitlines()[-1].startswith(expected)
+    assert sorted(path.name for path in (pipeline.root / "data").iterdir()) == ["0.jpg", "1.jpg"]
+    log = subprocess.run(
+        ["git", "log", "--format=%s", "auto"], cwd=pipeline.root, check=True, capture_output=True, text=True
+    ).stdout
+    assert log.count("Retrained: ran prepare") == 2
+
+
+def test_what_was_due_before_the_last_one_began_has_nothing_left_to_do(pipeline: Files, start: Start) -> None:
+    begin_retraining(pipeline, datetime.now(UTC) + timedelta(hours=1))
+    process = start(pipeline, *RETRAIN, **home(pipeline), **OFF)
+    _, err = process.communicate()
+    assert process.returncode == 1
+    assert "smaller-student: was due before the last retraining began" in err
+    assert flow_runs(pipeline) == [("CANCELLED", "Overtaken")]
+    assert not pipeline.metrics("prepare").exists()
+
+
+@pytest.mark.parametrize(("code", "tries"), [(4, 1), (1, 2)])
+def test_what_failed_by_chance_is_tried_again_and_what_would_fail_again_is_not(
+    pipeline: Files, start: Start, code: int, tries: int
+) -> None:
+    stage = pipeline.root / "stages" / "teacher.py"
+    stage.write_text(stage.read_text().replace("exit_code = 4", f"exit_code = {code}"))
+    process = start(pipeline, *RETRAIN, FAIL="teacher", **home(pipeline), **OFF)
+    _, err = process.communicate()
+    assert process.returncode == 1
+    assert err.count("the parity is gone; train again") == tries
+    assert flow_runs(pipeline)[-1] == ("FAILED", "Stage")
+
+
+def test_of_twenty_at_once_one_works(pipeline: Files, start: Start) -> None:
+    everyone = [start(pipeline, *RETRAIN, NAP="3", **home(pipeline), **OFF) for _ in range(20)]
+    ended = [(*process.communicate(), process.returncode) for process in everyone]
+    codes = [code for *_, code in ended]
+    assert (codes.count(0), codes.count(75)) == (1, 19), ended
+    assert all(err.startswith("smaller-student: busy: retraining runs already (pid ") for _, err, code in ended if code)
+    assert flow_runs(pipeline) == [("COMPLETED", "Completed")]
 
 
 STUBBORN = """

@@ -1,0 +1,12 @@
+"""All commands, in the order of `--help`."""
+
+from pipeline.cli import training, models, search  # isort: skip
+from pipeline.cli.app import app
+from pipeline.ops.stage import guarded
+
+__all__ = ["app", "models", "run", "search", "training"]
+
+
+def run() -> int:
+    """Do what the command line asks for, and return the exit code."""
+    return guarded("smaller-student", app)

@@ -1,0 +1,111 @@
+"""docker/compose.yaml as it is read for plain processes."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from pipeline.ops.compose import ComposeError, filled, services
+
+ROOT = Path(__file__).parents[2]
+COMPOSE = ROOT / "docker" / "compose.yaml"
+DECLARED = YAML(typ="safe", pure=True).load(COMPOSE.read_text())
+
+
+def test_variables_are_those_of_compose() -> None:
+    assert filled("${A:-x}/${B}/$$HOME", {"B": "b"}) == "x/b/$HOME"
+    assert filled("${A:-x}", {"A": ""}) == "x"
+    assert filled("${A:-}", {}) == ""
+    with pytest.raises(ComposeError, match=r"`\$\{C\}` has no value"):
+        filled("${C}", {})
+
+
+def test_services_come_after_those_they_wait_for_and_profiles_are_left_out() -> None:
+    found = [one.name for one in services(COMPOSE, {})]
+    assert found == ["postgres", "mlflow", "prefect", "worker", "search"]
+
+
+def test_each_has_a_health_check_that_makes_a_call_or_is_the_worker() -> None:
+    for one in services(COMPOSE, {"SECRETS": "/s/secrets", "MLFLOW_PORT": "77"}):
+        assert bool(one.health) is (one.name != "worker")
+    found = {one.name: one for one in services(COMPOSE, {"SECRETS": "/s/secrets", "MLFLOW_PORT": "77"})}
+    assert found["mlflow"].health[-1] == "admin:@/s/secrets/mlflow"
+    assert found["worker"].environment["MLFLOW_TRACKING_URI"] == "http://mlflow:77"
+    assert found["worker"].grace == 60
+
+
+def test_every_secret_is_made_and_none_is_written_down(tmp_path: Path) -> None:
+    for _ in range(2):
+        subprocess.run(["sh", str(ROOT / "docker" / "make-secrets.sh"), str(tmp_path / "secrets")], check=True)
+        made = {path.name: path.read_text() for path in (tmp_path / "secrets").iterdir()}
+        assert set(made) == set(DECLARED["secrets"])
+    assert all(path.stat().st_mode & 0o077 == 0 for path in (tmp_path / "secrets").iterdir())
+    assert len(set(made.values())) == len(made)
+    subprocess.run(["sh", str(ROOT / "docker" / "make-secrets.sh"), str(tmp_path / "secrets")], check=True)
+    assert {path.name: path.read_text() for path in (tmp_path / "secrets").iterdir()} == made
+    for name, said in DECLARED["services"].items():
+        for key, value in said.get("environment", {}).items():
+            if re.search("PASSWORD|SECRET|AUTH_STRING", key):
+                assert key.endswith("_FILE") and value.startswith("${SECRETS:-/run/secrets}/"), f"{name}: {key}"
+                assert value.rpartition("/")[2] in said["secrets"], f"{name}: {key}"
+
+
+def test_a_program_gets_the_content_of_the_files_that_are_secrets(tmp_path: Path) -> None:
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "one").write_text("it's $HOME\n")
+    (tmp_path / "other").write_text("no")
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "ONE_FILE": str(tmp_path / "secrets/one"),
+        "CERT_FILE": str(tmp_path / "other"),
+    }
+    done = subprocess.run(
+        ["sh", str(ROOT / "docker" / "with-secrets.sh"), "sh", "-c", 'echo "$ONE|${CERT-unset}"; exit 3'],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.stdout, done.returncode) == ("it's $HOME|unset\n", 3)
+    (tmp_path / "secrets" / "one").unlink()
+    assert subprocess.run(["sh", str(ROOT / "docker" / "with-secrets.sh"), "true"], env=environment).returncode
+
+
+def test_ports_listen_on_this_machine_and_images_are_pinned() -> None:
+    for said in DECLARED["services"].values():
+        assert all(str(port).startswith("127.0.0.1:") for port in said.get("ports", []))
+        image = said.get("image", "")
+        assert image.startswith("smaller-student:") or re.search(r":[\w.-]*\d+\.\d+", image)
+    base = re.search(r"ARG PYTHON=(\S+)", (ROOT / "docker" / "Dockerfile").read_text())
+    assert base is not None and re.match(r"\d+\.\d+\.\d+-", base[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"deploy": {}}, "keys that are not understood: deploy"),
+        ({"command": "a string"}, "lists of words"),
+        ({"healthcheck": {"test": ["CMD-SHELL", "x"]}}, "lists of words"),
+        ({"stop_grace_period": "1m"}, "not in seconds"),
+        ({"depends_on": {"a": {}}}, "wait for one another: a"),
+    ],
+)
+def test_what_is_not_understood_is_an_error(tmp_path: Path, change: dict[str, object], why: str) -> None:
+    with (tmp_path / "compose.yaml").open("w") as file:
+        YAML().dump({"services": {"a": {"command": ["true"], **change}}}, file)
+    with pytest.raises(ComposeError, match=why):
+        services(tmp_path / "compose.yaml", {})
+
+
+def test_an_index_of_its_own_for_torch_takes_the_rest_from_the_lock_file(tmp_path: Path) -> None:
+    lock = (ROOT / "requirements.lock").read_text()
+    for word, apart in (("", 0), ("torch", 2)):
+        (tmp_path / "requirements.lock").write_text(lock)
+        subprocess.run(
+            ["python3", str(ROOT / "docker" / "split-lock.py"), str(tmp_path / "requirements.lock"), word], check=True
+        )
+        locked, torch = ((tmp_path / name).read_text() for name in ("locked.txt", "torch.txt"))
+        names = re.findall(r"^([\w.-]+)==", locked, re.MULTILINE)
+        assert len(re.findall(r"^torch(vision)?==[\d.]+$", torch, re.MULTILINE)) == apart
+        assert ("torch" in names, "nvidia-cublas" in names) == (not word, not word)
+        assert {"numpy", "mlflow", "prefect", "onnxruntime"} <= set(names)
+        assert locked.count("--hash=") > 1000
