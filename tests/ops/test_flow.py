@@ -1,6 +1,7 @@
 """The flow as users start it, with Prefect's own temporary server."""
 
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -23,8 +24,27 @@ from tests.fake_stages import OFF, Start
 RETRAIN = ("-m", "pipeline", "retrain")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database of Prefect's with its tables made, which takes seconds."""
+    global TABLES
+    folder = tmp_path_factory.mktemp("prefect")
+    command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "-y"]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PREFECT_HOME": str(folder)})
+    TABLES = folder / "prefect.db"
+    return TABLES
+
+
+TABLES = Path()
+
+
 def home(files: Files) -> dict[str, str]:
-    return {"PREFECT_HOME": str(files.root / "prefect"), "COLUMNS": "200"}
+    """Prefect's folder of this test, with a database that has its tables."""
+    folder = files.root / "prefect"
+    if not folder.exists():
+        folder.mkdir()
+        shutil.copy2(TABLES, folder)
+    return {"PREFECT_HOME": str(folder), "COLUMNS": "200"}
 
 
 def flow_runs(files: Files) -> list[tuple[str, str]]:
@@ -69,7 +89,7 @@ def test_a_stage_that_fails_fails_the_flow_and_ends_it_there(pipeline: Files, st
     process = start(pipeline, *RETRAIN, FAIL="teacher", **home(pipeline), **OFF)
     _, err = process.communicate()
     assert process.returncode == 1
-    assert "the parity is gone; train again" in err  # what the stage said
+    assert err.count("the parity is gone; train again") == 1  # what the stage said; a gate would fail again
     assert "\nsmaller-student: stage teacher failed (`dvc repro` ended with " in err
     assert "Traceback" not in err
     assert not pipeline.metrics("student").exists()
@@ -99,7 +119,7 @@ def test_a_flow_that_is_told_to_stop_leaves_nothing_running(pipeline: Files, sta
 def test_who_comes_second_is_told_so_before_prefect_is_imported(pipeline: Files, start: Start) -> None:
     with retraining(pipeline):
         began = time.monotonic()
-        process = start(pipeline, *RETRAIN, **home(pipeline))
+        process = start(pipeline, *RETRAIN, PREFECT_HOME=str(pipeline.root / "prefect"))
         _, err = process.communicate()
         assert time.monotonic() - began < 2
     assert process.returncode == 75
@@ -109,7 +129,7 @@ def test_who_comes_second_is_told_so_before_prefect_is_imported(pipeline: Files,
 
 def test_bad_params_are_refused_before_prefect_is_imported(pipeline: Files, start: Start) -> None:
     pipeline.params.write_text("seed: 0\n")
-    process = start(pipeline, *RETRAIN, **home(pipeline))
+    process = start(pipeline, *RETRAIN, PREFECT_HOME=str(pipeline.root / "prefect"))
     _, err = process.communicate()
     assert process.returncode == 2 and "`teacher` is missing" in err
     assert not (pipeline.root / "prefect").exists()
@@ -155,21 +175,18 @@ def test_what_was_due_before_the_last_one_began_has_nothing_left_to_do(pipeline:
     assert not pipeline.metrics("prepare").exists()
 
 
-@pytest.mark.parametrize(("code", "tries"), [(4, 1), (1, 2)])
-def test_what_failed_by_chance_is_tried_again_and_what_would_fail_again_is_not(
-    pipeline: Files, start: Start, code: int, tries: int
-) -> None:
+def test_what_failed_by_chance_is_tried_again(pipeline: Files, start: Start) -> None:
     stage = pipeline.root / "stages" / "teacher.py"
-    stage.write_text(stage.read_text().replace("exit_code = 4", f"exit_code = {code}"))
+    stage.write_text(stage.read_text().replace("exit_code = 4", "exit_code = 1"))
     process = start(pipeline, *RETRAIN, FAIL="teacher", **home(pipeline), **OFF)
     _, err = process.communicate()
     assert process.returncode == 1
-    assert err.count("the parity is gone; train again") == tries
+    assert err.count("the parity is gone; train again") == 2
     assert flow_runs(pipeline)[-1] == ("FAILED", "Stage")
 
 
 def test_of_twenty_at_once_one_works(pipeline: Files, start: Start) -> None:
-    everyone = [start(pipeline, *RETRAIN, NAP="3", **home(pipeline), **OFF) for _ in range(20)]
+    everyone = [start(pipeline, *RETRAIN, **home(pipeline), **OFF) for _ in range(20)]
     ended = [(*process.communicate(), process.returncode) for process in everyone]
     codes = [code for *_, code in ended]
     assert (codes.count(0), codes.count(75)) == (1, 19), ended
