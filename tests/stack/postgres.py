@@ -1,20 +1,14 @@
 """A PostgreSQL server for the time of some tests, from the system's own package."""
 
-import os
-import shutil
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-
-def programs() -> Path:
-    """Folder of the server's programs; Debian keeps them out of the PATH."""
-    there = [shutil.which("initdb"), *sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")))]
-    found = [Path(path).parent for path in there if path]
-    assert found, "PostgreSQL is not installed; the package is called postgresql"
-    return found[-1]
+from pipeline.ops.cluster import initialise, owner, programs
+from tests.fake_stages import wait_until
 
 
 @contextmanager
@@ -28,23 +22,20 @@ def postgres(folder: Path) -> Iterator[str]:
         URI of its database for SQLAlchemy.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    who: list[str] = []
-    if os.getuid() == 0:  # PostgreSQL refuses to run as root
-        for path in (folder, *folder.parents):
-            if path.owner() == "root" and not path.stat().st_mode & 0o001:
-                path.chmod(path.stat().st_mode | 0o011)
-        shutil.chown(folder, "postgres")
-        who = ["runuser", "-u", "postgres", "--"]
+        port = str(free.getsockname()[1])
     data = folder / "data"
-    subprocess.run(
-        [*who, str(programs() / "initdb"), "-D", str(data), "-U", "mlflow", "-A", "trust", "--no-sync"],
-        check=True, capture_output=True, cwd="/",
-    )  # fmt: skip
-    control = [*who, str(programs() / "pg_ctl"), "-D", str(data), "-w", "-l", str(folder / "log")]
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
-    subprocess.run([*control, "-o", options, "start"], check=True, stdout=subprocess.DEVNULL, cwd="/")
+    initialise(data, "mlflow", "secret", ["CREATE DATABASE runs;"])
+    settings = ("listen_addresses=127.0.0.1", f"unix_socket_directories={folder}", "fsync=off")
+    options = [word for setting in settings for word in ("-c", setting)]
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(
+            [str(programs() / "postgres"), "-D", str(data), "-p", port, *options],
+            stdout=log, stderr=log, cwd="/", **owner(data),
+        )  # fmt: skip
+    ask = [str(programs() / "psql"), "-h", str(folder), "-p", port, "-U", "mlflow", "-d", "runs", "-c", "select 1"]
     try:
-        yield f"postgresql+psycopg://mlflow@127.0.0.1:{port}/postgres"
+        wait_until(lambda: not subprocess.run(ask, capture_output=True).returncode, 60)
+        yield f"postgresql+psycopg://mlflow:secret@127.0.0.1:{port}/runs"
     finally:
-        subprocess.run([*control, "-m", "fast", "stop"], check=True, stdout=subprocess.DEVNULL, cwd="/")
+        server.send_signal(signal.SIGINT)
+        server.wait(30)

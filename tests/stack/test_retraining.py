@@ -1,0 +1,281 @@
+"""The stack of docker/compose.yaml as processes: schedules, events, new data, the gate, cancelling, a backlog."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+from mlflow import MlflowClient
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.schedules import IntervalSchedule
+from prefect.states import Scheduled
+from ruamel.yaml import YAML
+
+from pipeline.files import Files
+from pipeline.ops.execution import retraining
+from pipeline.ops.stack import PORTS, Stack
+from tests import layouts
+from tests.fake_stages import wait_until
+from tests.test_end_to_end import checkout
+
+pytestmark = pytest.mark.stack
+WEEKLY, ON_DATA = "retrain/retrain-weekly", "retrain/retrain-on-data"
+STARTING = ("MLFLOW_", "PREFECT_")
+
+
+def free_ports() -> dict[str, str]:
+    held = [socket.create_server(("127.0.0.1", 0)) for _ in PORTS]
+    ports = {name: str(one.getsockname()[1]) for name, one in zip(PORTS, held, strict=True)}
+    for one in held:
+        one.close()
+    return ports
+
+
+def set_params(root: Path, **changes: dict[str, object]) -> None:
+    yaml = YAML()
+    params = yaml.load(root / "params.yaml")
+    for section, values in changes.items():
+        params[section] |= values
+    yaml.dump(params, root / "params.yaml")
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A checkout with pictures of thirty things, the smoke preset, and everything that runs beside it."""
+    root = checkout(tmp_path_factory.mktemp("checkout"))
+    layouts.folder(root / "data" / "things", 20, 10)
+    set_params(root, data={"source": "folder", "root": "data/things"}, retrain={"branch": "retrained"})
+    variables = {**free_ports(), "WORKER_QUERY_SECONDS": "2", "GALLERY": "data/things"}
+    kept = pytest.MonkeyPatch()
+    for name in [name for name in os.environ if name.startswith(STARTING)]:
+        kept.delenv(name)
+    with Stack(root, root / ".stack", variables) as running:
+        for name, value in running.environment("worker").items():
+            if name.startswith(STARTING) and not name.endswith("_FILE"):
+                kept.setenv(name, value)
+        kept.setenv("MLFLOW_TRACKING_PASSWORD", running.secret("mlflow"))
+        kept.setenv("PREFECT_API_AUTH_STRING", running.secret("prefect"))
+        yield running
+    kept.undo()
+
+
+@pytest.fixture(scope="module")
+def server(stack: Stack) -> Iterator[SyncPrefectClient]:
+    """A client of Prefect's, once the worker has told it of the deployments."""
+    with get_client(sync_client=True) as client:
+        wait_until(lambda: len(client.read_deployments()) == 2, 120)
+        wait_until(lambda: bool(client.read_workers_for_work_pool("smaller-student")), 60)
+        yield client
+
+
+def start(server: SyncPrefectClient, name: str = WEEKLY) -> FlowRun:
+    return server.create_flow_run_from_deployment(server.read_deployment_by_name(name).id)
+
+
+def ended(server: SyncPrefectClient, run: FlowRun, seconds: float = 240) -> FlowRun:
+    wait_until(lambda: (state := server.read_flow_run(run.id).state) is not None and state.is_final(), seconds)
+    return server.read_flow_run(run.id)
+
+
+def log(stack: Stack) -> str:
+    return (stack.folder / "logs" / "worker.log").read_text()
+
+
+def command(stack: Stack, *words: str) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "PYTHONPATH": "", "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, "-m", *words], cwd=stack.root, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def champion(stack: Stack) -> str:
+    client = MlflowClient()
+    return str(client.get_model_version_by_alias("smaller-student", "champion").version)
+
+
+def test_who_has_no_password_is_let_in_nowhere_and_passwords_are_in_no_command(stack: Stack) -> None:
+    mlflow, prefect = stack.variables["MLFLOW_PORT"], stack.variables["PREFECT_PORT"]
+    calls = (f"{mlflow}/api/2.0/mlflow/experiments/search", f"{prefect}/api/flows/count")
+    for call in calls:
+        assert requests.post(f"http://127.0.0.1:{call}", json={}, timeout=10).status_code == 401
+    named = requests.post(f"http://127.0.0.1:{calls[0]}", headers={"Host": "evil.example"}, json={}, timeout=10)
+    assert named.status_code == 403
+    secrets = [path.read_text().strip() for path in (stack.folder / "secrets").iterdir()]
+    commands = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    assert not [line for line in commands if any(secret in line for secret in secrets)]
+
+
+def test_a_scheduled_run_trains_passes_the_gate_and_its_model_can_be_fetched_and_run(
+    stack: Stack, server: SyncPrefectClient, tmp_path: Path
+) -> None:
+    deployment = server.read_deployment_by_name(WEEKLY).id
+    soon = datetime.now(UTC) + timedelta(seconds=75)  # the scheduler looks once a minute
+    server.create_deployment_schedules(
+        deployment, [(IntervalSchedule(interval=timedelta(days=1), anchor_date=soon), True)]
+    )
+
+    def due() -> list[FlowRun]:
+        return [run for run in server.read_flow_runs() if run.auto_scheduled and run.start_time is not None]
+
+    wait_until(lambda: bool(due()), 150)
+    run = ended(server, due()[0])
+    assert run.state_name == "Promoted" and run.state is not None
+    assert run.state.message == "version 1 is champion: there was none before it"
+    assert champion(stack) == "1"
+    fetched = command(
+        stack, "mlflow", "artifacts", "download", "-u", "models:/smaller-student@champion", "-d", str(tmp_path)
+    )
+    assert fetched.returncode == 0, fetched.stderr
+    checked = command(stack, "pipeline", "verify", str(tmp_path))
+    assert checked.returncode == 0 and "model.onnx: SHA-256 as written" in checked.stdout
+    results = subprocess.run(
+        ["git", "show", "--stat", "retrained"], cwd=stack.root, capture_output=True, text=True, check=True
+    )
+    assert "dvc.lock" in results.stdout
+    wait_until(lambda: stack.healthy("search"), 90)  # shows what the champion finds
+
+
+def test_with_nothing_new_nothing_is_done(stack: Stack, server: SyncPrefectClient) -> None:
+    run = ended(server, start(server))
+    assert run.state_name == "NoChange"
+    assert champion(stack) == "1"
+
+
+def test_new_images_and_an_event_retrain(stack: Stack, server: SyncPrefectClient) -> None:
+    for identity, camera, view in layouts.views(31, 8, 3, 2):
+        path = stack.root / "incoming" / f"thing {identity}" / f"cam{camera}" / f"{view}.png"
+        layouts.picture(path, identity, camera, view)
+        os.utime(path, (time.time() - 60,) * 2)
+    told = command(
+        stack, "prefect", "event", "emit", "smaller-student.data.added", "--resource-id", "smaller-student.data"
+    )
+    assert told.returncode == 0, told.stderr
+    deployment = server.read_deployment_by_name(ON_DATA).id
+
+    def made() -> list[FlowRun]:
+        return [run for run in server.read_flow_runs() if run.deployment_id == deployment]
+
+    wait_until(lambda: bool(made()), 60)
+    run = ended(server, made()[0])
+    assert run.state_name in ("Promoted", "Rejected")  # two epochs, eight more things: who knows
+    assert len(list((stack.root / "data" / "things").iterdir())) == 38
+    assert not list((stack.root / "incoming").iterdir())
+    assert MlflowClient().get_model_version_by_alias("smaller-student", "challenger").version == 2
+
+
+def training(stage: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if (process.info["cmdline"] or [])[1:3] == ["-m", f"stages.{stage}"]:
+            found.append(process)
+    return found
+
+
+def in_the_middle(stack: Stack, server: SyncPrefectClient) -> FlowRun:
+    """A run whose student has trained for some epochs."""
+    before = len(log(stack))
+    run = start(server)
+    wait_until(lambda: any(f"student: epoch {n} of 60: loss" in log(stack)[before:] for n in range(4, 60)), 120)
+    return run
+
+
+def seconds_until(condition: Callable[[], bool]) -> float:
+    began = time.monotonic()
+    wait_until(condition, 60)
+    return time.monotonic() - began
+
+
+def killed(stack: Stack) -> bool:
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("smaller-student").experiment_id
+    latest = client.search_runs(experiment, "tags.stage IS NULL", max_results=1, order_by=["start_time DESC"])[0]
+    below = client.search_runs(experiment, f"tags.mlflow.parentRunId = '{latest.info.run_id}'")
+    return latest.info.status == "KILLED" and "KILLED" in {run.info.status for run in below}
+
+
+def unlocked(stack: Stack) -> bool:
+    with retraining(Files(stack.root, stack.root)):
+        pass
+    table = stack.root / ".dvc" / "tmp" / "rwlock"
+    return not table.exists() or table.read_text() in ("{}", '{"write": {}, "read": {}}')
+
+
+@pytest.mark.parametrize("way", ["cancel", "worker killed"])
+def test_a_training_that_is_cut_off_ends_at_once_and_the_next_goes_on(
+    stack: Stack, server: SyncPrefectClient, way: str, record_property: Callable[[str, object], None]
+) -> None:
+    set_params(stack.root, student={"epochs": 60})
+    run = in_the_middle(stack, server)
+    if way == "cancel":
+        server.set_flow_run_state(run.id, State(type=StateType.CANCELLING))
+    else:
+        stack.processes["worker"].send_signal(signal.SIGKILL)
+    seconds = seconds_until(lambda: not training("student"))
+    record_property("seconds", seconds)
+    if way == "cancel":
+        assert ended(server, run).state_name == "Cancelled"
+    else:
+        wait_until(lambda: stack.processes["worker"].poll() is not None, 10)
+        stack.revive()
+        assert ended(server, run).state_name == "Crashed"
+    wait_until(lambda: killed(stack), 30)
+    wait_until(lambda: unlocked(stack), 10)
+    if way == "worker killed":
+        before = len(log(stack))
+        run = ended(server, start(server), 300)
+        assert "going on after epoch" in log(stack)[before:]
+        assert run.state_name == "Promoted"  # sixty epochs instead of four
+        assert champion(stack) == "3"
+
+
+def test_a_worse_one_is_rejected_and_the_champion_stays(stack: Stack, server: SyncPrefectClient) -> None:
+    set_params(stack.root, student={"epochs": 3})
+    run = ended(server, start(server))
+    assert run.state_name == "Rejected" and run.state is not None
+    assert "stays challenger: mAP may be" in (run.state.message or "")
+    assert champion(stack) == "3"
+    done = command(stack, "pipeline", "history")
+    assert "mAP +" in done.stdout
+
+
+def test_fifty_late_runs_end_in_one_at_most(stack: Stack, server: SyncPrefectClient) -> None:
+    deployment = server.read_deployment_by_name(WEEKLY).id
+    worker = psutil.Process(stack.processes["worker"].pid)
+    worker.suspend()
+    now = datetime.now(UTC)
+    late = [
+        server.create_flow_run_from_deployment(
+            deployment, state=Scheduled(scheduled_time=now - timedelta(milliseconds=100 * number))
+        )
+        for number in range(50)
+    ]
+    worker.resume()
+    found = Counter(ended(server, run).state_name for run in late)
+    assert found["NoChange"] <= 1
+    assert set(found) <= {"NoChange", "Cancelled", "Overtaken"}
+    assert found.total() == 50
+
+
+def test_the_doctor_finds_the_stack_well(stack: Stack) -> None:
+    done = command(stack, "pipeline", "doctor")
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("ok", "bad"))]
+    told = {line.split()[1]: line for line in lines}
+    assert told["mlflow"].startswith("ok") and "answers to admin" in told["mlflow"]
+    assert told["prefect"].startswith("ok")
+    assert told["worker"].startswith("ok")
+    stack.end("worker")
+    os.environ["MLFLOW_TRACKING_PASSWORD"] = "wrong"
+    done = command(stack, "pipeline", "doctor")
+    os.environ["MLFLOW_TRACKING_PASSWORD"] = stack.secret("mlflow")
+    assert "wants another log-in (401)" in done.stdout
+    assert done.returncode == 1
