@@ -135,6 +135,7 @@ def test_bad_params_are_refused_before_prefect_is_imported(pipeline: Files, star
     assert not (pipeline.root / "prefect").exists()
 
 
+@pytest.mark.stack
 def test_new_files_make_it_run_and_results_go_to_their_branch(pipeline: Files, start: Start) -> None:
     text = (
         pipeline.params.read_text().replace("source: vehicles", "source: folder").replace('branch: ""', "branch: auto")
@@ -175,6 +176,7 @@ def test_what_was_due_before_the_last_one_began_has_nothing_left_to_do(pipeline:
     assert not pipeline.metrics("prepare").exists()
 
 
+@pytest.mark.stack
 def test_what_failed_by_chance_is_tried_again(pipeline: Files, start: Start) -> None:
     stage = pipeline.root / "stages" / "teacher.py"
     stage.write_text(stage.read_text().replace("exit_code = 4", "exit_code = 1"))

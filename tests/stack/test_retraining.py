@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.schedules import IntervalSchedule
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from prefect.states import Scheduled
 from ruamel.yaml import YAML
 
@@ -72,7 +73,11 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 @pytest.fixture(scope="module")
 def server(stack: Stack) -> Iterator[SyncPrefectClient]:
     """A client of Prefect's, once the worker has told it of the deployments."""
-    with get_client(sync_client=True) as client:
+    there = {  # Prefect has read its settings when it was imported
+        PREFECT_API_URL: os.environ["PREFECT_API_URL"],
+        PREFECT_API_AUTH_STRING: os.environ["PREFECT_API_AUTH_STRING"],
+    }
+    with temporary_settings(there), get_client(sync_client=True) as client:
         wait_until(lambda: len(client.read_deployments()) == 2, 120)
         wait_until(lambda: bool(client.read_workers_for_work_pool("smaller-student")), 60)
         yield client
