@@ -1,7 +1,10 @@
 #!/bin/sh
-# The search page of the champion: waits until there is one, embeds the gallery, serves.
+# The search page of the champion: waits until there is one and a gallery, embeds it, serves. What it fetched before goes.
 set -eu
-folder=$(mktemp -d)
+folder=${TMPDIR:-/tmp}/smaller-student-search-$PORT
+rm -rf "$folder"
 until python -m pipeline pull --out "$folder/champion"; do sleep 30; done
-python -m pipeline index --gallery "$GALLERY" --model "$folder/champion/model.onnx" --out "$folder/index"
+until python -m pipeline index --gallery "$GALLERY" --model "$folder/champion/model.onnx" --out "$folder/index"; do
+    sleep 30
+done
 exec python -m pipeline serve --index "$folder/index" --host "$LISTEN" --port "$PORT" --name localhost

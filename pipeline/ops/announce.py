@@ -66,6 +66,8 @@ def overtake(now: datetime) -> None:
             )
         )
         for run in waiting:
+            if run.parameters.get("force"):
+                continue
             client.set_flow_run_state(
                 run.id, Cancelled(name="Overtaken", message=f"a run that began at {now:%H:%M} did it")
             )

@@ -54,11 +54,12 @@ def initialise(data: Path, user: str, password: str, statements: Iterable[str]) 
     Raises:
         ClusterError: If a program of PostgreSQL's fails.
     """
-    if (data / "PG_VERSION").exists() and not (data / "UNFINISHED").exists():
+    unfinished, secret = data.parent / "UNFINISHED", data.parent / "password"
+    if (data / "PG_VERSION").exists() and not unfinished.exists():
         return
     shutil.rmtree(data, ignore_errors=True)
-    unfinished, secret = data / "UNFINISHED", data.parent / "password"
     as_whom = owner(data.parent)
+    unfinished.touch()
     secret.touch(mode=0o600)
     if as_whom:
         shutil.chown(secret, as_whom["user"])
@@ -68,7 +69,6 @@ def initialise(data: Path, user: str, password: str, statements: Iterable[str]) 
         _run(data, "initdb", "-D", str(data), *options)
     finally:
         secret.unlink()
-    unfinished.touch()
     for statement in statements:
         _run(data, "postgres", "--single", "-D", str(data), "postgres", text=statement + "\n")
     unfinished.unlink()

@@ -25,8 +25,8 @@ POOL = "smaller-student"
 ZOMBIES = "smaller-student: runs whose machine died"
 BEAT = "prefect.flow-run.heartbeat"
 LOST = "no sign of life; the next run goes on from there"
-SILENCE = timedelta(seconds=120)
-"""Without a heartbeat (every 30 s) for so long, a run counts as crashed."""
+SILENCE = timedelta(minutes=10)
+"""Without a heartbeat for so long a run counts as crashed; one beats every 30 s, or every 180 s if started by hand."""
 
 
 class DeployError(RuntimeError):
@@ -65,6 +65,9 @@ def _watch_for_zombies(client: SyncPrefectClient) -> None:
             after={BEAT},
             expect={BEAT, *(f"prefect.flow-run.{kind}" for kind in ("Completed", "Failed", "Cancelled", "Crashed"))},
             match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
+            match_related=ResourceSpecification(  # others on this server may say so more rarely
+                {"prefect.resource.role": ["flow"], "prefect.resource.name": ["retrain"]}
+            ),
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,

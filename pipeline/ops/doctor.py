@@ -93,7 +93,14 @@ def space(files: Files) -> Iterator[Finding]:
             free = shutil.disk_usage(folder).free
             enough = free >= ROOM
             text = f"{free / GIB:.1f} GiB are free in {folder}"
-            yield Finding(what, enough, text, "" if enough else "make room; `dvc gc --workspace` drops old outputs")
+            yield Finding(
+                what,
+                enough,
+                text,
+                ""
+                if enough
+                else "make room; `dvc gc --workspace --all-branches --all-tags --all-experiments` drops old outputs",
+            )
     if not os.access(files.root, os.W_OK):
         yield Finding("disk", False, f"{files.root} cannot be written", "run as its owner")
 

@@ -127,16 +127,16 @@ def retraining(files: Files) -> AbstractContextManager[None]:
 
 
 def retraining_began(files: Files) -> datetime | None:
-    """When the last retraining of the checkout began."""
+    """When the last retraining of the checkout that came to its end began."""
     try:
         return datetime.fromisoformat(read_json(_last(files))["began"])
     except (OSError, ValueError, KeyError):
         return None
 
 
-def begin_retraining(files: Files, now: datetime) -> None:
-    """One begins: whatever was due before has nothing left to do."""
-    write_json(_last(files), {"began": now.isoformat()})
+def note_retraining(files: Files, began: datetime) -> None:
+    """One came to its end: whatever was due before it began has nothing left to do."""
+    write_json(_last(files), {"began": began.isoformat()})
 
 
 def _last(files: Files) -> Path:

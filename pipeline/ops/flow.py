@@ -19,7 +19,7 @@ from pipeline.config import Params
 from pipeline.files import Files
 from pipeline.ops import announce, git, params, publishing, tracking
 from pipeline.ops.dvc import ENDED, StageError, changes, dvc
-from pipeline.ops.execution import VARIABLE, Busy, Execution, begin_retraining, retraining, retraining_began
+from pipeline.ops.execution import VARIABLE, Busy, Execution, note_retraining, retraining, retraining_began
 from pipeline.ops.journal import Journal
 from pipeline.ops.process import die_with_parent
 from pipeline.ops.publishing import Published
@@ -59,7 +59,12 @@ def retrain(force: bool = False) -> State[None]:
     files = Files.here()
     try:
         with retraining(files):
-            return _retrain(files, force)
+            now = datetime.now().astimezone()
+            state = _retrain(files, force)
+            if state.is_completed():  # else what waits must still be done
+                note_retraining(files, now)
+                announce.overtake(now)
+            return state
     except Busy as error:
         return Cancelled(name="Busy", message=str(error))
     except (params.ParamsError, RefreshError, StageError, TrackingError) as error:  # raised, they would be tracebacks
@@ -71,9 +76,6 @@ def _retrain(files: Files, force: bool) -> State[None]:
     due, began = flow_run.scheduled_start_time, retraining_began(files)
     if began is not None and due is not None and due < began and not force:
         return Cancelled(name="Overtaken", message=f"was due before the last retraining began ({began:%Y-%m-%d %H:%M})")
-    now = datetime.now().astimezone()
-    begin_retraining(files, now)
-    announce.overtake(now)
     if checked.retrain.refresh or checked.retrain.incoming:
         _ended(
             refresh.with_options(name="refresh", task_run_name="refresh")(files, checked, return_state=True),

@@ -25,7 +25,8 @@ from pipeline.ops.stage import guarded, log_to_stderr
 
 log = logging.getLogger(__name__)
 
-PORTS = {"POSTGRES_PORT": "5432", "MLFLOW_PORT": "5000", "PREFECT_PORT": "4200", "SEARCH_PORT": "8000"}
+PORTS = {"POSTGRES_PORT": "55432", "MLFLOW_PORT": "5000", "PREFECT_PORT": "4200", "SEARCH_PORT": "8000"}
+"""Of this machine; PostgreSQL's own may be taken by that of the system."""
 HEALTHY = 180.0
 """Seconds that a service gets until its health check holds: at the first start, tables are made."""
 AGAIN = 5.0

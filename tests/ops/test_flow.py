@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 
 from pipeline.files import Files
 from pipeline.ops import dvc, process
-from pipeline.ops.execution import begin_retraining, retraining
+from pipeline.ops.execution import note_retraining, retraining
 from pipeline.records import RECORDS
 from tests.fake_stages import OFF, Start
 
@@ -167,7 +167,7 @@ def test_new_files_make_it_run_and_results_go_to_their_branch(pipeline: Files, s
 
 
 def test_what_was_due_before_the_last_one_began_has_nothing_left_to_do(pipeline: Files, start: Start) -> None:
-    begin_retraining(pipeline, datetime.now(UTC) + timedelta(hours=1))
+    note_retraining(pipeline, datetime.now(UTC) + timedelta(hours=1))
     process = start(pipeline, *RETRAIN, **home(pipeline), **OFF)
     _, err = process.communicate()
     assert process.returncode == 1
