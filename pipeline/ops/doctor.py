@@ -181,12 +181,16 @@ def _any_dvc() -> bool:
 
 def _release(path: Path, number: int) -> None:
     """Take one process out of the table, as DVC does, under DVC's own lock."""
-    with FileLock(path.with_name("smaller-student.lock"), timeout=5):
+    from dvc.lock import make_lock  # imports much
+
+    with make_lock(str(path.with_name("rwlock.lock")), tmp_dir=str(path.parent)):
         if _is_dvc(number):
             return
         held = json.loads(_text(path))
         write = {place: one for place, one in held.get("write", {}).items() if one["pid"] != number}
-        read = {place: [one for one in several if one["pid"] != number] for place, several in held["read"].items()}
+        read = {
+            place: [one for one in several if one["pid"] != number] for place, several in held.get("read", {}).items()
+        }
         write_json(path, {"write": write, "read": {place: several for place, several in read.items() if several}})
 
 

@@ -8,6 +8,7 @@ from functools import partial
 import requests
 from filelock import FileLock, Timeout
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId, FlowRunFilterState
 from prefect.client.schemas.filters import FlowRunFilterStateType as StateTypes
 from prefect.client.schemas.objects import FlowRun, StateType
@@ -146,8 +147,6 @@ def _lost(files: Files, run: FlowRun) -> bool:
 
 
 def _free(client: SyncPrefectClient, name: str, taken: int) -> None:
-    from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
-
     client.update_global_concurrency_limit(name, GlobalConcurrencyLimitUpdate(active_slots=taken))
 
 

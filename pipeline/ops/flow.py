@@ -50,7 +50,8 @@ def retrain(force: bool = False) -> State[None]:
             computed again whose inputs are the same.
 
     Returns:
-        Completed, under the name Promoted or Rejected where there was something to do, NoChange where not; Cancelled,
+        Completed, under the name Promoted or Rejected where something was published, NoChange where there was nothing
+        to do; Cancelled,
         under the name Busy or Overtaken, where another run does it or has done it; Failed, with a sentence that says
         why.
     """
@@ -77,10 +78,7 @@ def _retrain(files: Files, force: bool) -> State[None]:
     if began is not None and due is not None and due < began and not force:
         return Cancelled(name="Overtaken", message=f"was due before the last retraining began ({began:%Y-%m-%d %H:%M})")
     if checked.retrain.refresh or checked.retrain.incoming:
-        _ended(
-            refresh.with_options(name="refresh", task_run_name="refresh")(files, checked, return_state=True),
-            RefreshError,
-        )
+        _ended(refresh(files, checked, return_state=True), RefreshError)
     changed = changes()
     tracking.complete_last(files, checked, changed)
     unpublished = checked.retrain.publish and publishing.remembered(files, checked) is None

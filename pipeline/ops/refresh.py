@@ -69,7 +69,7 @@ def _arrived(folder: Path) -> Iterator[Path]:
     """Regular files that nobody writes any more, in the order of their names; hidden ones are none."""
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        if any(part.startswith(".") for part in parts) or path.is_dir():
+        if any(part.startswith(".") for part in parts) or (path.is_dir() and not path.is_symlink()):
             continue
         if path.is_symlink() or not path.is_file():
             log.warning("%s is no plain file and stays where it is", path)
@@ -105,7 +105,7 @@ def take_in(came: list[Path], folder: Path, target: Path) -> list[str]:
             continue
         _move(path, place)
         moved.append(place.relative_to(target).as_posix())
-    for left in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+    for left in sorted((path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()), reverse=True):
         if not any(left.iterdir()):
             left.rmdir()
     return moved

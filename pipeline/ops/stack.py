@@ -168,14 +168,13 @@ class Stack:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def end(self, name: str, number: int = signal.SIGTERM) -> None:
+    def end(self, name: str) -> None:
         """End one service, and whatever it leaves after its time of grace."""
         process = self.processes.pop(name)
         below: list[psutil.Process] = []
         with suppress(psutil.NoSuchProcess):
             below = psutil.Process(process.pid).children(recursive=True)
-        if name == "postgres":
-            number = signal.SIGINT  # fast shutdown: it does not wait for clients
+        number = signal.SIGINT if name == "postgres" else signal.SIGTERM  # fast shutdown: it does not wait for clients
         with suppress(ProcessLookupError):
             process.send_signal(number)
         with suppress(subprocess.TimeoutExpired):
@@ -195,7 +194,7 @@ class Stack:
         return owner(data)
 
     def addresses(self) -> dict[str, str]:
-        """Where people find the services, and how they log in."""
+        """Where people find the services."""
         ports = {"mlflow": "MLFLOW_PORT", "prefect": "PREFECT_PORT", "search": "SEARCH_PORT"}
         return {
             name: f"http://localhost:{self.variables[port]}" for name, port in ports.items() if name in self.services

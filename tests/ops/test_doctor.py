@@ -17,8 +17,6 @@ from pipeline.ops.doctor import Finding
 from pipeline.ops.execution import retraining
 from tests.fake_stages import Start
 
-OTHER = "python -c pass"
-
 
 @pytest.fixture
 def rwlock(pipeline: Files) -> Path:

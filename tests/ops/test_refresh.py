@@ -44,9 +44,11 @@ def test_what_may_still_be_written_waits_and_what_is_no_file_stays(here: Files) 
     arrive(here, "young.jpg", age=0)
     arrive(here, "a.jpg.part", ".hidden/b.jpg", "c.jpg")
     (here.root / "incoming" / "link.jpg").symlink_to(here.params)
+    (here.root / "elsewhere").mkdir()
+    (here.root / "incoming" / "folder").symlink_to(here.root / "elsewhere")
     assert refresh(here, load(here.params)) == ["c.jpg"]
-    left = {path.name for path in (here.root / "incoming").rglob("*") if not path.is_dir()}
-    assert left == {"young.jpg", "a.jpg.part", "b.jpg", "link.jpg"}
+    left = {path.name for path in (here.root / "incoming").rglob("*") if path.is_symlink() or not path.is_dir()}
+    assert left == {"young.jpg", "a.jpg.part", "b.jpg", "link.jpg", "folder"}
 
 
 def test_nothing_is_moved_if_one_would_take_anothers_place(here: Files) -> None:
