@@ -11,7 +11,8 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
 .PHONY: setup demo evidence test test-stack lint deploy stack up down ui lock clean
 
-# The environment, and this checkout's own command in it (a shared one may hold another clone's).
+# The environment, and this checkout's own command in it (a shared one may hold another clone's). The lock is whole, so
+# pip resolves nothing (older ones take an unlocked, newer release for a package that another wants with an extra).
 setup: $(STAMP)
 	@[ "$$(cat $(VENV)/.checkout 2>/dev/null)" = "$(CURDIR)" ] || { \
 	    python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . && \
@@ -20,7 +21,7 @@ setup: $(STAMP)
 $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	python -m pip install --disable-pip-version-check --require-hashes -r requirements.lock
+	python -m pip install --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
 	touch $@
 
 demo: setup
