@@ -112,9 +112,12 @@ def doctor(
     for found in examine(Files.here()):
         done = ""
         if fix and found.good is False and found.fix is not None:
-            found.fix()
-            done = "done: "
-        bad += found.good is False and not done
+            try:
+                found.fix()
+                done = "done: "
+            except Exception as error:  # of many libraries; the other things are still looked at
+                done = f"not done ({error}): "
+        bad += found.good is False and done != "done: "
         mark = {True: "[green]ok[/]", False: "[red]bad[/]", None: "[cyan]-[/]"}[found.good]
         remedy = f"\n[dim]{done}{escape(found.remedy)}[/]" if found.remedy else ""
         shown.add_row(mark, found.topic, escape(found.text) + remedy)

@@ -1,7 +1,6 @@
 """`smaller-student doctor`: what stands in the way, why, and what to do; `--fix` removes what is certainly dead."""
 
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -12,11 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import psutil
 from filelock import FileLock, Timeout
 
-from pipeline.files import Files, write_json
-from pipeline.ops import git
+from pipeline.files import Files
+from pipeline.ops import git, rwlock
 from pipeline.ops.params import ParamsError, load
 from pipeline.runtime import available_threads
 
@@ -125,73 +123,23 @@ def sources(files: Files) -> Iterator[Finding]:
 
 
 def dvc_locks(files: Files) -> Iterator[Finding]:
-    """DVC's table of who reads and writes what, which holds numbers of processes.
-
-    A process that was killed stays in it. Its number may be another's by now, and DVC then waits for that one for ever.
-    """
-    path = files.root / ".dvc" / "tmp" / "rwlock"
-    if not (text := _text(path)):
-        if path.is_file():
-            yield _corrupt(path, "is empty")
+    """DVC's table of who reads and writes what (see `rwlock`)."""
+    repair = partial(rwlock.release_dead, files)
+    try:
+        noted = rwlock.noted(files)
+    except rwlock.Damaged as error:
+        text = f"{error}: a dvc was killed while it wrote it"
+        yield Finding("dvc locks", False, text, "`smaller-student doctor --fix` removes it while no dvc runs", repair)
+        return
+    for number, command in noted.items():
+        if rwlock.is_dvc(number):
+            yield Finding("dvc locks", None, f"process {number} works here: {command}")
         else:
-            yield Finding("dvc locks", True, "none are held")
-        return
-    try:
-        held = json.loads(text)
-        writers = [(place, one) for place, one in held.get("write", {}).items()]
-        readers = [(place, one) for place, several in held.get("read", {}).items() for one in several]
-        dead = {one["pid"]: one["cmd"] for _, one in writers + readers if not _is_dvc(one["pid"])}
-        living = {one["pid"]: one["cmd"] for _, one in writers + readers if _is_dvc(one["pid"])}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        yield _corrupt(path, f"is damaged ({error})")
-        return
-    for number, command in living.items():
-        yield Finding("dvc locks", None, f"process {number} works here: {command}")
-    for number, command in dead.items():
-        yield Finding(
-            "dvc locks",
-            False,
-            f"process {number} (`{command}`) is gone, and its locks are left",
-            "`smaller-student doctor --fix` takes them away; one of another container may live, look there first",
-            partial(_release, path, number),
-        )
-    if not living and not dead:
+            text = f"process {number} (`{command}`) is gone, or one of another container; its locks are left"
+            remedy = "`smaller-student doctor --fix` takes them away while nobody works in this checkout"
+            yield Finding("dvc locks", False, text, remedy, repair)
+    if not noted:
         yield Finding("dvc locks", True, "none are held")
-
-
-def _corrupt(path: Path, what: str) -> Finding:
-    fix = None if _any_dvc() else path.unlink
-    remedy = "wait for the dvc that runs" if fix is None else "`smaller-student doctor --fix` removes it: no dvc runs"
-    return Finding("dvc locks", False, f"{path} {what}: a dvc was killed while it wrote it", remedy, fix)
-
-
-def _is_dvc(number: int) -> bool:
-    """Whether a process of that number lives that may be the dvc that was noted; in doubt it is."""
-    try:
-        return any("dvc" in Path(word).name or word == "dvc" for word in psutil.Process(number).cmdline())
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.Error:
-        return True
-
-
-def _any_dvc() -> bool:
-    return any(_is_dvc(number) for number in psutil.pids())
-
-
-def _release(path: Path, number: int) -> None:
-    """Take one process out of the table, as DVC does, under DVC's own lock."""
-    from dvc.lock import make_lock  # imports much
-
-    with make_lock(str(path.with_name("rwlock.lock")), tmp_dir=str(path.parent)):
-        if _is_dvc(number):
-            return
-        held = json.loads(_text(path))
-        write = {place: one for place, one in held.get("write", {}).items() if one["pid"] != number}
-        read = {
-            place: [one for one in several if one["pid"] != number] for place, several in held.get("read", {}).items()
-        }
-        write_json(path, {"write": write, "read": {place: several for place, several in read.items() if several}})
 
 
 def own_locks(files: Files) -> Iterator[Finding]:

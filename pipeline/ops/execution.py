@@ -126,6 +126,11 @@ def retraining(files: Files) -> AbstractContextManager[None]:
     return sole_writer(files.tracking / "retrain.lock", "retraining")
 
 
+def running_stage(files: Files, patience: float = 0) -> AbstractContextManager[None]:
+    """Who holds this may run a stage; it lies in the working copy, of which `dvc exp run --temp` has one of its own."""
+    return sole_writer(files.root / ".tracking" / "stage.lock", "a stage of this checkout", patience)
+
+
 def retraining_began(files: Files) -> datetime | None:
     """When the last retraining of the checkout that came to its end began."""
     try:

@@ -5,6 +5,7 @@ worker for the deployments of prefect.yaml. Mutual exclusion rests on a lock of 
 """
 
 import os
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
@@ -17,7 +18,7 @@ from prefect.states import Cancelled, Completed, Failed
 
 from pipeline.config import Params
 from pipeline.files import Files
-from pipeline.ops import announce, git, params, publishing, tracking
+from pipeline.ops import announce, git, params, publishing, rwlock, tracking
 from pipeline.ops.dvc import ENDED, StageError, changes, dvc
 from pipeline.ops.execution import VARIABLE, Busy, Execution, note_retraining, retraining, retraining_began
 from pipeline.ops.journal import Journal
@@ -73,6 +74,9 @@ def retrain(force: bool = False) -> State[None]:
 
 
 def _retrain(files: Files, force: bool) -> State[None]:
+    with suppress(Busy):  # somebody works here by hand: DVC says so
+        for line in rwlock.release_dead(files):
+            get_run_logger().info(line)
     checked = params.load(files.params)
     due, began = flow_run.scheduled_start_time, retraining_began(files)
     if began is not None and due is not None and due < began and not force:

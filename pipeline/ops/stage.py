@@ -26,7 +26,7 @@ from pipeline.config import Params
 from pipeline.files import Files, csv_text, write_json, write_text
 from pipeline.ops import git
 from pipeline.ops import params as params_file
-from pipeline.ops.execution import Execution, current, sole_writer
+from pipeline.ops.execution import Execution, current, running_stage
 from pipeline.ops.journal import Journal
 from pipeline.ops.process import Stopped, die_with_parent, peak_memory, stoppable
 from pipeline.ops.tracking import Tracker
@@ -224,7 +224,7 @@ def _run(stage: str, function: Callable[[Run], Record]) -> None:
             function(Run(stage, params, files, execution, Path(scratch)))
         return
     with (
-        sole_writer(files.root / ".tracking" / "stage.lock", "a stage of this checkout", LAST_WORKERS),
+        running_stage(files, LAST_WORKERS),
         Tracker(files, params, Journal.of(files, execution), stage) as tracker,
     ):
         started = time.monotonic()

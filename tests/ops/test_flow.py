@@ -1,5 +1,6 @@
 """The flow as users start it, with Prefect's own temporary server."""
 
+import json
 import os
 import shutil
 import signal
@@ -78,9 +79,13 @@ def test_retrain_runs_what_changed_then_nothing_and_records_all_if_forced(pipeli
     assert out.splitlines()[-1] == "NoChange: nothing changed since the last run"
     assert flow_runs(pipeline)[-1] == ("COMPLETED", "NoChange")
 
+    stale = {"pid": os.getpid(), "cmd": "dvc repro"}  # of a container that is gone, and its number another's by now
+    places = (pipeline.artifacts(stage) for stage in RECORDS)
+    pipeline.root.joinpath(".dvc/tmp/rwlock").write_text(json.dumps({"write": {str(place): stale for place in places}}))
     third = start(pipeline, *RETRAIN, "--force", **home(pipeline))
     out, err = third.communicate()
     assert third.returncode == 0, err
+    assert f"process {os.getpid()} (`dvc repro`) is gone: its locks are released" in err
     assert "Running stage" not in err
     assert recorded(pipeline) == [(stage, "true", "FINISHED") for stage in RECORDS]
 
