@@ -17,6 +17,7 @@ EDGE = {"ops", "cli", "config", "progress"}
 WITHOUT_RESULT = {
     "retrain.branch",
     "retrain.incoming",
+    "retrain.limit_hours",
     "retrain.publish",
     "retrain.refresh",
     "runtime.accelerator",

@@ -22,7 +22,7 @@ from pipeline.ops import announce, git, params, publishing, rwlock, tracking
 from pipeline.ops.dvc import ENDED, StageError, changes, dvc
 from pipeline.ops.execution import VARIABLE, Busy, Execution, note_retraining, retraining, retraining_began
 from pipeline.ops.journal import Journal
-from pipeline.ops.process import die_with_parent
+from pipeline.ops.process import Overtime, die_with_parent
 from pipeline.ops.publishing import Published
 from pipeline.ops.recording import FLOW_RUN
 from pipeline.ops.refresh import RefreshError
@@ -33,7 +33,7 @@ from pipeline.records import RECORDS
 ENGINE = "PREFECT__FLOW_RUN_ID"
 """Environment variable of a process that a worker started for one run."""
 FINAL = "Refused"
-"""Name of the state of a stage that would end the same way again: params, data or a gate."""
+"""Name of the state of a stage that would end the same way again: params, data, a gate, the time it has."""
 HOPELESS = {2, 3, 4}
 """Exit codes of such stages (see `stage`)."""
 
@@ -110,7 +110,7 @@ def _stages(files: Files, checked: Params) -> None:
     try:
         for stage in RECORDS:
             run = reproduce.with_options(name=stage, task_run_name=stage)
-            _ended(run(stage, owner.key, return_state=True), StageError)
+            _ended(run(stage, owner.key, checked.retrain.limit_hours, return_state=True), StageError)
         tracking.complete(files, checked, journal)
     finally:
         journal.close()  # another run in this process is another execution
@@ -141,19 +141,25 @@ def refresh(files: Files, checked: Params) -> State[None]:
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, retries=1, retry_delay_seconds=10, retry_condition_fn=_hopeful)
-def reproduce(stage: str, owner: str) -> State[None]:
+def reproduce(stage: str, owner: str, hours: float) -> State[None]:
     """`dvc repro` of one stage, its output line by line in the log; what failed by chance is tried once more."""
     log, progress, code = get_run_logger(), announce.Progress(stage), 0
-    with dvc("repro", "--single-item", stage, **{VARIABLE: owner}) as process:
-        for line in process.stdout or ():
-            if line := line.rstrip():
-                log.info(line)
-                progress.read(line)
-            if found := ENDED.search(line):
-                code = int(found[1])
-        if not (ended := process.wait()):
-            progress.done()
-            return Completed(message=f"stage {stage} is up to date")
+    try:
+        with dvc("repro", "--single-item", stage, hours=hours, **{VARIABLE: owner}) as process:
+            for line in process.stdout or ():
+                if line := line.rstrip():
+                    log.info(line)
+                    progress.read(line)
+                if found := ENDED.search(line):
+                    code = int(found[1])
+            ended = process.wait()
+    except Overtime as error:
+        return Failed(
+            name=FINAL, message=f"stage {stage}: {error} (`retrain.limit_hours`); the next run goes on from there"
+        )
+    if not ended:
+        progress.done()
+        return Completed(message=f"stage {stage} is up to date")
     return Failed(
         name=FINAL if code in HOPELESS else "Failed",
         message=f"stage {stage} failed (`dvc repro` ended with {ended}); its reason stands above in the log",

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -73,15 +74,23 @@ def peak_memory() -> int:
 # --- programs below this one ------------------------------------------------------------------------------------------
 
 
+class Overtime(RuntimeError):
+    """A program did not end in the time that it had, and was ended."""
+
+
 @contextmanager
-def running(*words: str, **extra: str) -> Iterator["subprocess.Popen[str]"]:
+def running(*words: str, hours: float = 1e6, **extra: str) -> Iterator["subprocess.Popen[str]"]:
     """A program in a process group of its own, which is ended as a whole when the block is left early.
 
     Prefect cancels by ending one process, and a killed one ends nobody: the program asks the kernel to be told.
 
     Args:
         words: Of the command. This Python and what is installed beside it come first in the PATH.
+        hours: Time that it has.
         extra: Environment beside what is there.
+
+    Raises:
+        Overtime: At the end of the block, if it did not end in time.
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     guard = () if os.name == "nt" else (sys.executable, "-P", str(Path(__file__)))
@@ -94,9 +103,21 @@ def running(*words: str, **extra: str) -> Iterator["subprocess.Popen[str]"]:
         env={**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **extra},
         start_new_session=True,
     )
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        _end(process)
+
+    watch = threading.Timer(hours * 3600, end)
+    watch.daemon = True
+    watch.start()
     try:
         yield process
+        if late.is_set():
+            raise Overtime(f"it did not end within {hours:g} hours")
     finally:
+        watch.cancel()
         if process.poll() is None:
             _end(process)
 

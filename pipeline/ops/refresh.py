@@ -7,16 +7,19 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.config import Params
 from pipeline.files import Files, sync_folder, write_atomically
-from pipeline.ops.process import running
+from pipeline.ops.process import Overtime, running
 
 log = logging.getLogger(__name__)
 
 SETTLED = 10.0
-"""Seconds since a file was last written: a younger one may still be written, and waits for the next time."""
+"""Seconds since a file was last written: a younger one may still be written."""
+PATIENCE = 120.0
+"""Seconds that young files are waited for; what is still written then is taken the next time."""
 UNFINISHED = (".part", ".tmp", ".crdownload", ".filepart")
 """Endings of files that something still writes."""
 
@@ -41,11 +44,11 @@ def refresh(files: Files, params: Params) -> list[str]:
         RefreshError: If the command fails, or a file would take the place of another; then nothing is moved.
     """
     if params.retrain.refresh:
-        _command(params.retrain.refresh)
+        _command(params.retrain.refresh, params.retrain.limit_hours)
     folder = files.root / params.retrain.incoming
     if not params.retrain.incoming or not folder.is_dir():
         return []
-    came = list(_arrived(folder))
+    came = _arrived(folder)
     if came and params.data.source == "vehicles":
         raise RefreshError(
             f"{folder} holds {len(came)} files, but `data.source` vehicles renders its own images; choose another one"
@@ -53,30 +56,66 @@ def refresh(files: Files, params: Params) -> list[str]:
     return take_in(came, folder, files.root / params.data.root)
 
 
-def _command(text: str) -> None:
+def _command(text: str, hours: float) -> None:
     last = ""
-    with running(*shlex.split(text)) as process:
-        for line in process.stdout or ():
-            if line := line.rstrip():
-                last = line
-                log.info(line)
-        code = process.wait()
+    try:
+        with running(*shlex.split(text), hours=hours) as process:
+            for line in process.stdout or ():
+                if line := line.rstrip():
+                    last = line
+                    log.info(line)
+            code = process.wait()
+    except Overtime as error:
+        raise RefreshError(f"`retrain.refresh`: {error} (`retrain.limit_hours`)") from error
     if code:
         raise RefreshError(f"`retrain.refresh` ended with {code}: {last}")
 
 
-def _arrived(folder: Path) -> Iterator[Path]:
-    """Regular files that nobody writes any more, in the order of their names; hidden ones are none."""
+def _arrived(folder: Path) -> list[Path]:
+    """Regular files that nobody writes any more, in the order of their names; young ones are waited for a while."""
+    seen: dict[Path, tuple[int, int]] = {}
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        found = dict(_whole(folder))
+        young = [
+            path
+            for path, (size, written) in found.items()
+            if time.time() - written / 1e9 < SETTLED and seen.get(path) != (size, written)
+        ]
+        if not young or time.monotonic() > deadline:
+            break
+        log.info("%d files may still be written: looking again in %.0f s", len(young), SETTLED)
+        time.sleep(SETTLED)
+        seen = found
+    arrived = [path for path in found if path not in set(young)]
+    for path in sorted(set(_visible(folder)) - set(arrived)):
+        log.warning(
+            "%s stays where it is: %s",
+            path,
+            "no plain file" if path.is_symlink() or not path.is_file() else "still written",
+        )
+    return arrived
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    """Whatever is no folder and not hidden, in the order of names."""
     for path in sorted(folder.rglob("*")):
-        parts = path.relative_to(folder).parts
-        if any(part.startswith(".") for part in parts) or (path.is_dir() and not path.is_symlink()):
-            continue
-        if path.is_symlink() or not path.is_file():
-            log.warning("%s is no plain file and stays where it is", path)
-        elif path.name.lower().endswith(UNFINISHED) or time.time() - path.stat().st_mtime < SETTLED:
-            log.info("%s may still be written and waits for the next time", path)
-        else:
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not hidden and (path.is_symlink() or not path.is_dir()):
             yield path
+
+
+def _plain(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def _whole(folder: Path) -> Iterator[tuple[Path, tuple[int, int]]]:
+    """Regular files that are not named as unfinished, with size and time of the last change (ns)."""
+    for path in _visible(folder):
+        if _plain(path) and not path.name.lower().endswith(UNFINISHED):
+            with suppress(FileNotFoundError):  # renamed by whoever writes it
+                found = path.stat()
+                yield path, (found.st_size, found.st_mtime_ns)
 
 
 def take_in(came: list[Path], folder: Path, target: Path) -> list[str]:

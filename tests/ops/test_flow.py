@@ -101,6 +101,15 @@ def test_a_stage_that_fails_fails_the_flow_and_ends_it_there(pipeline: Files, st
     assert flow_runs(pipeline)[-1][0] == "FAILED"
 
 
+def test_a_stage_that_hangs_is_ended_and_not_tried_again(pipeline: Files, start: Start) -> None:
+    pipeline.params.write_text(pipeline.params.read_text().replace("limit_hours: 72", "limit_hours: 0.003"))
+    process = start(pipeline, *RETRAIN, NAP="600", **home(pipeline), **OFF)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "smaller-student: stage prepare: it did not end within" in err and "limit_hours" in err
+    assert err.count("naps") == 1
+
+
 def test_a_flow_that_is_told_to_stop_leaves_nothing_running(pipeline: Files, start: Start) -> None:
     process = start(pipeline, *RETRAIN, NAP="600", **home(pipeline))
     assert process.stderr is not None

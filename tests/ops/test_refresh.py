@@ -1,6 +1,7 @@
 """New data come in whole, once, and in nobody's place."""
 
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -40,15 +41,40 @@ def test_files_are_moved_under_their_names_and_empty_folders_go(here: Files) -> 
     assert refresh(here, load(here.params)) == []
 
 
-def test_what_may_still_be_written_waits_and_what_is_no_file_stays(here: Files) -> None:
-    arrive(here, "young.jpg", age=0)
+def test_what_is_not_whole_waits_and_what_is_no_file_stays(here: Files) -> None:
     arrive(here, "a.jpg.part", ".hidden/b.jpg", "c.jpg")
     (here.root / "incoming" / "link.jpg").symlink_to(here.params)
     (here.root / "elsewhere").mkdir()
     (here.root / "incoming" / "folder").symlink_to(here.root / "elsewhere")
     assert refresh(here, load(here.params)) == ["c.jpg"]
     left = {path.name for path in (here.root / "incoming").rglob("*") if path.is_symlink() or not path.is_dir()}
-    assert left == {"young.jpg", "a.jpg.part", "b.jpg", "link.jpg", "folder"}
+    assert left == {"a.jpg.part", "b.jpg", "link.jpg", "folder"}
+
+
+def test_young_files_are_waited_for_and_those_that_grow_are_left(
+    here: Files, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An event comes right after the last file; what it does not find would lie there until next Monday."""
+    monkeypatch.setattr(room, "SETTLED", 1.0)
+    monkeypatch.setattr(room, "PATIENCE", 2.5)
+    arrive(here, "young.jpg", age=0)
+    arrive(here, "future.jpg", age=-3600)  # another machine's clock
+    grows, ended = here.root / "incoming" / "grows.jpg", threading.Event()
+
+    def grow() -> None:
+        with grows.open("ab", buffering=0) as file:
+            while not ended.wait(0.1):
+                file.write(b"x")
+
+    writer = threading.Thread(target=grow)
+    writer.start()
+    try:
+        assert refresh(here, load(here.params)) == ["future.jpg", "young.jpg"]
+    finally:
+        ended.set()
+        writer.join()
+    assert f"{grows} stays where it is: still written" in caplog.text
+    assert refresh(here, load(here.params)) == ["grows.jpg"]
 
 
 def test_nothing_is_moved_if_one_would_take_anothers_place(here: Files) -> None:
@@ -116,6 +142,14 @@ def test_a_command_that_fails_says_how(here: Files, command: str, why: str) -> N
     with pytest.raises(RefreshError, match=why):
         refresh(here, params)
     assert not (here.root / "data").exists()
+
+
+def test_a_command_that_hangs_is_ended(here: Files) -> None:
+    params = load(here.params)
+    command = "python -c \"import time; print('fetching', flush=True); time.sleep(600)\""
+    retrain = params.retrain.model_copy(update={"refresh": command, "limit_hours": 2 / 3600})
+    with pytest.raises(RefreshError, match=r"did not end within .* hours .*limit_hours"):
+        refresh(here, params.model_copy(update={"retrain": retrain}))
 
 
 def test_what_the_command_fetches_is_taken_in(here: Files, caplog: pytest.LogCaptureFixture) -> None:
