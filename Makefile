@@ -54,13 +54,17 @@ deploy: setup
 stack: setup
 	python -m pipeline.ops.stack
 
-# ... or as containers.
+# ... or as containers, which work as the owner of the checkout. TARGET=gpu: the worker gets the NVIDIA cards.
+COMPOSE = docker compose -f docker/compose.yaml $(if $(filter gpu,$(TARGET)),-f docker/compose.gpu.yaml)
+OWNER = $(shell ls -nd . | awk '{print $$$(1)}')
+
 up:
+	@[ "$(call OWNER,3)" != 0 ] || { echo "The checkout is root's, and containers do not run as root: chown -R USER ."; exit 2; }
 	sh docker/make-secrets.sh
-	HOST_UID=$$(id -u | sed 's/^0$$/1000/') HOST_GID=$$(id -g | sed 's/^0$$/1000/') docker compose -f docker/compose.yaml up --build --detach
+	HOST_UID=$(call OWNER,3) HOST_GID=$(call OWNER,4) $(COMPOSE) up --build --detach
 
 down:
-	docker compose -f docker/compose.yaml down
+	$(COMPOSE) down
 
 ui: setup
 	python -m mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000 --workers 1

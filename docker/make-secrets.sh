@@ -1,5 +1,6 @@
 #!/bin/sh
-# Makes the passwords that are missing in a folder: random ones, that only their owner may read.
+# Makes the passwords that are missing in a folder: random ones, that only their owner may read; made by root, they belong
+# to the owner of the folder above, as whom the containers read them.
 set -eu
 umask 077
 folder=${1:-docker/secrets}
@@ -13,3 +14,6 @@ done
 {"identities": [{"name": "stack", "actions": ["Admin"],
   "credentials": [{"accessKey": "stack", "secretKey": "$(cat "$folder/s3")"}]}]}
 JSON
+if [ "$(id -u)" = 0 ]; then
+    chown -R "$(ls -nd "$(dirname "$folder")" | awk '{print $3 ":" $4}')" "$folder"
+fi

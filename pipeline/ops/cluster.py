@@ -31,13 +31,19 @@ def owner(folder: Path) -> dict[str, Any]:
 
     Args:
         folder: That it works in, made where it is missing; root's is given to the user that PostgreSQL has.
+
+    Raises:
+        ClusterError: If that user cannot go there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if os.name == "nt" or os.getuid() != 0:
         return {}
-    for path in (folder, *folder.parents):  # its user must be able to go there
-        if path.stat().st_uid == 0 and not path.stat().st_mode & 0o001:
-            path.chmod(path.stat().st_mode | 0o011)
+    closed = [str(path) for path in folder.resolve().parents if not path.stat().st_mode & 0o001]
+    if closed:
+        raise ClusterError(
+            f"PostgreSQL does not run as root, and its user postgres may not enter {' and '.join(closed)}: run "
+            f"`chmod o+x {' '.join(closed)}`, or work as another user"
+        )
     shutil.chown(folder, "postgres", "postgres")
     return {"user": "postgres", "group": "postgres", "extra_groups": []}
 

@@ -13,10 +13,10 @@ from ruamel.yaml import YAML
 
 VARIABLE = re.compile(r"\$(?:\$|\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\})")
 KNOWN = {
-    "build", "command", "depends_on", "entrypoint", "environment", "healthcheck", "image", "init", "ports", "profiles",
-    "restart", "secrets", "stop_grace_period", "volumes", "working_dir",
+    "build", "command", "depends_on", "entrypoint", "environment", "healthcheck", "image", "init", "logging", "ports",
+    "profiles", "restart", "secrets", "shm_size", "stop_grace_period", "volumes", "working_dir",
 }  # fmt: skip
-"""Keys of a service. Of these, build, image, init, ports, restart, secrets and volumes are matters of containers."""
+"""Keys of a service; build, image, init, logging, ports, restart, secrets, shm_size and volumes are Docker's matter."""
 
 
 class ComposeError(ValueError):

@@ -18,7 +18,7 @@ from prefect.states import Crashed
 
 from pipeline.files import Files
 from pipeline.ops.delivery import cause
-from pipeline.ops.deploy import POOL, ZOMBIES
+from pipeline.ops.deploy import POOL, ZOMBIES, deployments, folder_of, online
 from pipeline.ops.doctor import Finding
 from pipeline.ops.journal import journals
 from pipeline.ops.params import load
@@ -37,9 +37,10 @@ def mlflow(files: Files) -> Iterator[Finding]:
     uri = tracking_uri(files)
     if uri.startswith("http"):
         yield _server(uri)
+    elif uri.endswith(str(files.mlflow_db)) and not files.mlflow_db.is_file():
+        yield Finding("mlflow", True, f"{uri}, made at the first run")
     else:
-        there = files.mlflow_db.is_file() or not uri.endswith(str(files.mlflow_db))
-        yield Finding("mlflow", True, f"{uri}" if there else f"{uri}, made at the first run")
+        yield _store(uri)
     waiting = [one for one in journals(files) if one.pending(uri) and not one.settled]
     stale = [one for one in waiting if one.over]
     if stale:
@@ -50,6 +51,17 @@ def mlflow(files: Files) -> Iterator[Finding]:
             "`smaller-student sync` tells it, and ends runs whose process is gone",
             lambda: sync(files, load(files.params)),
         )
+
+
+def _store(uri: str) -> Finding:
+    from mlflow import MlflowClient  # imports much
+
+    try:
+        MlflowClient(uri).search_experiments(max_results=1)
+    except Exception as error:  # of MLflow, SQLAlchemy or a driver
+        text = f"{uri} cannot be read: {str(error).splitlines()[0]}"
+        return Finding("mlflow", False, text, "look whether it is whole, and of this MLflow (`mlflow db upgrade URI`)")
+    return Finding("mlflow", True, f"{uri} answers")
 
 
 def _server(uri: str) -> Finding:
@@ -92,18 +104,22 @@ def prefect(files: Files) -> Iterator[Finding]:
             yield Finding("prefect", False, text, "set PREFECT_API_AUTH_STRING" if wanted else "start it")
             return
         yield Finding("prefect", True, f"{url} answers")
-        mine = [one for one in client.read_deployments() if one.name.startswith("retrain-")]
+        mine = deployments(client)
         missing = [] if POOL in pools else [f"work pool {POOL}"]
         missing += [] if mine else ["deployments"]
         missing += [] if client.read_automations_by_name(ZOMBIES) else ["automation for lost runs"]
         if missing:
             yield Finding("prefect", False, f"it has no {', no '.join(missing)}", "run `make deploy`")
             return
-        online = [one.name for one in client.read_workers_for_work_pool(POOL) if str(one.status).endswith("ONLINE")]
-        remedy = "" if online else f"`prefect worker start --pool {POOL} --limit 1`, or `make stack`"
-        yield Finding("worker", bool(online), f"{len(online)} work for pool {POOL}", remedy)
+        workers = online(client)
+        remedy = "" if workers else f"`prefect worker start --pool {POOL} --limit 1`, or `make stack`"
+        yield Finding("worker", bool(workers), f"{len(workers)} work for pool {POOL}", remedy)
         for deployment in mine:
-            yield from _runs(files, client, deployment)
+            if (folder := folder_of(deployment)) == files.root.resolve():
+                yield from _runs(files, client, deployment)
+            else:
+                text = f"{deployment.name} works in {folder or 'a checkout that it fetches'}, not in {files.root}"
+                yield Finding("runs", None, text, "whether its runs live can only be seen there")
 
 
 def _runs(files: Files, client: SyncPrefectClient, deployment: DeploymentResponse) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ that the file has for them.
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +32,8 @@ HEALTHY = 180.0
 """Seconds that a service gets until its health check holds: at the first start, tables are made."""
 AGAIN = 5.0
 """Seconds until a service that ended starts again."""
+LONGEST = 10 * 2**20
+"""Bytes that a log may have before it begins anew; what was there is kept once."""
 UNAWAITED = ("search",)
 """Services that are healthy only once there is a champion."""
 
@@ -128,6 +131,13 @@ class Stack:
                 log.warning("%s ended with %s and starts again; see %s", name, process.returncode, self.folder / "logs")
                 self.start(name)
 
+    def trim(self) -> None:
+        """Let logs that grew long begin anew: they are open for appending, so emptying them is enough."""
+        for path in (self.folder / "logs").glob("*.log"):
+            if path.stat().st_size > LONGEST:
+                shutil.copyfile(path, path.with_suffix(".log.1"))
+                os.truncate(path, 0)
+
     def wait(self, name: str, seconds: float = HEALTHY) -> None:
         """Wait until a service works.
 
@@ -211,6 +221,7 @@ def serve(root: Path, folder: Path) -> None:
             while True:
                 time.sleep(AGAIN)
                 stack.revive()
+                stack.trim()
 
 
 def main() -> None:

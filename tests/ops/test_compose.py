@@ -1,5 +1,6 @@
 """docker/compose.yaml as it is read for plain processes."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -50,6 +51,14 @@ def test_every_secret_is_made_and_none_is_written_down(tmp_path: Path) -> None:
             if re.search("PASSWORD|SECRET|AUTH_STRING", key):
                 assert key.endswith("_FILE") and value.startswith("${SECRETS:-/run/secrets}/"), f"{name}: {key}"
                 assert value.rpartition("/")[2] in said["secrets"], f"{name}: {key}"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files for others")
+def test_secrets_made_by_root_belong_to_who_owns_the_checkout(tmp_path: Path) -> None:
+    os.chown(tmp_path, 12345, 12346)
+    subprocess.run(["sh", str(ROOT / "docker" / "make-secrets.sh"), str(tmp_path / "secrets")], check=True)
+    found = [tmp_path / "secrets", *(tmp_path / "secrets").iterdir()]
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in found} == {(12345, 12346)}
 
 
 def test_a_program_gets_the_content_of_the_files_that_are_secrets(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A PostgreSQL server for the time of some tests, from the system's own package."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -9,6 +10,13 @@ from pathlib import Path
 
 from pipeline.ops.cluster import initialise, owner, programs
 from tests.fake_stages import wait_until
+
+
+def let_in(folder: Path) -> None:
+    """Let PostgreSQL's user go through the folders of a test, which are pytest's."""
+    for path in (folder, *folder.parents):
+        if path.stat().st_uid == os.geteuid() and not path.stat().st_mode & 0o001:
+            path.chmod(path.stat().st_mode | 0o001)
 
 
 @contextmanager
@@ -24,6 +32,7 @@ def postgres(folder: Path) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     data = folder / "data"
+    let_in(folder)
     initialise(data, "mlflow", "secret", ["CREATE DATABASE runs;"])
     settings = ("listen_addresses=127.0.0.1", f"unix_socket_directories={folder}", "fsync=off")
     options = [word for setting in settings for word in ("-c", setting)]

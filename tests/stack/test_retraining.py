@@ -16,17 +16,21 @@ import pytest
 import requests
 from mlflow import MlflowClient
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
-from prefect.states import Scheduled
+from prefect.states import Running, Scheduled
 from ruamel.yaml import YAML
 
 from pipeline.files import Files
+from pipeline.ops import doctor_services
+from pipeline.ops.doctor import Finding
 from pipeline.ops.execution import retraining
 from pipeline.ops.stack import PORTS, Stack
 from tests import layouts
 from tests.fake_stages import wait_until
+from tests.stack.postgres import let_in
 from tests.test_end_to_end import checkout
 
 pytestmark = pytest.mark.stack
@@ -54,6 +58,7 @@ def set_params(root: Path, **changes: dict[str, object]) -> None:
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """A checkout with pictures of thirty things, the smoke preset, and everything that runs beside it."""
     root = checkout(tmp_path_factory.mktemp("checkout"))
+    let_in(root)
     layouts.folder(root / "data" / "things", 20, 10)
     set_params(root, data={"source": "folder", "root": "data/things"}, retrain={"branch": "retrained"})
     variables = {**free_ports(), "WORKER_QUERY_SECONDS": "2", "GALLERY": "data/things"}
@@ -269,6 +274,48 @@ def test_fifty_late_runs_end_in_one_at_most(stack: Stack, server: SyncPrefectCli
     assert found["NoChange"] <= 1
     assert set(found) <= {"NoChange", "Cancelled", "Overtaken"}
     assert found.total() == 50
+
+
+def test_the_doctor_gives_back_what_the_dead_hold(
+    stack: Stack, server: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, deployment = Files(stack.root, stack.root), server.read_deployment_by_name(WEEKLY)
+    monkeypatch.setattr(doctor_services, "SETTLING", timedelta())
+
+    def wrong() -> list[Finding]:
+        return [one for one in doctor_services.prefect(files) if one.good is False]
+
+    assert not wrong()
+    limit = deployment.global_concurrency_limit
+    assert limit is not None
+    server.update_global_concurrency_limit(limit.name, GlobalConcurrencyLimitUpdate(active_slots=1))
+    (slot,) = wrong()
+    assert (slot.topic, slot.text) == ("slots", "retrain-weekly has 1 slots taken and 0 runs that could hold them")
+    assert slot.fix is not None
+    slot.fix()
+    assert not wrong()
+
+    dead = server.create_flow_run_from_deployment(deployment.id, state=Running())
+    with retraining(files):
+        assert "runs" not in {one.topic for one in wrong()}  # it may be the one who retrains
+    stale = next(one for one in wrong() if one.topic == "runs")
+    assert f"retrain-weekly/{dead.name} is Running since" in stale.text
+    assert stale.fix is not None
+    stale.fix()
+    assert not wrong()
+    assert ended(server, dead).state_name == "Crashed"
+    assert ended(server, start(server)).state_name == "NoChange"
+
+
+def test_another_checkout_does_not_take_the_deployments_of_a_worker(
+    stack: Stack, server: SyncPrefectClient, tmp_path: Path
+) -> None:
+    told = subprocess.run([sys.executable, "-m", "pipeline.ops.deploy"], cwd=tmp_path, capture_output=True, text=True)
+    assert (
+        told.returncode and f"a worker of pool smaller-student works in {stack.root}, not in {tmp_path}" in told.stderr
+    )
+    found = list(doctor_services.prefect(Files(tmp_path, tmp_path)))
+    assert [one.good for one in found if one.topic == "runs"] == [None, None]  # only there it can be seen who is dead
 
 
 def test_the_doctor_finds_the_stack_well(stack: Stack) -> None:
