@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from pipeline.files import Files
 from pipeline.ops import git, rwlock
+from pipeline.ops.execution import is_held
 from pipeline.ops.params import ParamsError, load
 from pipeline.runtime import available_threads
 
@@ -146,14 +145,9 @@ def own_locks(files: Files) -> Iterator[Finding]:
     """Who retrains, or runs a stage. The system gives these locks back, so they are never stale."""
     for name, what in (("retrain", "retraining"), ("stage", "a stage"), ("delivery", "what is told to MLflow")):
         path = files.tracking / f"{name}.lock"
-        if path.is_file():
-            try:
-                with FileLock(path, timeout=0, is_singleton=True):
-                    pass
-            except Timeout:
-                yield Finding(
-                    "locks", None, f"{what} is under way: {_text(path.with_suffix('.json')) or 'pid unknown'}"
-                )
+        if is_held(path):
+            text = f"{what} is under way: {_text(path.with_suffix('.json')) or 'pid unknown'}"
+            yield Finding("locks", None, text)
 
 
 def telemetry(files: Files) -> Iterator[Finding]:

@@ -4,9 +4,9 @@ import os
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from uuid import UUID
 
 import requests
-from filelock import FileLock, Timeout
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId, FlowRunFilterState
@@ -20,6 +20,7 @@ from pipeline.files import Files
 from pipeline.ops.delivery import cause
 from pipeline.ops.deploy import POOL, ZOMBIES, deployments, folder_of, online
 from pipeline.ops.doctor import Finding
+from pipeline.ops.execution import is_held
 from pipeline.ops.journal import journals
 from pipeline.ops.params import load
 from pipeline.ops.sync import sync
@@ -138,7 +139,7 @@ def _runs(files: Files, client: SyncPrefectClient, deployment: DeploymentRespons
                 f"{deployment.name}/{run.name} is {run.state_name} since {run.start_time:%Y-%m-%d %H:%M}, but nobody "
                 "retrains this checkout",
                 "`smaller-student doctor --fix` ends it as crashed; look first where else a worker runs",
-                partial(client.set_flow_run_state, run.id, Crashed(message="its process is gone"), force=True),
+                partial(_crash, run.id),
             )
     limit = deployment.global_concurrency_limit
     if limit is not None and limit.active_slots > len(active):
@@ -147,23 +148,24 @@ def _runs(files: Files, client: SyncPrefectClient, deployment: DeploymentRespons
             False,
             f"{deployment.name} has {limit.active_slots} slots taken and {len(active)} runs that could hold them",
             "they come back after their grace period; `smaller-student doctor --fix` gives them back now",
-            partial(_free, client, limit.name, len(active)),
+            partial(_free, limit.name, len(active)),
         )
 
 
 def _lost(files: Files, run: FlowRun) -> bool:
     """Whether a run cannot be under way: whoever retrains holds the lock of the checkout."""
-    if run.start_time is None or datetime.now(UTC) - run.start_time < SETTLING:
-        return False
-    try:
-        with FileLock(files.tracking / "retrain.lock", timeout=0, is_singleton=True):
-            return True
-    except Timeout:
-        return False
+    young = run.start_time is None or datetime.now(UTC) - run.start_time < SETTLING
+    return not young and not is_held(files.tracking / "retrain.lock")
 
 
-def _free(client: SyncPrefectClient, name: str, taken: int) -> None:
-    client.update_global_concurrency_limit(name, GlobalConcurrencyLimitUpdate(active_slots=taken))
+def _crash(run: UUID) -> None:
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(run, Crashed(message="its process is gone"), force=True)
+
+
+def _free(limit: str, taken: int) -> None:
+    with get_client(sync_client=True) as client:
+        client.update_global_concurrency_limit(limit, GlobalConcurrencyLimitUpdate(active_slots=taken))
 
 
 LOOKS = (mlflow, prefect)

@@ -121,6 +121,17 @@ def sole_writer(path: Path, what: str, patience: float = 0) -> Iterator[None]:
         lock.release()
 
 
+def is_held(path: Path) -> bool:
+    """Whether any process, this one too, holds the lock of `sole_writer`; a killed one holds nothing."""
+    if not path.is_file():
+        return False
+    try:
+        with FileLock(path, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
 def retraining(files: Files) -> AbstractContextManager[None]:
     """Who holds this may retrain the checkout."""
     return sole_writer(files.tracking / "retrain.lock", "retraining")

@@ -74,6 +74,8 @@ class Stack:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.chmod(0o711)  # PostgreSQL's own user must be able to go through it
         make = ["sh", str(self.root / "docker" / "make-secrets.sh"), self.variables["SECRETS"]]
         subprocess.run(make, check=True)
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
