@@ -64,7 +64,7 @@ up:
 	HOST_UID=$(call OWNER,3) HOST_GID=$(call OWNER,4) $(COMPOSE) up --build --detach
 
 down:
-	$(COMPOSE) down
+	$(COMPOSE) --profile s3 down
 
 ui: setup
 	python -m mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000 --workers 1

@@ -4,12 +4,12 @@ import logging
 import math
 import os
 from pathlib import Path
-
-import torch
-from lightning_fabric import Fabric
-from lightning_fabric.utilities.seed import seed_everything
+from typing import TYPE_CHECKING
 
 from pipeline.config import Runtime
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ def available_threads() -> int:
     return count
 
 
-def launch(runtime: Runtime, seed: int) -> Fabric:
+def launch(runtime: Runtime, seed: int) -> "Fabric":
     """Start Fabric with everything that makes a run repeatable.
 
     Args:
@@ -35,6 +35,10 @@ def launch(runtime: Runtime, seed: int) -> Fabric:
     Raises:
         ValueError: If a GPU is asked for and there is none, or 16-bit training on a processor without it.
     """
+    import torch  # seconds, and who only counts processors needs none of it
+    from lightning_fabric import Fabric
+    from lightning_fabric.utilities.seed import seed_everything
+
     gpu = torch.cuda.is_available()
     if runtime.accelerator == "gpu" and not gpu:
         raise ValueError("`runtime.accelerator` is gpu, but torch sees none; set it to auto or cpu")

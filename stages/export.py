@@ -13,10 +13,10 @@ from pipeline.data.images import open_images
 from pipeline.export import int8, sample
 from pipeline.export.card import Entry, card
 from pipeline.export.embed import Embeddings, normalised
-from pipeline.export.files import ALL_IN_ONE, INT8, STUDENT, TEACHER, Workshop
-from pipeline.export.onnx import Metadata, params_digest
+from pipeline.export.files import Workshop
+from pipeline.export.metadata import Metadata, params_digest
 from pipeline.export.parity import Probe
-from pipeline.export.release import sha256, write_release
+from pipeline.export.release import ALL_IN_ONE, INT8, STUDENT, TEACHER, sha256, write_release
 from pipeline.inference.timing import gains
 from pipeline.models import cost
 from pipeline.models.resnet import RetrievalNet
@@ -24,7 +24,8 @@ from pipeline.models.spec import ArchSpec
 from pipeline.ops.stage import Run, run_stage
 from pipeline.records import ExportRecord
 from pipeline.retrieval.compatibility import compare
-from pipeline.retrieval.embed import embed, evaluate_embedder, sides
+from pipeline.retrieval.embed import embed
+from pipeline.retrieval.evaluate import evaluate_embedder, sides
 from pipeline.runtime import launch
 
 ORIGINALS = 64

@@ -78,6 +78,13 @@ def test_stage_prepare_and_the_params_need_no_torch() -> None:
     assert done.stdout == "\n"
 
 
+@pytest.mark.parametrize("module", ["pipeline.export.sample", "pipeline.search.page", "pipeline.ops.flow"])
+def test_who_runs_releases_or_waits_for_stages_needs_no_torch(module: str) -> None:
+    code = f"import sys, {module}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 @pytest.mark.parametrize("path", sources("pipeline") + sources("stages"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_only_runtime_says_cuda_and_nobody_prints_but_the_edge(path: Path) -> None:
     text = path.read_text(encoding="utf-8")

@@ -217,7 +217,7 @@ class Retrain(Section):
     """Command that brings new data into `data.root`, run in the checkout before anything else; none where empty."""
     incoming: str
     """Folder whose files are moved into `data.root`, under the same relative paths; none where empty."""
-    limit_hours: Annotated[float, Field(gt=0)]
+    limit_hours: Annotated[float, Field(gt=0, le=1000)]
     """Time that the command of `refresh` has, and each stage; a training that is ended goes on at the next run."""
     publish: bool
     """Whether the release is registered, and promoted if the gate lets it pass."""

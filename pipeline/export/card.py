@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.export.onnx import Metadata
+from pipeline.export.metadata import Metadata
 from pipeline.inference.session import INPUT, OUTPUT
 
 

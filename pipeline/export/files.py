@@ -10,16 +10,16 @@ from pipeline.config import Export
 from pipeline.export import int8
 from pipeline.export.allinone import all_in_one
 from pipeline.export.embed import Embeddings, Pixels
-from pipeline.export.onnx import Metadata, finish, serialise, to_onnx
+from pipeline.export.metadata import Metadata, finish, serialise
+from pipeline.export.onnx import to_onnx
 from pipeline.export.parity import BATCHES, Probe, cosines, probed, verify, verify_batches, verify_resizing
+from pipeline.export.release import ALL_IN_ONE, INT8, STUDENT, TEACHER
 from pipeline.export.sample import BYTES
 from pipeline.inference.session import open_session
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
 
 log = logging.getLogger(__name__)
-
-STUDENT, ALL_IN_ONE, INT8, TEACHER = "model.onnx", "model.allinone.onnx", "model.int8.onnx", "teacher.onnx"
 
 Describe = Callable[[ArchSpec, float], Metadata]
 """What a file says about itself, given its network's spec and its own mAP."""

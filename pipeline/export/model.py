@@ -8,7 +8,7 @@ from typing import Any
 import onnx
 
 from pipeline.export.embed import Embeddings, Pixels, embed_pixels, takes_pixels
-from pipeline.export.onnx import Metadata
+from pipeline.export.metadata import Metadata
 from pipeline.export.release import ReleaseError, read_checked, sha256
 from pipeline.inference.session import InferenceSession, open_session
 

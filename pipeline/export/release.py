@@ -12,6 +12,7 @@ from stat import S_ISREG
 from pipeline.files import write_atomically, write_text
 
 SUMS = "SHA256SUMS"
+STUDENT, ALL_IN_ONE, INT8, TEACHER = "model.onnx", "model.allinone.onnx", "model.int8.onnx", "teacher.onnx"
 
 
 class ReleaseError(RuntimeError):

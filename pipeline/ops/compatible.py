@@ -11,7 +11,7 @@ from pipeline.export.model import open_model
 from pipeline.files import Files
 from pipeline.ops.params import load
 from pipeline.retrieval.compatibility import Compatibility, compare
-from pipeline.retrieval.embed import sides
+from pipeline.retrieval.evaluate import sides
 
 
 def compatible(files: Files, old: Path, new: Path) -> Compatibility:

@@ -87,7 +87,7 @@ def _not_anothers(client: SyncPrefectClient, here: Path) -> None:
     if others and online(client):
         raise DeployError(
             f"a worker of pool {POOL} works in {', '.join(others)}, not in {here}: run this there, or end it first "
-            "(a minute later it counts as gone)"
+            "(two minutes later it counts as gone)"
         )
 
 

@@ -29,6 +29,6 @@ def changes() -> list[str]:
     return list(json.loads(done.stdout or "{}"))
 
 
-def dvc(*words: str, hours: float, **extra: str) -> "AbstractContextManager[subprocess.Popen[str]]":
+def dvc(*words: str, hours: float = 1000, **extra: str) -> "AbstractContextManager[subprocess.Popen[str]]":
     """A dvc process; see `running`."""
     return running(*DVC, *words, hours=hours, **extra)

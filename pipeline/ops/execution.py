@@ -5,8 +5,9 @@ The processes of an execution know each other by its key: kind, pid and start ti
 
 import os
 import platform
+import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -160,8 +161,9 @@ def _last(files: Files) -> Path:
 
 
 def _holder(path: Path) -> str:
-    try:
-        holder = read_json(path)
-        return f"pid {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (OSError, ValueError, KeyError):
-        return "holder unknown"
+    for _ in range(5):  # who has just got the lock has not said so yet
+        with suppress(OSError, ValueError, KeyError):
+            holder = read_json(path)
+            return f"pid {holder['pid']} on {holder['host']} since {holder['since']}"
+        time.sleep(0.03)
+    return "holder unknown"

@@ -12,13 +12,13 @@ from pipeline.config import Params
 from pipeline.data.images import Images, data_root
 from pipeline.data.manifest import Manifest
 from pipeline.export.embed import embed
-from pipeline.export.files import STUDENT
 from pipeline.export.model import Model, open_model
+from pipeline.export.release import STUDENT
 from pipeline.files import Files
 from pipeline.inference.timing import gains
 from pipeline.ops.registry import Registry
 from pipeline.retrieval import protocols
-from pipeline.retrieval.embed import sides
+from pipeline.retrieval.evaluate import sides
 from pipeline.retrieval.gate import Rival, Verdict, difference, judge
 from pipeline.retrieval.metrics import Retrieval
 

@@ -79,7 +79,7 @@ class Overtime(RuntimeError):
 
 
 @contextmanager
-def running(*words: str, hours: float = 1e6, **extra: str) -> Iterator["subprocess.Popen[str]"]:
+def running(*words: str, hours: float = 1000, **extra: str) -> Iterator["subprocess.Popen[str]"]:
     """A program in a process group of its own, which is ended as a whole when the block is left early.
 
     Prefect cancels by ending one process, and a killed one ends nobody: the program asks the kernel to be told.

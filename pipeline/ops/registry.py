@@ -22,9 +22,8 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from pipeline.export.files import STUDENT
 from pipeline.export.model import open_model
-from pipeline.export.release import SUMS, ReleaseError
+from pipeline.export.release import STUDENT, SUMS, ReleaseError
 from pipeline.export.sample import check_release
 from pipeline.files import Files, read_json
 from pipeline.ops.execution import Busy

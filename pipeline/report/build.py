@@ -20,7 +20,7 @@ from pipeline.report.panels import Choice, Ranking, choose, describe, panel, ran
 from pipeline.report.pareto import Point, pareto
 from pipeline.report.style import save
 from pipeline.report.widths import widths
-from pipeline.retrieval.embed import Images, Manifest, evaluate_embedder
+from pipeline.retrieval.evaluate import Images, Manifest, evaluate_embedder
 from pipeline.retrieval.metrics import Retrieval
 from pipeline.retrieval.protocols import PROTOCOLS, Side
 

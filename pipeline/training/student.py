@@ -28,7 +28,7 @@ from pipeline.models.head import settle
 from pipeline.models.resnet import Gate, Output, RetrievalNet, convert
 from pipeline.models.spec import ArchSpec, indicator_of, is_inner
 from pipeline.models.taps import Taps, pooled
-from pipeline.retrieval.embed import Rows
+from pipeline.retrieval.evaluate import Rows
 from pipeline.training.answers import GIB, Answers
 from pipeline.training.loop import Forward, Reshaped
 from pipeline.training.teacher import Validate, fresh_teacher, retrieval_losses

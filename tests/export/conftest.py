@@ -7,7 +7,8 @@ import onnx
 import pytest
 
 from pipeline.config import Gates
-from pipeline.export.onnx import Metadata, finish, to_onnx
+from pipeline.export.metadata import Metadata, finish
+from pipeline.export.onnx import to_onnx
 from pipeline.export.parity import Probe
 from pipeline.models.resnet import RetrievalNet
 from pipeline.retrieval.embed import embed

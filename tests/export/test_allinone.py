@@ -11,7 +11,7 @@ from PIL import Image
 from pipeline.data import augment
 from pipeline.export.allinone import all_in_one
 from pipeline.export.embed import embed_pixels, normalised
-from pipeline.export.onnx import finish
+from pipeline.export.metadata import finish
 from pipeline.inference.session import open_session
 from tests.export.tiny_network import MEAN, SIZE, STD, Pictures, normalise
 

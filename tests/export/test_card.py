@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.export.allinone import all_in_one
 from pipeline.export.card import Entry, card
-from pipeline.export.onnx import finish
+from pipeline.export.metadata import finish
 from pipeline.export.release import sha256
 from tests.export.tiny_network import MEAN, SIZE, STD, Pictures
 

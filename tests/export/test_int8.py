@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.export import int8
 from pipeline.export.embed import embed_pixels, normalised
-from pipeline.export.onnx import finish
+from pipeline.export.metadata import finish
 from pipeline.inference.session import open_session
 from pipeline.inference.timing import Gain
 from tests.export.tiny_network import MEAN, STD, Pictures

@@ -15,7 +15,8 @@ import torch
 from onnx import TensorProto, numpy_helper
 
 from pipeline.export.embed import embed
-from pipeline.export.onnx import Metadata, finish, params_digest, to_onnx
+from pipeline.export.metadata import Metadata, finish, params_digest
+from pipeline.export.onnx import to_onnx
 from pipeline.inference.session import open_session
 from pipeline.models import cost
 from pipeline.ops.params import load

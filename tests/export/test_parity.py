@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.export import parity
 from pipeline.export.allinone import all_in_one
-from pipeline.export.onnx import finish
+from pipeline.export.metadata import finish
 from pipeline.export.parity import ParityError, cosines, neighbours, verify, verify_batches, verify_resizing
 from tests.export.tiny_network import MEAN, SIZE, STD, Pictures, normalise
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from pipeline.export.onnx import Metadata
+from pipeline.export.metadata import Metadata
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.retrieval.embed import embed, evaluate, evaluate_embedder
+from pipeline.retrieval.embed import embed, evaluate
+from pipeline.retrieval.evaluate import evaluate_embedder
 
 SPLITS = ["train", "query", "gallery", "gallery", "gallery"]
 IDENTITIES, CAMERAS = np.array(["9", "1", "1", "2", "1"]), np.array(["c1", "c1", "c2", "c2", "c1"])

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.export.onnx import finish, to_onnx
+from pipeline.export.metadata import finish
+from pipeline.export.onnx import to_onnx
 from pipeline.export.release import write_release
 from tests.export.tiny_network import ABOUT, SIZE, tiny_net
 
