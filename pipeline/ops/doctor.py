@@ -6,14 +6,14 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from pipeline.files import Files
 from pipeline.ops import git, rwlock
 from pipeline.ops.execution import is_held
+from pipeline.ops.finding import Finding
 from pipeline.ops.params import ParamsError, load
 from pipeline.runtime import available_threads
 
@@ -26,25 +26,6 @@ SWITCHES = {
     "Prefect": "PREFECT_SERVER_ANALYTICS_ENABLED",
 }
 """Environment variable that turns telemetry off; DO_NOT_TRACK does for MLflow and Prefect."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one look found.
-
-    Attributes:
-        topic: In one or two words.
-        good: Whether all is well; None for something to know, which stands in nobody's way.
-        text: What is.
-        remedy: What to do; empty where nothing is to be done.
-        fix: Does it, where that is safe.
-    """
-
-    topic: str
-    good: bool | None
-    text: str
-    remedy: str = ""
-    fix: Callable[[], object] | None = None
 
 
 def examine(files: Files) -> Iterator[Finding]:

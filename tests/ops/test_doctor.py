@@ -13,8 +13,8 @@ import pytest
 
 from pipeline.files import Files
 from pipeline.ops import doctor
-from pipeline.ops.doctor import Finding
 from pipeline.ops.execution import Busy, retraining
+from pipeline.ops.finding import Finding
 from pipeline.ops.rwlock import is_dvc
 from tests.fake_stages import Start
 
