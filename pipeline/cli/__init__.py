@@ -16,7 +16,7 @@ def main() -> None:
 def _retrain() -> int:
     """Take the lock before anything else is imported: of twenty at once, nineteen shall hear `busy` within a second."""
     from pipeline.files import Files
-    from pipeline.ops.execution import Busy, retraining
+    from pipeline.ops.locks import Busy, retraining
 
     try:
         with retraining(Files.here()):

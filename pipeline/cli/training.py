@@ -41,7 +41,7 @@ def retrain(
     force: Annotated[bool, typer.Option(help="Record an execution even if nothing changed.")] = False,
 ) -> None:
     """Run what changed, as a Prefect flow."""
-    from pipeline.ops.execution import retraining
+    from pipeline.ops.locks import retraining
     from pipeline.ops.params import load
 
     files = Files.here()

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from pipeline.files import Files
 from pipeline.ops import git, rwlock
-from pipeline.ops.execution import is_held
 from pipeline.ops.finding import Finding
+from pipeline.ops.locks import is_held
 from pipeline.ops.params import ParamsError, load
 from pipeline.runtime import available_threads
 

@@ -19,9 +19,9 @@ from prefect.states import Crashed
 from pipeline.files import Files
 from pipeline.ops.delivery import cause
 from pipeline.ops.deploy import POOL, ZOMBIES, deployments, folder_of, online
-from pipeline.ops.execution import is_held
 from pipeline.ops.finding import Finding
 from pipeline.ops.journal import journals
+from pipeline.ops.locks import is_held
 from pipeline.ops.params import load
 from pipeline.ops.sync import sync
 from pipeline.ops.tracking import tracking_uri

@@ -20,8 +20,9 @@ from pipeline.config import Params
 from pipeline.files import Files
 from pipeline.ops import announce, git, params, publishing, rwlock, tracking
 from pipeline.ops.dvc import ENDED, StageError, changes, dvc
-from pipeline.ops.execution import VARIABLE, Busy, Execution, note_retraining, retraining, retraining_began
+from pipeline.ops.execution import VARIABLE, Execution
 from pipeline.ops.journal import Journal
+from pipeline.ops.locks import Busy, note_retraining, retraining, retraining_began
 from pipeline.ops.process import Overtime, die_with_parent
 from pipeline.ops.publishing import Published
 from pipeline.ops.recording import FLOW_RUN

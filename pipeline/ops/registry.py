@@ -26,7 +26,7 @@ from pipeline.export.model import open_model
 from pipeline.export.release import STUDENT, SUMS, ReleaseError
 from pipeline.export.sample import check_release
 from pipeline.files import Files, read_json
-from pipeline.ops.execution import Busy
+from pipeline.ops.locks import Busy
 from pipeline.retrieval.gate import Verdict
 
 log = logging.getLogger(__name__)

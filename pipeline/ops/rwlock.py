@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from pipeline.files import Files, write_json
-from pipeline.ops.execution import Busy, retraining, running_stage
+from pipeline.ops.locks import Busy, retraining, running_stage
 
 
 class Damaged(ValueError):

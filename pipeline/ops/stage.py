@@ -26,8 +26,9 @@ from pipeline.config import Params
 from pipeline.files import Files, csv_text, write_json, write_text
 from pipeline.ops import git
 from pipeline.ops import params as params_file
-from pipeline.ops.execution import Execution, current, running_stage
+from pipeline.ops.execution import Execution, current
 from pipeline.ops.journal import Journal
+from pipeline.ops.locks import running_stage
 from pipeline.ops.process import Stopped, die_with_parent, peak_memory, stoppable
 from pipeline.ops.tracking import Tracker
 from pipeline.records import Record

@@ -6,7 +6,7 @@ import os
 from pipeline.config import Params
 from pipeline.files import Files
 from pipeline.ops.dvc import changes
-from pipeline.ops.execution import Busy
+from pipeline.ops.locks import Busy
 from pipeline.ops.tracking import LIMITS, complete_last, tracking_uri
 
 PATIENCE = 45.0

@@ -13,8 +13,8 @@ import pytest
 
 from pipeline.files import Files
 from pipeline.ops import doctor
-from pipeline.ops.execution import Busy, retraining
 from pipeline.ops.finding import Finding
+from pipeline.ops.locks import Busy, retraining
 from pipeline.ops.rwlock import is_dvc
 from tests.fake_stages import Start
 
@@ -73,9 +73,9 @@ def test_locks_of_a_dead_dvc_are_named_and_taken_away_and_those_of_a_living_one_
 
 
 HOLDERS = {
-    "stage": "from pipeline.files import Files; from pipeline.ops.execution import running_stage\n"
+    "stage": "from pipeline.files import Files; from pipeline.ops.locks import running_stage\n"
     "lock = running_stage(Files.here())",
-    "retraining": "from pipeline.files import Files; from pipeline.ops.execution import retraining\n"
+    "retraining": "from pipeline.files import Files; from pipeline.ops.locks import retraining\n"
     "lock = retraining(Files.here())",
     "dvc": "from dvc.lock import make_lock; lock = make_lock('.dvc/tmp/lock', tmp_dir='.dvc/tmp')",
 }
@@ -151,7 +151,7 @@ def test_marks_of_a_merge_and_wrong_params_are_named(pipeline: Files) -> None:
 
 def test_who_retrains_is_told(pipeline: Files, start: Start) -> None:
     code = (
-        "import time; from pipeline.files import Files; from pipeline.ops.execution import retraining\n"
+        "import time; from pipeline.files import Files; from pipeline.ops.locks import retraining\n"
         "with retraining(Files.here()): print('held', flush=True); time.sleep(600)"
     )
     holder = start(pipeline, "-c", code)

@@ -6,7 +6,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.ops.execution import VARIABLE, Busy, Execution, alive, current, sole_writer
+from pipeline.ops.execution import VARIABLE, Execution, alive, current
+from pipeline.ops.locks import Busy, sole_writer
 
 ROOT = Path(__file__).parents[2]
 WHO = "from pipeline.ops.execution import current; print(current().key)"
@@ -63,7 +64,7 @@ def test_all_stages_of_one_dvc_process_belong_together(tmp_path: Path, shell: bo
 HOLD = """
 import sys
 from pathlib import Path
-from pipeline.ops.execution import sole_writer
+from pipeline.ops.locks import sole_writer
 with sole_writer(Path(sys.argv[1]), "training"):
     print("holds", flush=True)
     sys.stdin.read()

@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 
 from pipeline.files import Files
 from pipeline.ops import dvc, process
-from pipeline.ops.execution import note_retraining, retraining
+from pipeline.ops.locks import note_retraining, retraining
 from pipeline.records import RECORDS
 from tests.fake_stages import OFF, Start
 

@@ -25,8 +25,8 @@ from ruamel.yaml import YAML
 
 from pipeline.files import Files
 from pipeline.ops import doctor_services
-from pipeline.ops.execution import retraining
 from pipeline.ops.finding import Finding
+from pipeline.ops.locks import retraining
 from pipeline.ops.stack import PORTS, Stack
 from tests import layouts
 from tests.fake_stages import wait_until
