@@ -54,6 +54,8 @@ deploy: setup
 stack: setup
 	python -m pipeline.ops.stack
 
+-include docker/.env
+
 # ... or as containers, which work as the owner of the checkout. TARGET=gpu: the worker gets the NVIDIA cards.
 COMPOSE = docker compose -f docker/compose.yaml $(if $(filter gpu,$(TARGET)),-f docker/compose.gpu.yaml)
 OWNER = $(shell ls -nd . | awk '{print $$$(1)}')

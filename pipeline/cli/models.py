@@ -116,7 +116,7 @@ def doctor(
                 found.fix()
                 done = "done: "
             except Exception as error:  # of many libraries; the other things are still looked at
-                done = f"not done ({error}): "
+                done = f"not done ({escape(str(error))}): "
         bad += found.good is False and done != "done: "
         mark = {True: "[green]ok[/]", False: "[red]bad[/]", None: "[cyan]-[/]"}[found.good]
         remedy = f"\n[dim]{done}{escape(found.remedy)}[/]" if found.remedy else ""

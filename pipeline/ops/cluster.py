@@ -38,7 +38,11 @@ def owner(folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     if os.name == "nt" or os.getuid() != 0:
         return {}
-    closed = [str(path) for path in folder.resolve().parents if not path.stat().st_mode & 0o001]
+    import pwd  # not on Windows
+
+    its = pwd.getpwnam("postgres").pw_uid
+    places = [(path, path.stat()) for path in folder.resolve().parents]
+    closed = [str(path) for path, found in places if not found.st_mode & 0o001 and found.st_uid != its]
     if closed:
         raise ClusterError(
             f"PostgreSQL does not run as root, and its user postgres may not enter {' and '.join(closed)}: run "

@@ -125,12 +125,7 @@ def prefect(files: Files) -> Iterator[Finding]:
 
 def _runs(files: Files, client: SyncPrefectClient, deployment: DeploymentResponse) -> Iterator[Finding]:
     """Runs that nobody runs any more, and slots that they keep."""
-    active = client.read_flow_runs(
-        flow_run_filter=FlowRunFilter(
-            deployment_id=FlowRunFilterDeploymentId(any_=[deployment.id]),
-            state=FlowRunFilterState(type=StateTypes(any_=ACTIVE)),
-        )
-    )
+    active = _active(client, deployment.id)
     for run in active:
         if _lost(files, run):
             yield Finding(
@@ -148,7 +143,7 @@ def _runs(files: Files, client: SyncPrefectClient, deployment: DeploymentRespons
             False,
             f"{deployment.name} has {limit.active_slots} slots taken and {len(active)} runs that could hold them",
             "they come back after their grace period; `smaller-student doctor --fix` gives them back now",
-            partial(_free, limit.name, len(active)),
+            partial(_free, deployment.id),
         )
 
 
@@ -163,9 +158,22 @@ def _crash(run: UUID) -> None:
         client.set_flow_run_state(run, Crashed(message="its process is gone"), force=True)
 
 
-def _free(limit: str, taken: int) -> None:
+def _active(client: SyncPrefectClient, deployment: UUID) -> list[FlowRun]:
+    return client.read_flow_runs(
+        flow_run_filter=FlowRunFilter(
+            deployment_id=FlowRunFilterDeploymentId(any_=[deployment]),
+            state=FlowRunFilterState(type=StateTypes(any_=ACTIVE)),
+        )
+    )
+
+
+def _free(deployment: UUID) -> None:
+    """Give slots back, by what is there now: a run may have begun since the look."""
     with get_client(sync_client=True) as client:
-        client.update_global_concurrency_limit(limit, GlobalConcurrencyLimitUpdate(active_slots=taken))
+        limit = client.read_deployment(deployment).global_concurrency_limit
+        taken = len(_active(client, deployment))
+        if limit is not None and limit.active_slots > taken:
+            client.update_global_concurrency_limit(limit.name, GlobalConcurrencyLimitUpdate(active_slots=taken))
 
 
 LOOKS = (mlflow, prefect)

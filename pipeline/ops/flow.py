@@ -26,13 +26,15 @@ from pipeline.ops.locks import Busy, note_retraining, retraining, retraining_beg
 from pipeline.ops.process import Overtime, die_with_parent
 from pipeline.ops.publishing import Published
 from pipeline.ops.recording import FLOW_RUN
-from pipeline.ops.refresh import RefreshError
+from pipeline.ops.refresh import RefreshError, RefusedError
 from pipeline.ops.refresh import refresh as bring
 from pipeline.ops.sync import TrackingError
 from pipeline.records import RECORDS
 
 ENGINE = "PREFECT__FLOW_RUN_ID"
 """Environment variable of a process that a worker started for one run."""
+PATIENCE = 5.0
+"""Seconds that a run of a schedule waits for the lock: the doctor holds it for a moment."""
 FINAL = "Refused"
 """Name of the state of a stage that would end the same way again: params, data, a gate, the time it has."""
 HOPELESS = {2, 3, 4}
@@ -61,7 +63,7 @@ def retrain(force: bool = False) -> State[None]:
         die_with_parent()  # a worker that is killed tells nobody
     files = Files.here()
     try:
-        with retraining(files):
+        with retraining(files, PATIENCE if ENGINE in os.environ else 0):
             now = datetime.now().astimezone()
             state = _retrain(files, force)
             if state.is_completed():  # else what waits must still be done
@@ -131,13 +133,20 @@ def _published(files: Files, checked: Params) -> Published:
     return known
 
 
-@task(task_run_name="refresh", cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=30)
+@task(
+    task_run_name="refresh",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retries=2,
+    retry_delay_seconds=30,
+    retry_condition_fn=_hopeful,
+)
 def refresh(files: Files, checked: Params) -> State[None]:
     """New data: `retrain.refresh`, `retrain.incoming`."""
     try:
         came = bring(files, checked)
     except RefreshError as error:
-        return Failed(message=str(error))
+        return Failed(name=FINAL if isinstance(error, RefusedError) else "Failed", message=str(error))
     return Completed(message=f"{len(came)} new files")
 
 

@@ -63,9 +63,9 @@ def is_held(path: Path) -> bool:
         return True
 
 
-def retraining(files: Files) -> AbstractContextManager[None]:
+def retraining(files: Files, patience: float = 0) -> AbstractContextManager[None]:
     """Who holds this may retrain the checkout."""
-    return sole_writer(files.tracking / "retrain.lock", "retraining")
+    return sole_writer(files.tracking / "retrain.lock", "retraining", patience)
 
 
 def running_stage(files: Files, patience: float = 0) -> AbstractContextManager[None]:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -106,20 +107,36 @@ def running(*words: str, hours: float = 1000, **extra: str) -> Iterator["subproc
     late = threading.Event()
 
     def end() -> None:
-        late.set()
-        _end(process)
+        if _alive(process):
+            late.set()
+            _end(process)
 
     watch = threading.Timer(hours * 3600, end)
     watch.daemon = True
     watch.start()
+    done = False
     try:
         yield process
         if late.is_set():
             raise Overtime(f"it did not end within {hours:g} hours")
+        done = process.poll() is not None
     finally:
         watch.cancel()
-        if process.poll() is None:
+        if not done:
             _end(process)
+
+
+def _alive(process: "subprocess.Popen[str]") -> bool:
+    """Whether anything of its group runs; what its first process left behind counts."""
+    if process.poll() is None:
+        return True
+    if os.name == "nt":
+        return False
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _end(process: "subprocess.Popen[str]") -> None:
@@ -127,15 +144,14 @@ def _end(process: "subprocess.Popen[str]") -> None:
     if os.name == "nt":
         process.terminate()
         return
-    for number, seconds in STOPPING:
+    for number, seconds in (*STOPPING, (signal.SIGKILL, 1.0)):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
+        deadline = time.monotonic() + seconds
+        while (living := _alive(process)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if not living:
             return
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def main() -> None:

@@ -30,6 +30,10 @@ class RefreshError(RuntimeError):
     exit_code = 3
 
 
+class RefusedError(RefreshError):
+    """The same would happen again at once."""
+
+
 def refresh(files: Files, params: Params) -> list[str]:
     """Run `retrain.refresh`, then move what lies in `retrain.incoming` into `data.root`.
 
@@ -50,7 +54,7 @@ def refresh(files: Files, params: Params) -> list[str]:
         return []
     came = _arrived(folder)
     if came and params.data.source == "vehicles":
-        raise RefreshError(
+        raise RefusedError(
             f"{folder} holds {len(came)} files, but `data.source` vehicles renders its own images; choose another one"
         )
     return take_in(came, folder, files.root / params.data.root)
@@ -66,7 +70,7 @@ def _command(text: str, hours: float) -> None:
                     log.info(line)
             code = process.wait()
     except Overtime as error:
-        raise RefreshError(f"`retrain.refresh`: {error} (`retrain.limit_hours`)") from error
+        raise RefusedError(f"`retrain.refresh`: {error} (`retrain.limit_hours`)") from error
     if code:
         raise RefreshError(f"`retrain.refresh` ended with {code}: {last}")
 
@@ -87,7 +91,8 @@ def _arrived(folder: Path) -> list[Path]:
         log.info("%d files may still be written: looking again in %.0f s", len(young), SETTLED)
         time.sleep(SETTLED)
         seen = found
-    arrived = [path for path in found if path not in set(young)]
+    late = set(young)
+    arrived = [path for path in found if path not in late]
     for path in sorted(set(_visible(folder)) - set(arrived)):
         log.warning(
             "%s stays where it is: %s",
@@ -134,7 +139,7 @@ def take_in(came: list[Path], folder: Path, target: Path) -> list[str]:
     """
     places = {path: target / path.relative_to(folder) for path in came}
     if taken := [place for path, place in places.items() if place.exists() and not filecmp.cmp(path, place, False)]:
-        raise RefreshError(
+        raise RefusedError(
             f"{taken[0]} exists with another content ({len(taken)} such files); nothing was moved: rename the new ones"
         )
     moved = []

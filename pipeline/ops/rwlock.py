@@ -6,7 +6,7 @@ are used again, in a container that starts anew within seconds, and then DVC wai
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def _read(path: Path) -> dict[str, Any]:
 def is_dvc(number: int) -> bool:
     """Whether a process of that number lives here that may be the dvc that was noted; in doubt it is."""
     try:
-        return any("dvc" in Path(word).name or word == "dvc" for word in psutil.Process(number).cmdline())
+        return "dvc" in [Path(word).name.removesuffix(".exe") for word in psutil.Process(number).cmdline()[:4]]
     except psutil.NoSuchProcess:
         return False
     except psutil.Error:
@@ -75,19 +75,18 @@ def at_rest(files: Files) -> Iterator[None]:
     Raises:
         Busy: If somebody works here.
     """
-    from dvc.lock import LockError, make_lock  # imports much
+    from dvc.config import Config  # imports much
+    from dvc.lock import LockError, make_lock
 
     folder = table(files).parent
-    with retraining(files), running_stage(files):
-        lock = make_lock(str(folder / "lock"), tmp_dir=str(folder))
+    hardlink = bool(Config(str(files.root / ".dvc"))["core"].get("hardlink_lock", False))  # DVC's, for NFS
+    with retraining(files), running_stage(files), ExitStack() as held:
         try:
-            lock.lock()
+            for name in ("lock", "rwlock.lock"):
+                held.enter_context(make_lock(str(folder / name), tmp_dir=str(folder), hardlink_lock=hardlink))
         except LockError as error:
             raise Busy("busy: a dvc works in this checkout; wait for it or end it") from error
-        try:
-            yield
-        finally:
-            lock.unlock()
+        yield
 
 
 def release_dead(files: Files) -> list[str]:
@@ -106,9 +105,7 @@ def release_dead(files: Files) -> list[str]:
     with suppress(Damaged):
         if all(map(is_dvc, noted(files))):
             return []
-    from dvc.lock import make_lock  # imports much
-
-    with at_rest(files), make_lock(str(path.with_name("rwlock.lock")), tmp_dir=str(path.parent)):
+    with at_rest(files):
         try:
             dead = {number: command for number, command in noted(files).items() if not is_dvc(number)}
         except Damaged as error:

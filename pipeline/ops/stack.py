@@ -137,7 +137,8 @@ class Stack:
         """Let logs that grew long begin anew: they are open for appending, so emptying them is enough."""
         for path in (self.folder / "logs").glob("*.log"):
             if path.stat().st_size > LONGEST:
-                shutil.copyfile(path, path.with_suffix(".log.1"))
+                with suppress(OSError):  # a full disk: the more it must go
+                    shutil.copyfile(path, path.with_suffix(".log.1"))
                 os.truncate(path, 0)
 
     def wait(self, name: str, seconds: float = HEALTHY) -> None:

@@ -14,6 +14,8 @@ from tests.fake_stages import wait_until
 
 def let_in(folder: Path) -> None:
     """Let PostgreSQL's user go through the folders of a test, which are pytest's."""
+    if os.geteuid() != 0:
+        return
     for path in (folder, *folder.parents):
         if path.stat().st_uid == os.geteuid() and not path.stat().st_mode & 0o001:
             path.chmod(path.stat().st_mode | 0o001)
