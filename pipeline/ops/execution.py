@@ -4,6 +4,7 @@ The processes of an execution know each other by its key: kind, pid and start ti
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,9 +68,12 @@ def current() -> Execution:
 
 
 def _is_dvc(process: psutil.Process) -> bool:
-    """`dvc repro`, `python /venv/bin/dvc repro` and `python -m dvc repro`, but not `sh -c "dvc repro"`."""
     try:
-        command = process.cmdline()
+        return runs_dvc(process.cmdline())
     except psutil.Error:
         return False
+
+
+def runs_dvc(command: Sequence[str]) -> bool:
+    """`dvc repro`, `python /venv/bin/dvc repro` and `python -m dvc repro`, but not `sh -c "dvc repro"`."""
     return "dvc" in [Path(part).name.removesuffix(".exe") for part in command[:4]]

@@ -94,11 +94,7 @@ def _arrived(folder: Path) -> list[Path]:
     late = set(young)
     arrived = [path for path in found if path not in late]
     for path in sorted(set(_visible(folder)) - set(arrived)):
-        log.warning(
-            "%s stays where it is: %s",
-            path,
-            "no plain file" if path.is_symlink() or not path.is_file() else "still written",
-        )
+        log.warning("%s stays where it is: %s", path, "still written" if _plain(path) else "no plain file")
     return arrived
 
 

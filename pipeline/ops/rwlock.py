@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 from pipeline.files import Files, write_json
+from pipeline.ops.execution import runs_dvc
 from pipeline.ops.locks import Busy, retraining, running_stage
 
 
@@ -58,7 +59,7 @@ def _read(path: Path) -> dict[str, Any]:
 def is_dvc(number: int) -> bool:
     """Whether a process of that number lives here that may be the dvc that was noted; in doubt it is."""
     try:
-        return "dvc" in [Path(word).name.removesuffix(".exe") for word in psutil.Process(number).cmdline()[:4]]
+        return runs_dvc(psutil.Process(number).cmdline())
     except psutil.NoSuchProcess:
         return False
     except psutil.Error:
