@@ -9,16 +9,14 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)
 
 
-@dataclass(frozen=True)
-class Files:
+class Files(NamedTuple):
     """Paths of one checkout.
 
     Attributes:

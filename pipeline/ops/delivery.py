@@ -5,24 +5,24 @@ Runs beside a stage, in a process of its own (importing mlflow takes seconds, a 
 and points of a metric are the same to MLflow that have the same time, step and value.
 """
 
-import contextlib
 import getpass
 import json
 import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from pipeline.files import Files, write_text
 from pipeline.ops.journal import Delivered, Event, Journal, journals, tidy
+from pipeline.ops.locks import locked, sole_writer
 from pipeline.ops.tracking import log_path, tracking_uri
 
 PARENT, ENTRY = "mlflow.parentRunId", "entry"
@@ -58,8 +58,8 @@ class Delivery:
     def client(self) -> MlflowClient:
         """Opened at its first use, which may fail."""
         if self._client is None:
-            self.files.tracking.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.files.tracking / "store.lock", timeout=60):  # two at once would both migrate the schema
+            # Two at once would both migrate the schema.
+            with locked(self.files.tracking / "store.lock", "the opening of MLflow's store", patience=60):
                 client = MlflowClient(self.uri)
                 self._experiment = self._found(client)
             self._client = client
@@ -238,8 +238,7 @@ def cause(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
-@contextlib.contextmanager
-def sole_delivery(files: Files, patience: float = -1) -> Iterator[None]:
+def sole_delivery(files: Files, patience: float = -1) -> AbstractContextManager[None]:
     """One at a time: runs are looked for before they are made.
 
     Args:
@@ -247,11 +246,9 @@ def sole_delivery(files: Files, patience: float = -1) -> Iterator[None]:
         patience: Seconds to wait for another one to end; for ever where negative.
 
     Raises:
-        Timeout: If it does not.
+        Busy: If it does not.
     """
-    files.tracking.mkdir(parents=True, exist_ok=True)
-    with FileLock(files.tracking / "delivery.lock", timeout=patience):
-        yield
+    return sole_writer(files.tracking / "delivery.lock", "telling MLflow", patience)
 
 
 def main() -> None:

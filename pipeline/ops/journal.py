@@ -14,12 +14,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.files import Files, read_json, write_json
 from pipeline.ops import execution
 from pipeline.ops.execution import Execution
+from pipeline.ops.locks import locked
 
 DELIVERED, SETTLED = "delivered.json", "settled"
 TICK = 0.002
@@ -96,7 +96,7 @@ class Journal:
     def append(self, kind: str, **content: Any) -> None:
         """Write one event, so that even after a power cut it is there in full or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / "append.lock"), self._path.open("ab+") as file:
+        with locked(self.folder / "append.lock", "a journal's entry"), self._path.open("ab+") as file:
             events = self.events()
             moment = max(time.time(), events[-1][1].time + TICK if events else 0.0)
             event = Event.model_validate({"kind": kind, "time": moment, **content})

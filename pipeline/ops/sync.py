@@ -35,16 +35,14 @@ def sync(files: Files, params: Params, again: bool = False) -> tuple[int, int]:
     for name, value in LIMITS.items():
         os.environ.setdefault(name, value)
     logging.getLogger("mlflow").setLevel(logging.ERROR)
-    from filelock import Timeout
-
     from pipeline.ops.delivery import Delivery, cause, sole_delivery  # imports mlflow
 
     complete_last(files, params, changes())
     try:
         with sole_delivery(files, PATIENCE):
             return Delivery(files, params.tracking.experiment).sync(again=again)
-    except Timeout as error:
-        raise Busy("busy: another process tells MLflow; wait for it") from error
+    except Busy:
+        raise
     except Exception as error:
         uri = tracking_uri(files)
         raise TrackingError(f"MLflow at {uri} cannot be told ({cause(error)}); everything stays on disk") from error

@@ -7,7 +7,6 @@ import psutil
 import pytest
 
 from pipeline.ops.execution import VARIABLE, Execution, alive, current
-from pipeline.ops.locks import Busy, sole_writer
 
 ROOT = Path(__file__).parents[2]
 WHO = "from pipeline.ops.execution import current; print(current().key)"
@@ -59,39 +58,3 @@ def test_all_stages_of_one_dvc_process_belong_together(tmp_path: Path, shell: bo
     pid, first, second = done.stdout.split()
     assert first == second
     assert first.startswith(f"dvc-{pid}-")
-
-
-HOLD = """
-import sys
-from pathlib import Path
-from pipeline.ops.locks import sole_writer
-with sole_writer(Path(sys.argv[1]), "training"):
-    print("holds", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_who_comes_second_hears_at_once_who_is_first(tmp_path: Path) -> None:
-    path = tmp_path / "writer.lock"
-    first = subprocess.Popen(
-        [sys.executable, "-c", HOLD, path],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert first.stdout is not None and first.stdout.readline() == "holds\n"
-    message = rf"^busy: training runs already \(pid {first.pid} on \S+ since 20"
-    with pytest.raises(Busy, match=message) as caught, sole_writer(path, "training"):
-        pass
-    assert caught.value.exit_code == 75
-    first.kill()  # even then the lock is free at once
-    first.communicate()
-    with sole_writer(path, "training"):
-        pass
-
-
-def test_who_holds_the_lock_may_take_it_again(tmp_path: Path) -> None:
-    path = tmp_path / "writer.lock"
-    with sole_writer(path, "training"):
-        with sole_writer(path, "training"):
-            pass
-        assert path.with_suffix(".json").is_file()
-    assert not path.with_suffix(".json").exists()
