@@ -6,6 +6,7 @@ Doing it again changes nothing that is as it should be.
 import logging
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import get_current_settings
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from pipeline.ops.stage import guarded, log_to_stderr
 
@@ -46,13 +49,13 @@ def deploy() -> None:
     settings = get_current_settings()
     if not settings.api.url:
         raise DeployError("there is no Prefect server: set PREFECT_API_URL (`make stack` starts one)")
+    named = pools(Path.cwd())
     with get_client(sync_client=True) as client:
-        _not_anothers(client, Path.cwd().resolve())
-        try:
-            client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
-            log.info("work pool %s is there", POOL)
-        except ObjectAlreadyExists:
-            pass
+        _not_anothers(client, named, Path.cwd().resolve())
+        if POOL in named:  # pools of other kinds are made by hand
+            with suppress(ObjectAlreadyExists):
+                client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
+                log.info("work pool %s is there", POOL)
         _watch_for_zombies(client)
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -61,11 +64,32 @@ def deploy() -> None:
     log.info("deployments of prefect.yaml are at %s", settings.api.url)
 
 
-def deployments(client: SyncPrefectClient) -> list[DeploymentResponse]:
-    """Those of this flow and this work pool; others on the server are none of ours."""
+def pools(root: Path) -> list[str]:
+    """Work pools that prefect.yaml names for the flow.
+
+    Raises:
+        DeployError: If it cannot be read, or names none.
+    """
+    path = root / "prefect.yaml"
+    try:
+        said = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        ours = [one for one in said["deployments"] if one["entrypoint"].endswith(f":{FLOW}")]
+        found = dict.fromkeys(one["work_pool"]["name"] for one in ours)
+    except (OSError, YAMLError) as error:
+        raise DeployError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        reason = f" (it lacks {error})" if isinstance(error, KeyError) else ""
+        raise DeployError(f"{path} does not describe deployments{reason}; compare the repository's") from error
+    if not found:
+        raise DeployError(f"{path} has no deployment of the flow `{FLOW}`")
+    return list(found)
+
+
+def deployments(client: SyncPrefectClient, named: list[str]) -> list[DeploymentResponse]:
+    """Those of this flow in the work pools of prefect.yaml; others on the server are none of ours."""
     return client.read_deployments(
         flow_filter=FlowFilter(name=FlowFilterName(any_=[FLOW])),
-        work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL])),
+        work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=named)),
     )
 
 
@@ -76,19 +100,20 @@ def folder_of(deployment: DeploymentResponse) -> Path | None:
     return Path(found[-1]) if found else None
 
 
-def online(client: SyncPrefectClient) -> list[str]:
-    """Names of the workers that work for the pool."""
-    return [one.name for one in client.read_workers_for_work_pool(POOL) if one.status == WorkerStatus.ONLINE]
+def online(client: SyncPrefectClient, pool: str) -> int:
+    """How many workers work for a pool."""
+    return sum(one.status == WorkerStatus.ONLINE for one in client.read_workers_for_work_pool(pool))
 
 
-def _not_anothers(client: SyncPrefectClient, here: Path) -> None:
+def _not_anothers(client: SyncPrefectClient, named: list[str], here: Path) -> None:
     """Deployments name one checkout: a worker elsewhere, such as in a container, would not find this one."""
-    others = sorted({str(folder) for one in deployments(client) if (folder := folder_of(one)) not in (None, here)})
-    if others and online(client):
-        raise DeployError(
-            f"a worker of pool {POOL} works in {', '.join(others)}, not in {here}: run this there, or end it first "
-            "(two minutes later it counts as gone)"
-        )
+    for one in deployments(client, named):
+        folder, pool = folder_of(one), str(one.work_pool_name)
+        if folder not in (None, here) and online(client, pool):
+            raise DeployError(
+                f"a worker of pool {pool} works in {folder}, not in {here}: run this there, or end it first (two "
+                "minutes later it counts as gone)"
+            )
 
 
 def _watch_for_zombies(client: SyncPrefectClient) -> None:

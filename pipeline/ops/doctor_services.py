@@ -18,7 +18,7 @@ from prefect.states import Crashed
 
 from pipeline.files import Files
 from pipeline.ops.delivery import cause
-from pipeline.ops.deploy import POOL, ZOMBIES, deployments, folder_of, online
+from pipeline.ops.deploy import POOL, ZOMBIES, DeployError, deployments, folder_of, online, pools
 from pipeline.ops.finding import Finding
 from pipeline.ops.journal import journals
 from pipeline.ops.locks import is_held
@@ -98,23 +98,30 @@ def prefect(files: Files) -> Iterator[Finding]:
         return
     with get_client(sync_client=True, httpx_settings={"timeout": PATIENCE}) as client:
         try:
-            pools = {pool.name for pool in client.read_work_pools()}
+            there = {pool.name for pool in client.read_work_pools()}
         except Exception as error:  # of many libraries
             wanted = "401" in str(error)
             text = f"{url} {'wants another log-in' if wanted else f'does not answer ({cause(error)})'}"
             yield Finding("prefect", False, text, "set PREFECT_API_AUTH_STRING" if wanted else "start it")
             return
         yield Finding("prefect", True, f"{url} answers")
-        mine = deployments(client)
-        missing = [] if POOL in pools else [f"work pool {POOL}"]
+        try:
+            named = pools(files.root)
+        except DeployError as error:
+            yield Finding("prefect", False, str(error))
+            return
+        mine = deployments(client, named)
+        missing = [f"work pool {pool}" for pool in named if pool not in there]
         missing += [] if mine else ["deployments"]
         missing += [] if client.read_automations_by_name(ZOMBIES) else ["automation for lost runs"]
         if missing:
-            yield Finding("prefect", False, f"it has no {', no '.join(missing)}", "run `make deploy`")
+            by_hand = "" if set(named) <= {POOL, *there} else "`prefect work-pool create NAME --type TYPE`, then "
+            yield Finding("prefect", False, f"it has no {', no '.join(missing)}", f"{by_hand}`make deploy`")
             return
-        workers = online(client)
-        remedy = "" if workers else f"`prefect worker start --pool {POOL} --limit 1`, or `make stack`"
-        yield Finding("worker", bool(workers), f"{len(workers)} work for pool {POOL}", remedy)
+        for pool in named:
+            workers = online(client, pool)
+            remedy = "" if workers else f"`prefect worker start --pool {pool} --limit 1`, or `make stack`"
+            yield Finding("worker", bool(workers), f"{workers} work for pool {pool}", remedy)
         for deployment in mine:
             if (folder := folder_of(deployment)) == files.root.resolve():
                 yield from _runs(files, client, deployment)

@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +14,12 @@ from tests.fake_stages import wait_until
 
 
 def let_in(folder: Path) -> None:
-    """Let PostgreSQL's user go through the folders of a test, which are pytest's."""
+    """Let PostgreSQL's user go through the folders of a test, which are pytest's; no others are opened."""
+    temporary = Path(tempfile.gettempdir())
     if os.geteuid() != 0:
         return
     for path in (folder, *folder.parents):
-        if path.stat().st_uid == os.geteuid() and not path.stat().st_mode & 0o001:
+        if temporary in path.parents and path.stat().st_uid == os.geteuid() and not path.stat().st_mode & 0o001:
             path.chmod(path.stat().st_mode | 0o001)
 
 

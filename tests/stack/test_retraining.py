@@ -1,6 +1,7 @@
 """The stack of docker/compose.yaml as processes: schedules, events, new data, the gate, cancelling, a backlog."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 import requests
 from mlflow import MlflowClient
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
+from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate, WorkPoolCreate
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
@@ -311,12 +312,36 @@ def test_the_doctor_gives_back_what_the_dead_hold(
 def test_another_checkout_does_not_take_the_deployments_of_a_worker(
     stack: Stack, server: SyncPrefectClient, tmp_path: Path
 ) -> None:
+    shutil.copy(stack.root / "prefect.yaml", tmp_path)
     told = subprocess.run([sys.executable, "-m", "pipeline.ops.deploy"], cwd=tmp_path, capture_output=True, text=True)
     assert (
         told.returncode and f"a worker of pool smaller-student works in {stack.root}, not in {tmp_path}" in told.stderr
     )
     found = list(doctor_services.prefect(Files(tmp_path, tmp_path)))
     assert [one.good for one in found if one.topic == "runs"] == [None, None]  # only there it can be seen who is dead
+
+
+def test_a_pool_of_the_users_own_name_is_looked_at_as_the_usual_one(
+    stack: Stack, server: SyncPrefectClient, tmp_path: Path
+) -> None:
+    text = (stack.root / "prefect.yaml").read_text()
+    (tmp_path / "prefect.yaml").write_text(text.replace("name: smaller-student\n    job", "name: cluster\n    job"))
+
+    def bad() -> list[Finding]:
+        return [one for one in doctor_services.prefect(Files(tmp_path, tmp_path)) if one.good is False]
+
+    (missing,) = bad()
+    assert missing.text == "it has no work pool cluster, no deployments"
+    assert missing.remedy == "`prefect work-pool create NAME --type TYPE`, then `make deploy`"
+    server.create_work_pool(WorkPoolCreate(name="cluster", type="process"))
+    try:
+        weekly = server.read_deployment_by_name(WEEKLY)
+        copy = server.create_deployment(weekly.flow_id, "elsewhere", work_pool_name="cluster")
+        (idle,) = bad()
+        assert idle.text == "0 work for pool cluster"
+        server.delete_deployment(copy)
+    finally:
+        server.delete_work_pool("cluster")
 
 
 def test_the_doctor_finds_the_stack_well(stack: Stack) -> None:
