@@ -33,8 +33,9 @@ evidence: setup
 	python -m pipeline preset evidence
 	python -m pipeline evidence
 
+# Two at a time, each on one processor: threads of torch that have none of their own wait for one another at full speed.
 test: setup
-	python -m pytest -m "not stack"
+	OMP_NUM_THREADS=1 python -m pytest -m "not stack" -n 2 --dist loadfile
 
 test-stack: setup
 	python -m pytest -m stack

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.compress.budget import BudgetError, cost_model
+from pipeline.compress.budget import BudgetError, BudgetMissedError, cost_model
 from pipeline.compress.capacity import Capacity
 from pipeline.compress.compactor import attach, removed_sites, row_norms, shrink_rows
 from pipeline.compress.importance import magnitudes, taylor
@@ -153,6 +153,24 @@ def test_the_final_choice_keeps_to_what_its_network_was_measured_to_cost_and_is_
     fresh_one.load_state_dict(tested.state_dict())
     assert fresh_one.cost(tested.widths) == tested.cost(tested.widths)
     fresh_one.check(tested.widths)
+
+
+def test_what_is_gone_and_turns_out_to_save_more_than_asked_is_no_reason_to_refuse(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tested, net = capacity(), student()
+    tested.revise(net, 0.45)
+    for site in tested.sites.values():
+        site.committed = site.masked.clone()
+    gone, model = tested.widths, tested.cost
+    tested.cost = replace(model, measured=lambda widths: (model(widths) / model(SPEC.widths)) ** 2)
+    tested.revise(net, 0.5)
+    assert tested.widths == gone
+    assert reduction(tested) > 0.5
+    assert "more than the 40.0 % asked" in caplog.text
+    tested.check(gone)
+    with pytest.raises(BudgetMissedError, match="rows that were not chosen are zero"):
+        tested.check({**gone, "layer3.0.conv1": gone["layer3.0.conv1"] - 8})
 
 
 @pytest.mark.parametrize("method", ["static-magnitude", "static-random"])
