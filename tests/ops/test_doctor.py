@@ -104,6 +104,25 @@ def test_nothing_is_taken_from_those_who_work_here_unseen(
     assert not bad(doctor.dvc_locks(pipeline))
 
 
+def test_locks_that_dvc_makes_for_shared_file_systems_are_heeded(pipeline: Files, rwlock: Path, start: Start) -> None:
+    with (pipeline.root / ".dvc" / "config").open("a") as config:
+        config.write("    hardlink_lock = true\n")
+    rwlock.write_text(held(dead()))
+    words = "import time; from dvc.lock import make_lock\n"
+    words += "lock = make_lock('.dvc/tmp/lock', tmp_dir='.dvc/tmp', hardlink_lock=True)\n"
+    holder = start(pipeline, "-c", f"{words}with lock: print('held', flush=True); time.sleep(600)")
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    (found,) = bad(doctor.dvc_locks(pipeline))
+    assert found.fix is not None
+    with pytest.raises(Busy):
+        found.fix()
+    holder.kill()
+    holder.wait()
+    (pipeline.root / ".dvc" / "tmp" / "lock").unlink()  # it outlives its holder: DVC says who may remove it, and when
+    found.fix()
+    assert not bad(doctor.dvc_locks(pipeline))
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"write": {"a": 1}}'])
 def test_a_damaged_table_is_removed(pipeline: Files, rwlock: Path, content: str) -> None:
     rwlock.write_text(content)

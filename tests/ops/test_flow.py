@@ -101,6 +101,20 @@ def test_a_stage_that_fails_fails_the_flow_and_ends_it_there(pipeline: Files, st
     assert flow_runs(pipeline)[-1][0] == "FAILED"
 
 
+def test_new_images_that_are_refused_are_refused_once(pipeline: Files, start: Start) -> None:
+    (pipeline.root / "incoming").mkdir()
+    (pipeline.root / "incoming" / "car.jpg").write_bytes(b"x")
+    os.utime(pipeline.root / "incoming" / "car.jpg", (1, 1))
+    process = start(pipeline, *RETRAIN, **home(pipeline), **OFF)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "incoming holds 1 files, but `data.source` vehicles renders its own images" in err
+    with sqlite3.connect(pipeline.root / "prefect" / "prefect.db") as database:
+        tasks = database.execute("select name, run_count from task_run").fetchall()
+    assert tasks == [("refresh", 1)]
+    assert (pipeline.root / "incoming" / "car.jpg").is_file()
+
+
 def test_a_stage_that_hangs_is_ended_and_not_tried_again(pipeline: Files, start: Start) -> None:
     pipeline.params.write_text(pipeline.params.read_text().replace("limit_hours: 72", "limit_hours: 0.003"))
     process = start(pipeline, *RETRAIN, NAP="600", **home(pipeline), **OFF)
