@@ -4,6 +4,7 @@ Doing it again changes nothing that is as it should be.
 """
 
 import logging
+import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -73,11 +74,11 @@ def pools(root: Path) -> list[str]:
     path = root / "prefect.yaml"
     try:
         said = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-        ours = [one for one in said["deployments"] if one["entrypoint"].endswith(f":{FLOW}")]
+        ours = [one for one in said["deployments"] if re.split("[.:]", one["entrypoint"])[-1] == FLOW]
         found = dict.fromkeys(one["work_pool"]["name"] for one in ours)
     except (OSError, YAMLError) as error:
         raise DeployError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError) as error:
         reason = f" (it lacks {error})" if isinstance(error, KeyError) else ""
         raise DeployError(f"{path} does not describe deployments{reason}; compare the repository's") from error
     if not found:
