@@ -31,7 +31,7 @@ class Busy(RuntimeError):
 
 @contextmanager
 def locked(path: Path, what: str, patience: float = -1) -> Iterator[None]:
-    """Hold a lock that the system gives back when this process ends, however it ends.
+    """Hold a lock that the system gives back when this process and what it forked have ended, however they end.
 
     Args:
         path: Lock file; it stays, since one that is removed can be locked twice.
