@@ -4,6 +4,7 @@ A cost is a sum over layers, each a function of its two widths, so that the budg
 cost without building it. Backbone and embedding head count, the classifier, compactors and gates do not.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,11 @@ from pipeline.models.spec import EMBEDDING, INPUT, ArchSpec, Layer
 
 ONE = "one"
 """A dimension of size 1, for costs that a single width decides."""
+
+BELIEVED = (0.5, 2.0)
+"""Between what factors a measured saving may lie from what single layers tell, and be taken for the truth."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,9 +86,19 @@ class CostModel:
         Args:
             full: Widths of the uncompressed network.
             widths: Of the narrowed one.
+
+        Returns:
+            A factor within `BELIEVED`, so that a training does not break off for one measurement.
         """
         told = 1 - self(widths) / self(full)
-        return 1.0 if self.measured is None or not told else (1 - self.measured(widths)) / told
+        if self.measured is None or not told:
+            return 1.0
+        saved = 1 - self.measured(widths)
+        least, most = BELIEVED
+        if not least <= saved / told <= most:
+            log.warning("the layers tell that %.1f %% are saved, the whole network %.1f %%: this machine was busy, or "
+                        "the network is too small to be timed; see the benchmark", 100 * told, 100 * saved)  # fmt: skip
+        return min(max(saved / told, least), most)
 
 
 def fixed_sizes(spec: ArchSpec) -> dict[str, int]:

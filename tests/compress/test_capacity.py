@@ -184,6 +184,16 @@ def test_a_static_choice_keeps_to_what_its_network_was_measured_to_cost(method: 
     assert 0.4 <= 1 - chosen.cost(widths) / chosen.cost(SPEC.widths) <= 0.41
 
 
+@pytest.mark.parametrize(("share", "factor"), [(1.2, 0.5), (0.97, 0.5), (0.8, 1.0), (0.1, 2.0)])
+def test_a_measurement_that_belies_the_layers_is_believed_half(
+    share: float, factor: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = cost.CostModel((cost.Term("layer3", cost.ONE, 1),), {cost.ONE: 1}, measured=lambda _: share)
+    narrow = {"layer3": 0.8 * SPEC.widths["layer3"]}
+    assert model.stretch(SPEC.widths, narrow) == pytest.approx(factor)
+    assert ("this machine was busy" in caplog.text) == (factor != 1.0)
+
+
 def test_a_stretched_model_leaves_the_whole_as_it_is() -> None:
     model = cost.params_model(SPEC)
     narrow = {**SPEC.widths, "layer3": 64}
