@@ -6,7 +6,7 @@ from pathlib import Path
 
 def main() -> None:
     """Entry point of `smaller-student`."""
-    if sys.argv[1:2] == ["retrain"] and Path("params.yaml").is_file():
+    if sys.argv[1:2] == ["retrain"] and "--help" not in sys.argv and Path("params.yaml").is_file():
         sys.exit(_retrain())
     from pipeline.cli.commands import run
 
@@ -14,7 +14,7 @@ def main() -> None:
 
 
 def _retrain() -> int:
-    """Take the lock before anything else is imported: of twenty at once, nineteen shall hear `busy` within a second."""
+    """Take the flow's lock before anything heavy is imported: a second caller is refused within a second."""
     from pipeline.files import Files
     from pipeline.ops.locks import Busy, retraining
 

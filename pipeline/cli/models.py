@@ -12,15 +12,22 @@ from pipeline.ops.stage import log_to_stderr
 
 @app.command()
 def sync(
-    again: Annotated[bool, typer.Option(help="Tell everything again that is still known; nothing is doubled.")] = False,
+    again: Annotated[bool, typer.Option(help="Write everything again that is still recorded; nothing is doubled.")] = (
+        False
+    ),
 ) -> None:
-    """Tell MLflow what it missed while it was away."""
+    """Bring MLflow up to date with what was recorded while it was out of reach."""
+    from pipeline.ops.dvc import changes
     from pipeline.ops.params import load
+    from pipeline.ops.recorder import complete_last
     from pipeline.ops.sync import sync as run
 
     files = Files.here()
-    executions, events = run(files, load(files.params), again)
-    typer.echo(f"told {events} events of {executions} executions" if events else "MLflow knows everything")
+    complete_last(files, load(files.params), changes())
+    found = run(files, again)
+    for notice in found.notices:
+        typer.echo(notice)
+    typer.echo(f"{found.changed} executions brought up to date" if found.changed else "MLflow is up to date")
 
 
 RELEASE = typer.Argument(help="What stage `export` wrote.")

@@ -41,15 +41,15 @@ def retrain(
     force: Annotated[bool, typer.Option(help="Record an execution even if nothing changed.")] = False,
 ) -> None:
     """Run what changed, as a Prefect flow."""
-    from pipeline.ops.locks import retraining
     from pipeline.ops.params import load
+    from pipeline.ops.store import check_uri, tracking_uri
 
     files = Files.here()
     load(files.params)
-    with retraining(files):  # taken here already: importing Prefect takes seconds, and who is refused hears it at once
-        from pipeline.ops.flow import retrain as flow
+    check_uri(tracking_uri(files))  # a wrong one is refused before Prefect is imported, which takes seconds
+    from pipeline.ops.flow import retrain as flow
 
-        state = flow(force=force, return_state=True)
+    state = flow(force=force, return_state=True)
     if not state.is_completed():
         raise RuntimeError(state.message)
     typer.echo(f"{state.name}: {state.message}")

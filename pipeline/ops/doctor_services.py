@@ -17,14 +17,12 @@ from prefect.settings import get_current_settings
 from prefect.states import Crashed
 
 from pipeline.files import Files
-from pipeline.ops.delivery import cause
 from pipeline.ops.deploy import POOL, ZOMBIES, DeployError, deployments, folder_of, online, pools
 from pipeline.ops.finding import Finding
-from pipeline.ops.journal import journals
 from pipeline.ops.locks import is_held
-from pipeline.ops.params import load
+from pipeline.ops.run_record import executions
+from pipeline.ops.store import cause, tracking_uri
 from pipeline.ops.sync import sync
-from pipeline.ops.tracking import tracking_uri
 
 PATIENCE = 5.0
 """Seconds to wait for an answer."""
@@ -42,15 +40,14 @@ def mlflow(files: Files) -> Iterator[Finding]:
         yield Finding("mlflow", True, f"{uri}, made at the first run")
     else:
         yield _store(uri)
-    waiting = [one for one in journals(files) if one.pending(uri) and not one.settled]
-    stale = [one for one in waiting if one.over]
+    stale = [one for one in executions(files) if one.pending(uri) and "RUNNING" not in one.outcomes().values()]
     if stale:
         yield Finding(
             "mlflow",
             False,
             f"{len(stale)} executions that are over are not known in full; their runs may stand there as running",
             "`smaller-student sync` tells it, and ends runs whose process is gone",
-            lambda: sync(files, load(files.params)),
+            lambda: sync(files),
         )
 
 

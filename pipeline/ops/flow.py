@@ -9,7 +9,6 @@ from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
-import psutil
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
@@ -18,17 +17,15 @@ from prefect.states import Cancelled, Completed, Failed
 
 from pipeline.config import Params
 from pipeline.files import Files
-from pipeline.ops import announce, git, params, publishing, rwlock, tracking
+from pipeline.ops import announce, git, params, publishing, recorder, rwlock
 from pipeline.ops.dvc import ENDED, StageError, changes, dvc
 from pipeline.ops.execution import VARIABLE, Execution
-from pipeline.ops.journal import Journal
 from pipeline.ops.locks import Busy, note_retraining, retraining, retraining_began
 from pipeline.ops.process import Overtime, die_with_parent
 from pipeline.ops.publishing import Published
-from pipeline.ops.recording import FLOW_RUN
 from pipeline.ops.refresh import RefreshError, RefusedError
 from pipeline.ops.refresh import refresh as bring
-from pipeline.ops.sync import TrackingError
+from pipeline.ops.store import TrackingError, check_uri, tracking_uri
 from pipeline.records import RECORDS
 
 ENGINE = "PREFECT__FLOW_RUN_ID"
@@ -81,13 +78,14 @@ def _retrain(files: Files, force: bool) -> State[None]:
         for line in rwlock.release_dead(files):
             get_run_logger().info(line)
     checked = params.load(files.params)
+    check_uri(tracking_uri(files))
     due, began = flow_run.scheduled_start_time, retraining_began(files)
     if began is not None and due is not None and due < began and not force:
         return Cancelled(name="Overtaken", message=f"was due before the last retraining began ({began:%Y-%m-%d %H:%M})")
     if checked.retrain.refresh or checked.retrain.incoming:
         _ended(refresh(files, checked, return_state=True), RefreshError)
     changed = changes()
-    tracking.complete_last(files, checked, changed)
+    recorder.complete_last(files, checked, changed)
     unpublished = checked.retrain.publish and publishing.remembered(files, checked) is None
     if not changed and not unpublished and not force:
         return Completed(name="NoChange", message="nothing changed since the last run")
@@ -107,16 +105,29 @@ def _retrain(files: Files, force: bool) -> State[None]:
 
 def _stages(files: Files, checked: Params) -> None:
     """Run all stages, as one execution."""
-    os.environ[FLOW_RUN] = str(flow_run.id or "")  # stages inherit it
-    owner = Execution.of("flow", psutil.Process())
-    journal = Journal.of(files, owner)
+    os.environ[recorder.FLOW_RUN] = str(flow_run.id or "")  # stages inherit it
+    execution = Execution.new_flow()
     try:
         for stage in RECORDS:
             run = reproduce.with_options(name=stage, task_run_name=stage)
-            _ended(run(stage, owner.key, checked.retrain.limit_hours, return_state=True), StageError)
-        tracking.complete(files, checked, journal)
+            _ended(run(stage, execution.key, checked.retrain.limit_hours, return_state=True), StageError)
+        recorder.complete(files, checked, execution)
     finally:
-        journal.close()  # another run in this process is another execution
+        _synchronise(files)
+
+
+def _synchronise(files: Files) -> None:
+    """Bring MLflow up to date; a server that is out of reach fails no retraining."""
+    from pipeline.ops.sync import sync  # imports mlflow
+
+    if not recorder.enabled():
+        return
+    try:
+        notices = sync(files).notices
+    except (TrackingError, Busy) as error:
+        notices = [str(error)]
+    for notice in notices:
+        get_run_logger().warning(notice)
 
 
 def _ended(state: State[Any], error: type[RuntimeError]) -> None:

@@ -26,11 +26,6 @@ class Stopped(BaseException):
         self.exit_code = 128 + number
 
 
-def identity() -> tuple[int, int]:
-    """Number and start (whole seconds since 1970) of this process."""
-    return os.getpid(), int(psutil.Process().create_time())
-
-
 def die_with_parent() -> None:
     """Ask the kernel for SIGTERM when the parent ends, so that killing dvc leaves no orphan (Linux only)."""
     if sys.platform != "linux":

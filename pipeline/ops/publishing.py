@@ -1,13 +1,10 @@
 """From a release on this machine to a champion in the registry."""
 
-import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from requests.exceptions import RequestException
 
@@ -15,11 +12,10 @@ from pipeline.config import Params
 from pipeline.export.release import ReleaseError
 from pipeline.export.sample import check_release
 from pipeline.files import Files, read_json, write_json
-from pipeline.ops import sync
-from pipeline.ops.delivery import cause
 from pipeline.ops.gate import Gate
 from pipeline.ops.registry import Registry, facts, release_digest, uploaded
-from pipeline.ops.tracking import LIMITS, tracking_uri
+from pipeline.ops.store import TrackingError, cause, open_store, tracking_uri
+from pipeline.ops.sync import sync
 from pipeline.retrieval.gate import Verdict
 
 
@@ -51,14 +47,10 @@ def registry(files: Files, params: Params) -> Iterator[Registry]:
     Raises:
         TrackingError: If MLflow cannot be reached, or refuses.
     """
-    for name, value in LIMITS.items():
-        os.environ.setdefault(name, value)
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
-    uri = tracking_uri(files)
     try:
-        yield Registry(MlflowClient(uri, registry_uri=uri), params.tracking.model_name)
+        yield Registry(open_store(files), params.tracking.model_name)
     except (MlflowException, RequestException) as error:
-        raise sync.TrackingError(f"MLflow at {uri} did not do it ({cause(error)})") from error
+        raise TrackingError(f"MLflow at {tracking_uri(files)} did not do it ({cause(error)})") from error
 
 
 def publish(files: Files, params: Params, folder: Path) -> Published:
@@ -74,7 +66,7 @@ def publish(files: Files, params: Params, folder: Path) -> Published:
         TrackingError: If MLflow cannot be reached; the release stays where it is.
     """
     check_release(folder)
-    sync.sync(files, params)
+    sync(files)
     with registry(files, params) as known:
         gate = Gate(files, params, known, folder)
         told = {**facts(folder), "test_set": gate.test_digest[:12]}

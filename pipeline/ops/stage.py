@@ -26,11 +26,10 @@ from pipeline.config import Params
 from pipeline.files import Files, csv_text, write_json, write_text
 from pipeline.ops import git
 from pipeline.ops import params as params_file
-from pipeline.ops.execution import Execution, current
-from pipeline.ops.journal import Journal
+from pipeline.ops.execution import current
 from pipeline.ops.locks import running_stage
 from pipeline.ops.process import Stopped, die_with_parent, peak_memory, stoppable
-from pipeline.ops.tracking import Tracker
+from pipeline.ops.recorder import StageRun
 from pipeline.records import Record
 
 if TYPE_CHECKING:
@@ -44,8 +43,6 @@ LIBRARIES = ("torch", "numpy", "pillow", "onnx", "onnxruntime", "dvc", "mlflow")
 """Versions that are noted beside the timings."""
 LAST_WORKERS = 10.0
 """Seconds in which the image loaders of a killed stage, which still hold its lock, notice that it is gone."""
-BIG = 16 * 2**20
-"""Bytes; larger dependencies are told apart by size and time of change, smaller ones by content."""
 
 
 class Run:
@@ -57,7 +54,6 @@ class Run:
         files: Paths of the checkout.
         out: Folder of what it writes, which exists: its artifacts', or one that is thrown away where another process
             of the same training leads.
-        execution: What the stage belongs to.
     """
 
     def __init__(
@@ -65,22 +61,21 @@ class Run:
         stage: str,
         params: Params,
         files: Files,
-        execution: Execution,
         out: Path,
-        tracker: Tracker | None = None,
+        recorded: StageRun | None = None,
     ) -> None:
-        self.stage, self.params, self.files, self.execution, self.out = stage, params, files, execution, out
+        self.stage, self.params, self.files, self.out = stage, params, files, out
         self.out.mkdir(parents=True, exist_ok=True)
         self.rows: list[dict[str, float]] = []
         self.seconds: dict[str, float] = {}
-        self._tracker = tracker
+        self._recorded = recorded
         self._checkpoints: list[Checkpoints] = []
 
     def curve(self, row: Mapping[str, float]) -> None:
         """Report one row of the curve, whose `epoch` is the step; all of them become plots/<stage>.csv."""
         self.rows.append(dict(row))
-        if self._tracker is not None:
-            self._tracker.curve(row)
+        if self._recorded is not None:
+            self._recorded.curve(row)
 
     @property
     def commit(self) -> str:
@@ -153,16 +148,26 @@ def _versions() -> dict[str, str]:
 
 
 def _fingerprints(root: Path, stage: str) -> Iterator[tuple[str, str]]:
-    """What the dependencies of a stage, as dvc.yaml names them, hold now."""
+    """Hashes of the dependencies of a stage, as dvc.yaml names them."""
     pipeline = YAML(typ="safe", pure=True).load((root / "dvc.yaml").read_text(encoding="utf-8"))
+    known = dict(_outputs(root)) if "DVC_STAGE" in os.environ else {}  # dvc has just compared them with the files
     for dependency in pipeline["stages"][stage]["deps"]:
         top = root / dependency
+        if dependency in known:
+            yield dependency, known[dependency]
+            continue
         for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
             if path.is_file() and path.suffix != ".pyc":
-                state = path.stat()
-                big = f"{state.st_size} {state.st_mtime_ns}"
-                content = big if state.st_size > BIG else hashlib.sha256(path.read_bytes()).hexdigest()
-                yield path.relative_to(root).as_posix(), content
+                with path.open("rb") as file:
+                    yield path.relative_to(root).as_posix(), hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _outputs(root: Path) -> Iterator[tuple[str, str]]:
+    """Outputs of all stages and their hashes in dvc.lock: gigabytes of images are not read again."""
+    path = root / "dvc.lock"
+    lock = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for entry in lock.get("stages", {}).values():
+        yield from ((out["path"], out["md5"]) for out in entry.get("outs", ()) if "md5" in out)
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -219,17 +224,13 @@ def _sentence(error: Exception) -> str:
 def _run(stage: str, function: Callable[[Run], Record]) -> None:
     files = Files.here()
     params = params_file.load(files.params)
-    execution = current()
     if not leads():
         with tempfile.TemporaryDirectory() as scratch:
-            function(Run(stage, params, files, execution, Path(scratch)))
+            function(Run(stage, params, files, Path(scratch)))
         return
-    with (
-        running_stage(files, LAST_WORKERS),
-        Tracker(files, params, Journal.of(files, execution), stage) as tracker,
-    ):
+    with running_stage(files, LAST_WORKERS), StageRun(files, params, current(), stage) as recorded:
         started = time.monotonic()
-        run = Run(stage, params, files, execution, files.artifacts(stage), tracker)
+        run = Run(stage, params, files, files.artifacts(stage), recorded)
         record = function(run)
         run.write(record, time.monotonic() - started)
 

@@ -19,7 +19,6 @@ from pipeline.export.sample import check_release
 from pipeline.files import Files, write_atomically
 from pipeline.inference.timing import Gain
 from pipeline.models import cost
-from pipeline.ops.execution import current
 from pipeline.ops.params import load
 from pipeline.ops.stage import Run
 from stages import export as stage
@@ -46,7 +45,7 @@ def run(tmp_path: Path) -> Run:
         Image.fromarray(Pictures.pixels[row]).save(paths.vehicles / item.path, format="PNG")
     for name in ("teacher", "surgery"):
         checkpoint.save(paths.artifacts(name), tiny_net(0))
-    return Run("export", Params.model_validate(smoke), paths, current(), paths.artifacts("export"))
+    return Run("export", Params.model_validate(smoke), paths, paths.artifacts("export"))
 
 
 def written(run: Run) -> dict[str, bytes]:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.ops.locks import Busy, is_held, locked, sole_writer
+from pipeline.ops.locks import Busy, is_held, locked
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys
 from pathlib import Path
-from pipeline.ops.locks import sole_writer
-with sole_writer(Path(sys.argv[1]), "training"):
+from pipeline.ops.locks import locked
+with locked(Path(sys.argv[1]), "training"):
     print("holds", flush=True)
     sys.stdin.read()
 """
@@ -29,19 +29,19 @@ def test_who_comes_second_hears_at_once_who_is_first(tmp_path: Path) -> None:
     )  # fmt: skip
     assert first.stdout is not None and first.stdout.readline() == "holds\n"
     message = rf"^busy: training runs already \(pid {first.pid} on \S+ since 20"
-    with pytest.raises(Busy, match=message) as caught, sole_writer(path, "training"):
+    with pytest.raises(Busy, match=message) as caught, locked(path, "training"):
         pass
     assert caught.value.exit_code == 75
     first.kill()  # even then the lock is free at once
     first.communicate()
-    with sole_writer(path, "training"):
+    with locked(path, "training"):
         pass
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
 def test_a_lock_is_free_although_a_child_forked_meanwhile_lives_on(tmp_path: Path) -> None:
     path = tmp_path / "writer.lock"
-    with sole_writer(path, "training"):
+    with locked(path, "training"):
         child = os.fork()
         if child == 0:
             time.sleep(60)
@@ -49,7 +49,7 @@ def test_a_lock_is_free_although_a_child_forked_meanwhile_lives_on(tmp_path: Pat
         assert is_held(path)
     try:
         assert not is_held(path)
-        with sole_writer(path, "training"):
+        with locked(path, "training"):
             pass
     finally:
         os.kill(child, signal.SIGKILL)
@@ -58,7 +58,7 @@ def test_a_lock_is_free_although_a_child_forked_meanwhile_lives_on(tmp_path: Pat
 
 def test_threads_take_turns(tmp_path: Path) -> None:
     def add(_: int) -> None:
-        with locked(tmp_path / "turn.lock", "counting"):
+        with locked(tmp_path / "turn.lock", "counting", patience=-1):
             text = count.read_text()
             time.sleep(0.002)
             count.write_text(str(int(text) + 1))
@@ -79,8 +79,9 @@ def test_patience_waits_until_the_other_has_ended(tmp_path: Path) -> None:
             order.append("first")
         second.result()
     assert order == ["first", "second"]
-    with locked(path, "counting"), pytest.raises(Busy, match=r"^busy: counting runs already"):
-        _second(path, order, patience=0.1)
+    with locked(path, "counting"), ThreadPoolExecutor(1) as pool:
+        with pytest.raises(Busy, match=r"^busy: counting runs already"):
+            pool.submit(_second, path, order, patience=0.1).result()
 
 
 def _second(path: Path, order: list[str], patience: float = 20) -> None:
@@ -90,8 +91,8 @@ def _second(path: Path, order: list[str], patience: float = 20) -> None:
 
 def test_who_holds_the_lock_may_take_it_again(tmp_path: Path) -> None:
     path = tmp_path / "writer.lock"
-    with sole_writer(path, "training"):
-        with sole_writer(path, "training"):
+    with locked(path, "training"):
+        with locked(path, "training"):
             pass
         assert path.with_suffix(".json").is_file()
     assert not path.with_suffix(".json").exists()

@@ -12,7 +12,6 @@ import psutil
 import pytest
 
 from pipeline.files import Files, write_text
-from pipeline.ops.execution import Execution
 from pipeline.ops.params import load
 from pipeline.ops.stage import Run, exit_code, guarded, table
 from pipeline.records import Record, TeacherRecord
@@ -23,7 +22,7 @@ TEACHER = ("-m", "stages.teacher")
 
 @pytest.fixture
 def run(checkout: Files) -> Run:
-    return Run("teacher", load(checkout.params), checkout, Execution("stage", 1, 2), checkout.artifacts("teacher"))
+    return Run("teacher", load(checkout.params), checkout, checkout.artifacts("teacher"))
 
 
 def wait_for_nap(process: "subprocess.Popen[str]") -> None:
@@ -170,7 +169,7 @@ def inputs(checkout: Files) -> Path:
 
 
 def folder(files: Files, *sections: str) -> Path:
-    run = Run("teacher", load(files.params), files, Execution("stage", 1, 2), files.artifacts("teacher"))
+    run = Run("teacher", load(files.params), files, files.artifacts("teacher"))
     return run.checkpoints(*sections).folder
 
 
@@ -200,6 +199,31 @@ def test_a_training_with_other_params_inputs_or_code_starts_anew(
     path = inputs / name
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
+    assert folder(checkout, "teacher") != before
+
+
+def test_under_dvc_the_hash_of_an_output_is_that_of_dvc_lock(
+    checkout: Files, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_STAGE", "teacher")
+    before = folder(checkout, "teacher")
+    lock = "stages: {prepare: {outs: [{path: artifacts/prepare/manifest.csv, hash: md5, md5: abc}]}}\n"
+    write_text(checkout.root / "dvc.lock", lock)
+    locked = folder(checkout, "teacher")
+    assert locked != before
+    checkout.manifest.write_text("not read again")
+    assert folder(checkout, "teacher") == locked
+    write_text(checkout.root / "dvc.lock", lock.replace("abc", "def"))
+    assert folder(checkout, "teacher") != locked
+
+
+def test_large_inputs_are_known_by_content_whatever_their_times(checkout: Files, inputs: Path) -> None:
+    large = inputs / "code" / "large.bin"
+    large.write_bytes(bytes(20 * 2**20))
+    before = folder(checkout, "teacher")
+    os.utime(large, (1, 1))
+    assert folder(checkout, "teacher") == before
+    large.write_bytes(bytes(20 * 2**20 - 1) + b"1")
     assert folder(checkout, "teacher") != before
 
 

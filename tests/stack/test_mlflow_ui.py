@@ -8,12 +8,10 @@ from mlflow import MlflowClient
 from playwright.sync_api import Locator, Page, expect
 
 from pipeline.files import Files, write_json, write_text
-from pipeline.ops.delivery import Delivery
-from pipeline.ops.execution import Execution
-from pipeline.ops.journal import Journal
+from pipeline.ops.execution import current
 from pipeline.ops.params import load
-from pipeline.ops.process import identity
-from pipeline.ops.recording import Recording
+from pipeline.ops.recorder import Recorder
+from pipeline.ops.sync import sync
 from pipeline.records import RECORDS
 from tests.fake_stages import NUMBERS
 
@@ -34,10 +32,8 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
     params = load(files.params)
     for stage in RECORDS:
         write_json(files.metrics(stage), NUMBERS[stage])
-    recording = Recording(files, params, Journal.of(files, Execution("dvc", *identity())), None)
-    recording.begin()
-    recording.end("FINISHED")
-    Delivery(files, params.tracking.experiment).tell(recording.journal)
+    Recorder(files, params, current()).begin(None)
+    sync(files)
     return files
 
 

@@ -9,7 +9,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.files import Files
-from pipeline.ops.journal import journals
+from pipeline.ops.run_record import executions
 from pipeline.records import RECORDS
 from tests.fake_stages import Start
 from tests.stack.proxy import WAYS, Proxy
@@ -34,18 +34,22 @@ def points(client: MlflowClient, experiment: str) -> Counter[tuple[str, str, int
     """Every point of every metric of every run."""
     found: Counter[tuple[str, str, int, float]] = Counter()
     for run in client.search_runs(experiment):
-        for key in run.data.metrics:
+        for key in (key for key in run.data.metrics if not key.startswith("system/")):  # MLflow's own
             for point in client.get_metric_history(run.info.run_id, key):
                 found[run.data.tags.get("stage", ""), key, point.step, point.value] += 1
     return found
 
 
 def written(files: Files) -> Counter[tuple[str, str, int, float]]:
-    """The same by the journal."""
-    (journal,) = journals(files)
-    return Counter(
-        (event.stage, key, event.step, value) for _, event in journal.events() for key, value in event.values.items()
-    )
+    """The same by the records."""
+    (records,) = executions(files)
+    found: Counter[tuple[str, str, int, float]] = Counter()
+    for record in (records.execution(), *records.stages().values()):
+        assert record is not None
+        for point in record.curve:
+            found.update((record.stage, key, point.step, value) for key, value in point.values.items())
+        found.update((record.stage, key, 0, value) for key, value in record.figures.items())
+    return found
 
 
 @pytest.mark.parametrize("way", WAYS)

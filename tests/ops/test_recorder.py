@@ -1,5 +1,6 @@
-"""The recorder as a process of its own, beside real stages."""
+"""Real stages, and the process that brings MLflow up to date beside them."""
 
+import shutil
 import signal
 import socket
 import threading
@@ -11,6 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.files import Files
+from pipeline.ops.run_record import executions
 from tests.fake_stages import OFF, Start, wait_until
 
 TEACHER = ("-m", "stages.teacher")
@@ -23,15 +25,16 @@ def statuses(files: Files) -> dict[str, str]:
     return {run.data.tags.get("stage", "execution"): run.info.status for run in found}
 
 
-def deliverer_of(pid: int) -> psutil.Process:
+def upload_of(pid: int) -> psutil.Process:
+    """The process that a stage started beside itself."""
     found: list[psutil.Process] = []
 
     def there() -> bool:
         children = psutil.Process(pid).children()
-        found[:] = [child for child in children if "pipeline.ops.delivery" in child.cmdline()]
+        found[:] = [child for child in children if "pipeline.ops.sync" in child.cmdline()]
         return bool(found)
 
-    wait_until(there, 10)
+    wait_until(there, 20)
     return found[0]
 
 
@@ -48,11 +51,11 @@ def test_a_stage_that_is_stopped_or_killed_ends_as_killed(
     checkout: Files, start: Start, number: signal.Signals
 ) -> None:
     process = start(checkout, *TEACHER, NAP="60")
-    recorder = deliverer_of(process.pid)
-    wait_until(lambda: list(checkout.tracking.glob("journal/*/delivered.json")), 60)
+    upload = upload_of(process.pid)
+    wait_until(lambda: bool(list(checkout.tracking.glob("runs/*/synced/*.json"))), 60)
     process.send_signal(number)
     process.communicate(timeout=60)
-    recorder.wait(timeout=60)
+    upload.wait(timeout=60)
     assert statuses(checkout) == {"execution": "KILLED", "teacher": "KILLED"}
 
 
@@ -95,8 +98,8 @@ def test_a_server_that_is_down_costs_one_warning(checkout: Files, start: Start) 
     _, err = process.communicate()
     assert process.returncode == 0 and checkout.metrics("teacher").is_file()
     assert err.count("MLflow") == 1 and "Traceback" not in err
-    assert "MLflow at http://127.0.0.1:9 does not know all of this yet ([Errno 111] Connection refused)" in err
-    assert "`smaller-student sync` tells it" in err
+    assert "MLflow at http://127.0.0.1:9 does not have all of this yet ([Errno 111] Connection refused)" in err
+    assert "`smaller-student sync` uploads the rest" in err
 
 
 def test_a_server_that_never_answers_costs_seconds_and_one_warning(checkout: Files, start: Start, silent: str) -> None:
@@ -108,9 +111,52 @@ def test_a_server_that_never_answers_costs_seconds_and_one_warning(checkout: Fil
     assert time.monotonic() - began < 12 + 5 + 2  # the stage's own time, the cost, starting Python
 
 
-def test_a_delivery_that_dies_does_not_take_the_stage_along(checkout: Files, start: Start) -> None:
+def test_an_upload_that_dies_does_not_take_the_stage_along(checkout: Files, start: Start) -> None:
     process = start(checkout, *TEACHER, NAP="1")
-    deliverer_of(process.pid).kill()
+    upload_of(process.pid).kill()
     _, err = process.communicate()
     assert process.returncode == 0 and "Traceback" not in err
     assert checkout.metrics("teacher").is_file()
+
+
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [("runs", "runs is a folder, which MLflow no longer takes"), ("ftp://host", "'ftp', unknown to MLflow")],
+)
+def test_an_address_that_cannot_work_costs_one_warning(checkout: Files, start: Start, uri: str, reason: str) -> None:
+    process = start(checkout, *TEACHER, MLFLOW_TRACKING_URI=uri)
+    _, err = process.communicate()
+    assert process.returncode == 0 and checkout.metrics("teacher").is_file()
+    assert err.count("MLFLOW_TRACKING_URI") == 1 and reason in err and "Traceback" not in err
+    assert not (checkout.root / "runs").exists()
+    (records,) = executions(checkout)
+    assert records.outcomes() == {"teacher": "FINISHED"}
+
+
+def test_a_run_that_was_deleted_while_its_stage_ran_is_reported_by_the_stage(checkout: Files, start: Start) -> None:
+    process = start(checkout, *TEACHER, NAP="25")
+    wait_until(lambda: bool(list(checkout.tracking.glob("runs/*/synced/*.json"))), 60)
+    wait_until(lambda: len(statuses(checkout)) == 2, 20)
+    client = MlflowClient(f"sqlite:///{checkout.root}/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name != "Default"]
+    for run in client.search_runs(experiment.experiment_id, "tags.stage = 'teacher'"):
+        client.delete_run(run.info.run_id)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "was deleted in MLflow; it is left alone" in err
+    assert statuses(checkout) == {"execution": "FINISHED"}
+
+
+def test_a_relative_database_is_that_of_the_repository_in_temporary_workspaces_too(
+    checkout: Files, start: Start, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """DVC runs stages of queued experiments elsewhere, and names the repository by DVC_ROOT."""
+    elsewhere = tmp_path_factory.mktemp("exp")
+    shutil.copytree(checkout.root, elsewhere, dirs_exist_ok=True)
+    temporary = Files(elsewhere, checkout.root)
+    process = start(temporary, *TEACHER, DVC_ROOT=str(checkout.root), MLFLOW_TRACKING_URI="sqlite:///sub/runs.db")
+    (checkout.root / "sub").mkdir()
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    assert (checkout.root / "sub" / "runs.db").is_file()
+    assert not (elsewhere / "sub").exists()

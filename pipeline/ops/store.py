@@ -1,0 +1,164 @@
+"""MLflow's store: which one, whether its address can work, and the experiment in it."""
+
+import importlib.metadata
+import logging
+import os
+import re
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.files import Files
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+VARIABLE = "MLFLOW_TRACKING_URI"
+LIMITS = {
+    # A dead server costs four minutes a call by default. No retries: a POST that was carried out would be repeated;
+    # `sync` looks up what there is before it repeats anything.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+"""Settings of MLflow's client, where the user has set no other."""
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+SERVERS = ("http", "https", "databricks")
+KIND = {"mlflow.experimentKind": "custom_model_development", "mlflow.experiment.primaryMetric.name": "eval/mAP"}
+"""Tags by which the UI chooses how to show the experiment."""
+
+
+class TrackingError(RuntimeError):
+    """MLflow cannot be reached, or refuses."""
+
+
+class UriError(TrackingError):
+    """An address at which no MLflow can be."""
+
+    exit_code = 2
+
+
+def tracking_uri(files: Files) -> str:
+    """Address of the user's store, or of a database in the repository's root.
+
+    A relative path of an SQLite file means the repository, also in the temporary working copies of `dvc exp run`.
+    """
+    uri = os.environ.get(VARIABLE, "").strip()
+    if not uri:
+        return f"sqlite:///{files.mlflow_db.resolve()}"
+    path = _sqlite_path(uri)
+    if path is None or path.is_absolute():
+        return uri
+    return f"{uri.partition(':///')[0]}:///{(files.state / path).resolve()}"
+
+
+def check_uri(uri: str) -> None:
+    """Refuse an address at which no MLflow can be, before anything is tried.
+
+    Raises:
+        UriError: With the remedy.
+    """
+    scheme, colon, _ = uri.partition(":")
+    kind = scheme.partition("+")[0].lower()
+    plugins = {entry.name for entry in importlib.metadata.entry_points(group="mlflow.tracking_store")}
+    if uri == "databricks" or (colon and (kind in (*DATABASES, *SERVERS) or scheme in plugins)):
+        if kind in SERVERS[:2] and not re.match(r"https?://[^/]", uri, re.IGNORECASE):
+            raise UriError(f"{VARIABLE} {uri} names no host; write http://HOST:PORT")
+        return
+    folder = not colon or kind == "file" or len(kind) == 1  # C:\\runs
+    reason = "is a folder, which MLflow no longer takes" if folder else f"begins with {scheme!r}, unknown to MLflow"
+    raise UriError(f"{VARIABLE} {uri} {reason}; set it to http://HOST:PORT or sqlite:///FILE, or unset it")
+
+
+def _sqlite_path(uri: str) -> Path | None:
+    found = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)", uri)
+    return Path(found[1]) if found and found[1] != ":memory:" else None
+
+
+def cause(error: BaseException) -> str:
+    """First line of the error that came first: `Connection refused`, not the ten lines around it."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def open_store(files: Files) -> "MlflowClient":
+    """Connect to the store.
+
+    Raises:
+        UriError: If its address cannot work.
+        Exception: Whatever MLflow raises.
+    """
+    uri = tracking_uri(files)
+    check_uri(uri)
+    for name, value in LIMITS.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient  # seconds
+
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    _follow_checkout(files, uri)
+    return MlflowClient(uri, registry_uri=uri)
+
+
+def _follow_checkout(files: Files, uri: str) -> None:
+    """Correct the paths in the checkout's own database after the checkout was moved or copied.
+
+    MLflow stores absolute paths of artefacts and has no call to change them, so a moved checkout would write to the
+    old place, and one that was copied into the other one's folder.
+    """
+    path, here = _sqlite_path(uri), files.mlflow_artifacts.resolve().as_uri()
+    if path is None or path.resolve() != files.mlflow_db.resolve() or not path.is_file():
+        return
+    import sqlite3
+
+    with closing(sqlite3.connect(path, timeout=30)) as database, database:
+        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if "experiments" not in tables:
+            return
+        for (there,) in database.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall():
+            if not there or there == here or not there.endswith(f"/{files.mlflow_artifacts.name}"):
+                continue
+            old = _folder(there)
+            if old is None or (old.is_dir() and not (old.parent / files.mlflow_db.name).is_file()):
+                continue  # another checkout's artefacts, which shares this database
+            for table, column in LOCATIONS:
+                if table in tables:
+                    database.execute(
+                        f"UPDATE {table} SET {column} = ? || substr({column}, ?) "  # noqa: S608 - names from LOCATIONS
+                        f"WHERE {column} = ? OR substr({column}, 1, ?) = ?",
+                        (here, len(there) + 1, there, len(there) + 1, f"{there}/"),
+                    )
+
+
+LOCATIONS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+"""Columns of MLflow's tables that hold places of artefacts."""
+
+
+def _folder(uri: str) -> Path | None:
+    from urllib.parse import unquote, urlsplit
+
+    parts = urlsplit(uri)
+    return Path(unquote(parts.path)) if parts.scheme == "file" else None
+
+
+def experiment(client: "MlflowClient", files: Files, name: str) -> str | None:
+    """Id of an experiment, which is made where it is missing; None where somebody has deleted it."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        # A server keeps artefacts where it likes; a database alone would put them into the current directory.
+        home = None if client.tracking_uri.startswith("http") else files.mlflow_artifacts.resolve().as_uri()
+        try:
+            return str(client.create_experiment(name, home, KIND))
+        except MlflowException:  # another process was faster
+            if (found := client.get_experiment_by_name(name)) is None:
+                raise
+    return str(found.experiment_id) if found.lifecycle_stage == "active" else None
