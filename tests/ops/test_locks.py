@@ -79,9 +79,9 @@ def test_patience_waits_until_the_other_has_ended(tmp_path: Path) -> None:
             order.append("first")
         second.result()
     assert order == ["first", "second"]
-    with locked(path, "counting"), ThreadPoolExecutor(1) as pool:
-        with pytest.raises(Busy, match=r"^busy: counting runs already"):
-            pool.submit(_second, path, order, patience=0.1).result()
+    refused = pytest.raises(Busy, match=r"^busy: counting runs already")
+    with locked(path, "counting"), ThreadPoolExecutor(1) as pool, refused:
+        pool.submit(_second, path, order, patience=0.1).result()
 
 
 def _second(path: Path, order: list[str], patience: float = 20) -> None:

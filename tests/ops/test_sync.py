@@ -383,7 +383,7 @@ def test_an_execution_that_another_process_synchronises_is_left_to_it_and_the_ot
     first, second = record(here, "prepare", owner=dvc(1)), record(here, "prepare", owner=dvc(2))
     with locked(first.folder / "sync.lock", "a test"):
         code = (
-            "import os; from pathlib import Path; from pipeline.files import Files; from pipeline.ops.sync import Sync\n"
+            "from pathlib import Path; from pipeline.files import Files; from pipeline.ops.sync import Sync\n"
             "root = Path.cwd(); Sync(Files(root, root)).all()"
         )
         root = Path(__file__).parents[2]
