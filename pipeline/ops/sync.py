@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ class Sync:
     Args:
         files: Of the checkout.
         patience: Seconds to wait for another process that synchronises the same execution.
-        again: Write everything again that MLflow may have.
+        again: Write everything again that MLflow may have; nothing is doubled.
 
     Attributes:
         notices: What the user should read once: runs that somebody deleted, executions that MLflow refused.
@@ -59,14 +60,11 @@ class Sync:
         self.files, self.uri, self._patience, self._again = files, store.tracking_uri(files), patience, again
         self.notices: list[str] = []
         self.changed = 0
-        self._client: MlflowClient | None = None
 
-    @property
+    @cached_property
     def client(self) -> MlflowClient:
-        """Opened at its first use."""
-        if self._client is None:
-            self._client = store.open_store(self.files)
-        return self._client
+        """Opened at its first use, which may fail."""
+        return store.open_store(self.files)
 
     def all(self) -> None:
         """Synchronise all executions, each by itself: one that MLflow refuses holds up no other.
@@ -75,8 +73,7 @@ class Sync:
             TrackingError: If the store cannot be reached; what was written until then is remembered.
             Busy: If another process needed longer than `patience` for one of them; the others are done.
         """
-        busy: Busy | None = None
-        every = list(executions(self.files))
+        every, busy = list(executions(self.files)), None
         for records in every:
             try:
                 self.one(records)
@@ -89,7 +86,7 @@ class Sync:
             raise busy
 
     def one(self, records: Records) -> None:
-        """Synchronise one execution, until nothing more has changed meanwhile.
+        """Synchronise one execution, until nothing has changed meanwhile.
 
         Raises:
             TrackingError: If the store cannot be reached.
@@ -101,112 +98,116 @@ class Sync:
             new = True
             with locked(records.folder / "sync.lock", f"the upload of execution {records.id}", self._patience):
                 try:
-                    self._bring(records, again)
+                    self.notices += _Upload(self, records, again).run()
                 except Exception as error:
-                    self._fail(records, error)
+                    self._check_store(error)
+                    self.notices.append(f"MLflow refused a part of execution {records.id} ({store.cause(error)})")
                     return
             again = False
         self.changed += new
 
-    def _fail(self, records: Records, error: Exception) -> None:
-        """Go on after an error that concerns one execution; end if the store as a whole is out of reach.
+    def _check_store(self, error: Exception) -> None:
+        """Find out after an error whether the store as a whole is out of reach.
 
         Raises:
             TrackingError: If it is.
         """
         try:
-            if self._client is None:
-                raise error
-            self._client.search_experiments(max_results=1)
+            self.client.search_experiments(max_results=1)
+        except TrackingError:
+            raise
         except Exception as other:
-            if isinstance(other, TrackingError):
-                raise
             raise TrackingError(
                 f"MLflow at {self.uri} cannot be reached ({store.cause(other)}); everything stays on disk"
             ) from error
-        self.notices.append(f"MLflow refused a part of execution {records.id} ({store.cause(error)})")
 
-    # --- one execution ------------------------------------------------------------------------------------------------
 
-    def _bring(self, records: Records, again: bool) -> None:
-        whole, stages = records.whole(), records.stages()
+class _Upload:
+    """One execution on its way to one store.
+
+    Args:
+        sync: Opens the store.
+        records: Of the execution.
+        again: Forget what the store has.
+
+    Attributes:
+        state: What the store has, as `Records.synced`.
+    """
+
+    def __init__(self, sync: Sync, records: Records, again: bool) -> None:
+        self.sync, self.client, self.records = sync, sync.client, records
+        self.state = {} if again else records.synced(sync.uri)
+
+    def run(self) -> list[str]:
+        """Write what the store does not have.
+
+        Returns:
+            What the user should read: which runs somebody has deleted.
+        """
+        whole, stages = self.records.whole(), self.records.stages()
         if whole is None:
-            return
-        state = {} if again else records.synced(self.uri)
-        experiment = store.experiment(self.client, self.files, whole.experiment)
+            return []
+        names = [EXECUTION, *stages]
+        experiment = store.experiment(self.client, self.sync.files, whole.experiment)
         if experiment is None:
-            self._leave(records, state, [EXECUTION, *stages], f"experiment {whole.experiment} was deleted in MLflow")
-            return
-        query = f"tags.execution_id = '{records.id}'"
-        found = {run.data.tags.get(ENTRY, ""): run for run in self._search(experiment, query)}
-        runs: dict[str, Run | None] = {name: found.get(f"{records.id}/{name}") for name in (EXECUTION, *stages)}
-        gone = [
-            name
-            for name, run in runs.items()
-            if (run is None and state.get(name, {}).get("run")) or (run is not None and _deleted(run))
-        ]
+            return self._leave(names, f"experiment {whole.experiment} was deleted in MLflow")
+        runs = {run.data.tags.get(ENTRY, ""): run for run in self._runs(experiment, "execution_id", self.records.id)}
+        known = {name: runs.get(f"{self.records.id}/{name}") for name in names}
+        gone = [name for name, run in known.items() if self._is_gone(name, run)]
+        gone = names if EXECUTION in gone else gone
+        notices = self._leave(gone, f"a run of execution {whole.title!r} was deleted in MLflow")
         if EXECUTION in gone:
-            gone = list(runs)
-        self._leave(records, state, gone, f"a run of execution {whole.title!r} was deleted in MLflow")
-        if EXECUTION in gone:
-            return
-        parent = self._run(records, state, EXECUTION, whole, runs[EXECUTION], experiment, {})
-        lineage = {**whole.tags, "mlflow.parentRunId": parent}
+            return notices
+        parent = self._id(EXECUTION, whole, known[EXECUTION], experiment, {})
         for name, record in stages.items():
-            if name not in gone and state.get(name, {}).get("fingerprint") != record.fingerprint:
-                tags = {**lineage, "stage": record.stage, **self._original(experiment, record)}
-                run = self._run(records, state, name, record, runs[name], experiment, tags)
-                self._write(records, state, name, record, run)
-        if state[EXECUTION].get("fingerprint") != whole.fingerprint:  # its status at last, when all below is there
-            self._write(records, state, EXECUTION, whole, parent)
+            if name not in gone and not self._has(name, record):
+                tags = {**whole.tags, "mlflow.parentRunId": parent, "stage": record.stage}
+                if source := record.tags.get("original"):
+                    for original in self._runs(experiment, ENTRY, source):
+                        tags["original_run"] = original.info.run_id
+                self._write(name, record, self._id(name, record, known[name], experiment, tags))
+        if not self._has(EXECUTION, whole):  # its status comes last, when all below it is there
+            self._write(EXECUTION, whole, parent)
+        return notices
 
-    def _search(self, experiment: str, query: str) -> list[Run]:
-        return list(self.client.search_runs([experiment], query, ViewType.ALL, max_results=1000))
+    def _runs(self, experiment: str, tag: str, value: str) -> list[Run]:
+        return list(self.client.search_runs([experiment], f"tags.{tag} = '{value}'", ViewType.ALL, max_results=1000))
 
-    def _leave(self, records: Records, state: dict[str, dict[str, Any]], names: list[str], reason: str) -> None:
+    def _is_gone(self, name: str, run: Run | None) -> bool:
+        """Whether somebody has deleted a run, or purged one that was there."""
+        return "run" in self.state.get(name, {}) if run is None else bool(run.info.lifecycle_stage == "deleted")
+
+    def _has(self, name: str, record: RunRecord) -> bool:
+        return bool(self.state.get(name, {}).get("fingerprint") == record.fingerprint)
+
+    def _note(self, name: str, **found: Any) -> None:
+        self.state[name] = {**self.state.get(name, {}), **found}
+        self.records.note_synced(self.sync.uri, self.state)
+
+    def _leave(self, names: list[str], reason: str) -> list[str]:
         """Leave alone from now on what somebody has deleted, and report it once."""
-        new = [name for name in names if not state.get(name, {}).get("gone")]
+        new = [name for name in names if "gone" not in self.state.get(name, {})]
         for name in new:
-            state[name] = {**state.get(name, {}), "gone": reason}
-            self._drop_copies(records, records.read(name))
-        if new:
-            records.note_synced(self.uri, state)
-            self.notices.append(f"{reason}; it is left alone (restore it there and run `smaller-student sync --again`)")
+            self._note(name, gone=reason)
+            self._drop_copies(self.records.read(name))
+        remedy = "it is left alone (restore it there and run `smaller-student sync --again`)"
+        return [f"{reason}; {remedy}"] if new else []
 
-    def _original(self, experiment: str, record: RunRecord) -> dict[str, str]:
-        """Tag of a cached stage with the run that computed its figures, if this server has it."""
-        source = record.tags.get("original")
-        runs = self._search(experiment, f"tags.{ENTRY} = '{source}'") if source else []
-        return {"original_run": runs[0].info.run_id} if runs else {}
-
-    def _run(
-        self,
-        records: Records,
-        state: dict[str, dict[str, Any]],
-        name: str,
-        record: RunRecord,
-        run: Run | None,
-        experiment: str,
-        tags: dict[str, str],
-    ) -> str:
+    def _id(self, name: str, record: RunRecord, run: Run | None, experiment: str, tags: dict[str, str]) -> str:
         """Id of a record's run, which is made where it is missing."""
         if run is None:
-            entry = {ENTRY: f"{records.id}/{name}", "execution_id": records.id, "mlflow.user": _user()}
+            entry = {ENTRY: f"{self.records.id}/{name}", "execution_id": self.records.id, "mlflow.user": _user()}
             run = self.client.create_run(experiment, _ms(record.began), {**tags, **record.tags, **entry}, record.title)
-        state[name] = {**state.get(name, {}), "run": run.info.run_id}
-        records.note_synced(self.uri, state)
+        self._note(name, run=run.info.run_id)
         return str(run.info.run_id)
 
-    def _write(
-        self, records: Records, state: dict[str, dict[str, Any]], name: str, record: RunRecord, run: str
-    ) -> None:
+    def _write(self, name: str, record: RunRecord, run: str) -> None:
         """Write what a record holds: figures and status first, since a store of artefacts may fail by itself."""
-        seen = state[name]
         for params in _chunks([Param(*pair) for pair in record.params.items()], MOST_PARAMS):
             self.client.log_batch(run, params=params)
         points = [
             Metric(key, value, _ms(point.time), point.step)
-            for point in record.curve[seen.get("points", 0) :]
+            for point in record.curve[self.state[name].get("points", 0) :]
             for key, value in point.values.items()
         ]
         if record.ended is not None:
@@ -221,20 +222,14 @@ class Sync:
             self.client.update_run(run, status="RUNNING")
         else:
             self.client.set_terminated(run, record.status, _ms(record.ended))
-        if record.folder and (records.files / record.folder).is_dir():
-            self.client.log_artifacts(run, str(records.files / record.folder), record.folder)
-            self._drop_copies(records, record)
-        state[name] = {**seen, "fingerprint": record.fingerprint, "points": len(record.curve)}
-        records.note_synced(self.uri, state)
+        if record.folder and (self.records.files / record.folder).is_dir():
+            self.client.log_artifacts(run, str(self.records.files / record.folder), record.folder)
+            self._drop_copies(record)
+        self._note(name, fingerprint=record.fingerprint, points=len(record.curve))
 
-    @staticmethod
-    def _drop_copies(records: Records, record: RunRecord | None) -> None:
+    def _drop_copies(self, record: RunRecord | None) -> None:
         if record is not None and record.folder:
-            shutil.rmtree(records.files / record.folder, ignore_errors=True)
-
-
-def _deleted(run: Run) -> bool:
-    return bool(run.info.lifecycle_stage == "deleted")
+            shutil.rmtree(self.records.files / record.folder, ignore_errors=True)
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -257,10 +252,6 @@ def _user() -> str:
 
 def sync(files: Files, again: bool = False) -> Sync:
     """Synchronise all executions of a checkout, waiting for other processes that do so.
-
-    Args:
-        files: Of the checkout.
-        again: Write everything again that MLflow may have; nothing is doubled.
 
     Raises:
         TrackingError: If the store cannot be reached.
