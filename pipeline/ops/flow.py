@@ -18,7 +18,7 @@ from prefect.states import Cancelled, Completed, Failed
 
 from pipeline.config import Params
 from pipeline.files import Files
-from pipeline.ops import announce, git, params, publishing, rwlock, tracking
+from pipeline.ops import announce, git_cli, params, publishing, rwlock, tracking
 from pipeline.ops.dvc import ENDED, StageError, changes, dvc
 from pipeline.ops.execution import VARIABLE, Execution
 from pipeline.ops.journal import Journal
@@ -101,7 +101,7 @@ def _retrain(files: Files, force: bool) -> State[None]:
         announce.verdict(files, checked, found)
         message, name = found.sentence, "Promoted" if found.verdict.passed else "Rejected"
     if checked.retrain.branch:
-        get_run_logger().info(git.record(files.root, checked.retrain.branch, f"Retrained: {message}"))
+        get_run_logger().info(git_cli.record(files.root, checked.retrain.branch, f"Retrained: {message}"))
     return Completed(name=name, message=message)
 
 

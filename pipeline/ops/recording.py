@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.config import Params
 from pipeline.files import Files, read_json, write_json
-from pipeline.ops import figures, git
+from pipeline.ops import figures, git_cli
 from pipeline.ops.journal import Journal
 from pipeline.ops.process import identity
 from pipeline.records import RECORDS
@@ -171,7 +171,7 @@ def upload_folder(files: Files, stage: str) -> Path | None:
 
 def _sources(root: Path) -> dict[str, str]:
     """Tags that tell what the run was made from."""
-    found, changed = git.commit(root)
+    found, changed = git_cli.commit(root)
     if changed is None:
         return {"git_commit": found}
     return {"mlflow.source.git.commit": found, "git_commit": found, "git_dirty": str(changed).lower()}
