@@ -7,18 +7,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import TypeVar
 
+from pipeline.runtime import available_threads
+
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def processors() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """Map with threads: for work that leaves Python alone, as Pillow's decoding does."""
-    with ThreadPoolExecutor(processors()) as pool:
+    with ThreadPoolExecutor(available_threads()) as pool:
         yield from pool.map(function, items)
 
 
@@ -30,7 +27,7 @@ def in_processes(function: Callable[[T], R], items: Sequence[T], least: int) -> 
         items: What to work on.
         least: Items that are worth the start of a process.
     """
-    count = min(processors(), len(items) // least)
+    count = min(available_threads(), len(items) // least)
     if count < 2:
         yield from map(function, items)
         return

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import psutil
 import pytest
 
 from pipeline.data import parallel
-from pipeline.data.parallel import in_processes, in_threads, processors
+from pipeline.data.parallel import in_processes, in_threads
 
 ROOT = Path(__file__).parents[2]
 WHOSE = [f"({number}, __import__('os').getpid())" for number in range(16)]
@@ -19,7 +20,7 @@ WHOSE = [f"({number}, __import__('os').getpid())" for number in range(16)]
 
 
 def test_results_keep_the_order_of_the_items(monkeypatch):
-    monkeypatch.setattr(parallel, "processors", lambda: 2)
+    monkeypatch.setattr(parallel, "available_threads", lambda: 2)
     assert list(in_threads(str, range(50))) == [str(n) for n in range(50)]
     results = list(in_processes(eval, WHOSE, least=8))
     assert [number for number, _ in results] == list(range(16))
@@ -30,20 +31,16 @@ def test_little_work_starts_no_process():
     assert {pid for _, pid in in_processes(eval, WHOSE[:7], least=4)} == {os.getpid()}
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no affinity masks")
-def test_only_processors_in_the_affinity_mask_count():
-    allowed = os.sched_getaffinity(0)
-    try:
-        os.sched_setaffinity(0, {min(allowed)})
-        assert processors() == 1
-    finally:
-        os.sched_setaffinity(0, allowed)
+def test_no_more_threads_and_processes_work_than_this_process_may_use(monkeypatch):
+    monkeypatch.setattr(parallel, "available_threads", lambda: 1)
+    assert len(set(in_threads(lambda _: threading.get_ident(), range(50)))) == 1
+    assert {pid for _, pid in in_processes(eval, WHOSE, least=1)} == {os.getpid()}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_workers_of_a_killed_process_end():
     program = (
-        "import time; from pipeline.data import parallel; parallel.processors = lambda: 2\n"
+        "import time; from pipeline.data import parallel; parallel.available_threads = lambda: 2\n"
         "for _ in parallel.in_processes(time.sleep, [30] * 2, least=1): pass"
     )
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
