@@ -2,14 +2,13 @@
 
 A stand-in for VeRi-776 (Liu et al., ECCV 2016) that needs no download and has its folder layout, so that one loader
 reads both. Six cameras differ in elevation, lens, white balance, gain, blur, noise, light and road; shadows are hard.
-Every random choice derives from (seed, what it is for, identity, camera, view) alone, so that images can be made in
-any order and by any number of processes.
+Every random choice derives from (seed, what it is for, identity, camera, view) alone, so that images can be made in any
+order.
 """
 
 import itertools
 import os
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ from PIL import Image, ImageFilter
 from pipeline.config import Vehicles
 from pipeline.data import bodies
 from pipeline.data.bodies import Colour, Floats, Model
-from pipeline.data.parallel import in_processes
 from pipeline.files import write_text
 from pipeline.progress import track
 
@@ -26,8 +24,6 @@ CAMERAS = 6
 JPEG_QUALITY = 95
 OVERSAMPLE = 2
 """Rays along each side of a pixel."""
-IDENTITIES_PER_PROCESS = 32
-"""Below this many, starting a process takes longer than the work."""
 
 _CAMERA, _VEHICLE, _VIEW = range(3)  # what a random stream is for
 
@@ -172,10 +168,9 @@ def render(folder: Path, seed: int, vehicles: Vehicles) -> None:
         raise FileExistsError(f"{folder} is not empty; move it away")
     for part in ("train", "query", "test"):
         (folder / f"image_{part}").mkdir(parents=True)
-    identities = range(1, vehicles.train_identities + vehicles.test_identities + 1)
-    rendered = in_processes(partial(_render_identity, folder, seed, vehicles), identities, IDENTITIES_PER_PROCESS)
-    for _ in track(rendered, len(identities), "rendering vehicles"):
-        pass
+    count = vehicles.train_identities + vehicles.test_identities
+    for identity in track(range(1, count + 1), count, "rendering vehicles"):
+        _render_identity(folder, seed, vehicles, identity)
     for part in ("train", "query", "test"):
         names = sorted(path.name for path in (folder / f"image_{part}").iterdir())
         write_text(folder / f"name_{part}.txt", "".join(f"{name}\n" for name in names))

@@ -64,12 +64,6 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(rendered, tm
     assert not any(here[name] == there[name] for name in here if name.endswith(".jpg"))
 
 
-def test_two_processes_give_the_bytes_of_one(rendered, tmp_path, monkeypatch):
-    monkeypatch.setattr(vehicles, "IDENTITIES_PER_PROCESS", 2)
-    vehicles.render(tmp_path / "v", 0, SMALL)
-    assert digests(tmp_path / "v") == digests(rendered)
-
-
 def test_a_folder_with_something_else_is_left_alone(tmp_path):
     (tmp_path / "precious.txt").touch()
     with pytest.raises(FileExistsError, match="move it away"):
