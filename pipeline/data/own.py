@@ -29,12 +29,7 @@ Row = dict[str, str]
 
 
 def folder(root: Path, pattern: str) -> tuple[list[Item], list[Remark]]:
-    """One folder an identity, in it images or one folder a camera.
-
-    Args:
-        root: Folder of the raw data.
-        pattern: Regular expression that finds the camera in a file's name, as group `camera`; empty for none. A folder
-            of a camera goes before.
+    """One folder an identity, in it images or one folder a camera; else `pattern` finds the camera in a file's name.
 
     Returns:
         Items in the order of their paths, and what was left out.
@@ -99,11 +94,8 @@ def _may_be_image(name: str) -> bool:
 def table(root: Path, name: str) -> list[Item]:
     """A CSV file with columns path and identity, and camera and split where they are known.
 
-    Splits are train, query, gallery, or test for those that the rule shall deal out; without the column all are.
-
-    Args:
-        root: Folder that its paths are relative to.
-        name: Of the file, in that folder.
+    Splits are train, query, gallery, or test for those that the rule shall deal out; without the column all are. Paths
+    are relative to `root`.
 
     Raises:
         FileNotFoundError: If there is no such file.

@@ -83,14 +83,7 @@ def cameras(seed: int) -> list[Camera]:
 
 
 def photograph(model: Model, camera: Camera, size: int, rng: np.random.Generator) -> Image.Image:
-    """One image of a vehicle, from any side, at about the camera's elevation.
-
-    Args:
-        model: The vehicle.
-        camera: Where and how it is seen.
-        size: Height and width, pixels.
-        rng: Chooses pose, light, noise and what stands in between.
-    """
+    """One image (size, size) of a vehicle, from any side, at about the camera's elevation; `rng` chooses the rest."""
     yaw = rng.uniform(0, 2 * np.pi)
     pitch = np.radians(np.clip(camera.pitch + rng.normal(0, 4), 4, 70))
     tangent = np.tan(np.radians(camera.field_of_view) / 2)
@@ -154,12 +147,8 @@ def _trace(model: Model, camera: Camera, eye: np.ndarray, directions: np.ndarray
 def render(folder: Path, seed: int, vehicles: Vehicles) -> None:
     """Write the data set in VeRi-776's layout.
 
-    Queries are, for each test identity, the first image of each camera c with c % 3 == identity % 3.
-
-    Args:
-        folder: Where image_train, image_query, image_test and name_*.txt go.
-        seed: Same seed and sizes, same bytes.
-        vehicles: How many, and how large.
+    Queries are, for each test identity, the first image of each camera c with c % 3 == identity % 3. The same seed and
+    sizes give the same bytes.
 
     Raises:
         FileExistsError: If `folder` is not empty.

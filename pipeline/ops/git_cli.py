@@ -33,12 +33,8 @@ def commit(root: Path) -> tuple[str, bool | None]:
 def record(root: Path, branch: str, message: str) -> str:
     """Commit what a retraining wrote to a branch; working tree, index and the present branch stay as they are.
 
-    The commit holds the sources of HEAD with the results in place of theirs, and follows the branch's last one and HEAD.
-
-    Args:
-        root: Of the checkout.
-        branch: Made where it is missing.
-        message: Of the commit.
+    The commit holds the sources of HEAD with the results in place of theirs, and follows the last one of the branch
+    (which is made where it is missing) and HEAD.
 
     Returns:
         What was done, in one sentence.

@@ -138,12 +138,9 @@ def _finished(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 
 def ingest(paths: Sequence[Path], folder: Path, target: Path) -> list[str]:
-    """Move files, each in one step; after a crash the next call continues.
+    """Move files from below one folder to the same relative paths below another, each in one step.
 
-    Args:
-        paths: Files below `folder`.
-        folder: Where they lie.
-        target: Where they go, under the same relative paths; one that is there with the same content is only removed.
+    A file that is there with the same content is only removed, so that after a crash the next call continues.
 
     Returns:
         Relative paths of those that were not there.
@@ -180,13 +177,7 @@ def _ingest_with_table(paths: Sequence[Path], folder: Path, root: Path, name: st
     """Move images and append the rows of the table that came with them (source csv); without a table all wait for it.
 
     First the images, then the rows, then the new table goes: interrupted anywhere, the next call finds images and rows
-    that are there already, and does the rest.
-
-    Args:
-        paths: Complete files below `folder`.
-        folder: Holds images and table under the same relative paths as `root`.
-        root: Of the data.
-        name: Of both tables.
+    that are there already, and does the rest. The tables have the same name below `folder` and `root`.
 
     Raises:
         RefusedError: Before anything is moved, if the tables do not fit together or an image is missing.

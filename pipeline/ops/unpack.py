@@ -34,11 +34,7 @@ Entry = tuple[str, int, str]
 
 
 def unpack(archive: Path, target: Path) -> int:
-    """Unpack a .zip or .tar file (gz, bz2 and xz too) into a new folder.
-
-    Args:
-        archive: The file.
-        target: Folder to make; it appears when all files are there.
+    """Unpack a .zip or .tar file (gz, bz2 and xz too) into a new folder, which appears when all files are there.
 
     Returns:
         Number of files.
@@ -108,7 +104,8 @@ def _untar(archive: Path, folder: Path) -> int:
             members.append(member)
         _check_end(tarred)
         _check(archive, entries)
-        tarred.extractall(folder, track(members, len(members), "unpacking"), filter=_content_only)
+        checked = track(members, len(members), "unpacking")
+        tarred.extractall(folder, checked, filter=_content_only)  # noqa: S202 - checked and filtered
     return sum(member.isreg() for member in members)
 
 

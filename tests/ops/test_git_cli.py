@@ -84,7 +84,9 @@ def test_a_commit_that_git_refuses_leaves_the_branch_and_succeeds_when_tried_aga
     results(repository, 2)
     lock = repository.parent / ".git" / "refs" / "heads" / "retrained.lock"
     lock.touch()  # another process of Git's, or one that was killed
-    with pytest.raises(CommitError, match=r"branch `retrained` \(.*retrained\.lock.*\); repair the repository, or empty"):
+    with pytest.raises(
+        CommitError, match=r"branch `retrained` \(.*retrained\.lock.*\); repair the repository, or empty"
+    ):
         record(repository, "retrained", "two")
     assert git(repository, "log", "-1", "--format=%s", "retrained") == "one"
     lock.unlink()
