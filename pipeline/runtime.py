@@ -3,6 +3,8 @@
 import logging
 import math
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,15 +16,37 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def available_threads() -> int:
-    """Processors this process may use: the affinity mask, further bounded by a control group's quota."""
+def available_threads(root: Path = Path("/")) -> int:
+    """Count the processors this process may use: its affinity mask, bounded by the CPU quotas of its control groups.
+
+    Args:
+        root: Of the file system; another one in tests.
+    """
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.is_file():
-        limit, period = quota.read_text().split()
-        if limit != "max":
-            count = min(count, max(1, math.floor(int(limit) / int(period))))
-    return count
+    return max(1, math.floor(min([count, *_cpu_quotas(root)])))
+
+
+def _cpu_quotas(root: Path) -> Iterator[float]:
+    """Processors that the control group of this process, and each one around it, leaves it (versions 1 and 2)."""
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for line in groups:  # hierarchy:controllers:path, without controllers in version 2
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+        group = mount / path.lstrip("/")  # a container may see its host's path, of which only the mount is there
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(mount):
+                with suppress(OSError, ValueError):  # no quota, or `max`
+                    if controllers:
+                        quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+                    else:
+                        quota, period = (folder / "cpu.max").read_text().split()
+                    if int(quota) > 0:  # -1: none
+                        yield int(quota) / int(period)
 
 
 def launch(runtime: Runtime, seed: int) -> "Fabric":

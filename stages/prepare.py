@@ -5,6 +5,7 @@ Writes  artifacts/prepare/, artifacts/remarks.csv, metrics/prepare.json
 """
 
 import logging
+import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -30,6 +31,7 @@ def prepare(run: Run) -> PrepareRecord:
     root = data_root(files, run.params)
     if data.source == "vehicles":
         started = time.monotonic()
+        shutil.rmtree(root, ignore_errors=True)  # DVC does so before it runs a stage; by hand, an earlier set is there
         vehicles.render(root, seed, data.vehicles)
         run.timing("render", time.monotonic() - started)
     source = read_source(data, root)

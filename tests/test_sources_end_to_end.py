@@ -1,11 +1,16 @@
 """Every layout through DVC: stage `prepare` on a miniature of each, and all six stages on two of them."""
 
 import csv
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
+from pipeline.files import Files
+from pipeline.ops.params import load
+from pipeline.ops.refresh import check_incoming, refresh
 from tests import layouts
 from tests.test_end_to_end import checkout, metrics, repro
 
@@ -21,6 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def choose(folder: Path, source: str) -> None:
     """A miniature in data/, and the params that a user would set."""
+    shutil.rmtree(folder / "data" / source, ignore_errors=True)
     layouts.LAYOUTS[source](folder / "data" / source, TRAIN, TEST)
     yaml = YAML()
     params = yaml.load(folder / "params.yaml")
@@ -40,6 +46,22 @@ def test_each_layout_is_prepared(folder: Path, source: str) -> None:
     assert found["identities"] == TRAIN + TEST + extra
     assert found["validation"] > 0 and found["quarantined"] == found["leaked"] == 0
     assert bool(found["gallery"]) is (source not in ("vehicleid", "cub200", "sop"))
+
+
+def test_what_comes_in_with_a_table_is_prepared_too(folder: Path) -> None:
+    choose(folder, "csv")
+    assert repro(folder, "prepare").returncode == 0
+    before = metrics(folder, "prepare")
+    layouts.table(folder / "incoming", TRAIN + 2, TEST)  # lists again what is there
+    for path in (folder / "incoming").iterdir():
+        os.utime(path, (1, 1))
+    params = load(folder / "params.yaml")
+    check_incoming(Files(folder, folder), params)
+    assert len(refresh(Files(folder, folder), params)) == 2 * 3 * 2
+    done = repro(folder, "prepare")
+    assert done.returncode == 0, done.stdout
+    found = metrics(folder, "prepare")
+    assert found["images"] == before["images"] + 2 * 3 * 2 and found["identities"] == before["identities"] + 2
 
 
 @pytest.mark.parametrize("source", WHOLE)

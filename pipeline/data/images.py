@@ -78,7 +78,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """By mode: Pillow's own conversion would drop transparency, and most of the values of deep ones, without a word."""
+    """Convert by mode: Pillow alone would drop transparency, and most of the values of deep ones, without a word."""
     if image.mode in DEEP:
         values = np.asarray(image)
         if 0 < values.max() < SHALLOW:
@@ -99,28 +99,14 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def decode(path: Path, size: tuple[int, int]) -> Pixels:
-    """Decode and resize an image.
-
-    Args:
-        path: Image file.
-        size: Height and width, pixels.
-
-    Returns:
-        (height, width, 3) uint8.
-    """
+    """Decode an image and resize it to (height, width); returns (height, width, 3) uint8."""
     height, width = size
     with opened(path) as image:
         return np.asarray(upright_rgb(image).resize((width, height), Image.Resampling.BILINEAR))  # antialiases
 
 
 def build_cache(manifest: Manifest, size: tuple[int, int], path: Path) -> None:
-    """Write all images of the manifest as one array (N, height, width, 3) uint8, atomically.
-
-    Args:
-        manifest: Row r of the array is item r.
-        size: Height and width, pixels.
-        path: A .npy file.
-    """
+    """Write all images as one array (N, height, width, 3) uint8 to a .npy file; row r is item r of the manifest."""
     paths = [manifest.root / item.path for item in manifest.items]
 
     def write(temporary: Path) -> None:
@@ -152,11 +138,6 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.manifest)
-
-    def __getitem__(self, row: int) -> Pixels:
-        """Image (height, width, 3) uint8."""
-        image: Pixels = self.batch([row])[0]
-        return image
 
     def batch(self, rows: Rows | Sequence[int]) -> Pixels:
         """Images (n, height, width, 3) uint8, a copy."""

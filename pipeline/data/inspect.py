@@ -3,7 +3,7 @@
 import hashlib
 import stat
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class Look:
 
     pixels: str
     hashes: tuple[int, int]
-    state: tuple[int, int]
+    state: tuple[int, int] | None
     flat: bool
     remark: str
 
@@ -61,12 +61,7 @@ class Inspection:
 
 
 def inspect(items: Sequence[Item], root: Path) -> Inspection:
-    """Decode every image to its end; `Image.verify` does not notice a truncated file.
-
-    Args:
-        items: What to look at.
-        root: Folder that their paths are relative to; files outside of it are refused, links to them too.
-    """
+    """Decode every image to its end: `Image.verify` misses truncated files. Links out of `root` are refused."""
     inside = root.resolve()
 
     def look(item: Item) -> Look | str:
@@ -103,14 +98,14 @@ def _look(path: Path) -> Look:
     Raises:
         Exception: Whatever the decoder finds.
     """
-    before = path.stat()
+    before = _state(path)
     with opened(path) as image:
         kind, frames = image.format or "", int(getattr(image, "n_frames", 1))
         rgb = upright_rgb(image)
         pixels = hashlib.sha256(repr(rgb.size).encode())
         for top in range(0, rgb.height, STRIP):
             pixels.update(rgb.crop((0, top, rgb.width, min(top + STRIP, rgb.height))).tobytes())
-        flat = all(high - low <= 1 for low, high in _extrema(rgb))
+        flat = all(high - low <= 1 for low, high in rgb.getextrema())  # type: ignore[misc]
         small = rgb.convert("L").resize((32, 32), Image.Resampling.LANCZOS)  # as the hash does it
         del rgb
     hashes = (_hash(small), _hash(ImageOps.mirror(small)))
@@ -122,14 +117,16 @@ def _look(path: Path) -> Look:
         remarks.append(f"has {frames} frames, of which the first is taken")
     if flat:
         remarks.append("is of one colour")
-    return Look(pixels.hexdigest(), hashes, (before.st_size, before.st_mtime_ns), flat, "; ".join(remarks))
+    return Look(pixels.hexdigest(), hashes, before, flat, "; ".join(remarks))
 
 
-def _extrema(image: Image.Image) -> Iterator[tuple[int, int]]:
-    """Smallest and largest value of each channel."""
-    for channel in image.getextrema():
-        low, high = channel  # type: ignore[misc]
-        yield int(low), int(high)
+def _state(path: Path) -> tuple[int, int] | None:
+    """Size (bytes) and time of change (ns) of a file; None if it is gone."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def _hash(grey: Image.Image) -> int:
@@ -139,16 +136,8 @@ def _hash(grey: Image.Image) -> int:
 
 def changed(found: Inspection, root: Path) -> list[str]:
     """Paths of files that are not what they were when they were looked at."""
-    paths = []
-    for item, look in zip(found.good, found.looks, strict=True):
-        try:
-            now = (root / item.path).stat()
-        except OSError:
-            paths.append(item.path)
-            continue
-        if (now.st_size, now.st_mtime_ns) != look.state:
-            paths.append(item.path)
-    return paths
+    pairs = zip(found.good, found.looks, strict=True)
+    return [item.path for item, look in pairs if _state(root / item.path) != look.state]
 
 
 def leaks(found: Inspection) -> list[tuple[str, str]]:
@@ -193,14 +182,8 @@ def twins(found: Inspection) -> list[tuple[str, str]]:
 def near_duplicates(found: Inspection, bits: int) -> list[tuple[str, str, int]]:
     """For each test image that looks like a training image, mirrored or not: the nearest one.
 
-    Images of one colour, and those with the same pixels, are none.
-
-    Args:
-        found: What came of the inspection.
-        bits: Of the 64 bits of the hashes, how many may differ; none are looked for below 0.
-
-    Returns:
-        Path of the training image, path of the test image, and differing bits.
+    Images of one colour, and those with the same pixels, are none. Of the 64 bits of the hashes at most `bits` differ
+    (below 0, none are looked for). Returns path of the training image, path of the test image, and differing bits.
     """
     told = [(item, look) for item, look in zip(found.good, found.looks, strict=True) if not look.flat]
     train = [(item, look) for item, look in told if item.split not in TEST]
@@ -220,12 +203,6 @@ def near_duplicates(found: Inspection, bits: int) -> list[tuple[str, str, int]]:
 
 def refuse(found: Inspection, images: int, max_quarantined: float, max_leaked: float) -> None:
     """Stop where too much is unreadable, or where too much of the test set would be known from training.
-
-    Args:
-        found: What came of the inspection.
-        images: How many there were.
-        max_quarantined: Share of them that may be unreadable.
-        max_leaked: Share of the test images that may be training images too.
 
     Raises:
         DataError: Naming the images, and the limit.

@@ -81,11 +81,9 @@ def msmt17(root: Path) -> Iterator[Item]:
 def vehicleid(root: Path, identities: int) -> Iterator[Item]:
     """VehicleID: image/0000001.jpg, with names and identities in train_test_split/; cameras are not told.
 
-    Source: Liu et al., Deep Relative Distance Learning: Tell the Difference Between Similar Vehicles, CVPR 2016.
+    The test set has 800, 1600 or 2400 identities, and a list for each.
 
-    Args:
-        root: Folder of the raw data.
-        identities: Of the test set, which says its list: 800, 1600 or 2400.
+    Source: Liu et al., Deep Relative Distance Learning: Tell the Difference Between Similar Vehicles, CVPR 2016.
     """
     for name, split in (("train_list.txt", "train"), (f"test_list_{identities}.txt", "query")):
         for image, identity in lines(root / "train_test_split" / name, 2):
@@ -131,12 +129,7 @@ def sop(root: Path) -> Iterator[Item]:
 
 
 def lines(path: Path, words: int, skipped: int = 0) -> Iterator[list[str]]:
-    """Lines of a list, as words; empty ones left out.
-
-    Args:
-        path: Of the list.
-        words: In each line; where it is one, that is the whole line.
-        skipped: Lines of its head.
+    """Read the lines of a list after its head of `skipped` lines, as words (if one: the whole line); no empty ones.
 
     Raises:
         FileNotFoundError: If there is no such file.

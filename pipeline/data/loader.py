@@ -1,7 +1,6 @@
 """Training batches: sampled, augmented, and the same for any number of workers."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,40 +11,24 @@ from pipeline.config import Augment, Batch, Params, Training
 from pipeline.data.augment import as_tensor, augment
 from pipeline.data.images import Images
 from pipeline.data.manifest import Manifest, Rows
-from pipeline.data.sampler import IdentitySampler
+from pipeline.data.sampler import IdentitySampler, Sample
 
-Sample = tuple[int, int]
-"""Epoch and index: all that an augmented image depends on, beside the seed."""
 Loaded = tuple[Tensor, Tensor, Tensor]
 
 
-class _Samples(Dataset[Loaded]):
+class _AugmentedBatches(Dataset[Loaded]):
     """Augmented images by (epoch, index); stateless, so a worker needs not know which epoch it is."""
 
     def __init__(self, images: Images, rows: Rows, labels: Rows, augment: Augment, seed: int) -> None:
         self.images, self.rows, self.labels, self.augment, self.seed = images, rows, labels, augment, seed
 
-    def __getitems__(self, samples: list[Sample]) -> Loaded:
-        """A whole batch; torch calls it instead of fetching one by one."""
+    def __getitem__(self, samples: list[Sample]) -> Loaded:
+        """A whole batch."""
         epochs, indices = zip(*samples, strict=True)
         rows = self.rows[list(indices)]
         plain = as_tensor(self.images.batch(rows))
         changed = augment(plain, self.augment, self.seed, zip(epochs, rows.tolist(), strict=True))
         return changed, torch.from_numpy(self.labels[list(indices)]), torch.from_numpy(rows)
-
-
-class _Schedule:
-    """Batches of (epoch, index) for the epoch that is set; read once an epoch, in the training process."""
-
-    def __init__(self, sampler: IdentitySampler) -> None:
-        self.sampler, self.epoch = sampler, 0
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def __iter__(self) -> Iterator[list[Sample]]:
-        for batch in self.sampler.batches(self.epoch):
-            yield [(self.epoch, index) for index in batch.tolist()]
 
 
 class TrainLoader:
@@ -75,11 +58,11 @@ class TrainLoader:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self._schedule = _Schedule(IdentitySampler(labels, batch, seed, rank, world))
+        self._sampler = IdentitySampler(labels, batch, seed, rank, world)
         self._loader: DataLoader[Loaded] = DataLoader(
-            _Samples(images, np.asarray(rows, np.int64), np.asarray(labels, np.int64), augment, seed),
-            batch_sampler=self._schedule,
-            collate_fn=_as_it_is,
+            _AugmentedBatches(images, np.asarray(rows, np.int64), np.asarray(labels, np.int64), augment, seed),
+            sampler=self._sampler,
+            batch_size=None,  # the sampler gives batches
             num_workers=workers,
             persistent_workers=workers > 0,
             generator=torch.Generator(),  # of its own: the global one must not depend on how data are loaded
@@ -87,31 +70,18 @@ class TrainLoader:
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return len(self._schedule)
+        return len(self._sampler)
 
     def epoch(self, epoch: int) -> Iterator[Loaded]:
         """Images (B, 3, H, W) uint8, labels (B,) int64 and rows (B,) int64 of each batch of an epoch, from 0."""
-        self._schedule.epoch = epoch
+        self._sampler.set_epoch(epoch)
         yield from self._loader
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 def training_loader(
     manifest: Manifest, images: Images, training: Training, params: Params, rank: int = 0, world: int = 1
 ) -> TrainLoader:
-    """The loader of split `train`; the class number of an identity is its place in `manifest.train_identities`.
-
-    Args:
-        manifest: Labels.
-        images: Pixels.
-        training: Section of params.yaml of the stage.
-        params: All of params.yaml.
-        rank: Which of the training processes this one is.
-        world: Number of training processes.
-    """
+    """The loader of split `train`; the class number of an identity is its place in `manifest.train_identities`."""
     rows = manifest.rows("train")
     labels = np.searchsorted(np.array(manifest.train_identities), manifest.identities(rows))
     return TrainLoader(

@@ -151,7 +151,7 @@ def _complaints(items: tuple[Item, ...]) -> Iterator[str]:
     returns = [item.path for item in items if "\r" in item.path + item.identity + item.camera]
     if returns:
         yield f"carriage returns, which do not survive a CSV file, in {some(map(repr, returns))}"
-    outside = [item.path for item in items if item.path and not _inside(item.path)]
+    outside = [item.path for item in items if item.path and not is_inside(item.path)]
     if outside:
         yield f"paths must be relative, with forward slashes and without `..`: {some(outside)}"
     twice = [path for path, count in Counter(item.path for item in items).items() if count > 1]
@@ -184,6 +184,7 @@ def _complaints(items: tuple[Item, ...]) -> Iterator[str]:
             yield f"identities {where}: {some(sorted(shared - {JUNK}))}; each must be in one of the two"
 
 
-def _inside(path: str) -> bool:
+def is_inside(path: str) -> bool:
+    """Check that a path is relative, with forward slashes and without `..`."""
     parts = PurePosixPath(path)
     return not parts.is_absolute() and ".." not in parts.parts and "\\" not in path

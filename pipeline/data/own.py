@@ -4,7 +4,7 @@ import csv
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from PIL import Image
@@ -24,15 +24,12 @@ NO_IDENTITIES = {"train", "test", "val", "query", "gallery"}
 
 Remark = tuple[str, str]
 """Path and what is to be said about it."""
+Row = dict[str, str]
+"""Of a table, by column."""
 
 
 def folder(root: Path, pattern: str) -> tuple[list[Item], list[Remark]]:
-    """One folder an identity, in it images or one folder a camera.
-
-    Args:
-        root: Folder of the raw data.
-        pattern: Regular expression that finds the camera in a file's name, as group `camera`; empty for none. A folder
-            of a camera goes before.
+    """One folder an identity, in it images or one folder a camera; else `pattern` finds the camera in a file's name.
 
     Returns:
         Items in the order of their paths, and what was left out.
@@ -97,40 +94,59 @@ def _may_be_image(name: str) -> bool:
 def table(root: Path, name: str) -> list[Item]:
     """A CSV file with columns path and identity, and camera and split where they are known.
 
-    Splits are train, query, gallery, or test for those that the rule shall deal out; without the column all are.
-
-    Args:
-        root: Folder that its paths are relative to.
-        name: Of the file, in that folder.
+    Splits are train, query, gallery, or test for those that the rule shall deal out; without the column all are. Paths
+    are relative to `root`.
 
     Raises:
         FileNotFoundError: If there is no such file.
         DataError: If it is no such table.
     """
-    path = root / name
+    _, rows = read_rows(root / name)
+    if not rows:
+        raise DataError(f"{root / name} lists no images")
+    check_splits(root / name, rows)
+    return [
+        Item(row["path"], row["identity"], row.get("camera") or UNKNOWN, row.get("split") or UNSPLIT) for row in rows
+    ]
+
+
+def read_rows(path: Path) -> tuple[list[str], list[Row]]:
+    """Read the columns and the rows of such a table.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        DataError: If it has other columns, or a row has too few or too many fields, or an unknown split.
+    """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is missing; `data.own.table` names the table of source csv") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no UTF-8 text") from error
     reader = csv.DictReader(io.StringIO(text, newline=""))
-    columns = set(reader.fieldnames or ())
-    if not {"path", "identity"} <= columns <= {"path", "identity", "camera", "split"}:
+    columns = list(reader.fieldnames or ())
+    if not {"path", "identity"} <= set(columns) <= {"path", "identity", "camera", "split"}:
         raise DataError(
             f"{path}: columns must be path, identity and, if known, camera and split; got {sorted(columns)}"
         )
-    items = []
+    rows = []
     for row in reader:
         if None in row or None in row.values():
             raise DataError(f"{path}, line {reader.line_num}: expected {len(columns)} fields")
-        split = row.get("split") or UNSPLIT
-        if split not in ("train", "query", "gallery", UNDEALT, UNSPLIT):
+        if not (row["path"] and row["identity"]):
+            raise DataError(f"{path}, line {reader.line_num}: path or identity is empty")
+        if (split := row.get("split") or UNSPLIT) not in ("train", "query", "gallery", UNDEALT, UNSPLIT):
             raise DataError(f"{path}, line {reader.line_num}: {split!r} is none of train, query, gallery and test")
-        items.append(Item(row["path"], row["identity"], row.get("camera") or UNKNOWN, split))
-    if not items:
-        raise DataError(f"{path} lists no images")
-    splits = {item.split for item in items}
+        rows.append(row)
+    return columns, rows
+
+
+def check_splits(path: Path, rows: Iterable[Row]) -> None:
+    """Refuse rows of which some have a split and others have none.
+
+    Raises:
+        DataError: Naming the table.
+    """
+    splits = {row.get("split") or UNSPLIT for row in rows}
     if (UNSPLIT in splits and len(splits) > 1) or (UNDEALT in splits and splits & {"query", "gallery"}):
         raise DataError(f"{path}: some images have a split and others have none; give all one, or none")
-    return items

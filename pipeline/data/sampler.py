@@ -1,6 +1,7 @@
 """P x K batches: P identities, K images of each, so that every anchor has positives and negatives."""
 
 import logging
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -8,6 +9,10 @@ from pipeline.config import Batch
 from pipeline.data.manifest import Rows
 
 log = logging.getLogger(__name__)
+
+
+Sample = tuple[int, int]
+"""Epoch and index: all that an augmented image depends on, beside the seed."""
 
 
 class IdentitySampler:
@@ -30,7 +35,7 @@ class IdentitySampler:
     """
 
     def __init__(self, labels: Rows, batch: Batch, seed: int, rank: int = 0, world: int = 1) -> None:
-        self._batch, self._seed, self._rank, self._world = batch, seed, rank, world
+        self._batch, self._seed, self._rank, self._world, self._epoch = batch, seed, rank, world, 0
         _, place = np.unique(labels, return_inverse=True)
         sizes = np.bincount(place)
         if len(sizes) < batch.identities:
@@ -47,6 +52,15 @@ class IdentitySampler:
     def __len__(self) -> int:
         """Batches of one process in an epoch."""
         return self._steps
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, from 0, of the next iteration, as torch's DistributedSampler does."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        """Iterate over the batches of the epoch."""
+        epoch = self._epoch
+        return ([(epoch, index) for index in batch.tolist()] for batch in self.batches(epoch))
 
     def batches(self, epoch: int) -> list[Rows]:
         """Indices (P * K,) into `labels` for each batch, the images of an identity side by side."""

@@ -44,10 +44,6 @@ class Source:
 def read_source(data: Data, root: Path) -> Source:
     """List the images of a data set.
 
-    Args:
-        data: Section of params.yaml.
-        root: Folder of the raw data.
-
     Raises:
         FileNotFoundError: If a list or a folder is missing.
         DataError: If a list or a name is not in the layout's form.

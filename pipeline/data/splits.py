@@ -24,16 +24,13 @@ def split_test(items: Sequence[Item], share: float, seed: int, protocol: str) ->
 
     Whether an identity is tested depends on its name and the seed alone, so that none changes sides when images come or
     go. One that could not be found (it has one image; under protocol market, one camera) asks nothing. Junk (identity
-    -1) is asked of.
+    -1) is asked of. Images that have a split keep it, and all keep their order.
 
     Args:
-        items: Those with another split stay as they are.
-        share: Of the identities that become the test set.
+        items: Of all splits.
+        share: Of the identities that become the test set, in (0, 1).
         seed: Same seed, same identities.
         protocol: That the test set is asked under.
-
-    Returns:
-        The items in the given order.
     """
     seen = _seen(item for item in items if item.split in (UNSPLIT, UNDEALT))
     tested = {item.identity for item in items if item.split == UNDEALT}
@@ -59,13 +56,10 @@ def split_validation(items: Sequence[Item], share: float, seed: int, protocol: s
     stays in training.
 
     Args:
-        items: With splits `train`, `query` and `gallery`.
+        items: With splits `train`, `query` and `gallery`; they keep their order.
         share: Of the training identities, rounded down.
         seed: Same seed, same identities.
         protocol: That is validated under.
-
-    Returns:
-        The items in the given order.
     """
     seen = _seen(item for item in items if item.split == "train")
     fit = [name for name in sorted(seen) if _can_be_found(seen[name], protocol) and name != JUNK]
@@ -95,10 +89,6 @@ def _drawn(names: Iterable[str], share: float, seed: int) -> set[str]:
 
 def complain_about_test(items: Sequence[Item], protocol: str) -> None:
     """Refuse a test set that cannot be asked under a protocol.
-
-    Args:
-        items: With splits.
-        protocol: That the test set is asked under.
 
     Raises:
         DataError: Saying what is missing.

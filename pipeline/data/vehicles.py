@@ -2,17 +2,13 @@
 
 A stand-in for VeRi-776 (Liu et al., ECCV 2016) that needs no download and has its folder layout, so that one loader
 reads both. Six cameras differ in elevation, lens, white balance, gain, blur, noise, light and road; shadows are hard.
-Every random choice derives from (seed, what it is for, identity, camera, view) alone, so that images can be made in
-any order, by any number of processes, and after a kill.
+Every random choice derives from (seed, what it is for, identity, camera, view) alone, so that images can be made in any
+order.
 """
 
-import hashlib
-import io
 import itertools
 import os
-import shutil
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +17,13 @@ from PIL import Image, ImageFilter
 from pipeline.config import Vehicles
 from pipeline.data import bodies
 from pipeline.data.bodies import Colour, Floats, Model
-from pipeline.data.parallel import in_processes
-from pipeline.files import read_json, write_json, write_text
+from pipeline.files import write_text
 from pipeline.progress import track
 
 CAMERAS = 6
 JPEG_QUALITY = 95
 OVERSAMPLE = 2
 """Rays along each side of a pixel."""
-IDENTITIES_PER_PROCESS = 32
-"""Below this many, starting a process takes longer than the work."""
 
 _CAMERA, _VEHICLE, _VIEW = range(3)  # what a random stream is for
 
@@ -90,14 +83,7 @@ def cameras(seed: int) -> list[Camera]:
 
 
 def photograph(model: Model, camera: Camera, size: int, rng: np.random.Generator) -> Image.Image:
-    """One image of a vehicle, from any side, at about the camera's elevation.
-
-    Args:
-        model: The vehicle.
-        camera: Where and how it is seen.
-        size: Height and width, pixels.
-        rng: Chooses pose, light, noise and what stands in between.
-    """
+    """One image (size, size) of a vehicle, from any side, at about the camera's elevation; `rng` chooses the rest."""
     yaw = rng.uniform(0, 2 * np.pi)
     pitch = np.radians(np.clip(camera.pitch + rng.normal(0, 4), 4, 70))
     tangent = np.tan(np.radians(camera.field_of_view) / 2)
@@ -159,61 +145,34 @@ def _trace(model: Model, camera: Camera, eye: np.ndarray, directions: np.ndarray
 
 
 def render(folder: Path, seed: int, vehicles: Vehicles) -> None:
-    """Write the data set in VeRi-776's layout; finished images of an interrupted call are kept.
+    """Write the data set in VeRi-776's layout.
 
-    Queries are, for each test identity, the first image of each camera c with c % 3 == identity % 3.
-
-    Args:
-        folder: Where image_train, image_query, image_test and name_*.txt go.
-        seed: Same seed and sizes, same bytes.
-        vehicles: How many, and how large.
+    Queries are, for each test identity, the first image of each camera c with c % 3 == identity % 3. The same seed and
+    sizes give the same bytes.
 
     Raises:
-        FileExistsError: If `folder` holds something else than such a set.
+        FileExistsError: If `folder` is not empty.
     """
-    begun, complete = folder / "BEGUN.json", folder / "COMPLETE.json"
-    recipe = {"seed": seed, **vehicles.model_dump(), "renderer": _renderer()}
-    if begun.is_file() and read_json(begun) != recipe:
-        shutil.rmtree(folder)
-    elif not begun.is_file() and folder.is_dir() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty and not a rendered set; move it away")
-    if complete.is_file():
-        return
-    write_json(begun, recipe)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty; move it away")
     for part in ("train", "query", "test"):
-        (folder / f"image_{part}").mkdir(exist_ok=True)
-
-    identities = range(1, vehicles.train_identities + vehicles.test_identities + 1)
-    rendered = in_processes(partial(_render_identity, folder, seed, vehicles), identities, IDENTITIES_PER_PROCESS)
-    for _ in track(rendered, len(identities), "rendering vehicles"):
-        pass
+        (folder / f"image_{part}").mkdir(parents=True)
+    count = vehicles.train_identities + vehicles.test_identities
+    for identity in track(range(1, count + 1), count, "rendering vehicles"):
+        _render_identity(folder, seed, vehicles, identity)
     for part in ("train", "query", "test"):
-        names = sorted(path.name for path in (folder / f"image_{part}").glob("*.jpg"))
+        names = sorted(path.name for path in (folder / f"image_{part}").iterdir())
         write_text(folder / f"name_{part}.txt", "".join(f"{name}\n" for name in names))
     if hasattr(os, "sync"):
         os.sync()  # once for all images instead of once for each
-    write_json(complete, recipe)
-
-
-def _renderer() -> str:
-    """Digest of the sources that decide about pixels: another renderer makes another set."""
-    sources = (Path(__file__), Path(bodies.__file__))
-    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 
 def _render_identity(folder: Path, seed: int, vehicles: Vehicles, identity: int) -> None:
-    model = None
+    model = bodies.vehicle(np.random.default_rng([seed, _VEHICLE, identity]))
     for (number, camera), view in itertools.product(enumerate(cameras(seed), start=1), range(vehicles.views)):
         part = "train" if identity <= vehicles.train_identities else "test"
         if part == "test" and view == 0 and number % 3 == identity % 3:
             part = "query"
+        image = photograph(model, camera, vehicles.size, np.random.default_rng([seed, _VIEW, identity, number, view]))
         path = folder / f"image_{part}" / f"{identity:04d}_c{number:03d}_{view:08d}_0.jpg"
-        if path.is_file() and path.read_bytes().endswith(b"\xff\xd9"):  # a JPEG's last two bytes: it is whole
-            continue
-        model = model or bodies.vehicle(np.random.default_rng([seed, _VEHICLE, identity]))
-        rng = np.random.default_rng([seed, _VIEW, identity, number, view])
-        buffer = io.BytesIO()
-        photograph(model, camera, vehicles.size, rng).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(buffer.getvalue())
-        temporary.replace(path)
+        image.save(path, quality=JPEG_QUALITY, subsampling=0)

@@ -32,11 +32,7 @@ class Archive:
 
 
 def read_archive(path: Path, protocol: str) -> Archive:
-    """Read what a protocol needs.
-
-    Args:
-        path: A .npz file.
-        protocol: By name.
+    """Read what a protocol needs of a .npz file.
 
     Raises:
         ArchiveError: If it is no such file, or arrays are missing or of the wrong kind.

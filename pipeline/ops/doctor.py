@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.files import Files
-from pipeline.ops import git, rwlock
+from pipeline.ops import git_cli, rwlock
 from pipeline.ops.finding import Finding
 from pipeline.ops.locks import is_held
 from pipeline.ops.params import ParamsError, load
@@ -95,7 +95,7 @@ def sources(files: Files) -> Iterator[Finding]:
             if line.startswith(("<<<<<<<", ">>>>>>>")):
                 yield Finding(name, False, f"a merge left its marks in line {number}", f"`git checkout --ours {name}`")
                 break
-    commit, changed = git.commit(files.root)
+    commit, changed = git_cli.commit(files.root)
     if changed is None:
         yield Finding("git", None, "this is no Git checkout, so runs do not tell their commit")
     else:

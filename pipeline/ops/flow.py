@@ -17,13 +17,13 @@ from prefect.states import Cancelled, Completed, Failed
 
 from pipeline.config import Params
 from pipeline.files import Files
-from pipeline.ops import announce, git, params, publishing, recorder, rwlock
+from pipeline.ops import announce, git_cli, params, publishing, recorder, rwlock
 from pipeline.ops.dvc import ENDED, StageError, changes, dvc
 from pipeline.ops.execution import VARIABLE, Execution
 from pipeline.ops.locks import Busy, note_retraining, retraining, retraining_began
 from pipeline.ops.process import Overtime, die_with_parent
 from pipeline.ops.publishing import Published
-from pipeline.ops.refresh import RefreshError, RefusedError
+from pipeline.ops.refresh import RefreshError, RefusedError, check_incoming
 from pipeline.ops.refresh import refresh as bring
 from pipeline.ops.store import TrackingError, check_uri, tracking_uri
 from pipeline.records import RECORDS
@@ -36,6 +36,10 @@ FINAL = "Refused"
 """Name of the state of a stage that would end the same way again: params, data, a gate, the time it has."""
 HOPELESS = {2, 3, 4}
 """Exit codes of such stages (see `stage`)."""
+
+
+ERRORS = (params.ParamsError, RefreshError, StageError, TrackingError, git_cli.CommitError)
+"""Errors that become a failed state, with their sentence as its message."""
 
 
 def _hopeful(_: object, __: TaskRun, state: State[None]) -> bool:
@@ -69,7 +73,7 @@ def retrain(force: bool = False) -> State[None]:
             return state
     except Busy as error:
         return Cancelled(name="Busy", message=str(error))
-    except (params.ParamsError, RefreshError, StageError, TrackingError) as error:  # raised, they would be tracebacks
+    except ERRORS as error:  # raised, they would be tracebacks
         return Failed(name=type(error).__name__.removesuffix("Error"), message=str(error))
 
 
@@ -79,6 +83,7 @@ def _retrain(files: Files, force: bool) -> State[None]:
             get_run_logger().info(line)
     checked = params.load(files.params)
     check_uri(tracking_uri(files))
+    check_incoming(files, checked)
     due, began = flow_run.scheduled_start_time, retraining_began(files)
     if began is not None and due is not None and due < began and not force:
         return Cancelled(name="Overtaken", message=f"was due before the last retraining began ({began:%Y-%m-%d %H:%M})")
@@ -88,6 +93,7 @@ def _retrain(files: Files, force: bool) -> State[None]:
     recorder.complete_last(files, checked, changed)
     unpublished = checked.retrain.publish and publishing.remembered(files, checked) is None
     if not changed and not unpublished and not force:
+        _commit(files, checked, "nothing changed")  # if the last run could not
         return Completed(name="NoChange", message="nothing changed since the last run")
     get_run_logger().info("changed: %s", ", ".join(changed) or "nothing")
     if changed or force:
@@ -98,9 +104,18 @@ def _retrain(files: Files, force: bool) -> State[None]:
         found = _published(files, checked)
         announce.verdict(files, checked, found)
         message, name = found.sentence, "Promoted" if found.verdict.passed else "Rejected"
-    if checked.retrain.branch:
-        get_run_logger().info(git.record(files.root, checked.retrain.branch, f"Retrained: {message}"))
+    _commit(files, checked, message)
     return Completed(name=name, message=message)
+
+
+def _commit(files: Files, checked: Params, message: str) -> None:
+    """Commit the results to `retrain.branch`, if it is set and does not have them.
+
+    Raises:
+        CommitError: With the reason; the next run tries again.
+    """
+    if checked.retrain.branch:
+        get_run_logger().info(git_cli.record(files.root, checked.retrain.branch, f"Retrained: {message}"))
 
 
 def _stages(files: Files, checked: Params) -> None:

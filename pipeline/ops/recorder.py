@@ -21,7 +21,7 @@ from typing import Any, Self
 import pipeline
 from pipeline.config import Params
 from pipeline.files import Files, read_json
-from pipeline.ops import figures, git
+from pipeline.ops import figures, git_cli
 from pipeline.ops.execution import Execution, ProcessId
 from pipeline.ops.run_record import EXECUTION, Point, Records, RunRecord, Status, executions
 from pipeline.ops.store import UriError, check_uri, tracking_uri
@@ -212,7 +212,7 @@ def _sha256(path: Path) -> str:
 
 def _sources(root: Path) -> dict[str, str]:
     """Tags that tell what the run was made from."""
-    found, changed = git.commit(root)
+    found, changed = git_cli.commit(root)
     if changed is None:
         return {"git_commit": found}
     return {"mlflow.source.git.commit": found, "git_commit": found, "git_dirty": str(changed).lower()}

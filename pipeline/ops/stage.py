@@ -24,7 +24,7 @@ from ruamel.yaml import YAML
 
 from pipeline.config import Params
 from pipeline.files import Files, csv_text, write_json, write_text
-from pipeline.ops import git
+from pipeline.ops import git_cli
 from pipeline.ops import params as params_file
 from pipeline.ops.execution import current
 from pipeline.ops.locks import running_stage
@@ -80,7 +80,7 @@ class Run:
     @property
     def commit(self) -> str:
         """Commit of the sources, with a plus sign where they differ from it; `unknown` outside of Git."""
-        found, changed = git.commit(self.files.root)
+        found, changed = git_cli.commit(self.files.root)
         return f"{found}+" if changed else found
 
     def timing(self, name: str, seconds: float) -> None:

@@ -1,71 +1,40 @@
-"""Unpacks archives of data sets: regular files inside of a new folder, or nothing at all.
+"""Unpack archives of data sets: regular files only, and nothing at all if any entry is unsafe.
 
-Python's own extractors have let links and odd names out of the folder more than once; here every entry is judged before
-anything is written, links and devices are refused, and only content is taken over, not modes or owners.
+`tarfile` and `zipfile` extract. What they do not promise is checked before, from the headers: kinds, names and sizes of
+all entries. Links are refused as a whole, so the ways around tarfile's filter that were closed in 2025 (CVE-2025-4517,
+-4330 and -4138 lead through links) do not exist here, whatever the patch release of Python.
 """
 
 import gzip
 import lzma
-import shutil
 import stat
 import tarfile
 import tempfile
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import IO
+from pathlib import Path, PurePosixPath
 
 from pipeline.data.manifest import DataError
 from pipeline.progress import track
 
-MOST_FILES = 5_000_000
-"""Entries of an archive."""
-MOST_BYTES = 2**40
-"""Bytes of all files together."""
-RATIO, SPARE = 100, 2**28
-"""Pictures hardly shrink: what unpacks to more than so many times the archive's bytes, and these more, is a bomb."""
-CHUNK = 2**20
-
-LONGEST_HEADER = 2**20
-"""Bytes of a tar's extended header, which is read as a whole before anything else is known."""
+MAX_FILES = 5_000_000
+MAX_BYTES = 2**40
+MAX_RATIO, FREE_BYTES = 100, 2**28
+"""Images hardly compress: what unpacks to more than so many times the archive's size, plus these bytes, is a bomb."""
+MAX_HEADER = 2**20
+"""Bytes of an extended tar header, which tarfile reads into memory as a whole."""
 DAMAGE = (
     *(zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError),
-    *(EOFError, RuntimeError, UnicodeError),  # RuntimeError: compressed in a way that zipfile does not know
+    *(EOFError, RuntimeError, UnicodeError),  # RuntimeError: encrypted
 )
-"""What Python's readers raise where an archive is damaged or of a kind that they do not know."""
-
-Reader = Callable[[], AbstractContextManager[IO[bytes]]]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A file in an archive.
-
-    Attributes:
-        name: As the archive has it.
-        size: In bytes, as the archive says.
-        refusal: Why it must not be unpacked; empty where it may.
-        folder: Whether it is a folder.
-        read: Opens it.
-    """
-
-    name: str
-    size: int
-    refusal: str
-    folder: bool
-    read: Reader
+"""What the readers raise where an archive is damaged or of a kind that they do not know."""
+Entry = tuple[str, int, str]
+"""Name (of a folder: with a slash at its end), size, and why its kind is refused (empty where it is not)."""
 
 
 def unpack(archive: Path, target: Path) -> int:
-    """Unpack a .zip or .tar file (gz, bz2 and xz too) into a new folder.
-
-    Args:
-        archive: The file.
-        target: Folder to make; it appears when all is there.
+    """Unpack a .zip or .tar file (gz, bz2 and xz too) into a new folder, which appears when all files are there.
 
     Returns:
         Number of files.
@@ -73,155 +42,133 @@ def unpack(archive: Path, target: Path) -> int:
     Raises:
         FileExistsError: If the folder exists.
         FileNotFoundError: If there is no such archive.
-        DataError: If it is none, is damaged, or holds what must not be unpacked; nothing is left behind then.
+        DataError: If it is damaged, no archive, or holds an unsafe entry; nothing is left behind then.
     """
     if target.exists() or target.is_symlink():
         raise FileExistsError(f"{target} exists; name a folder that does not, or remove it")
     if not archive.is_file():
         raise FileNotFoundError(f"there is no file {archive}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        with _opened(archive) as entries:
-            count = _write(archive, entries, folder)
-        folder.chmod(0o755)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        folder = Path(scratch) / "unpacked"
+        folder.mkdir()
+        with archive.open("rb") as file:
+            is_zip = file.read(2) == b"PK"  # zipfile.is_zipfile also takes a tar whose last file is a zip
+        try:
+            count = _unzip(archive, folder) if is_zip else _untar(archive, folder)
+        except DAMAGE as error:
+            raise DataError(f"{archive} is damaged or of an unknown kind: {error}") from error
         folder.rename(target)
-    except DAMAGE as error:
-        raise DataError(f"{archive} is damaged or of an unknown kind: {error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return count
 
 
-def _write(archive: Path, entries: list[Entry], folder: Path) -> int:
-    """Judge all entries, then write them."""
-    _judge(archive, entries)
-    files = [entry for entry in entries if not entry.folder]
-    for entry in track(files, len(files), "unpacking"):
-        path = folder / entry.name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with entry.read() as source, path.open("xb") as sink:
-            left = entry.size
-            while chunk := source.read(CHUNK):
-                left -= len(chunk)
-                if left < 0:
-                    raise DataError(f"{archive}: {entry.name!r} is larger than it says")
-                sink.write(chunk)
-        if left:
-            raise DataError(f"{archive}: {entry.name!r} is {left} bytes shorter than it says")
-    return len(files)
+def _unzip(archive: Path, folder: Path) -> int:
+    try:
+        zipped = zipfile.ZipFile(archive, metadata_encoding="utf-8")  # many write UTF-8 without the flag for it
+    except UnicodeDecodeError:
+        zipped = zipfile.ZipFile(archive)
+    with zipped:
+        infos = zipped.infolist()
+        _check(archive, [_zip_entry(info) for info in infos])
+        for info in track(infos, len(infos), "unpacking"):
+            zipped.extract(info, folder)  # never more than the size in the header, and the checksum is compared
+    return sum(not info.is_dir() for info in infos)
 
 
-def _judge(archive: Path, entries: list[Entry]) -> None:
-    """Refuse an archive as a whole where one entry is not a plain file inside of the folder."""
+def _zip_entry(info: zipfile.ZipInfo) -> Entry:
+    refusal = ""
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        # Of these alone zipfile decompresses bit by bit: a few kilobytes of bzip2 would fill the memory.
+        raise zipfile.BadZipFile(f"compression {info.compress_type} of {info.filename!r}; repack it with deflate")
+    if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+        refusal = "is a link or a device"
+    elif info.orig_filename != info.filename:  # what follows a zero byte
+        refusal = "hides another name"
+    return info.filename.removeprefix("./"), info.file_size, refusal
+
+
+def _untar(archive: Path, folder: Path) -> int:
+    if not hasattr(tarfile, "data_filter"):
+        raise DataError("this Python extracts no tar file safely; use 3.11.4 or newer, or repack it as .zip")
+    members, entries, total = list[tarfile.TarInfo](), list[Entry](), 0
+    with tarfile.open(archive, tarinfo=_Header) as tarred:
+        for member in tarred:
+            total += member.size
+            _check_size(archive, len(entries), total)  # a compressed bomb shows while its headers are read
+            name = member.name.removeprefix("./")
+            if member.type == b"V" or (member.isdir() and name in ("", ".")):  # the archive's label, or its root
+                continue
+            plain = member.isdir() or (member.isreg() and not member.issparse())
+            refusal = "" if plain else "is a link or a device, or sparse"
+            entries.append((f"{name}/" if member.isdir() else name, member.size, refusal))
+            members.append(member)
+        _check_end(tarred)
+        _check(archive, entries)
+        checked = track(members, len(members), "unpacking")
+        tarred.extractall(folder, checked, filter=_content_only)  # noqa: S202 - checked and filtered
+    return sum(member.isreg() for member in members)
+
+
+class _Header(tarfile.TarInfo):
+    """A tar header whose size is checked before tarfile reads on."""
+
+    def _block(self, count: int) -> int:
+        if count < 0 or (count > MAX_HEADER and not self.isreg()):  # below 0: an endless loop before CVE-2025-8194
+            raise tarfile.ReadError(f"a header of {count} bytes")
+        return super()._block(count)  # type: ignore[misc]
+
+
+def _content_only(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
+    """Apply tarfile's filter `data`, and drop modes and times too."""
+    return tarfile.data_filter(member.replace(mode=None, mtime=None, deep=False), folder)  # type: ignore[arg-type]
+
+
+def _check_end(tarred: tarfile.TarFile) -> None:
+    """Make sure that there are no more files: tarfile takes a damaged header for the end."""
+    assert tarred.fileobj is not None  # noqa: S101 - it is open
+    tarred.fileobj.seek(tarred.offset)
+    if tarred.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise tarfile.ReadError(f"no header at byte {tarred.offset}")
+    while tarred.fileobj.read(2**20):  # to its end, where a compressed archive has its checksum
+        pass
+
+
+def _check_size(archive: Path, count: int, total: int) -> None:
     size = archive.stat().st_size
-    total = sum(entry.size for entry in entries)
-    if len(entries) > MOST_FILES or total > MOST_BYTES:
-        raise DataError(f"{archive} holds {len(entries)} entries of {total} bytes; that is no data set of pictures")
-    if total > RATIO * size + SPARE:
-        raise DataError(f"{archive} unpacks from {size} to {total} bytes, as bombs do; unpack it by hand if it is none")
-    seen, names = dict[str, str](), set[str]()
-    files = {entry.name for entry in entries if not entry.folder}
-    for entry in entries:
-        if why := entry.refusal or _odd(entry.name):
-            raise DataError(f"{archive}: {entry.name!r} {why}; nothing was unpacked")
-        parts = entry.name.rstrip("/").split("/")
-        if any("/".join(parts[:depth]) in files for depth in range(1, len(parts))):
-            raise DataError(f"{archive}: {entry.name!r} lies in a file; nothing was unpacked")
-        if entry.folder:
-            continue
-        other = seen.setdefault(unicodedata.normalize("NFC", entry.name).lower(), entry.name)
-        if other != entry.name or entry.name in names:
-            raise DataError(f"{archive}: {entry.name!r} and {other!r} would be one file on some systems")
-        names.add(entry.name)
+    if count > MAX_FILES or total > min(MAX_BYTES, MAX_RATIO * size + FREE_BYTES):
+        raise DataError(
+            f"{archive} of {size} bytes unpacks to {count} files and {total} bytes or more, as bombs do; "
+            "unpack it by hand if it is none"
+        )
 
 
-def _odd(name: str) -> str:
-    """Why a name is not that of a file below the folder; empty where it is."""
-    parts = name.rstrip("/").split("/")
-    if name.startswith(("/", "\\")) or (len(name) > 1 and name[1] == ":"):
+def _check(archive: Path, entries: list[Entry]) -> None:
+    """Refuse an archive as a whole if one entry is not a plain file or folder below the target."""
+    _check_size(archive, len(entries), sum(size for _, size, _ in entries))
+    files, folders = set[str](), set[str]()
+    for name, _, refusal in entries:
+        if why := refusal or _unsafe(name):
+            raise DataError(f"{archive}: {name!r} {why}; nothing was unpacked")
+        key = unicodedata.normalize("NFC", name).lower()
+        if key in files:
+            raise DataError(f"{archive}: {name!r} and another would be one file on some systems; nothing was unpacked")
+        folders.update(map(str, PurePosixPath(key).parents))
+        (folders if key.endswith("/") else files).add(key.rstrip("/"))
+    if both := files & folders:
+        raise DataError(f"{archive}: something lies in a file, {min(both)!r}; nothing was unpacked")
+
+
+def _unsafe(name: str) -> str:
+    """Why a name is not that of a file below the target on every system; empty where it is."""
+    parts = name.removesuffix("/").split("/")
+    if name.startswith(("/", "\\")) or name[1:2] == ":":
         return "is an absolute path"
     if "\\" in name:
         return "has a backslash"
     if any(part in ("..", ".", "") for part in parts):
         return "does not name a place below the folder"
-    if any(ord(letter) < 32 or ord(letter) == 127 for letter in name):
-        return "has control characters"
-    if any(len(part.encode(errors="surrogateescape")) > 255 for part in parts) or len(name) > 4000:
+    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
+        return "has control characters or is no Unicode"
+    if len(name) > 4000 or any(len(part.encode()) > 255 for part in parts):
         return "is too long"
-    with suppress(UnicodeEncodeError):
-        name.encode()
-        return ""
-    return "is no Unicode"
-
-
-@contextmanager
-def _opened(archive: Path) -> Iterator[list[Entry]]:
-    with archive.open("rb") as file:
-        kind = file.read(2)
-    if kind == b"PK":
-        with zipfile.ZipFile(archive) as zipped:
-            yield [_zipped(zipped, info) for info in zipped.infolist()]
-    else:
-        with tarfile.open(archive, tarinfo=_Header) as tarred:
-            yield list(_tarred(tarred, archive))
-
-
-def _zipped(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> Entry:
-    mode = info.external_attr >> 16
-    refusal = ""
-    if info.flag_bits & 1:
-        refusal = "is encrypted"
-    elif stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
-        refusal = "is a link or a device"
-    elif info.orig_filename != info.filename:
-        refusal = "hides another name"
-    name = info.orig_filename
-    if not info.flag_bits & 0x800:  # said to be in an old code page, and often UTF-8 all the same
-        with suppress(UnicodeError):
-            name = name.encode("cp437").decode()
-    return Entry(name.removeprefix("./"), info.file_size, refusal, info.is_dir(), lambda: file.open(info))
-
-
-class _Header(tarfile.TarInfo):
-    """A header that is not read where it would fill the memory."""
-
-    def _proc_member(self, file: tarfile.TarFile) -> tarfile.TarInfo:
-        extended = not (self.isreg() or self.isdir() or self.issym() or self.islnk() or self.isdev())
-        if extended and self.size > LONGEST_HEADER:
-            raise tarfile.ReadError(f"a header of {self.size} bytes")
-        return super()._proc_member(file)  # type: ignore[misc]
-
-
-def _tarred(file: tarfile.TarFile, path: Path) -> Iterator[Entry]:
-    size, total = path.stat().st_size, 0
-    for number, info in enumerate(file):  # a compressed bomb shows itself while its list is read
-        total += info.size + tarfile.BLOCKSIZE
-        if number >= MOST_FILES or total > min(MOST_BYTES, RATIO * size + SPARE):
-            raise DataError(f"{path} unpacks from {size} to more than {total} bytes or {number} files, as bombs do")
-        name = info.name.removeprefix("./")
-        if info.type == b"V" or (info.isdir() and name in ("", ".")):  # the archive's own label, or its root
-            continue
-        refusal = "" if info.isreg() or info.isdir() else "is a link or a device"
-        if info.issparse():
-            refusal = "is sparse"
-
-        def read(info: tarfile.TarInfo = info) -> AbstractContextManager[IO[bytes]]:
-            opened = file.extractfile(info)
-            if opened is None:
-                raise DataError(f"{info.name!r} cannot be read")
-            return opened
-
-        yield Entry(name, info.size if info.isreg() else 0, refusal, info.isdir(), read)
-    _end(file)
-
-
-def _end(file: tarfile.TarFile) -> None:
-    """Make sure that the list of files ended because there were no more: Python stops at a damaged header too."""
-    if file.fileobj is None:
-        raise tarfile.ReadError("closed")
-    file.fileobj.seek(file.offset)
-    if file.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
-        raise tarfile.ReadError(f"no header at byte {file.offset}")
-    while file.fileobj.read(CHUNK):  # to its end, where check sums are
-        pass
+    return ""

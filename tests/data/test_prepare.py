@@ -65,6 +65,14 @@ def test_the_default_set_is_rendered_split_and_cached(tmp_path):
     assert "render" in run.seconds
 
 
+def test_the_default_set_of_an_earlier_run_is_replaced(tmp_path):
+    prepare(Run(tmp_path, vehicles=Vehicles(train_identities=4, test_identities=3, views=3, size=16)))
+    (tmp_path / "artifacts/prepare/vehicles/image_train/0001_c001_00000000_0.jpg").write_bytes(b"half")
+    assert prepare(Run(tmp_path)).images == 72
+    found = [path for path in (tmp_path / "artifacts/prepare/vehicles").rglob("*") if path.is_file()]
+    assert len(found) == 72 + 3  # no image of a test identity or of a view that is gone
+
+
 def test_own_images_are_read_where_they_are(veri):
     run = Run(veri, source="veri776", cache=False)
     assert prepare(run).train == 4

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 from collections import Counter
 
 import numpy as np
@@ -63,46 +62,6 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(rendered, tm
     here, there = digests(rendered), digests(tmp_path / "other")
     assert here.keys() == there.keys()
     assert not any(here[name] == there[name] for name in here if name.endswith(".jpg"))
-
-
-def test_two_processes_give_the_bytes_of_one(rendered, tmp_path, monkeypatch):
-    monkeypatch.setattr(vehicles, "IDENTITIES_PER_PROCESS", 2)
-    vehicles.render(tmp_path / "v", 0, SMALL)
-    assert digests(tmp_path / "v") == digests(rendered)
-
-
-def test_a_killed_rendering_goes_on_with_what_is_whole(rendered, tmp_path, monkeypatch):
-    folder, photograph, taken = tmp_path / "v", vehicles.photograph, []
-
-    def killed(*args):
-        if len(taken) == 25:
-            raise KeyboardInterrupt
-        taken.append(args)
-        return photograph(*args)
-
-    monkeypatch.setattr(vehicles, "photograph", killed)
-    with pytest.raises(KeyboardInterrupt):
-        vehicles.render(folder, 0, SMALL)
-    assert not (folder / "COMPLETE.json").exists() and len(list(folder.rglob("*.jpg"))) == 25
-    halved = folder / "image_train" / "0001_c003_00000001_0.jpg"
-    halved.write_bytes(halved.read_bytes()[:300])  # as a power cut may leave it
-    taken.clear()
-    monkeypatch.setattr(vehicles, "photograph", lambda *args: taken.append(args) or photograph(*args))
-    vehicles.render(folder, 0, SMALL)
-    assert len(taken) == 60 - 25 + 1
-    assert digests(folder) == digests(rendered)
-
-
-def test_a_complete_set_is_not_rendered_again(rendered, monkeypatch):
-    monkeypatch.setattr(vehicles, "photograph", lambda *_: pytest.fail("rendered again"))
-    vehicles.render(rendered, 0, SMALL)
-
-
-def test_a_set_of_other_sizes_is_replaced(tmp_path):
-    vehicles.render(tmp_path / "v", 0, Vehicles(train_identities=2, test_identities=2, views=1, size=16))
-    vehicles.render(tmp_path / "v", 0, Vehicles(train_identities=2, test_identities=1, views=1, size=16))
-    assert len(list((tmp_path / "v").rglob("*.jpg"))) == 18
-    assert json.loads((tmp_path / "v" / "COMPLETE.json").read_text())["test_identities"] == 1
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path):

@@ -70,6 +70,28 @@ def headed(path, size):
     return path
 
 
+def backwards(path):
+    """A header that leads back to itself."""
+    info = tarfile.TarInfo("a.jpg")
+    raw = bytearray(info.tobuf())
+    raw[124:136] = tarfile.itn(-512, 12, tarfile.GNU_FORMAT)
+    raw[148:156] = b" " * 8
+    raw[148:156] = b"%06o\0 " % sum(raw[:512])
+    path.write_bytes(tarfile.TarInfo("b.jpg").tobuf() + raw + bytes(4096))
+    return path
+
+
+def unlimited(path):
+    """Bzip2 in a zip: 64 MB from a few bytes, of which the header tells ten."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as file:
+        file.writestr("a.jpg", bytes(2**26))
+    raw = path.read_bytes()
+    for at in (raw.index(b"PK\x03\x04") + 22, raw.index(b"PK\x01\x02") + 24):
+        raw = raw[:at] + struct.pack("<I", 10) + raw[at + 4 :]
+    path.write_bytes(raw)
+    return path
+
+
 REG, SYM, LNK, FIFO, CHR, BLK = (
     *(tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE),
     *(tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE),
@@ -96,6 +118,8 @@ ESCAPES = {
         "one file on some",
     ),
     "zip: a file as folder": (lambda path: zipped(path, "a", "a/b.jpg"), "lies in a file"),
+    "zip: a file as folder in capitals": (lambda path: zipped(path, "a/b.jpg", "A"), "lies in a file"),
+    "zip: bzip2 fills the memory": (unlimited, "compression 12 of 'a.jpg'"),
     "zip: bomb": (lambda path: zipped(path, "a.jpg", content=bytes(2**29)), "as bombs do"),
     "tar: parent": (lambda path: tarred(path, ("../out.jpg", REG, "")), "below the folder"),
     "tar: absolute": (lambda path: tarred(path, ("/tmp/out.jpg", REG, "")), "absolute path"),
@@ -108,6 +132,8 @@ ESCAPES = {
     "tar: bomb": (lambda path: tarred(path, ("a.jpg", REG, ""), content=bytes(2**29), mode="w:xz"), "as bombs do"),
     "tar: the same name twice": (lambda path: tarred(path, ("a", REG, ""), ("a", REG, "")), "one file on some"),
     "tar: long header": (lambda path: headed(path, 2**21), "a header of"),
+    "tar: negative size": (backwards, "a header of -512 bytes"),
+    "tar: name that is no Unicode": (lambda path: tarred(path, ("\udcff.jpg", REG, "")), "no Unicode"),
 }
 
 
@@ -144,7 +170,7 @@ def test_plain_archives_unpack_to_what_was_packed(tmp_path, ending):
 
 
 def test_too_many_files_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MOST_FILES", 3)
+    monkeypatch.setattr(module, "MAX_FILES", 3)
     for archive in (
         zipped(tmp_path / "a.zip", "1", "2", "3", "4"),
         tarred(tmp_path / "a.tar", *[(str(n), REG, "") for n in range(4)]),
@@ -232,3 +258,26 @@ def test_an_unknown_compression_is_said(tmp_path):
 def test_a_label_is_no_file(tmp_path):
     archive = tarred(tmp_path / "a.tar", ("label", b"V", ""), ("a.jpg", REG, ""))
     assert unpack(archive, tmp_path / "target") == 1
+
+
+def test_only_content_is_taken_over(tmp_path):
+    archive = tmp_path / "a.tar"
+    with tarfile.open(archive, "w") as file:
+        for name, kind in (("folder", tarfile.DIRTYPE), ("folder/run.sh", REG)):
+            info = tarfile.TarInfo(name)
+            info.type, info.mode, info.mtime, info.uid = kind, 0o6711, 1, 12345
+            file.addfile(info)
+    assert unpack(archive, tmp_path / "target") == 1
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "file").touch()
+    for path, like in (("target", "made"), ("target/folder", "made"), ("target/folder/run.sh", "made/file")):
+        found, expected = (tmp_path / path).stat(), (tmp_path / like).stat()
+        assert (found.st_mode, found.st_uid) == (expected.st_mode, expected.st_uid) and found.st_mtime > 1
+
+
+def test_a_python_without_the_filters_of_tarfile_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delattr(tarfile, "data_filter")
+    archive = tarred(tmp_path / "a.tar", ("a.jpg", REG, ""))
+    with pytest.raises(DataError, match=r"use 3\.11\.4 or newer"):
+        unpack(archive, tmp_path / "target")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]

@@ -1,4 +1,4 @@
-"""What Git knows of a checkout."""
+"""The commit of a checkout, and commits of results to a branch, by the command git."""
 
 import os
 import subprocess
@@ -8,15 +8,20 @@ from pathlib import Path
 UNKNOWN = "unknown"
 RESULTS = ("params.yaml", "dvc.lock", "metrics", "plots")
 """What a retraining writes that belongs to Git."""
-NOBODY = {"user.name": "smaller-student", "user.email": "smaller-student@localhost"}
-"""Who commits where Git knows nobody."""
+AUTHOR = {"user.name": "smaller-student", "user.email": "smaller-student@localhost"}
+"""Settings of Git for commits where the user has none."""
+
+
+class CommitError(RuntimeError):
+    """The results could not be committed."""
+
+    exit_code = 1
 
 
 def commit(root: Path) -> tuple[str, bool | None]:
-    """Commit of a checkout, and whether its sources differ from it (what a run writes itself does not count).
+    """Return the commit of a checkout, and whether its sources differ from it (what a run writes does not count).
 
-    Returns:
-        `unknown` and None outside of Git.
+    Outside of Git: `unknown` and None.
     """
     try:
         changed = _git(root, "status", "--porcelain", "--", ".", ":!dvc.lock", ":!metrics", ":!plots")
@@ -28,20 +33,22 @@ def commit(root: Path) -> tuple[str, bool | None]:
 def record(root: Path, branch: str, message: str) -> str:
     """Commit what a retraining wrote to a branch; working tree, index and the present branch stay as they are.
 
-    The commit holds the sources of HEAD with the results in place of theirs, and follows its last one and HEAD.
-
-    Args:
-        root: Of the checkout.
-        branch: Made where it is missing.
-        message: Of the commit.
+    The commit holds the sources of HEAD with the results in place of theirs, and follows the last one of the branch
+    (which is made where it is missing) and HEAD.
 
     Returns:
-        What was done, or why nothing could be, in one sentence.
+        What was done, in one sentence.
+
+    Raises:
+        CommitError: If the branch is checked out, or Git fails; the branch is as it was then.
     """
     try:
         head = _git(root, "rev-parse", "--verify", "HEAD")
         if _git(root, "symbolic-ref", "--quiet", "HEAD", accept=1) == f"refs/heads/{branch}":
-            return f"nothing was committed: `{branch}` is checked out; name another branch by `retrain.branch`"
+            raise CommitError(
+                f"the results were not committed: branch `{branch}` is checked out; check out another one, or name "
+                "another one by `retrain.branch`"
+            )
         tip = _git(root, "rev-parse", "--verify", "--quiet", f"refs/heads/{branch}", accept=1)
         with tempfile.TemporaryDirectory() as scratch:
             index = Path(scratch) / "index"
@@ -52,18 +59,21 @@ def record(root: Path, branch: str, message: str) -> str:
             return f"branch {branch} has it already"
         newer = not tip or _git(root, "merge-base", tip, head, accept=1) != head
         parents = [word for parent in (tip, head if newer else "") if parent for word in ("-p", parent)]
-        unknown = {name: value for name, value in NOBODY.items() if not _git(root, "config", name, accept=1)}
-        settings = [word for name, value in unknown.items() for word in ("-c", f"{name}={value}")]
+        missing = {name: value for name, value in AUTHOR.items() if not _git(root, "config", name, accept=1)}
+        settings = [word for name, value in missing.items() for word in ("-c", f"{name}={value}")]
         made = _git(root, *settings, "commit-tree", tree, *parents, "-m", message)
         _git(root, "update-ref", f"refs/heads/{branch}", made, tip or "0" * 40)
         return f"committed {made[:12]} to branch {branch}"
     except (OSError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
-        return f"nothing was committed to branch {branch}: {reason.strip()}"
+        reason = " ".join((getattr(error, "stderr", None) or str(error)).split())
+        raise CommitError(
+            f"the results were not committed to branch `{branch}` ({reason}); repair the repository, or empty "
+            "`retrain.branch`"
+        ) from error
 
 
 def _git(root: Path, *words: str, accept: int = 0, index: Path | None = None) -> str:
-    """What Git says.
+    """Return the output of a git command.
 
     Args:
         root: Of the checkout.

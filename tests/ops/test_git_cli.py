@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.ops.git import record
+from pipeline.ops.git_cli import CommitError, record
 
 
 def git(root: Path, *words: str) -> str:
@@ -67,9 +67,28 @@ def test_the_next_ones_follow_and_take_new_sources_along(repository: Path) -> No
     assert git(repository, "show", "retrained:inner/code.py") == "my work"
 
 
-def test_a_branch_that_is_checked_out_and_a_folder_without_git_are_left_alone(repository: Path, tmp_path: Path) -> None:
-    assert "`main` is checked out; name another branch by `retrain.branch`" in record(repository, "main", "m")
+def test_a_branch_that_is_checked_out_is_not_committed_to(repository: Path) -> None:
+    with pytest.raises(CommitError, match=r"branch `main` is checked out; .*`retrain\.branch`") as error:
+        record(repository, "main", "m")
+    assert error.value.exit_code == 1
     assert git(repository, "log", "--format=%s", "main") == "first"
-    elsewhere = tmp_path.parent / "elsewhere"
-    elsewhere.mkdir(exist_ok=True)
-    assert record(elsewhere, "retrained", "m").startswith("nothing was committed to branch retrained: ")
+
+
+def test_a_folder_without_git_is_an_error_with_gits_own_reason(tmp_path: Path) -> None:
+    with pytest.raises(CommitError, match=r"not committed to branch `retrained` \(.*not a git repository.*\); repair"):
+        record(tmp_path, "retrained", "m")
+
+
+def test_a_commit_that_git_refuses_leaves_the_branch_and_succeeds_when_tried_again(repository: Path) -> None:
+    record(repository, "retrained", "one")
+    results(repository, 2)
+    lock = repository.parent / ".git" / "refs" / "heads" / "retrained.lock"
+    lock.touch()  # another process of Git's, or one that was killed
+    with pytest.raises(
+        CommitError, match=r"branch `retrained` \(.*retrained\.lock.*\); repair the repository, or empty"
+    ):
+        record(repository, "retrained", "two")
+    assert git(repository, "log", "-1", "--format=%s", "retrained") == "one"
+    lock.unlink()
+    assert record(repository, "retrained", "two").startswith("committed ")
+    assert git(repository, "show", "retrained:inner/dvc.lock") == "2"
