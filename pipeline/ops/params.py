@@ -23,8 +23,8 @@ REMEDY = "`smaller-student preset NAME` writes a complete one"
 RENAMED: dict[str, str] = {}
 """Old dotted name -> new dotted name in the same section, for keys that the latest version renamed.
 
-Entries apply in order, so a key below a renamed section is listed with the section's new name. `load` reads the old names
-for one version; then its entries are removed.
+Entries apply in order, so a key below a renamed section is listed with the section's new name. `load` reads old names
+for one version; the version after that removes the entries.
 """
 
 log = logging.getLogger(__name__)

@@ -64,7 +64,7 @@ def preset_text(root: Path, name: str) -> str:
     yaml.width = 10_000  # long values are not folded
     body = io.StringIO()
     yaml.dump(_merge(yaml.load(complete.removeprefix(_head(complete))), yaml.load(changes)), body)
-    return _head(changes) + body.getvalue()
+    return f"{_head(changes)}\n{body.getvalue()}"
 
 
 def is_preset(root: Path, path: Path) -> bool:
@@ -177,8 +177,8 @@ def _end(text: str, key: ScalarNode, value: Node) -> int:
     column = key.start_mark.column
     while isinstance(value, CollectionNode) and not value.flow_style and value.start_mark.index > key.start_mark.index:
         key, value = value.value[-1] if isinstance(value, MappingNode) else (key, value.value[-1])
-    alias = value.start_mark.index < key.start_mark.index  # it stands where its anchor is
-    index = key.end_mark.index if alias else value.end_mark.index
+    here = key.start_mark.index < value.start_mark.index < value.end_mark.index  # else an alias, or nothing
+    index = value.end_mark.index if here else key.end_mark.index
     if isinstance(value, ScalarNode) and value.style in ("|", ">"):
         index -= 1  # its end is the beginning of the next line
     line = text.find("\n", index) + 1 or len(text)

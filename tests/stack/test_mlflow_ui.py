@@ -12,6 +12,7 @@ from pipeline.ops.delivery import Delivery
 from pipeline.ops.execution import Execution
 from pipeline.ops.journal import Journal
 from pipeline.ops.params import load
+from pipeline.ops.presets import preset_text
 from pipeline.ops.process import identity
 from pipeline.ops.recording import Recording
 from pipeline.records import RECORDS
@@ -27,7 +28,7 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
     """A checkout whose six stages have reported, recorded by the code that records real ones."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     files = Files(tmp_path, tmp_path)
-    write_text(files.params, (ROOT / "presets" / "smoke.yaml").read_text())
+    write_text(files.params, preset_text(ROOT, "smoke"))
     write_text(files.manifest, "path,identity,camera,split\n")
     write_text(files.plots("teacher"), "epoch,loss,validation_map\n1,2.5,0.2\n2,1.5,0.4\n3,1.1,0.5\n")
     write_text(files.plots("student"), "epoch,loss,macs_reduction\n1,2.0,0.1\n2,1.4,0.4\n3,1.0,0.55\n")
