@@ -6,7 +6,7 @@ Imports nothing heavier than numpy: a mistyped key is refused in well under two 
 import difflib
 import inspect
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,7 +72,7 @@ class Document(NamedTuple):
     path: Path
     text: str
     root: MappingNode
-    content: dict[str, Any]
+    content: MutableMapping[str, Any]
     renamed: tuple[Renaming, ...]
 
 

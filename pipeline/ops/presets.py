@@ -131,7 +131,7 @@ def upgrade(root: Path, path: Path) -> list[str]:
         done = parse(path, text).content == _merge(complete.content, mine.content)
     except ParamsError:
         done = False
-    if not done:  # braces, aliases, merge keys
+    if not done:  # braces, merge keys
         raise ParamsError(path, [f"add `{key}` by hand; its section is not written one key a line" for key in added])
     write_text(path, text)
     return [*renamed, *(f"added `{key}`" for key in added)]
@@ -156,9 +156,10 @@ def _insertions(text: str, section: MappingNode, other: str, complete: MappingNo
     index = _start(text, first.index, first.column)
     for name, (key, value) in entries(complete).items():
         if name in mine:
-            if isinstance(mine[name][1], MappingNode) and isinstance(value, MappingNode):
-                yield from _insertions(text, mine[name][1], other, value)
-            index = _end(text, *mine[name])
+            my_key, my_value = mine[name]
+            if isinstance(my_value, MappingNode) and isinstance(value, MappingNode) and _follows(my_key, my_value):
+                yield from _insertions(text, my_value, other, value)
+            index = _end(text, my_key, my_value)
         else:
             lines = other[key.start_mark.index - key.start_mark.column : _end(other, key, value)]
             blank = "\n" if isinstance(value, MappingNode) and first.column == 0 else ""
@@ -175,10 +176,9 @@ def _start(text: str, index: int, column: int) -> int:
 def _end(text: str, key: ScalarNode, value: Node) -> int:
     """Index behind the lines of an entry, and behind comment lines below it that are indented more than its key."""
     column = key.start_mark.column
-    while isinstance(value, CollectionNode) and not value.flow_style and value.start_mark.index > key.start_mark.index:
+    while isinstance(value, CollectionNode) and not value.flow_style and _follows(key, value):
         key, value = value.value[-1] if isinstance(value, MappingNode) else (key, value.value[-1])
-    here = key.start_mark.index < value.start_mark.index < value.end_mark.index  # else an alias, or nothing
-    index = value.end_mark.index if here else key.end_mark.index
+    index = value.end_mark.index if _follows(key, value) else key.end_mark.index
     if isinstance(value, ScalarNode) and value.style in ("|", ">"):
         index -= 1  # its end is the beginning of the next line
     line = text.find("\n", index) + 1 or len(text)
@@ -186,10 +186,15 @@ def _end(text: str, key: ScalarNode, value: Node) -> int:
     return comments.end() if comments else line
 
 
+def _follows(key: ScalarNode, value: Node) -> bool:
+    """Whether a value is written behind its key: an alias is where its anchor is, and nothing is nowhere."""
+    return bool(key.start_mark.index < value.start_mark.index < value.end_mark.index)
+
+
 def _edited(text: str, edits: list[tuple[int, int, str]]) -> str:
     """Replace parts of a text, each given by start, end and new content."""
     parts, at = [], 0
-    for start, end, new in sorted(edits, key=lambda edit: edit[0]):
+    for start, end, new in sorted(edits, key=lambda edit: edit[:2]):
         parts += [text[at:start], new]
         at = end
     return "".join([*parts, text[at:]])

@@ -293,6 +293,25 @@ def test_old_names_are_replaced_and_all_else_stays(path: Path, monkeypatch: pyte
     assert text == TEXT.replace("  near: 4", "  near:  7").replace("min_cosine:", "min_cosine :")
 
 
+def test_a_key_that_two_sections_share_by_reference_is_added_once(path: Path) -> None:
+    text = TEXT.replace("  augment: ", "  augment: &augment ", 1)
+    for key in ("teacher.augment.pad", "student.augment"):
+        text = without(text, key)
+    text = text.replace("  channel_multiple: 8 ", "  augment: *augment\n  channel_multiple: 8 ", 1)
+    found, changes = upgraded(path, text)
+    assert changes == ["added `teacher.augment.pad: 6`", "added `student.augment.pad: 6`"]
+    assert found.count("    pad: 6 ") == 1
+    assert values(found) == values(TEXT)
+
+
+def test_a_new_key_before_a_renamed_one_is_inserted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(params, "RENAMED", {"pictures": "data"})
+    own = without(TEXT, "seed").replace("data: ", "pictures: ", 1)
+    text, changes = upgraded(path, own)
+    assert changes == ["renamed `pictures` to `data`", "added `seed: 0`"]
+    assert values(text) == values(TEXT)
+
+
 def test_a_file_that_cannot_be_written_stays_as_it_was(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError("no space")
