@@ -156,7 +156,8 @@ def _rename(root: Node | None) -> Iterator[Renaming]:
 
 def entries(node: Node | None) -> dict[str, tuple[ScalarNode, Node]]:
     """Key and value of each entry of a section by its name; none if the node is no section."""
-    return {key.value: (key, value) for key, value in node.value} if isinstance(node, MappingNode) else {}
+    pairs = node.value if isinstance(node, MappingNode) else []
+    return {key.value: (key, value) for key, value in pairs if isinstance(key, ScalarNode)}
 
 
 def _refuse_unreachable(params: Params) -> None:

@@ -198,6 +198,15 @@ def test_keys_are_all_of_the_schema_and_no_more() -> None:
     assert set(Params.model_fields) <= set(keys())
 
 
+@pytest.mark.parametrize("table", [{}, {"data.closeness": "data.near"}], ids=["no old names", "old names"])
+@pytest.mark.parametrize("content", ["? [a, b]\n: 1\n", "data:\n  ? [a]\n  : 1\n", "data: [1]\n", "1: 2\n", "data:\n"])
+def test_keys_that_are_no_names_are_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch, content: str, table: dict[str, str]
+) -> None:
+    monkeypatch.setattr(params, "RENAMED", table)
+    assert "`seed` is missing; `smaller-student preset --upgrade` adds it" in complaints(path, content)
+
+
 @given(st.text(max_size=60))
 def test_any_text_is_refused_with_complaints_and_never_crashes(
     tmp_path_factory: pytest.TempPathFactory, text: str
