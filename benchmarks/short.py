@@ -12,7 +12,7 @@ from pipeline.compress.budget import cost_model
 from pipeline.config import Params
 from pipeline.models.cost import CostModel
 from pipeline.models.resnet import RetrievalNet
-from pipeline.ops.params import load
+from pipeline.ops.presets import load_preset
 from pipeline.runtime import launch
 from pipeline.training.loop import Batch, Fit
 from pipeline.training.state import Checkpoints
@@ -66,7 +66,7 @@ def section(params: Params, changes: dict[str, Any]) -> Params:
 def preset(name: str, **changes: Any) -> Params:
     """A preset with other values; a double underscore stands for the dot."""
     dotted = {key.replace("__", "."): value for key, value in changes.items()}
-    return section(load(ROOT / "presets" / f"{name}.yaml"), dotted)
+    return section(load_preset(ROOT, name), dotted)
 
 
 def prepared(params: Params, noise: Noise, budgeted: CostModel | None = None) -> tuple[StudentTask, RetrievalNet]:

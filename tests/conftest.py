@@ -13,6 +13,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipeline.files import Files, write_json, write_text
+from pipeline.ops.presets import preset_text
 from pipeline.records import RECORDS
 from tests.fake_stages import NUMBERS, Start, source
 
@@ -22,9 +23,9 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def checkout(tmp_path: Path) -> Files:
     """Params, and stages that report fixed numbers; the library is the one under test."""
-    smoke = (ROOT / "presets" / "smoke.yaml").read_text()
-    assert "  publish: true\n" in smoke
-    (tmp_path / "params.yaml").write_text(smoke.replace("  publish: true\n", "  publish: false\n"))  # there is no model
+    smoke = preset_text(ROOT, "smoke")
+    assert "  publish: true " in smoke
+    (tmp_path / "params.yaml").write_text(smoke.replace("  publish: true ", "  publish: false "))  # there is no model
     (tmp_path / "stages").mkdir()
     (tmp_path / "stages" / "__init__.py").write_text((ROOT / "stages" / "__init__.py").read_text())
     for stage in RECORDS:

@@ -7,6 +7,7 @@ import pytest
 from pipeline.cli import main
 from pipeline.files import Files, write_json, write_text
 from pipeline.ops.params import load
+from pipeline.ops.presets import preset_text
 from tests.fake_stages import NUMBERS
 
 ROOT = Path(__file__).parents[1]
@@ -14,10 +15,10 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
-    """A folder with two presets, which the commands run in."""
-    smoke = (ROOT / "presets" / "smoke.yaml").read_text()
-    write_text(tmp_path / "presets" / "smoke.yaml", smoke)
-    write_text(tmp_path / "presets" / "larger.yaml", smoke.replace("seed: 0", "seed: 1"))
+    """A folder with three presets, which the commands run in."""
+    for name in ("vehicles", "smoke"):
+        write_text(tmp_path / "presets" / f"{name}.yaml", (ROOT / "presets" / f"{name}.yaml").read_text())
+    write_text(tmp_path / "presets" / "larger.yaml", "# Larger\n\nseed: 1\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     return Files(tmp_path, tmp_path)
@@ -33,7 +34,10 @@ def smaller_student(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 def test_a_preset_becomes_params_yaml(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     assert smaller_student(monkeypatch, "preset", "smoke") == 0
     assert smaller_student(monkeypatch, "preset", "larger") == 0  # a preset may be replaced
-    assert files.params.read_bytes() == (files.root / "presets" / "larger.yaml").read_bytes()
+    assert files.params.read_text() == preset_text(files.root, "larger")
+    assert load(files.params).seed == 1
+    assert smaller_student(monkeypatch, "preset", "vehicles") == 0
+    assert files.params.read_bytes() == (ROOT / "params.yaml").read_bytes()
 
 
 def test_an_unknown_preset_is_answered_with_the_known_ones(
@@ -41,7 +45,7 @@ def test_an_unknown_preset_is_answered_with_the_known_ones(
 ) -> None:
     assert smaller_student(monkeypatch, "preset", "smok") == 2
     assert capsys.readouterr().err == (
-        "smaller-student: preset `smok` is unknown; nearest: `smoke`; there are: larger, smoke\n"
+        "smaller-student: preset `smok` is unknown; nearest: `smoke`; there are: larger, smoke, vehicles\n"
     )
     assert not files.params.exists()
 
@@ -49,20 +53,66 @@ def test_an_unknown_preset_is_answered_with_the_known_ones(
 def test_changes_of_ones_own_are_overwritten_only_by_force(
     files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_text(files.params, "seed: 7\n")
-    assert smaller_student(monkeypatch, "preset", "smoke") == 2
-    assert "params.yaml holds changes of your own; `--force` overwrites them" in capsys.readouterr().err
-    assert files.params.read_text() == "seed: 7\n"
-    assert smaller_student(monkeypatch, "preset", "smoke", "--force") == 0
-    assert load(files.params).seed == 0
+    for own in ("seed: 7\n", "seed: [\n", preset_text(ROOT, "smoke").replace("seed: 0", "seed: 7")):
+        write_text(files.params, own)
+        assert smaller_student(monkeypatch, "preset", "smoke") == 2
+        assert "params.yaml holds changes of your own; `--force` overwrites them" in capsys.readouterr().err
+        assert files.params.read_text() == own
+        assert smaller_student(monkeypatch, "preset", "smoke", "--force") == 0
+        assert load(files.params).seed == 0
+
+
+def test_comments_and_order_are_no_changes_of_ones_own(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = preset_text(ROOT, "smoke").replace("seed: 0 ", "").splitlines()
+    write_text(files.params, "\r\n".join([*lines, "# mine", "seed: 0"]))
+    assert smaller_student(monkeypatch, "preset", "larger") == 0
+    assert load(files.params).seed == 1
 
 
 def test_a_preset_that_is_wrong_is_not_written(
     files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_text(files.root / "presets" / "broken.yaml", "seed: 0\n")
+    write_text(files.root / "presets" / "broken.yaml", "# Broken\n\nteacher:\n  epocs: 3\n  depth: 27\ndata: 1\n")
     assert smaller_student(monkeypatch, "preset", "broken") == 2
-    assert "broken.yaml: `teacher` is missing" in capsys.readouterr().err
+    assert set(capsys.readouterr().err.splitlines()) == {
+        "smaller-student: broken.yaml: `data` must be a section with keys of its own, got 1 (line 6)",
+        "broken.yaml: `teacher.depth` must be 14, 18, 26, 34, 50, 101 or 152, got 27 (line 5)",
+        "broken.yaml: `teacher.epocs` is unknown; nearest: `teacher.epochs` (line 4)",
+    }
+    assert not files.params.exists()
+
+
+def test_a_params_file_of_ones_own_gets_new_keys_and_then_has_them(
+    files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = preset_text(ROOT, "smoke").replace("seed: 0 ", "seed: 7 ")
+    write_text(files.params, text.replace("  near: 4 ", "  # near: 4 "))
+    assert smaller_student(monkeypatch, "preset", "--upgrade") == 0
+    assert capsys.readouterr().out == "params.yaml: added `data.near: 4`\n"
+    assert load(files.params).seed == 7
+    before = files.params.stat()
+    assert smaller_student(monkeypatch, "preset", "--upgrade") == 0
+    assert capsys.readouterr().out == "params.yaml: has every key already\n"
+    assert files.params.stat() == before
+
+
+def test_what_an_upgrade_leaves_is_named(
+    files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_text(files.params, preset_text(ROOT, "smoke").replace("  near: 4 ", "  neer: 3 "))
+    for out in ("params.yaml: added `data.near: 4`\n", "params.yaml: has every key already\n"):
+        assert smaller_student(monkeypatch, "preset", "--upgrade") == 2
+        told = capsys.readouterr()
+        assert told.out == out
+        assert told.err.startswith("smaller-student: params.yaml: `data.neer` is unknown; nearest: `data.near` (line ")
+
+
+@pytest.mark.parametrize("words", [[], ["smoke", "--upgrade"]])
+def test_a_preset_is_named_or_params_are_upgraded(
+    files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    assert smaller_student(monkeypatch, "preset", *words) == 2
+    assert "name a preset (larger, smoke, vehicles), or say `--upgrade`" in capsys.readouterr().err
     assert not files.params.exists()
 
 

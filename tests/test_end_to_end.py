@@ -18,6 +18,8 @@ import pytest
 from pipeline.export.model import load_model
 from pipeline.export.release import read_release, write_release
 from pipeline.export.sample import EXPECTED, expected
+from pipeline.files import write_text
+from pipeline.ops.presets import preset_text
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("prepare", "teacher", "student", "surgery", "export", "benchmark")
@@ -65,7 +67,7 @@ def checkout(folder: Path, preset: str = "smoke") -> Path:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
-    shutil.copy2(ROOT / "presets" / f"{preset}.yaml", folder / "params.yaml")
+    write_text(folder / "params.yaml", preset_text(ROOT, preset))
     for produced in ("dvc.lock", "metrics", "plots"):
         path = folder / produced
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -285,8 +287,8 @@ def test_killed_trainings_go_on_and_end_with_the_same_bytes(finished: Path, tmp_
 
 
 def test_bad_params_are_refused_at_once_and_all_together(finished: Path, tmp_path: Path) -> None:
-    text = (ROOT / "presets" / "smoke.yaml").read_text()
-    text = text.replace("  epochs: 2\n", "  epochs: 0\n", 1).replace("validation:", "validaton:")
+    text = preset_text(ROOT, "smoke")
+    text = text.replace("  epochs: 2 ", "  epochs: 0 ", 1).replace("validation:", "validaton:")
     folder = tmp_path / "bad"
     folder.mkdir()
     (folder / "params.yaml").write_text(text)

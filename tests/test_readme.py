@@ -10,10 +10,10 @@ from typer.main import get_command
 from pipeline.cli.commands import app
 from pipeline.config import Params
 from pipeline.ops.params import keys, load
+from pipeline.ops.presets import COMPLETE, names, preset_text
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
 
 
 def test_every_make_target_that_is_named_exists() -> None:
@@ -51,12 +51,14 @@ def test_every_picture_and_file_that_is_linked_exists() -> None:
     assert [name for name in linked if not (ROOT / name).is_file()] == []
 
 
-@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
-def test_every_preset_is_valid_and_says_what_it_takes(path: Path) -> None:
-    load(path)
-    head = path.read_text().split("\nseed:")[0]
+@pytest.mark.parametrize("name", names(ROOT))
+def test_every_preset_is_valid_and_says_what_it_takes(name: str, tmp_path: Path) -> None:
+    text = preset_text(ROOT, name)
+    (tmp_path / "params.yaml").write_text(text)
+    load(tmp_path / "params.yaml")
+    head = text.split("\n\n")[0]
     assert all(f"# {word}" in head for word in ("Command", "Time", "Result"))
 
 
-def test_the_default_params_are_a_preset() -> None:
-    assert (ROOT / "params.yaml").read_text() == (ROOT / "presets" / "vehicles.yaml").read_text()
+def test_the_params_file_of_the_repository_is_the_complete_preset() -> None:
+    assert (ROOT / "params.yaml").read_bytes() == preset_text(ROOT, COMPLETE).encode()

@@ -1,6 +1,5 @@
 """Commands that run the pipeline, and show what it led to."""
 
-import difflib
 import json
 from pathlib import Path
 from typing import Annotated
@@ -13,25 +12,26 @@ from pipeline.files import Files, write_text
 
 @app.command()
 def preset(
-    name: Annotated[str, typer.Argument(help="A file in presets/, without its ending.")],
-    force: Annotated[bool, typer.Option(help="Overwrite a params.yaml that is no preset.")] = False,
+    name: Annotated[str | None, typer.Argument(help="A file in presets/, without its ending.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a params.yaml with values of your own.")] = False,
+    upgrade: Annotated[bool, typer.Option("--upgrade", help="Add new keys to params.yaml, keep its values.")] = False,
 ) -> None:
-    """Write params.yaml from presets/NAME.yaml."""
+    """Write params.yaml with the values of a preset, or bring your own up to date."""
+    from pipeline.ops import presets
     from pipeline.ops.params import load
 
     files = Files.here()
-    folder = files.root / "presets"
-    presets = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-    if name not in presets:
-        near = difflib.get_close_matches(name, presets, n=1)
-        hint = f"; nearest: `{near[0]}`" if near else ""
-        raise Refusal(f"preset `{name}` is unknown{hint}; there are: {', '.join(presets) or f'none in {folder}'}")
-    text = presets[name].read_text(encoding="utf-8")
-    if files.params.exists() and not force:
-        present = files.params.read_text(encoding="utf-8")
-        if all(present != path.read_text(encoding="utf-8") for path in presets.values()):
-            raise Refusal("params.yaml holds changes of your own; `--force` overwrites them")
-    load(presets[name])
+    if (name is None) is not upgrade:
+        raise Refusal(f"name a preset ({', '.join(presets.names(files.root))}), or say `--upgrade`")
+    if name is None:
+        changes = presets.upgrade(files.root, files.params)
+        for change in changes or ["has every key already"]:
+            typer.echo(f"params.yaml: {change}")
+        load(files.params)  # names what is still wrong, such as unknown keys
+        return
+    text = presets.preset_text(files.root, name)
+    if files.params.exists() and not force and not presets.is_preset(files.root, files.params):
+        raise Refusal("params.yaml holds changes of your own; `--force` overwrites them")
     write_text(files.params, text)
     typer.echo(f"params.yaml is preset {name} now; `dvc repro` runs it")
 

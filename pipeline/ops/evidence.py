@@ -24,6 +24,7 @@ from pipeline.inference.graph import timing_graph
 from pipeline.inference.timing import gain, measure
 from pipeline.models.spec import ArchSpec
 from pipeline.ops.params import load
+from pipeline.ops.presets import load_preset
 from pipeline.records import SurgeryRecord, TeacherRecord
 from pipeline.report.evidence import Result, draw, page
 
@@ -105,10 +106,9 @@ def gather(files: Files, cells: Sequence[Cell]) -> Path:
         EvidenceError: If params.yaml is another one, sources differ from the commit that experiments start from, or an
             experiment fails; those before it are kept.
     """
-    preset = files.root / "presets" / f"{PRESET}.yaml"
-    if files.params.read_text(encoding="utf-8") != preset.read_text(encoding="utf-8"):
-        raise EvidenceError(f"params.yaml is not the preset `{PRESET}`; run `smaller-student preset {PRESET}` first")
     params = load(files.params)
+    if params != load_preset(files.root, PRESET):
+        raise EvidenceError(f"params.yaml is not the preset `{PRESET}`; run `smaller-student preset {PRESET}` first")
     for number, cell in enumerate(cells):
         digest = _digest(params, cell, _sources(files.root))
         if _stored(files.root, cell).get("sources") == digest:

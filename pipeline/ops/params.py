@@ -5,20 +5,29 @@ Imports nothing heavier than numpy: a mistyped key is refused in well under two 
 
 import difflib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from pipeline.compress.budget import BudgetError, cost_model, shrinking_sites
 from pipeline.config import Params
 from pipeline.models.spec import ArchSpec
 
 REMEDY = "`smaller-student preset NAME` writes a complete one"
+RENAMED: dict[str, str] = {}
+"""Old dotted name -> new dotted name in the same section, for keys that the latest version renamed.
+
+Entries apply in order, so a key below a renamed section is listed with the section's new name. `load` reads old names
+for one version; the version after that removes the entries.
+"""
+
+log = logging.getLogger(__name__)
 
 
 class ParamsError(ValueError):
@@ -35,21 +44,72 @@ class ParamsError(ValueError):
         super().__init__("\n".join(f"{path.name}: {complaint}" for complaint in complaints))
 
 
-def load(path: Path) -> Params:
-    """Read and check params.yaml.
+class Renaming(NamedTuple):
+    """A key that a file has under its old name.
 
-    YAML 1.2 by ruamel.yaml, as DVC reads it: `1e-3` is a number and `no` a string.
+    Attributes:
+        old: Dotted name in the file.
+        new: Dotted name in the schema.
+        key: Where the old name stands in the text.
+    """
 
-    Args:
+    old: str
+    new: str
+    key: ScalarNode
+
+
+class Document(NamedTuple):
+    """A file with sections, not validated yet.
+
+    Attributes:
         path: The file.
+        text: Its content.
+        root: Syntax tree of `text`, with lines and columns.
+        content: Its values, under new names.
+        renamed: Keys that `text` has under their old names.
+    """
+
+    path: Path
+    text: str
+    root: MappingNode
+    content: MutableMapping[str, Any]
+    renamed: tuple[Renaming, ...]
+
+
+def load(path: Path) -> Params:
+    """Read and validate params.yaml; warn about keys under old names.
 
     Raises:
         ParamsError: Listing all complaints.
     """
-    text = _read(path)
+    document = read(path)
+    for old, new, _ in document.renamed:
+        log.warning("%s: `%s` is called `%s` now; `smaller-student preset --upgrade` renames it", path.name, old, new)
+    return check(document)
+
+
+def read(path: Path) -> Document:
+    """Read a file with sections.
+
+    Raises:
+        ParamsError: If it cannot be read, is not YAML or has no sections.
+    """
+    return parse(path, _read(path))
+
+
+def parse(path: Path, text: str) -> Document:
+    """Parse the text of a file with sections.
+
+    YAML 1.2 by ruamel.yaml, as DVC reads it: `1e-3` is a number and `no` a string.
+
+    Raises:
+        ParamsError: If it is not YAML or has no sections.
+    """
+    yaml = YAML(typ="safe", pure=True)
     try:
-        root = _parser().compose(text)
-        content = _parser().load(text)
+        root = yaml.compose(text)
+        renamed = tuple(_rename(root))
+        content = None if root is None else yaml.constructor.construct_document(root)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f" (line {mark.line + 1})" if mark else ""
@@ -60,15 +120,44 @@ def load(path: Path) -> Params:
         raise ParamsError(path, [f"is empty; {REMEDY}"])
     if not isinstance(content, dict):
         raise ParamsError(path, [f"must hold sections, got a {_kind(content)}; {REMEDY}"])
+    return Document(path, text, root, content, renamed)
+
+
+def check(document: Document) -> Params:
+    """Validate a file's values.
+
+    Raises:
+        ParamsError: Listing all complaints.
+    """
     try:
-        params = Params.model_validate(content)
+        params = Params.model_validate(document.content)
         _refuse_unreachable(params)  # once everything else is sound
     except ValidationError as error:
-        complaints = {line: None for detail in error.errors() for line in _complaints(detail, root)}  # ordered, once
-        raise ParamsError(path, list(complaints)) from None
+        found = (line for detail in error.errors() for line in _complaints(detail, document.root))
+        raise ParamsError(document.path, list(dict.fromkeys(found))) from None
     except BudgetError as error:
-        raise ParamsError(path, [str(error)]) from None
+        raise ParamsError(document.path, [str(error)]) from None
     return params
+
+
+def _rename(root: Node | None) -> Iterator[Renaming]:
+    """Give keys with old names their new ones in the syntax tree, unless the new one is there too."""
+    for old, new in RENAMED.items():
+        *sections, last = old.split(".")
+        node = root
+        for section in sections:
+            node = entries(node).get(section, (None, None))[1]
+        name = new.rpartition(".")[2]
+        if last in entries(node) and name not in entries(node):
+            key = entries(node)[last][0]
+            key.value = name
+            yield Renaming(old, new, key)
+
+
+def entries(node: Node | None) -> dict[str, tuple[ScalarNode, Node]]:
+    """Key and value of each entry of a section by its name; none if the node is no section."""
+    pairs = node.value if isinstance(node, MappingNode) else []
+    return {key.value: (key, value) for key, value in pairs if isinstance(key, ScalarNode)}
 
 
 def _refuse_unreachable(params: Params) -> None:
@@ -81,13 +170,9 @@ def _refuse_unreachable(params: Params) -> None:
         cost_model(spec, student, (height, width))
 
 
-def _parser() -> YAML:
-    return YAML(typ="safe", pure=True)
-
-
 def _read(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode()  # with the line ends that it has
     except FileNotFoundError as error:
         raise ParamsError(path, [f"is missing in {path.parent.resolve()}; {REMEDY}"]) from error
     except UnicodeDecodeError as error:
@@ -131,7 +216,7 @@ def _complaints(detail: Mapping[str, Any], root: Node) -> Iterator[str]:
     line = _line(root, location)
     where = f" (line {line})" if line else ""
     if error == "missing":
-        yield f"{name} is missing"
+        yield f"{name} is missing; `smaller-student preset --upgrade` adds it"
     elif error == "extra_forbidden":
         nearest = _nearest(dotted(location))
         yield f"{name} is unknown{f'; nearest: `{nearest}`' if nearest else ''}{where}"
@@ -198,10 +283,10 @@ def _line(root: Node, location: Sequence[str | int]) -> int | None:
     node, line = root, None
     for part in location:
         if isinstance(node, MappingNode):
-            found = [(key, value) for key, value in node.value if key.value == part]
-            if not found:
+            if part not in entries(node):
                 return line
-            line, node = found[-1][0].start_mark.line + 1, found[-1][1]
+            key, node = entries(node)[str(part)]
+            line = key.start_mark.line + 1
         elif isinstance(node, SequenceNode) and isinstance(part, int):
             node = node.value[part]
             line = node.start_mark.line + 1

@@ -20,14 +20,14 @@ from pipeline.compress.budget import (
 from pipeline.config import Student
 from pipeline.models import cost
 from pipeline.models.spec import ArchSpec
-from pipeline.ops.params import load
+from pipeline.ops.presets import load_preset
 
 SIZE = (64, 64)
-PRESETS = Path(__file__).parents[2] / "presets"
+ROOT = Path(__file__).parents[2]
 
 
 def student(sites: tuple[str, ...] = ("conv1", "conv2"), **budget: object) -> Student:
-    found = load(PRESETS / "vehicles.yaml").student
+    found = load_preset(ROOT, "vehicles").student
     return found.model_copy(update={"sites": list(sites), "budget": found.budget.model_copy(update=budget)})
 
 

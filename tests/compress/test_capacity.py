@@ -15,7 +15,7 @@ from pipeline.config import Student
 from pipeline.models import cost
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
-from pipeline.ops.params import load
+from pipeline.ops.presets import load_preset
 from tests.imports import ROOT
 
 SPEC = ArchSpec.full(26, 16, 32)
@@ -23,7 +23,7 @@ STEPS, FADE = 40, 4
 
 
 def section(**budget: object) -> Student:
-    student = load(ROOT / "presets" / "vehicles.yaml").student.model_dump()
+    student = load_preset(ROOT, "vehicles").student.model_dump()
     student["budget"] |= {"reduction": 0.4, "start": 0.1, "end": 0.5, "fade": 0.1, "every": 1} | budget
     student["sites"], student["resetting"]["momentum"] = ["conv1", "conv2"], 0.5
     return Student.model_validate(student)

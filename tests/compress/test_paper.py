@@ -15,7 +15,7 @@ from pipeline.config import Student
 from pipeline.models.cost import macs_model
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
-from pipeline.ops.params import load
+from pipeline.ops.presets import load_preset
 from tests.imports import ROOT
 
 SPEC = ArchSpec.full(14, 8, 16)
@@ -97,7 +97,7 @@ def test_the_lasso_pulls_every_row_with_the_same_force_and_leaves_zeros_alone() 
 
 
 def section(**paper: object) -> Student:
-    student = load(ROOT / "presets" / "vehicles.yaml").student.model_dump()
+    student = load_preset(ROOT, "vehicles").student.model_dump()
     student |= {"method": "paper", "sites": ["conv2"]}
     student["paper"] |= paper
     return Student.model_validate(student)

@@ -19,7 +19,7 @@ from pipeline.export.metadata import Metadata, finish, params_digest
 from pipeline.export.onnx import to_onnx
 from pipeline.inference.session import open_session
 from pipeline.models import cost
-from pipeline.ops.params import load
+from pipeline.ops.presets import load_preset
 from tests.export.tiny_network import MEAN, SIZE, STD, Pictures, normalise, tiny_net
 
 ROOT = Path(__file__).parents[2]
@@ -117,13 +117,13 @@ print(hashlib.sha256(to_onnx(tiny_net(0), SIZE, opset=18).SerializeToString()).h
 
 
 def test_the_params_digest_follows_what_decides_the_file_and_nothing_else():
-    params = load(ROOT / "presets" / "smoke.yaml")
+    params = load_preset(ROOT, "smoke")
 
     def changed(section, **values):
         return params.model_copy(update={section: getattr(params, section).model_copy(update=values)})
 
     digest = params_digest(params)
-    assert params_digest(load(ROOT / "presets" / "smoke.yaml")) == digest
+    assert params_digest(load_preset(ROOT, "smoke")) == digest
     for section, value in (("student", {"epochs": 99}), ("data", {"image_size": [48, 48]}), ("export", {"opset": 20})):
         assert params_digest(changed(section, **value)) != digest
     for section, value in (("benchmark", {"repeats": 99}), ("tracking", {"experiment": "other"})):

@@ -19,7 +19,7 @@ from pipeline.export.sample import check_release
 from pipeline.files import Files, write_atomically
 from pipeline.inference.timing import Gain
 from pipeline.models import cost
-from pipeline.ops.params import load
+from pipeline.ops.presets import load_preset
 from pipeline.ops.stage import Run
 from stages import export as stage
 from tests.export.tiny_network import SIZE, Pictures, tiny_net
@@ -34,7 +34,7 @@ PICTURES = [
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """Params of the smoke preset, a dozen pictures, one network as teacher and as student."""
-    smoke = load(ROOT / "presets" / "smoke.yaml").model_dump()
+    smoke = load_preset(ROOT, "smoke").model_dump()
     smoke["data"]["image_size"] = list(SIZE)
     paths = Files(tmp_path, tmp_path)
     Manifest(PICTURES, paths.vehicles).write(paths.manifest)

@@ -10,7 +10,7 @@ import pytest
 from pipeline.config import Params
 from pipeline.ops import evidence
 from pipeline.ops.evidence import Cell, EvidenceError
-from pipeline.ops.params import load
+from pipeline.ops.presets import load_preset
 from tests.imports import ROOT
 
 OURS = Cell("budget", 0.65, 0)
@@ -38,7 +38,7 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def params(checkout: Path) -> Params:
-    return load(checkout / "presets" / "evidence.yaml")
+    return load_preset(checkout, "evidence")
 
 
 def digest(checkout: Path, params: Params, cell: Cell = OURS) -> str:

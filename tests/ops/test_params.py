@@ -6,9 +6,12 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from pipeline.config import Params
+from pipeline.ops import params
 from pipeline.ops.params import ParamsError, keys, load
+from pipeline.ops.presets import load_preset, preset_text
 
-SMOKE = (Path(__file__).parents[2] / "presets" / "smoke.yaml").read_text()
+ROOT = Path(__file__).parents[2]
+SMOKE = preset_text(ROOT, "smoke")
 
 
 @pytest.fixture
@@ -35,15 +38,15 @@ def test_a_preset_is_read_as_it_stands(path: Path) -> None:
 
 def test_all_complaints_come_at_once_in_the_users_words(path: Path) -> None:
     text = (
-        SMOKE.replace("seed: 0\n", "")
+        SMOKE.replace("seed: 0 ", "")
         .replace("  cache: true", "  cahce: true")
         .replace("reduction: 0.4", "reduction: 1.5")
         .replace("opset:", "opset: no #")
     )
     text += "nonsense: 1\n"
     assert set(complaints(path, text)) == {
-        "`seed` is missing",
-        "`data.cache` is missing",
+        "`seed` is missing; `smaller-student preset --upgrade` adds it",
+        "`data.cache` is missing; `smaller-student preset --upgrade` adds it",
         f"`data.cahce` is unknown; nearest: `data.cache` (line {line_of(text, 'cahce')})",
         f"`student.budget.reduction` must be less than 1, got 1.5 (line {line_of(text, 'reduction: 1.5')})",
         f"`export.opset` must be a whole number, got the text 'no' (line {line_of(text, 'opset:')})",
@@ -133,6 +136,49 @@ def test_a_missing_file_names_the_remedy(path: Path) -> None:
         load(path)
 
 
+def with_old_names(text: str) -> str:
+    return text.replace("  near: ", "  closeness: ").replace("  gates:", "  bounds:").replace("min_cosine:", "cos:")
+
+
+OLD_NAMES = {
+    "data.closeness": "data.near",
+    "export.bounds": "export.gates",
+    "export.gates.cos": "export.gates.min_cosine",
+}
+
+
+def test_old_names_are_read_and_the_new_ones_named(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(params, "RENAMED", OLD_NAMES)
+    path.write_text(with_old_names(SMOKE))
+    assert load(path) == load_preset(ROOT, "smoke")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"params.yaml: `{old}` is called `{new}` now; `smaller-student preset --upgrade` renames it"
+        for old, new in OLD_NAMES.items()
+    ]
+
+
+def test_a_value_under_an_old_name_is_refused_with_its_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(params, "RENAMED", OLD_NAMES)
+    text = with_old_names(SMOKE).replace("closeness: 4", "closeness: 40")
+    (line,) = complaints(path, text)
+    assert line == f"`data.near` must be at most 16, got 40 (line {line_of(text, 'closeness')})"
+
+
+def test_an_old_name_beside_the_new_one_is_unknown(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(params, "RENAMED", {"data.nears": "data.near"})
+    text = SMOKE.replace("  near: 4", "  nears: 3\n  near: 4")
+    (line,) = complaints(path, text)
+    assert line == f"`data.nears` is unknown; nearest: `data.near` (line {line_of(text, 'nears')})"
+
+
+def test_renamed_keys_stay_in_their_section_and_exist() -> None:
+    for old, new in params.RENAMED.items():
+        assert old.rpartition(".")[0] == new.rpartition(".")[0]
+        assert new in keys() and old not in keys()
+
+
 def test_references_that_multiply_do_not_take_memory(path: Path) -> None:
     levels = [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)]
     found = complaints(path, "a: &a [x, x]\n" + "".join(levels))
@@ -150,6 +196,15 @@ def test_keys_are_all_of_the_schema_and_no_more() -> None:
 
     assert set(keys()) == walk(YAML(typ="safe", pure=True).load(SMOKE))
     assert set(Params.model_fields) <= set(keys())
+
+
+@pytest.mark.parametrize("table", [{}, {"data.closeness": "data.near"}], ids=["no old names", "old names"])
+@pytest.mark.parametrize("content", ["? [a, b]\n: 1\n", "data:\n  ? [a]\n  : 1\n", "data: [1]\n", "1: 2\n", "data:\n"])
+def test_keys_that_are_no_names_are_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch, content: str, table: dict[str, str]
+) -> None:
+    monkeypatch.setattr(params, "RENAMED", table)
+    assert "`seed` is missing; `smaller-student preset --upgrade` adds it" in complaints(path, content)
 
 
 @given(st.text(max_size=60))

@@ -55,7 +55,7 @@ def test_bad_params_are_refused_before_the_stage_is_imported(checkout: Files, st
         _, err = process.communicate()
         seconds.append(time.monotonic() - began)
         assert process.returncode == 2
-    assert err.splitlines()[0] == "params.yaml: `seed` is missing"
+    assert err.splitlines()[0] == "params.yaml: `seed` is missing; `smaller-student preset --upgrade` adds it"
     assert "`sed` is unknown; nearest: `seed`" in err and "`export.opset` must be at most 23" in err
     assert "Traceback" not in err
     assert min(seconds) < 2

@@ -10,6 +10,7 @@ from playwright.sync_api import Locator, Page, expect
 from pipeline.files import Files, write_json, write_text
 from pipeline.ops.execution import current
 from pipeline.ops.params import load
+from pipeline.ops.presets import preset_text
 from pipeline.ops.recorder import Recorder
 from pipeline.ops.sync import sync
 from pipeline.records import RECORDS
@@ -25,7 +26,7 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
     """A checkout whose six stages have reported, recorded by the code that records real ones."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     files = Files(tmp_path, tmp_path)
-    write_text(files.params, (ROOT / "presets" / "smoke.yaml").read_text())
+    write_text(files.params, preset_text(ROOT, "smoke"))
     write_text(files.manifest, "path,identity,camera,split\n")
     write_text(files.plots("teacher"), "epoch,loss,validation_map\n1,2.5,0.2\n2,1.5,0.4\n3,1.1,0.5\n")
     write_text(files.plots("student"), "epoch,loss,macs_reduction\n1,2.0,0.1\n2,1.4,0.4\n3,1.0,0.55\n")

@@ -23,7 +23,7 @@ from pipeline.models.cost import CostModel
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
 from pipeline.models.taps import Taps, pooled
-from pipeline.ops.params import load
+from pipeline.ops.presets import load_preset
 from pipeline.runtime import launch
 from pipeline.training.loop import Batch, DivergedError, Fit
 from pipeline.training.optim import build, learning_rate, load_state_tensors, state_tensors
@@ -31,7 +31,7 @@ from pipeline.training.state import Checkpoints
 from pipeline.training.student import StudentTask, _unscaled, fresh_student, remaining_spec, spread, student_task
 from pipeline.training.teacher import TeacherTask, fresh_teacher, pretrained
 
-PRESETS = Path(__file__).parents[2] / "presets"
+ROOT = Path(__file__).parents[2]
 IDENTITIES, PER_IDENTITY, STEPS = 4, 2, 6
 
 
@@ -59,7 +59,7 @@ def preprocess(images: Tensor) -> Tensor:
 
 @pytest.fixture(scope="module")
 def params() -> Params:
-    smoke = load(PRESETS / "smoke.yaml").model_dump()
+    smoke = load_preset(ROOT, "smoke").model_dump()
     smoke["data"] |= {"image_size": [32, 32]}
     smoke["teacher"] |= {"depth": 26, "width": 16, "embedding_dim": 16, "epochs": 1}
     smoke["student"] |= {"epochs": 4, "validate_every": 1, "sites": ["conv1", "conv2"]}
@@ -431,7 +431,7 @@ def test_two_devices_end_with_the_same_narrow_student(params: Params, tmp_path: 
     (tmp_path / "params.json").write_text(params.model_dump_json())
     subprocess.run(
         [sys.executable, "-m", "tests.training.two_devices", tmp_path, tmp_path / "params.json"],
-        cwd=PRESETS.parent, check=True, timeout=300,
+        cwd=ROOT, check=True, timeout=300,
     )  # fmt: skip
     first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
     assert first == second
