@@ -64,7 +64,7 @@ def test_what_decides_about_the_figures_makes_another_digest(
 
 def test_what_does_not_decide_leaves_the_digest_alone(checkout: Path, params: Params) -> None:
     before = digest(checkout, params)
-    for name in ("README.md", "pipeline/report/html.py", "tests/imports.py"):
+    for name in ("README.md", "pipeline/report/render.py", "tests/imports.py"):
         with (checkout / name).open("a") as file:
             file.write("# another\n")
     git(checkout, "commit", "-q", "-a", "-m", "no source")
