@@ -87,12 +87,12 @@ def export(run: Run) -> ExportRecord:
         protocol,
         *(sides(files[name].embeddings, manifest, "query", "gallery", protocol) for name in (TEACHER, STUDENT)),
     )
-    protocols = dict.fromkeys((protocol, *PROTOCOLS_OF.get(params.data.source, ())))
+    others = [other for other in PROTOCOLS_OF.get(params.data.source, ()) if other != protocol]
     entries = {
         name: Entry(
             file.what,
             file.metadata,
-            {other: score(file.embeddings, other) for other in protocols},
+            {protocol: file.metadata.map} | {other: score(file.embeddings, other) for other in others},
             len(file.content),
             sha256(file.content),
             resizes=name == ALL_IN_ONE,

@@ -12,7 +12,7 @@ from pipeline.export.allinone import all_in_one
 from pipeline.export.embed import Embeddings, Pixels
 from pipeline.export.metadata import Metadata, finish, serialise
 from pipeline.export.onnx import to_onnx
-from pipeline.export.parity import BATCHES, Probe, cosines, probed, verify, verify_batches, verify_resizing
+from pipeline.export.parity import BATCHES, Probe, Reference, cosines, probed, verify, verify_batches, verify_resizing
 from pipeline.export.release import ALL_IN_ONE, INT8, STUDENT, TEACHER
 from pipeline.export.sample import BYTES
 from pipeline.inference.session import open_session
@@ -76,7 +76,7 @@ class Workshop:
         Raises:
             ParityError: If a file does something else than its network.
         """
-        probe, reference = self.probe, self.embed(student)
+        probe, reference = self.probe, self.probe.reference(self.embed(student))
         model = to_onnx(student, self.image_size, self.settings.opset)
         core = self._exact(STUDENT, "the student", student, model, reference)
         resizing = all_in_one(model, self.image_size, probe.mean, probe.std)
@@ -88,9 +88,10 @@ class Workshop:
             found |= {INT8: coarse} if coarse else {}
         translated = to_onnx(teacher, self.image_size, self.settings.opset)
         what = "the network that it learnt from"
-        return found | {TEACHER: self._exact(TEACHER, what, teacher, translated, self.embed(teacher))}, verdict
+        reference = probe.reference(self.embed(teacher))
+        return found | {TEACHER: self._exact(TEACHER, what, teacher, translated, reference)}, verdict
 
-    def _exact(self, name: str, what: str, net: RetrievalNet, model: onnx.ModelProto, reference: Embeddings) -> File:
+    def _exact(self, name: str, what: str, net: RetrievalNet, model: onnx.ModelProto, reference: Reference) -> File:
         """A file that must do what the network does."""
         parity = verify(name, serialise(model), reference, self.probe)
         metadata = self.describe(net.spec, parity.map)
