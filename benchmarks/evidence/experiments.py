@@ -96,8 +96,8 @@ def gather(root: Path, cells: Sequence[Cell]) -> Path:
         The page.
 
     Raises:
-        EvidenceError: If params.yaml has other values, sources differ from the commit that experiments start from, or an
-            experiment fails; the results of the others are kept.
+        EvidenceError: If params.yaml has other values, sources differ from the commit that experiments start from, or
+            an experiment fails; the results of the others are kept.
     """
     params = load(root / "params.yaml")
     if params != preset_params(root):
@@ -141,7 +141,7 @@ def run(experiments: Mapping[str, Mapping[str, str]], root: Path) -> None:
 
 
 def _queue(root: Path) -> tuple[set[str], set[str]]:
-    """Names of experiments that wait or run, and of those whose process is gone (DVC shows them as running for ever)."""
+    """List the experiments that wait or run, and those whose worker is gone, which DVC shows as running for ever."""
     command = [sys.executable, "-m", "dvc", "queue", "status"]
     status = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True).stdout
     rows = [line.split() for line in status.splitlines() if len(line.split()) > 2]

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -32,6 +33,7 @@ def checkout(tmp_path: Path) -> Path:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
     for name in tracked:
         if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes((ROOT / name).read_bytes())
     shutil.rmtree(folder / "evidence", ignore_errors=True)
     git(folder, "add", "-A")
@@ -127,7 +129,7 @@ def test_params_that_are_not_the_presets_are_refused(checkout: Path) -> None:
         experiments.gather(checkout, [OURS])
     assert "\nseed: 0\n" in text
     (checkout / "params.yaml").write_text(text.replace("\nseed: 0\n", "\nseed: 1\n"))
-    with pytest.raises(EvidenceError, match="params.yaml is not the preset `evidence`"):
+    with pytest.raises(EvidenceError, match=r"params\.yaml is not the preset `evidence`"):
         experiments.gather(checkout, [OURS])
 
 
@@ -157,7 +159,7 @@ json.dump(params, open("metrics.json", "w"))
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A repository with one stage that takes no time and leaves what it was called with."""
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     root = tmp_path / "tiny"
@@ -171,11 +173,15 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     dvc(root, "config", "core.analytics", "false")
     git(root, "add", "-A")
     git(root, "commit", "-q", "-m", "tiny")
-    return root
+    yield root
+    for process in processes(root):  # an idle worker waits some seconds before it ends
+        process.kill()
 
 
 def dvc(root: Path, *arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=root, check=True, capture_output=True)
+    """Run `dvc`; without pipes, which the queue's worker would hold open."""
+    command = [sys.executable, "-m", "dvc", *arguments]
+    subprocess.run(command, cwd=root, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def started(root: Path) -> list[str]:
