@@ -31,7 +31,7 @@ from pipeline.records import (
     SurgeryRecord,
     TeacherRecord,
 )
-from pipeline.report.build import Evidence, write_report
+from pipeline.report.build import RunResults, write_report
 from pipeline.report.curves import read_curves
 from pipeline.runtime import available_threads
 
@@ -66,7 +66,7 @@ def benchmark(run: Run) -> BenchmarkRecord:
         for name, stage in ((TEACHER, "teacher"), (STUDENT, "surgery"))
     }
     kept = read_json(files.artifacts("surgery") / "plan.json")["kept"]
-    evidence = Evidence(
+    results = RunResults(
         protocol=params.data.protocol,
         data=f"{params.data.source}, {height} x {width} pixels",
         machine=f"ONNX Runtime {version('onnxruntime')}, {platform.machine()}, {available_threads()} threads in all",
@@ -87,7 +87,7 @@ def benchmark(run: Run) -> BenchmarkRecord:
         images=images,
         panels=settings.panels,
     )
-    write_report(files.report, evidence)
+    write_report(files.report, results)
     return record
 
 

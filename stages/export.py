@@ -17,7 +17,6 @@ from pipeline.export.files import Workshop
 from pipeline.export.metadata import Metadata, params_digest
 from pipeline.export.parity import Probe
 from pipeline.export.release import ALL_IN_ONE, INT8, STUDENT, TEACHER, sha256, write_release
-from pipeline.inference.timing import gains
 from pipeline.models import cost
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
@@ -73,7 +72,6 @@ def export(run: Run) -> ExportRecord:
         probe=Probe(images, rows, len(queries), MEAN, STD, score, params.export.gates),
         describe=describe,
         embed=by_torch,
-        gains=lambda files, of: gains(files, of, (height, width)),
         calibration=[
             normalised(images.batch(seen[start : start + int8.BATCH]), MEAN, STD)
             for start in range(0, len(seen), int8.BATCH)
@@ -87,12 +85,12 @@ def export(run: Run) -> ExportRecord:
         protocol,
         *(sides(files[name].embeddings, manifest, "query", "gallery", protocol) for name in (TEACHER, STUDENT)),
     )
-    protocols = dict.fromkeys((protocol, *PROTOCOLS_OF.get(params.data.source, ())))
+    others = [other for other in PROTOCOLS_OF.get(params.data.source, ()) if other != protocol]
     entries = {
         name: Entry(
             file.what,
             file.metadata,
-            {other: score(file.embeddings, other) for other in protocols},
+            {protocol: file.metadata.map} | {other: score(file.embeddings, other) for other in others},
             len(file.content),
             sha256(file.content),
             resizes=name == ALL_IN_ONE,

@@ -1,6 +1,7 @@
 """Commands for the exported files."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -63,7 +64,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is reached from other machines.")] = (
         "127.0.0.1"
     ),
-    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    port: Annotated[int, typer.Option(help="Port to listen at; 0 for a free one.", min=0, max=65535)] = 8000,
     name: Annotated[list[str] | None, typer.Option(help="Host name that the page is called by, if not localhost.")] = (
         None
     ),
@@ -72,14 +73,16 @@ def serve(
     import uvicorn
 
     from pipeline.search.index import open_index
-    from pipeline.search.page import application, callable_by
+    from pipeline.search.page import application, callable_by, listen
 
     hosts = callable_by(host, name or [])
     indexes = [open_index(folder) for folder in index]
     for folder in sorted({str(asked.gallery) for asked in indexes}):
         typer.echo(f"images of {folder} are shown")
-    typer.echo(f"http://{(name or [host])[0]}:{port}/")
-    uvicorn.run(application(indexes, hosts), host=host, port=port, log_level="warning", access_log=False)
+    with listen(host, port) as listener, suppress(KeyboardInterrupt):
+        typer.echo(f"http://{(name or [host])[0]}:{listener.getsockname()[1]}/")
+        config = uvicorn.Config(application(indexes, hosts), log_level="warning", access_log=False)
+        uvicorn.Server(config).run(sockets=[listener])
 
 
 @app.command()

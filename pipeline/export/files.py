@@ -12,10 +12,11 @@ from pipeline.export.allinone import all_in_one
 from pipeline.export.embed import Embeddings, Pixels
 from pipeline.export.metadata import Metadata, finish, serialise
 from pipeline.export.onnx import to_onnx
-from pipeline.export.parity import BATCHES, Probe, cosines, probed, verify, verify_batches, verify_resizing
+from pipeline.export.parity import BATCHES, Probe, Reference, cosines, probed, verify, verify_batches, verify_resizing
 from pipeline.export.release import ALL_IN_ONE, INT8, STUDENT, TEACHER
 from pipeline.export.sample import BYTES
 from pipeline.inference.session import open_session
+from pipeline.inference.timing import Gain, gains
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
 
@@ -23,8 +24,6 @@ log = logging.getLogger(__name__)
 
 Describe = Callable[[ArchSpec, float], Metadata]
 """What a file says about itself, given its network's spec and its own mAP."""
-Gains = Callable[[Mapping[str, bytes], str], Mapping[str, int8.Gain]]
-"""How much faster than a named one of some files each of them is."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,6 @@ class Workshop:
         probe: What files are compared with torch on.
         describe: Makes metadata.
         embed: Embeddings (n, D) of the probe's images by a torch network.
-        gains: Times files.
         calibration: (n, 3, h, w) each, normalised training images.
         originals: (h, w, 3) each, test images of their own size; they need not fit into memory together.
     """
@@ -66,7 +64,6 @@ class Workshop:
     probe: Probe
     describe: Describe
     embed: Callable[[RetrievalNet], Embeddings]
-    gains: Gains
     calibration: Sequence[int8.Inputs]
     originals: Iterable[Pixels]
 
@@ -76,7 +73,7 @@ class Workshop:
         Raises:
             ParityError: If a file does something else than its network.
         """
-        probe, reference = self.probe, self.embed(student)
+        probe, reference = self.probe, self.probe.reference(self.embed(student))
         model = to_onnx(student, self.image_size, self.settings.opset)
         core = self._exact(STUDENT, "the student", student, model, reference)
         resizing = all_in_one(model, self.image_size, probe.mean, probe.std)
@@ -88,9 +85,10 @@ class Workshop:
             found |= {INT8: coarse} if coarse else {}
         translated = to_onnx(teacher, self.image_size, self.settings.opset)
         what = "the network that it learnt from"
-        return found | {TEACHER: self._exact(TEACHER, what, teacher, translated, self.embed(teacher))}, verdict
+        reference = probe.reference(self.embed(teacher))
+        return found | {TEACHER: self._exact(TEACHER, what, teacher, translated, reference)}, verdict
 
-    def _exact(self, name: str, what: str, net: RetrievalNet, model: onnx.ModelProto, reference: Embeddings) -> File:
+    def _exact(self, name: str, what: str, net: RetrievalNet, model: onnx.ModelProto, reference: Reference) -> File:
         """A file that must do what the network does."""
         parity = verify(name, serialise(model), reference, self.probe)
         metadata = self.describe(net.spec, parity.map)
@@ -102,15 +100,15 @@ class Workshop:
         """Whether an int8 file is worth it, and it if it is."""
         tried: list[Embeddings] = []
 
-        def gains(files: Mapping[str, bytes]) -> Mapping[str, int8.Gain]:
-            return self.gains({STUDENT: core.content, **files}, STUDENT)
+        def speedups(files: Mapping[str, bytes]) -> Mapping[str, Gain]:
+            return gains({STUDENT: core.content, **files}, STUDENT, self.image_size)
 
         def score(content: bytes) -> float:
             tried.append(self.probe.embed(open_session(content)))
             return self.probe.score(tried[-1])
 
         loss = self.settings.gates.int8_map_loss
-        verdict = int8.choose(model, self.calibration, core.metadata.map, loss, score, gains)
+        verdict = int8.choose(model, self.calibration, core.metadata.map, loss, score, speedups)
         file = None
         if verdict.model is not None and verdict.map is not None:
             metadata = self.describe(net.spec, verdict.map)  # the last that was tried is the one that was taken

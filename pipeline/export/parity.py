@@ -56,6 +56,27 @@ class Probe:
         """What a file makes of the test images, or of some of them."""
         return embed(session, self.images, self.rows[rows], self.mean, self.std, batch)
 
+    def reference(self, embeddings: Embeddings) -> "Reference":
+        """Score torch's embeddings (n, D), once for all comparisons with them."""
+        return Reference(embeddings, self.score(embeddings), *neighbours(embeddings, self.queries))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Output of a torch network for the probe's images, which its files are compared with.
+
+    Attributes:
+        embeddings: (n, D).
+        map: mAP of the embeddings.
+        nearest: (queries,) row of the image nearest to each query.
+        gap: (queries,) similarity of that image less that of the second nearest.
+    """
+
+    embeddings: Embeddings
+    map: float
+    nearest: npt.NDArray[np.int64]
+    gap: npt.NDArray[np.float64]
+
 
 @dataclass(frozen=True)
 class Parity:
@@ -64,35 +85,32 @@ class Parity:
     Attributes:
         min_cosine: Smallest cosine between the two embeddings of an image.
         map: mAP of ONNX Runtime's embeddings.
-        map_torch: mAP of torch's.
         embeddings: (n, D) of ONNX Runtime.
     """
 
     min_cosine: float
     map: float
-    map_torch: float
     embeddings: Embeddings
 
 
-def verify(name: str, content: bytes, reference: Embeddings, probe: Probe) -> Parity:
+def verify(name: str, content: bytes, reference: Reference, probe: Probe) -> Parity:
     """Compare a file with torch on all test images.
 
     Args:
         name: Of the file, for the message.
         content: Of the file.
-        reference: (n, D) torch's embeddings of the probe's rows.
+        reference: Output of the network that the file was exported from.
         probe: What to compare on.
 
     Raises:
         ParityError: If a gate does not hold, naming file, figure and bound.
     """
-    found = probe.embed(open_session(content))
-    parity = Parity(_check(name, reference, found, probe), *_check_map(name, reference, found, probe), found)
+    parity = _compare(name, reference, probe.embed(open_session(content)), probe)
     log.info("%s: mAP %.4f, smallest cosine with torch %.8f", name, parity.map, parity.min_cosine)
     return parity
 
 
-def verify_batches(name: str, content: bytes, reference: Embeddings, probe: Probe) -> None:
+def verify_batches(name: str, content: bytes, reference: Reference, probe: Probe) -> None:
     """Run test images in batches of 1, 3 and 8; arguments as in `verify`.
 
     Of more than `PROBED` every second, third ... one is run; torch's embeddings stand for the others.
@@ -100,12 +118,11 @@ def verify_batches(name: str, content: bytes, reference: Embeddings, probe: Prob
     Raises:
         ParityError: If an embedding depends on the batch that it is computed in.
     """
-    session, some = open_session(content), probed(len(reference))
+    session, some = open_session(content), probed(len(reference.embeddings))
     for batch in BATCHES:
-        found, what = reference.copy(), f"{name}, batch {batch}"
+        found = reference.embeddings.copy()
         found[some] = probe.embed(session, some, batch)
-        _check(what, reference, found, probe)
-        _check_map(what, reference, found, probe)
+        _compare(f"{name}, batch {batch}", reference, found, probe)
 
 
 def probed(images: int) -> slice:
@@ -177,24 +194,6 @@ def neighbours(embeddings: Embeddings, queries: int) -> tuple[npt.NDArray[np.int
     return nearest, gap
 
 
-def _check(what: str, reference: Embeddings, found: Embeddings, probe: Probe) -> float:
-    """Smallest cosine, if it is large enough and every query finds the same image first; all rows are there.
-
-    Raises:
-        ParityError: If not.
-    """
-    closest = _check_cosines(what, reference, found, probe)
-    nearest, gap = neighbours(reference, probe.queries)
-    changed = np.flatnonzero((neighbours(found, probe.queries)[0] != nearest) & (gap > NEAR))
-    if len(changed):
-        query = changed[0]
-        raise ParityError(
-            f"{what}: {len(changed)} of {probe.queries} queries find another image first than in torch, such as the "
-            f"one in row {probe.rows[query]} of the manifest, where the first was {gap[query]:.2e} ahead"
-        )
-    return closest
-
-
 def cosines(left: Embeddings, right: Embeddings) -> npt.NDArray[np.float64]:
     """Cosines (n,) between the rows of two (n, D), in float64."""
     a, b = left.astype(np.float64), right.astype(np.float64)
@@ -203,31 +202,36 @@ def cosines(left: Embeddings, right: Embeddings) -> npt.NDArray[np.float64]:
     return found
 
 
-def _check_map(what: str, reference: Embeddings, found: Embeddings, probe: Probe) -> tuple[float, float]:
-    """Both mAPs, ONNX Runtime's first, if they are close enough.
+def _compare(what: str, reference: Reference, found: Embeddings, probe: Probe) -> Parity:
+    """Compare embeddings with torch's: image by image, nearest neighbour by nearest neighbour, and in mAP.
 
     Raises:
-        ParityError: If not.
+        ParityError: If one of the three differs by more than is allowed.
     """
-    ours, theirs = probe.score(found), probe.score(reference)
-    difference = abs(ours - theirs)
-    if not difference <= probe.gates.map_difference:
+    if found.shape != reference.embeddings.shape:
         raise ParityError(
-            f"{what}: mAP is {ours:.6f} in ONNX Runtime and {theirs:.6f} in torch, {difference:.2e} apart; "
-            f"`export.gates.map_difference` allows {probe.gates.map_difference:g}"
+            f"{what}: embeddings are {found.shape} in ONNX Runtime and {reference.embeddings.shape} in torch"
         )
-    return ours, theirs
-
-
-def _check_cosines(what: str, reference: Embeddings, found: Embeddings, probe: Probe) -> float:
-    """Smallest cosine, if it is large enough."""
-    if found.shape != reference.shape:
-        raise ParityError(f"{what}: embeddings are {found.shape} in ONNX Runtime and {reference.shape} in torch")
-    close = cosines(reference, found)
+    close = cosines(reference.embeddings, found)
     worst = int(np.argmin(close))  # NaN counts as the smallest
     if not close[worst] >= probe.gates.min_cosine:
         raise ParityError(
             f"{what}: cosine with torch is {close[worst]:.8f} for the image in row {probe.rows[worst]} of the "
             f"manifest; `export.gates.min_cosine` asks for {probe.gates.min_cosine:g}; try another `export.opset`"
         )
-    return float(close[worst])
+    nearest, _ = neighbours(found, probe.queries)
+    changed = np.flatnonzero((nearest != reference.nearest) & (reference.gap > NEAR))
+    if len(changed):
+        query = changed[0]
+        raise ParityError(
+            f"{what}: {len(changed)} of {probe.queries} queries find another image first than in torch, such as the "
+            f"one in row {probe.rows[query]} of the manifest, where the first was {reference.gap[query]:.2e} ahead"
+        )
+    quality = probe.score(found)
+    difference = abs(quality - reference.map)
+    if not difference <= probe.gates.map_difference:
+        raise ParityError(
+            f"{what}: mAP is {quality:.6f} in ONNX Runtime and {reference.map:.6f} in torch, {difference:.2e} apart; "
+            f"`export.gates.map_difference` allows {probe.gates.map_difference:g}"
+        )
+    return Parity(float(close[worst]), quality, found)

@@ -2,8 +2,10 @@
 
 import asyncio
 import io
+import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -11,6 +13,8 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import HTMLResponse
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -20,7 +24,7 @@ from pipeline.search.index import Index
 
 T = TypeVar("T")
 
-PAGE = Path(__file__).with_name("page.html")
+TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
 TOP = 20
 """Images that are shown."""
 LARGEST = 256
@@ -57,6 +61,19 @@ def callable_by(host: str, names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(["localhost", "127.0.0.1", *([] if nameless else [host]), *names]))
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """Open the socket that the server accepts connections on; port 0 takes a free one.
+
+    Raises:
+        AddressError: If the address is in use, or not one of this machine.
+    """
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        reason = f"{host}:{port} cannot be listened at ({error.strerror or error})"
+        raise AddressError(f"{reason}; name another `--host` or `--port`") from None
+
+
 def application(indexes: Sequence[Index], hosts: Sequence[str]) -> FastAPI:
     """The page and what it asks for.
 
@@ -66,7 +83,8 @@ def application(indexes: Sequence[Index], hosts: Sequence[str]) -> FastAPI:
     """
     app = FastAPI(title="smaller-student", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
-    html = PAGE.read_text(encoding="utf-8")
+    about = [_about(index) for index in indexes]
+    html = TEMPLATES.get_template("page.html.jinja").render(indexes=about)
     turn = asyncio.Lock()  # two at once would spoil each other's times, and forty large pictures the machine's memory
     present = 0
 
@@ -81,12 +99,12 @@ def application(indexes: Sequence[Index], hosts: Sequence[str]) -> FastAPI:
         return answer
 
     @app.get("/")
-    def page() -> Response:
-        return Response(html, media_type="text/html; charset=utf-8", headers={"Cache-Control": "no-cache"})
+    def page() -> HTMLResponse:
+        return HTMLResponse(html, headers={"Cache-Control": "no-cache"})
 
     @app.get("/indexes")
     def tell() -> list[dict[str, Any]]:
-        return [_about(index) for index in indexes]
+        return about
 
     @app.post("/search")
     async def search(request: Request) -> dict[str, Any]:
@@ -164,7 +182,7 @@ def _search(indexes: Sequence[Index], content: bytes) -> dict[str, Any]:
             {
                 "milliseconds": milliseconds,
                 "searching": searching,
-                "hits": [{"place": hit.place, "path": hit.path, "similarity": hit.similarity} for hit in hits],
+                "hits": [asdict(hit) for hit in hits],
             }
         )
     return {"columns": columns}

@@ -21,6 +21,7 @@ from pipeline.inference.timing import Gain
 from pipeline.models import cost
 from pipeline.ops.presets import load_preset
 from pipeline.ops.stage import Run
+from pipeline.retrieval.evaluate import evaluate_embedder
 from stages import export as stage
 from tests.export.tiny_network import SIZE, Pictures, tiny_net
 
@@ -57,7 +58,7 @@ def test_it_writes_files_that_say_what_the_record_says(run, translated, net, mon
     monkeypatch.setattr(files, "to_onnx", lambda *_: onnx.load_from_string(translated))
     if gain is not None:  # else timing, which has its own tests, would decide about this one
         run.params.export.precisions.append("int8")
-        monkeypatch.setattr(stage, "gains", lambda tried, *_: dict.fromkeys(tried, Gain(gain, gain, gain, 8)))
+        monkeypatch.setattr(files, "gains", lambda tried, *_: dict.fromkeys(tried, Gain(gain, gain, gain, 8)))
     record = stage.export(run)
     found = written(run)
     published = gain == 2.0
@@ -87,9 +88,24 @@ def test_it_writes_files_that_say_what_the_record_says(run, translated, net, mon
     assert (stage.export(run), written(run)) == (record, found)
 
 
+def test_no_embeddings_are_scored_twice(run, translated, monkeypatch):
+    monkeypatch.setattr(files, "to_onnx", lambda *_: onnx.load_from_string(translated))
+    scored = []
+
+    def counted(embedder, *arguments):
+        scored.append((embedder(None), arguments[-1]))
+        return evaluate_embedder(embedder, *arguments)
+
+    monkeypatch.setattr(stage, "evaluate_embedder", counted)
+    stage.export(run)
+    networks, onnx_files, batches, other_protocols = 2, 3, 3, 1  # each file runs in batches of 32, and of 1, 3 and 8
+    assert len(scored) == networks + onnx_files * (1 + batches + other_protocols)
+    assert len({(id(found), protocol) for found, protocol in scored}) == len(scored)
+
+
 def test_eight_bits_that_depend_on_the_batch_are_not_published_and_the_card_says_why(run, translated, monkeypatch):
     monkeypatch.setattr(files, "to_onnx", lambda *_: onnx.load_from_string(translated))
-    monkeypatch.setattr(stage, "gains", lambda tried, *_: dict.fromkeys(tried, Gain(2.0, 2.0, 2.0, 8)))
+    monkeypatch.setattr(files, "gains", lambda tried, *_: dict.fromkeys(tried, Gain(2.0, 2.0, 2.0, 8)))
     monkeypatch.setattr(files, "BYTES", 1.1)
     run.params.export.precisions.append("int8")
     record = stage.export(run)

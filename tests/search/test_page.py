@@ -1,7 +1,13 @@
 """What the page asks for."""
 
 import asyncio
+import html
 import io
+import json
+import re
+import subprocess
+import sys
+import urllib.request
 
 import httpx
 import pytest
@@ -37,6 +43,20 @@ def test_it_loads_nothing_from_elsewhere(client):
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
     assert "http://" not in answer.text
     assert "https://" not in answer.text
+
+
+def test_the_page_names_every_index_and_escapes_what_it_shows(release, tmp_path, client):
+    said = re.search(r'<p id="said" role="status">(.*?)</p>', client.get("/").text, flags=re.DOTALL)[1]
+    assert re.fullmatch(r"teacher\.onnx: 40 images of \S+ · model\.onnx: 40 images of \S+", said)
+    gallery = tmp_path / "<img src=x onerror=alert(1)>'&\"{{ 1 }}"
+    gallery.mkdir()
+    picture(1).save(gallery / "one.png")
+    application = page.application([build(release / "model.onnx", gallery)], ["localhost"])
+    text = TestClient(application, base_url="http://localhost").get("/").text
+    assert "<img src=x" not in text
+    assert f"1 images of {gallery.name}" in html.unescape(text)
+    (told,) = json.loads(re.search(r"const indexes = (.*);\n", text)[1])
+    assert told["gallery"] == gallery.name
 
 
 def test_columns_are_told(client):
@@ -141,3 +161,30 @@ def test_names_that_the_page_may_be_called_by():
 
 def test_a_name_of_somebody_elses_is_refused(client):
     assert client.get("/indexes", headers={"Host": "evil.example"}).status_code == 400
+
+
+@pytest.fixture
+def index(release, gallery, tmp_path):
+    build(release / "model.onnx", gallery).save(tmp_path / "index", release / "model.onnx")
+    return tmp_path / "index"
+
+
+def serve(index, *words):
+    command = [sys.executable, "-m", "pipeline", "serve", "--index", index, *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_the_address_that_serve_prints_is_the_one_it_listens_at(index):
+    with serve(index, "--port", "0") as server:
+        try:
+            (address,) = [line.strip() for line in (server.stdout.readline() for _ in range(2)) if "http" in line]
+            assert not address.endswith(":0/")
+            with urllib.request.urlopen(f"{address}indexes", timeout=60) as answer:
+                assert [column["images"] for column in json.load(answer)] == [40]
+            port = re.search(r":(\d+)/", address)[1]
+            with serve(index, "--port", port) as second:
+                errors = second.communicate(timeout=60)[1]
+            assert second.returncode == 2
+            assert f"127.0.0.1:{port} cannot be listened at (Address already in use" in errors
+        finally:
+            server.terminate()
