@@ -62,11 +62,13 @@ stack: export PREFECT_HOME = $(CURDIR)/.stack/prefect
 stack: export GALLERY ?= artifacts/prepare/vehicles/image_test
 stack: setup
 	mkdir -p .stack
+	@echo "MLflow $$MLFLOW_TRACKING_URI   Prefect http://127.0.0.1:$$PREFECT_PORT   search page http://127.0.0.1:$$SEARCH_PORT"
 	honcho start
 
 -include docker/.env
 
-# The same over PostgreSQL, with log-in, as docker/compose.yaml declares it: as containers, which work as the owner of the checkout. TARGET=gpu: the worker gets the NVIDIA cards.
+# The same over PostgreSQL and with log-in, as containers (docker/compose.yaml), which work as the owner of the checkout.
+# TARGET=gpu: the worker gets the NVIDIA cards.
 COMPOSE = docker compose -f docker/compose.yaml $(if $(filter gpu,$(TARGET)),-f docker/compose.gpu.yaml)
 OWNER = $(shell ls -nd . | awk '{print $$$(1)}')
 

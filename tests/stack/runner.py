@@ -42,10 +42,11 @@ class Stack:
         root: Of the checkout.
         folder: Where databases, artifacts, passwords and logs are kept.
         variables: Of compose.yaml, beside those for ports, hosts and folders.
+        settings: Variables of the environment that compose.yaml does not set.
     """
 
-    def __init__(self, root: Path, folder: Path, variables: dict[str, str]) -> None:
-        self.root, self.folder = root, folder.resolve()
+    def __init__(self, root: Path, folder: Path, variables: dict[str, str], settings: dict[str, str]) -> None:
+        self.root, self.folder, self.settings = root, folder.resolve(), settings
         hosts = ("POSTGRES_HOST", "MLFLOW_HOST", "PREFECT_HOST", "LISTEN")
         self.variables = {
             **free_ports(),
@@ -93,7 +94,7 @@ class Stack:
         path = os.pathsep.join([str(Path(sys.executable).parent), str(programs()), os.environ.get("PATH", "")])
         own = {"PATH": path, "PREFECT_HOME": str(self.folder / "home" / name), "PYTHONUNBUFFERED": "1"}
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "PREFECT_"))}
-        return {**inherited, **own, **self.services[name].environment}
+        return {**inherited, **own, **self.settings, **self.services[name].environment}
 
     def start(self, name: str) -> None:
         """Start one service."""

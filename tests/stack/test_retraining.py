@@ -55,7 +55,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     kept = pytest.MonkeyPatch()
     for name in [name for name in os.environ if name.startswith(STARTING)]:
         kept.delenv(name)
-    with Stack(root, root / ".stack", variables) as running:
+    settings = {"PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5"}
+    with Stack(root, root / ".stack", variables, settings) as running:
         for name, value in running.environment("worker").items():
             if name.startswith(STARTING) and not name.endswith("_FILE"):
                 kept.setenv(name, value)
@@ -119,7 +120,7 @@ def test_a_scheduled_run_trains_passes_the_gate_and_its_model_can_be_fetched_and
     stack: Stack, server: SyncPrefectClient, tmp_path: Path
 ) -> None:
     deployment = server.read_deployment_by_name(WEEKLY).id
-    soon = datetime.now(UTC) + timedelta(seconds=70)  # the scheduler looks once a minute
+    soon = datetime.now(UTC) + timedelta(seconds=15)  # the scheduler looks every 5 s
     server.create_deployment_schedules(
         deployment, [(IntervalSchedule(interval=timedelta(days=1), anchor_date=soon), True)]
     )
@@ -127,7 +128,7 @@ def test_a_scheduled_run_trains_passes_the_gate_and_its_model_can_be_fetched_and
     def due() -> list[FlowRun]:
         return [run for run in server.read_flow_runs() if run.auto_scheduled and run.start_time is not None]
 
-    wait_until(lambda: bool(due()), 150)
+    wait_until(lambda: bool(due()), 120)
     run = ended(server, due()[0])
     assert run.state_name == "Promoted" and run.state is not None
     assert run.state.message == "version 1 is champion: there was none before it"
@@ -173,12 +174,13 @@ def test_new_images_and_an_event_retrain(stack: Stack, server: SyncPrefectClient
     assert str(MlflowClient().get_model_version_by_alias("smaller-student", "challenger").version) == "2"
 
 
-def training(stage: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if (process.info["cmdline"] or [])[1:3] == ["-m", f"stages.{stage}"]:
-            found.append(process)
-    return found
+def training(stack: Stack, stage: str) -> list[psutil.Process]:
+    """Processes of a stage in the checkout; other checkouts of this machine may be at work, too."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline", "cwd"])
+        if (process.info["cmdline"] or [])[1:3] == ["-m", f"stages.{stage}"] and process.info["cwd"] == str(stack.root)
+    ]
 
 
 def in_the_middle(stack: Stack, server: SyncPrefectClient) -> FlowRun:
@@ -220,7 +222,7 @@ def test_a_training_that_is_cut_off_ends_at_once_and_the_next_goes_on(
         server.set_flow_run_state(run.id, State(type=StateType.CANCELLING))
     else:
         stack.processes["worker"].send_signal(signal.SIGKILL)
-    seconds = seconds_until(lambda: not training("student"))
+    seconds = seconds_until(lambda: not training(stack, "student"))
     record_property("seconds", seconds)
     if way == "cancel":
         assert ended(server, run).state_name == "Cancelled"
