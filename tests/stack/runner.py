@@ -22,8 +22,8 @@ from tests.stack.postgres import initialise, programs, unprivileged
 
 ROOT = Path(__file__).parents[2]
 PORTS = ("POSTGRES_PORT", "MLFLOW_PORT", "PREFECT_PORT", "SEARCH_PORT")
-GRACE = 20.0
-"""Seconds that a service gets to end by itself."""
+GRACE = 5.0
+"""Seconds that a service gets to end by itself; Prefect's worker sometimes waits for ever."""
 
 
 def free_ports() -> dict[str, str]:
@@ -132,21 +132,20 @@ class Stack:
             time.sleep(0.2)
 
     def stop(self) -> None:
-        """End all services, the last one first."""
-        for name in reversed(list(self.processes)):
-            self.end(name)
-
-    def end(self, name: str) -> None:
-        """End one service, and whatever it leaves."""
-        process = self.processes.pop(name)
+        """End all services, PostgreSQL last, and kill what is left of them."""
         below: list[psutil.Process] = []
-        with suppress(psutil.NoSuchProcess):
-            below = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGINT if name == "postgres" else signal.SIGTERM)  # it would wait for its clients
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
+        for process in self.processes.values():
+            with suppress(psutil.NoSuchProcess):
+                below += psutil.Process(process.pid).children(recursive=True)
+        for name in reversed(self.processes):
+            process = self.processes[name]
+            process.send_signal(
+                signal.SIGINT if name == "postgres" else signal.SIGTERM
+            )  # it waits for clients
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+            process.kill()
+            process.wait()
         for one in below:
             with suppress(psutil.NoSuchProcess):
                 one.kill()
-        process.kill()
-        process.wait()
