@@ -51,7 +51,7 @@ lint: setup
 deploy: setup
 	python -m pipeline.ops.deploy
 
-# MLflow, Prefect, a worker and the search page for one user, as Procfile declares them; Ctrl-C ends all. Ports can be set.
+# MLflow, Prefect, a worker and the search page for one user (Procfile); Ctrl-C ends all. `make stack MLFLOW_PORT=5001`.
 stack: export MLFLOW_PORT ?= 5000
 stack: export PREFECT_PORT ?= 4200
 stack: export SEARCH_PORT ?= 8000
@@ -62,7 +62,7 @@ stack: export PREFECT_HOME = $(CURDIR)/.stack/prefect
 stack: export GALLERY ?= artifacts/prepare/vehicles/image_test
 stack: setup
 	mkdir -p .stack
-	@echo "MLflow $$MLFLOW_TRACKING_URI   Prefect http://127.0.0.1:$$PREFECT_PORT   search page http://127.0.0.1:$$SEARCH_PORT"
+	@echo "MLflow $$MLFLOW_TRACKING_URI, Prefect $${PREFECT_API_URL%/api}, search page http://127.0.0.1:$$SEARCH_PORT"
 	honcho start
 
 -include docker/.env

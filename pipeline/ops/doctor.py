@@ -29,12 +29,10 @@ from pipeline.ops.journal import journals
 from pipeline.ops.locks import is_held
 from pipeline.ops.params import ParamsError, load
 from pipeline.ops.sync import sync
-from pipeline.ops.tracking import tracking_uri
+from pipeline.ops.tracking import LIMITS, tracking_uri
 
 ENOUGH = 5 * 2**30
 """Free bytes below which a training may end before it is done."""
-TIMEOUT = 5
-"""Seconds to wait for an answer."""
 MIN_AGE = timedelta(minutes=5)
 """A run that began later may not hold its lock yet."""
 FIX = "`smaller-student doctor --fix`"
@@ -43,7 +41,7 @@ REMEDIES = {
     "Invalid Host": "add that name to its `--allowed-hosts` (MLFLOW_SERVER_ALLOWED_HOSTS), which replaces the defaults",
     "error code 401": LOGIN,
     "error code 403": LOGIN,
-    "mlflow db upgrade": "as MLflow says",
+    "mlflow db upgrade": "back the database up, then `mlflow db upgrade URI`",
 }
 """What helps where MLflow's answer has these words."""
 
@@ -134,7 +132,8 @@ def own_locks(files: Files) -> Iterator[Check]:
 
 def mlflow(files: Files) -> Iterator[Check]:
     """Call the store: a server answers `/health` even while it rejects everything else."""
-    os.environ.update(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT=str(TIMEOUT))
+    for name, value in LIMITS.items():
+        os.environ.setdefault(name, value)
     from mlflow import MlflowClient  # takes seconds
 
     uri, user = tracking_uri(files), os.environ.get("MLFLOW_TRACKING_USERNAME")
@@ -145,7 +144,7 @@ def mlflow(files: Files) -> Iterator[Check]:
             MlflowClient(uri).search_experiments(max_results=1)
             yield Check("mlflow", True, f"{uri} answers" + (f" to {user}" if user else ""))
         except Exception as error:  # of MLflow, requests, SQLAlchemy or a driver
-            later = "start it; until then runs stay on disk, and `smaller-student sync` uploads them"
+            later = "start or repair it; until then runs stay on disk, and `smaller-student sync` uploads them"
             remedy = next((remedy for words, remedy in REMEDIES.items() if words in str(error)), later)
             yield Check("mlflow", False, f"{uri} cannot be used: {cause(error)}", remedy)
     if count := unsynced(files):
@@ -166,7 +165,7 @@ def prefect(files: Files) -> Iterator[Check]:
         message = "no server (PREFECT_API_URL): `smaller-student retrain` works, schedules do not"
         yield Check("prefect", None, message, "`make stack` starts one")
         return
-    with get_client(sync_client=True, httpx_settings={"timeout": TIMEOUT}) as client:
+    with get_client(sync_client=True, httpx_settings={"timeout": 5}) as client:
         try:
             there = {pool.name for pool in client.read_work_pools()}
             yield Check("prefect", True, f"{url} answers")

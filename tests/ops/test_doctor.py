@@ -1,14 +1,17 @@
 """The doctor names what is wrong, and removes only what is dead."""
 
 import json
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import psutil
 import pytest
+from mlflow import MlflowClient
 
 from pipeline.files import Files
 from pipeline.ops import doctor
@@ -193,6 +196,26 @@ def test_marks_of_a_merge_and_wrong_params_are_named(pipeline: Files) -> None:
     found = {one.name: one for one in bad(doctor.sources(pipeline))}
     assert found["dvc.lock"].message == "has merge markers in line 2"
     assert "params.yaml" in found
+
+
+def test_a_store_that_cannot_be_used_is_named(pipeline: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (new,) = doctor.mlflow(pipeline)
+    assert new.ok and new.message.endswith("mlflow.db is created by the first run")
+    assert not pipeline.mlflow_db.exists()
+
+    MlflowClient(f"sqlite:///{pipeline.mlflow_db}").search_experiments()
+    (there,) = doctor.mlflow(pipeline)
+    assert there.ok and there.message.endswith("mlflow.db answers")
+    with closing(sqlite3.connect(pipeline.mlflow_db)) as database:
+        database.execute("update alembic_version set version_num = '451aebb31d03'")
+        database.commit()
+    (older,) = doctor.mlflow(pipeline)
+    assert older.ok is False and older.remedy == "back the database up, then `mlflow db upgrade URI`"
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    (away,) = doctor.mlflow(pipeline)
+    assert away.ok is False and "Connection refused" in away.message and away.remedy.startswith("start or repair it")
 
 
 def test_who_retrains_is_told(pipeline: Files, start: Start) -> None:

@@ -139,9 +139,7 @@ class Stack:
                 below += psutil.Process(process.pid).children(recursive=True)
         for name in reversed(self.processes):
             process = self.processes[name]
-            process.send_signal(
-                signal.SIGINT if name == "postgres" else signal.SIGTERM
-            )  # it waits for clients
+            process.send_signal(signal.SIGINT if name == "postgres" else signal.SIGTERM)  # it waits for clients
             with suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
             process.kill()
