@@ -84,7 +84,7 @@ def start(server: SyncPrefectClient, name: str = WEEKLY) -> FlowRun:
     return server.create_flow_run_from_deployment(server.read_deployment_by_name(name).id)
 
 
-def ended(server: SyncPrefectClient, run: FlowRun, seconds: float = 240) -> FlowRun:
+def ended(server: SyncPrefectClient, run: FlowRun, seconds: float = 600) -> FlowRun:
     wait_until(lambda: (state := server.read_flow_run(run.id).state) is not None and state.is_final(), seconds)
     return server.read_flow_run(run.id)
 
@@ -191,7 +191,7 @@ def in_the_middle(stack: Stack, server: SyncPrefectClient) -> FlowRun:
     """A run whose student has trained for some epochs."""
     before = len(log(stack))
     run = start(server)
-    wait_until(lambda: any(f"student: epoch {n} of 60: loss" in log(stack)[before:] for n in range(4, 60)), 120)
+    wait_until(lambda: any(f"student: epoch {n} of 60: loss" in log(stack)[before:] for n in range(4, 60)), 300)
     return run
 
 
@@ -240,7 +240,7 @@ def test_a_training_that_is_cut_off_ends_at_once_and_the_next_goes_on(
     wait_until(lambda: unlocked(stack), 10)
     if way == "worker killed":
         before = len(log(stack))
-        run = ended(server, start(server), 300)
+        run = ended(server, start(server))
         assert "going on after epoch" in log(stack)[before:]
         assert run.state_name == "Promoted"  # sixty epochs instead of four
         assert champion(stack) == "3"
