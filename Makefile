@@ -51,13 +51,24 @@ lint: setup
 deploy: setup
 	python -m pipeline.ops.deploy
 
-# PostgreSQL, MLflow, Prefect, a worker and the search page, as docker/compose.yaml declares them: as processes ...
+# MLflow, Prefect, a worker and the search page for one user (Procfile); Ctrl-C ends all. `make stack MLFLOW_PORT=5001`.
+stack: export MLFLOW_PORT ?= 5000
+stack: export PREFECT_PORT ?= 4200
+stack: export SEARCH_PORT ?= 8000
+stack: export MLFLOW_TRACKING_URI = http://127.0.0.1:$(MLFLOW_PORT)
+stack: export MLFLOW_SERVER_ENABLE_JOB_EXECUTION = false
+stack: export PREFECT_API_URL = http://127.0.0.1:$(PREFECT_PORT)/api
+stack: export PREFECT_HOME = $(CURDIR)/.stack/prefect
+stack: export GALLERY ?= artifacts/prepare/vehicles/image_test
 stack: setup
-	python -m pipeline.ops.stack
+	mkdir -p .stack
+	@echo "MLflow $$MLFLOW_TRACKING_URI, Prefect $${PREFECT_API_URL%/api}, search page http://127.0.0.1:$$SEARCH_PORT"
+	honcho start
 
 -include docker/.env
 
-# ... or as containers, which work as the owner of the checkout. TARGET=gpu: the worker gets the NVIDIA cards.
+# The same over PostgreSQL and with log-in, as containers (docker/compose.yaml), which work as the owner of the checkout.
+# TARGET=gpu: the worker gets the NVIDIA cards.
 COMPOSE = docker compose -f docker/compose.yaml $(if $(filter gpu,$(TARGET)),-f docker/compose.gpu.yaml)
 OWNER = $(shell ls -nd . | awk '{print $$$(1)}')
 

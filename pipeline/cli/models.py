@@ -107,31 +107,31 @@ class Rejection(RuntimeError):
 def doctor(
     fix: Annotated[bool, typer.Option("--fix", help="Remove what is certainly dead.")] = False,
 ) -> None:
-    """Say what stands in the way: environment, disk, locks, MLflow, Prefect."""
+    """Check what other tools do not show: libraries, disk, locks, MLflow, Prefect."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from pipeline.ops.doctor import examine
 
-    console, bad = Console(), 0
+    failed = 0
     shown = Table(show_header=False, box=None, padding=(0, 1, 0, 0))
-    for found in examine(Files.here()):
-        done = ""
-        if fix and found.good is False and found.fix is not None:
+    for check in examine(Files.here()):
+        done, bad = "", check.ok is False
+        if fix and bad and check.fix is not None:
             try:
-                found.fix()
-                done = "done: "
-            except Exception as error:  # of many libraries; the other things are still looked at
-                done = f"not done ({escape(str(error))}): "
-        bad += found.good is False and done != "done: "
-        mark = {True: "[green]ok[/]", False: "[red]bad[/]", None: "[cyan]-[/]"}[found.good]
-        remedy = f"\n[dim]{done}{escape(found.remedy)}[/]" if found.remedy else ""
-        shown.add_row(mark, found.topic, escape(found.text) + remedy)
-    console.print(shown)
-    if bad:
-        raise Ailment(f"{bad} {'thing stands' if bad == 1 else 'things stand'} in the way")
+                check.fix()
+                done, bad = "done: ", False
+            except Exception as error:  # of many libraries; the other checks still run
+                done = f"not done ({error}): "
+        failed += bad
+        mark = {True: "[green]ok[/]", False: "[red]bad[/]", None: "[cyan]-[/]"}[check.ok]
+        remedy = f"\n[dim]{escape(done + check.remedy)}[/]" if check.remedy else ""
+        shown.add_row(mark, check.name, escape(check.message) + remedy)
+    Console().print(shown)
+    if failed:
+        raise ChecksFailed(f"{failed} {'check' if failed == 1 else 'checks'} failed")
 
 
-class Ailment(RuntimeError):
+class ChecksFailed(RuntimeError):
     """The doctor found something."""

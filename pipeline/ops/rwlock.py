@@ -1,86 +1,81 @@
-"""DVC's table of who reads and writes what: which of its entries are dead, and how they are taken out.
+"""Repair DVC's lock table (`.dvc/tmp/rwlock`) in the two cases that DVC does not repair itself.
 
-It holds numbers of processes, and one that was killed stays in it. DVC passes over numbers that nobody has; but numbers
-are used again, in a container that starts anew within seconds, and then DVC waits for a stranger for ever.
+DVC drops entries whose process is gone. It cannot know that another program got the process id of a killed dvc, which
+happens within seconds in a container that restarts: it then refuses to run until somebody deletes the table. And a
+table that it cannot read, because a dvc was killed while writing it, ends every command without naming a remedy.
 """
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-from pipeline.files import Files, write_json
+from pipeline.files import Files
 from pipeline.ops.execution import runs_dvc
 from pipeline.ops.locks import Busy, retraining, running_stage
 
 
-class Damaged(ValueError):
-    """The table cannot be read: a dvc was killed while it wrote it."""
+def defects(files: Files) -> list[str]:
+    """Say in one sentence each what in the table stops DVC; empty where a dvc of the table is alive."""
+    path = _table(files)
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        read = [entry for readers in held.get("read", {}).values() for entry in readers]
+        noted = {int(entry["pid"]): str(entry["cmd"]) for entry in [*held.get("write", {}).values(), *read]}
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return [f"{path} is damaged ({type(error).__name__}: {error})"]
+    alive = {pid: command for pid, command in noted.items() if psutil.pid_exists(pid)}
+    if any(map(_is_dvc, alive)):
+        return []
+    return [f"process {pid} (`{command}`) is gone" for pid, command in alive.items()]
 
 
-def table(files: Files) -> Path:
-    """Where DVC keeps it."""
+def release_dead(files: Files) -> list[str]:
+    """Remove a table that stops DVC although nobody works in the checkout.
+
+    Returns:
+        What was wrong, one sentence each; empty where there was nothing to do.
+
+    Raises:
+        Busy: If somebody works in this checkout.
+    """
+    if not defects(files):
+        return []
+    with _at_rest(files):
+        if found := defects(files):
+            _table(files).unlink()  # what DVC's own message advises
+        return [f"{sentence}: its locks are released" for sentence in found]
+
+
+def _table(files: Files) -> Path:
     return files.root / ".dvc" / "tmp" / "rwlock"
 
 
-def noted(files: Files) -> dict[int, str]:
-    """Number and command of each process that is in the table.
-
-    Raises:
-        Damaged: If it cannot be read.
-    """
-    held = _read(table(files))
+def _is_dvc(pid: int) -> bool:
     try:
-        ones = [*held["write"].values(), *(one for several in held["read"].values() for one in several)]
-        return {int(one["pid"]): str(one["cmd"]) for one in ones}
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise Damaged(f"{table(files)} is damaged ({type(error).__name__}: {error})") from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        text = "{}"
-    if not text:
-        raise Damaged(f"{path} is empty")
-    try:
-        held = json.loads(text)
-    except ValueError as error:
-        raise Damaged(f"{path} is damaged ({error})") from error
-    if not isinstance(held, dict):
-        raise Damaged(f"{path} is damaged (no mapping)")
-    return {"write": {}, "read": {}, **held}
-
-
-def is_dvc(number: int) -> bool:
-    """Whether a process of that number lives here that may be the dvc that was noted; in doubt it is."""
-    try:
-        return runs_dvc(psutil.Process(number).cmdline())
+        return runs_dvc(psutil.Process(pid).cmdline())
     except psutil.NoSuchProcess:
         return False
-    except psutil.Error:
+    except psutil.Error:  # of another user: assume that it is one
         return True
 
 
 @contextmanager
-def at_rest(files: Files) -> Iterator[None]:
-    """Hold all that somebody who works in this checkout would hold, in whatever container.
+def _at_rest(files: Files) -> Iterator[None]:
+    """Hold every lock that somebody who works in this checkout would hold.
 
-    A dvc of another container cannot be seen, but locks of the system can: of a retraining, of a stage, and DVC's own,
-    which it holds except while a stage runs.
-
-    Raises:
-        Busy: If somebody works here.
+    The process ids of another container mean nothing here, but its file locks are visible: that of a retraining, that
+    of a stage, and DVC's own, which it holds except while a stage runs.
     """
-    from dvc.config import Config  # imports much
+    from dvc.config import Config  # takes a second
     from dvc.lock import LockError, make_lock
 
-    folder = table(files).parent
-    hardlink = bool(Config(str(files.root / ".dvc"))["core"].get("hardlink_lock", False))  # DVC's, for NFS
+    folder = _table(files).parent
+    hardlink = bool(Config(str(files.root / ".dvc"))["core"].get("hardlink_lock", False))  # for NFS
     with retraining(files), running_stage(files), ExitStack() as held:
         try:
             for name in ("lock", "rwlock.lock"):
@@ -88,36 +83,3 @@ def at_rest(files: Files) -> Iterator[None]:
         except LockError as error:
             raise Busy("busy: a dvc works in this checkout; wait for it or end it") from error
         yield
-
-
-def release_dead(files: Files) -> list[str]:
-    """Take out of the table what is dead, or remove one that cannot be read.
-
-    Args:
-        files: Of the checkout.
-
-    Returns:
-        What was done, a sentence each; nothing where nothing was dead.
-
-    Raises:
-        Busy: If somebody works in this checkout.
-    """
-    path = table(files)
-    with suppress(Damaged):
-        if all(map(is_dvc, noted(files))):
-            return []
-    with at_rest(files):
-        try:
-            dead = {number: command for number, command in noted(files).items() if not is_dvc(number)}
-        except Damaged as error:
-            path.unlink()
-            return [f"{error}: removed"]
-        held = _read(path)
-        write = {place: one for place, one in held["write"].items() if one["pid"] not in dead}
-        read = {
-            place: left
-            for place, several in held["read"].items()
-            if (left := [one for one in several if one["pid"] not in dead])
-        }
-        write_json(path, {"write": write, "read": read})
-    return [f"process {number} (`{command}`) is gone: its locks are released" for number, command in dead.items()]

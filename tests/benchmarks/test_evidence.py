@@ -15,6 +15,7 @@ import pytest
 from benchmarks.evidence import experiments
 from benchmarks.evidence.experiments import Cell, EvidenceError, known_results, revision_of, run, tracked_sources
 from pipeline.config import Params
+from pipeline.ops.presets import preset_text
 from tests.imports import ROOT
 
 OURS = Cell("budget", 0.65, 0)
@@ -121,8 +122,7 @@ def test_students_of_different_teachers_are_not_compared(checkout: Path, params:
 
 
 def test_params_that_are_not_the_presets_are_refused(checkout: Path) -> None:
-    shutil.copy2(checkout / "presets" / "evidence.yaml", checkout / "params.yaml")
-    text = (checkout / "params.yaml").read_text()
+    text = preset_text(checkout, "evidence")
     (checkout / "params.yaml").write_text("# the same values\n" + text)
     with pytest.raises(EvidenceError, match="commit first"):  # what it looks at next
         (checkout / "pipeline" / "losses" / "new.py").write_text("")

@@ -1,4 +1,4 @@
-"""docker/compose.yaml as it is read for plain processes."""
+"""docker/compose.yaml as the stack tests read it, and the scripts beside it."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.ops.compose import ComposeError, filled, services
+from tests.stack.compose import filled, services
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "docker" / "compose.yaml"
@@ -19,22 +19,25 @@ def test_variables_are_those_of_compose() -> None:
     assert filled("${A:-x}/${B}/$$HOME", {"B": "b"}) == "x/b/$HOME"
     assert filled("${A:-x}", {"A": ""}) == "x"
     assert filled("${A:-}", {}) == ""
-    with pytest.raises(ComposeError, match=r"`\$\{C\}` has no value"):
+    with pytest.raises(ValueError, match=r"`\$\{C\}` has no value"):
         filled("${C}", {})
 
 
 def test_services_come_after_those_they_wait_for_and_profiles_are_left_out() -> None:
-    found = [one.name for one in services(COMPOSE, {})]
-    assert found == ["postgres", "mlflow", "prefect", "worker", "search"]
+    assert list(services(COMPOSE, {})) == ["postgres", "mlflow", "prefect", "worker", "search"]
+    assert services(COMPOSE, {})["worker"].after == ("mlflow", "prefect")
 
 
 def test_each_has_a_health_check_that_makes_a_call_or_is_the_worker() -> None:
-    for one in services(COMPOSE, {"SECRETS": "/s/secrets", "MLFLOW_PORT": "77"}):
-        assert bool(one.health) is (one.name != "worker")
-    found = {one.name: one for one in services(COMPOSE, {"SECRETS": "/s/secrets", "MLFLOW_PORT": "77"})}
+    found = services(COMPOSE, {"SECRETS": "/s/secrets", "MLFLOW_PORT": "77"})
+    assert [name for name, one in found.items() if not one.health] == ["worker"]
     assert found["mlflow"].health[-1] == "admin:@/s/secrets/mlflow"
     assert found["worker"].environment["MLFLOW_TRACKING_URI"] == "http://mlflow:77"
-    assert found["worker"].grace == 60
+
+
+def test_the_worker_has_time_to_save_and_keeps_its_host_name_when_it_starts_anew() -> None:
+    worker = DECLARED["services"]["worker"]
+    assert (worker["stop_grace_period"], worker["hostname"]) == ("60s", "worker")
 
 
 def test_every_secret_is_made_and_none_is_written_down(tmp_path: Path) -> None:
@@ -94,14 +97,13 @@ def test_ports_listen_on_this_machine_and_images_are_pinned() -> None:
         ({"deploy": {}}, "keys that are not understood: deploy"),
         ({"command": "a string"}, "lists of words"),
         ({"healthcheck": {"test": ["CMD-SHELL", "x"]}}, "lists of words"),
-        ({"stop_grace_period": "1m"}, "not in seconds"),
-        ({"depends_on": {"a": {}}}, "wait for one another: a"),
+        ({"depends_on": {"b": {}}}, "stands before b, which it waits for"),
     ],
 )
 def test_what_is_not_understood_is_an_error(tmp_path: Path, change: dict[str, object], why: str) -> None:
     with (tmp_path / "compose.yaml").open("w") as file:
         YAML().dump({"services": {"a": {"command": ["true"], **change}}}, file)
-    with pytest.raises(ComposeError, match=why):
+    with pytest.raises(ValueError, match=why):
         services(tmp_path / "compose.yaml", {})
 
 
