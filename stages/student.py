@@ -3,14 +3,13 @@
 Reads   artifacts/prepare/, artifacts/teacher/
 Writes  artifacts/student/, metrics/student.json, plots/student.csv
 
-With a budget of latency the result depends on how fast the layers were when that was measured, which
-artifacts/student/latency.json tells. Of the network that is chosen in the end the time is measured, and the choice is
-corrected by that.
+With a latency budget the result depends on how fast this machine ran the layers; artifacts/student/latency.json holds
+those times, corrected by the timing of the network that was chosen in the end.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from typing import cast
+from typing import TypeVar, cast
 
 from pipeline import checkpoint
 from pipeline.compress.budget import cost_model
@@ -30,6 +29,8 @@ from pipeline.training.teacher import validation
 
 LATENCY, MEASURED = "latency.json", "measured.json"
 
+T = TypeVar("T")
+
 
 def student(run: Run) -> StudentRecord:
     """Train, write the network with what is left of its channels, score it on the test set."""
@@ -41,19 +42,18 @@ def student(run: Run) -> StudentRecord:
     teacher = checkpoint.load(run.files.artifacts("teacher"))
     checkpoints = run.checkpoints("data", "teacher", "student")
 
+    def once(call: Callable[[], T]) -> T:
+        """Return what the first device finds, on all devices: they must count alike."""
+        return cast(T, fabric.broadcast(call() if fabric.is_global_zero else None))
+
     def measure() -> CostModel:
         from pipeline.inference import layers  # ONNX Runtime is needed for this only
 
-        def share(widths: Mapping[str, int]) -> float:
-            found = 1.0
-            if fabric.is_global_zero:
-                found = layers.kept_share(checkpoints.folder / MEASURED, teacher.spec, size, widths)
-            return fabric.broadcast(found)
-
-        found = None
-        if fabric.is_global_zero:  # all devices must count alike
-            found = layers.kept_latency_model(checkpoints.folder / LATENCY, teacher.spec, size, config.channel_multiple)
-        return replace(cast(CostModel, fabric.broadcast(found)), measured=share)
+        table, timed = checkpoints.folder / LATENCY, checkpoints.folder / MEASURED
+        found = once(lambda: layers.kept_latency_model(table, teacher.spec, size, config.channel_multiple))
+        return replace(
+            found, measured=lambda widths: once(lambda: layers.kept_share(timed, teacher.spec, size, widths))
+        )
 
     budgeted = cost_model(teacher.spec, config, size, measure)
     validate = validation(manifest, images, params.data.protocol, normalise, fabric.device)
@@ -80,7 +80,7 @@ def student(run: Run) -> StudentRecord:
         macs=cost.macs(small, size),
         params_reduction=1 - cost.params(small) / cost.params(teacher.spec),
         macs_reduction=1 - cost.macs(small, size) / cost.macs(teacher.spec, size),
-        latency_reduction=1 - counted(small.widths) / counted(teacher.spec.widths) if latency else None,
+        latency_reduction=counted.reduction(teacher.spec.widths, small.widths) if latency else None,
         target=config.budget.reduction if config.budgeted else 0.0,
     )
 

@@ -1,4 +1,4 @@
-"""What the user asks for, when it is due, and whether it can be had."""
+"""What the user asks for, and whether the structure can give it."""
 
 import math
 from collections import defaultdict
@@ -22,20 +22,6 @@ class BudgetMissedError(RuntimeError):
     """A trained student that does not keep to its budget."""
 
     exit_code = 4
-
-
-def scheduled(progress: float, start: float, end: float) -> float:
-    """Share of the reduction that is due.
-
-    Cubic: fast at first, while the network is wide, and slow at last (Zhu and Gupta, 2017, equation 1).
-
-    Args:
-        progress: Share of the training done, in [0, 1].
-        start: Progress at which masking starts.
-        end: Progress from which all of it is due.
-    """
-    passed = min(1.0, max(0.0, (progress - start) / (end - start)))
-    return 1.0 - (1.0 - passed) ** 3
 
 
 def least_widths(spec: ArchSpec, sites: Iterable[str], multiple: int) -> dict[str, int]:
@@ -72,16 +58,30 @@ def shrinking_sites(spec: ArchSpec, config: Student) -> tuple[str, ...]:
     return found
 
 
+def narrowest_widths(spec: ArchSpec, config: Student) -> dict[str, int]:
+    """Return the widths of the whole network with every site at its least and every block gone that may go.
+
+    Raises:
+        BudgetError: If there are no sites.
+    """
+    sites = shrinking_sites(spec, config)
+    blocks = droppable(spec, config, sites)
+    gone = {site: 0 for block in blocks for site in block}
+    return {**spec.widths, **least_widths(spec, sites, config.channel_multiple), **gone}
+
+
 def cost_model(
     spec: ArchSpec, config: Student, size: tuple[int, int], measure: Callable[[], CostModel] | None = None
 ) -> CostModel:
-    """What the budget counts, once it is sure that it can be kept.
+    """Return what the budget counts, once the structure is known to allow the budget.
+
+    Whether a latency budget can be kept is known only where networks are timed (see `final_widths`).
 
     Args:
         spec: The uncompressed network.
         config: Section of params.yaml.
         size: Height and width of an image, pixels.
-        measure: Seconds as a function of widths, called for a budget of latency only.
+        measure: Seconds as a function of widths, called for a latency budget only.
 
     Raises:
         BudgetError: If the structure cannot keep the budget, or there are no sites.
@@ -93,16 +93,15 @@ def cost_model(
         return macs_model(spec, size)
     if config.budget.of == "latency":
         if measure is None:
-            raise ValueError("latency is measured, not told from a spec")
-        model = measure()
-    else:
-        model = params_model(spec) if config.budget.of == "params" else macs_model(spec, size)
+            raise ValueError("a latency budget needs layer times, which only stage student measures")
+        return measure()
+    model = params_model(spec) if config.budget.of == "params" else macs_model(spec, size)
     refuse_unreachable(spec, config, model)
     return model
 
 
 def refuse_unreachable(spec: ArchSpec, config: Student, cost: CostModel) -> None:
-    """Complain before training about a budget that the structure cannot keep.
+    """Refuse, before training, a budget that the structure cannot keep.
 
     Args:
         spec: The uncompressed network.
@@ -112,12 +111,9 @@ def refuse_unreachable(spec: ArchSpec, config: Student, cost: CostModel) -> None
     Raises:
         BudgetError: With the largest possible reduction and the layers that bind; or if there are no sites.
     """
-    multiple, reduction = config.channel_multiple, config.budget.reduction
-    sites = shrinking_sites(spec, config)
-    floor = {**spec.widths, **least_widths(spec, sites, multiple)}
-    floor |= {site: 0 for block in droppable(spec, config, sites) for site in block}
-    possible = 1 - cost(floor) / cost(spec.widths)
-    if reduction <= possible:
+    floor = narrowest_widths(spec, config)
+    possible = cost.reduction(spec.widths, floor)
+    if config.budget.reduction <= possible:
         return
     sizes = {**cost.fixed, **floor}
     weights: dict[str, float] = defaultdict(float)
@@ -126,7 +122,7 @@ def refuse_unreachable(spec: ArchSpec, config: Student, cost: CostModel) -> None
     binding = sorted(weights, key=lambda name: -weights[name])[:3]
     shares = ", ".join(f"{name} {weights[name] / cost(floor):.0%}" for name in binding)
     raise BudgetError(
-        f"`student.budget.reduction` {reduction:g} cannot be reached: with every site at its least width the reduction "
-        f"is {possible:.4f}, and what remains lies in {shares}; ask for less, add sites or lower "
+        f"`student.budget.reduction` {config.budget.reduction:g} cannot be reached: with every site at its least width "
+        f"the reduction is {possible:.4f}, and what remains lies in {shares}; ask for less, add sites or lower "
         "`student.channel_multiple`"
     )

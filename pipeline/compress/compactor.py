@@ -43,7 +43,8 @@ def reset_gradients(rows: Iterable[tuple[Tensor, Tensor]]) -> None:
     """
     for weight, masked in rows:
         if weight.grad is not None:
-            weight.grad.masked_fill_(by_row(masked, weight.grad), 0.0)
+            on_device = masked.to(weight.grad.device, non_blocking=True)
+            weight.grad.masked_fill_(by_row(on_device, weight.grad), 0.0)
 
 
 def by_row(values: Tensor, like: Tensor) -> Tensor:

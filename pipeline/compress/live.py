@@ -1,7 +1,6 @@
 """Fold and continue: at an epoch's end the student becomes physically smaller, and training goes on.
 
-The function in evaluation mode stays the same. Whoever carries the optimiser's state over learns what became of each
-tensor.
+The function in evaluation mode stays the same, and the optimiser's state is carried over.
 """
 
 import logging
@@ -42,16 +41,17 @@ def cut_dead(net: RetrievalNet, capacity: Capacity, images: Tensor) -> tuple[Ret
     if not plan.kept:
         return None
     folding = [site for site in plan.kept if is_inner(site)]
-    levels = {site: level for site, level in capacity.levels(net).items() if site in folding}
+    indicators = net.indicators()
+    levels = {site: capacity.masks[site].level(indicators[site].matrix) for site in folding}
     unfaded = scale_rows(net, {site: 1 / level for site, level in levels.items()})
     narrow = cut(fold(unfaded, folding), plan)
     staying = [site for site in folding if narrow.spec.widths[site]]
     for site, rows in plan.kept.items():
         index = torch.tensor(rows, dtype=torch.int64, device=images.device)
-        state = capacity.sites[site] = capacity.sites[site].select(index)
+        masks = capacity.masks[site] = capacity.masks[site].select(index)
         if site in levels:  # a fresh compactor's rows have length 1
             levels[site] = levels[site][index]
-            state.length = (state.length > 0).to(state.length)
+            masks.full_norm = (masks.full_norm > 0).to(masks.full_norm)
     shrunk = scale_rows(attach(narrow, staying), {site: levels[site] for site in staying})
     recentre(shrunk, staying, images)
     taken = slices(net.spec, plan)

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from pipeline.compress.budget import least_widths, shrinking_sites
 from pipeline.compress.compactor import by_row, reset_gradients, row_norms
+from pipeline.compress.compression import Compression
 from pipeline.config import Student
 from pipeline.models.cost import CostModel
 from pipeline.models.resnet import RetrievalNet
@@ -82,60 +83,30 @@ class PaperSite:
         self.seen += len(features)
 
 
-@dataclass
-class PaperCapacity:
-    """Masks and lasso of the published method.
+class PaperCapacity(Compression):
+    """Masks and lasso of the published method; nothing is cut out before surgery, and no reduction is promised.
 
-    Attributes:
+    Args:
         spec: The uncompressed network.
         config: Section of params.yaml.
         cost: What a budget would count.
         steps: Steps of the whole training.
-        sites: State by site.
-        progress: Share of the training done.
+        device: Where the student lives.
     """
 
-    spec: ArchSpec
-    config: Student
-    cost: CostModel
-    steps: int
-    sites: dict[str, PaperSite]
-    progress: float = 0.0
-
-    @classmethod
-    def start(
-        cls, spec: ArchSpec, config: Student, cost: CostModel, steps: int, device: torch.device
-    ) -> "PaperCapacity":
-        """Nothing masked, nothing remembered.
-
-        Args:
-            spec: The uncompressed network.
-            config: Section of params.yaml.
-            cost: What a budget would count.
-            steps: Steps of the whole training.
-            device: Where the student lives.
-        """
-        sites = {}
+    def __init__(self, spec: ArchSpec, config: Student, cost: CostModel, steps: int, device: torch.device) -> None:
+        super().__init__(cost)
+        self.spec, self.config, self.steps, self.progress = spec, config, steps, 0.0
+        self.sites: dict[str, PaperSite] = {}
         for name in shrinking_sites(spec, config):
             width = spec.widths[name]
             masked = torch.zeros(width, dtype=torch.bool, device=device)
-            sites[name] = PaperSite(masked, torch.zeros(config.paper.memory, width, device=device))
-        return cls(spec, config, cost, steps, sites)
+            self.sites[name] = PaperSite(masked, torch.zeros(config.paper.memory, width, device=device))
 
     @property
     def kept(self) -> dict[str, Tensor]:
-        """All channels, by site: nothing is cut out before surgery."""
+        """All channels, by site."""
         return {name: torch.arange(len(site.masked), device=site.masked.device) for name, site in self.sites.items()}
-
-    @property
-    def compared(self) -> dict[str, Tensor]:
-        """All channels are compared, as published."""
-        return {}
-
-    @property
-    def whole(self) -> bool:
-        """The student starts with everything."""
-        return True
 
     @property
     def observed(self) -> tuple[str, ...]:
@@ -150,9 +121,6 @@ class PaperCapacity:
             living = int((norms > self.config.paper.threshold).sum())
             widths[name] = min(widths[name], max(least, -(-living // multiple) * multiple))
         return widths
-
-    def due(self, progress: float) -> None:
-        """It promises nothing."""
 
     def observe(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
         """Grow the masks from one batch, and remember the teacher's features.
@@ -205,9 +173,6 @@ class PaperCapacity:
             indicator.weight[order[widths[name] :]] = 0.0
             indicator.weight[filler] = 0.0
             indicator.matrix[filler, filler if indicator.matrix.shape[1] > 1 else 0] = 2 * threshold
-
-    def check(self, widths: Mapping[str, int]) -> None:
-        """What it reaches is what it reaches."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that changes, as tensors by name."""

@@ -10,7 +10,7 @@ import logging
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -64,12 +64,7 @@ def latency_model(spec: ArchSpec, image_size: tuple[int, int], multiple: int) ->
     inside = np.array([[sum(term(size) for term in terms), 1.0] for size in sizes])
     factor, rest = np.linalg.lstsq(inside / whole[:, None], np.ones(len(whole)))[0]
     share = rest / len(terms)
-    scaled = tuple(
-        Term(
-            t.left, t.right, factor * t.product, factor * t.per_left, factor * t.per_right, factor * t.constant + share
-        )
-        for t in terms
-    )
+    scaled = tuple(replace(term.scaled(factor), constant=factor * term.constant + share) for term in terms)
     model = CostModel(scaled, fixed_sizes(spec))
     errors = [abs(model(sample.widths) / took - 1) for sample, took in zip(specs, whole, strict=True)]
     log.info("layers timed: a network's time is told to %.1f %% (median), %.1f %% (worst)",
@@ -100,8 +95,6 @@ def write_model(path: Path, model: CostModel) -> None:
 def kept_share(path: Path, spec: ArchSpec, image_size: tuple[int, int], widths: Mapping[str, int]) -> float:
     """Share of a network's time that it takes with other widths: both are run in turns, once.
 
-    The layers' times leave a few per cent to be known: widths that a budget chooses are no random ones.
-
     Args:
         path: JSON file of what was measured before.
         spec: The uncompressed network.
@@ -116,7 +109,6 @@ def kept_share(path: Path, spec: ArchSpec, image_size: tuple[int, int], widths: 
         files = {"full": timing_graph(full, image_size), "narrow": timing_graph(narrow, image_size)}
         known[asked] = 1 / gains(files, "full", image_size)["narrow"].ratio
         write_text(path, json.dumps(known, indent=1) + "\n")
-    log.info("the network that was chosen takes %.1f %% of the time", 100 * known[asked])
     return float(known[asked])
 
 

@@ -4,7 +4,6 @@ A cost is a sum over layers, each a function of its two widths, so that the budg
 cost without building it. Backbone and embedding head count, the classifier, compactors and gates do not.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -12,11 +11,6 @@ from pipeline.models.spec import EMBEDDING, INPUT, ArchSpec, Layer
 
 ONE = "one"
 """A dimension of size 1, for costs that a single width decides."""
-
-BELIEVED = (0.5, 2.0)
-"""Between what factors a measured saving may lie from what single layers tell, and be taken for the truth."""
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,6 +42,11 @@ class Term:
             return 0
         return self.product * left * right + self.per_left * left + self.per_right * right + self.constant
 
+    def scaled(self, factor: float) -> "Term":
+        """Return the term with every coefficient multiplied."""
+        parts = ("product", "per_left", "per_right", "constant")
+        return replace(self, **{part: factor * getattr(self, part) for part in parts})
+
 
 @dataclass(frozen=True)
 class CostModel:
@@ -56,49 +55,39 @@ class CostModel:
     Attributes:
         terms: What is summed.
         fixed: Sizes of the dimensions that never change.
-        measured: Share of the uncompressed network's cost that one of these widths has in truth; None where the terms
-            are the truth.
+        measured: Times a network with these widths, as a share of the uncompressed network's time; None where the
+            terms are exact.
+        correction: What the terms' savings were multiplied by.
     """
 
     terms: tuple[Term, ...]
     fixed: Mapping[str, int]
     measured: Callable[[Mapping[str, int]], float] | None = None
+    correction: float = 1.0
 
     def __call__(self, widths: Mapping[str, int]) -> float:
         """Cost of a network with these widths; a whole number where all terms' are."""
         sizes = {**self.fixed, **widths}
         return sum(term(sizes) for term in self.terms)
 
-    def stretched(self, full: Mapping[str, int], factor: float) -> "CostModel":
-        """A model of which everything saves `factor` times as much.
+    def reduction(self, full: Mapping[str, int], widths: Mapping[str, int]) -> float:
+        """Return the share of the full network's cost that a network with other widths saves."""
+        return 1 - self(widths) / self(full)
+
+    def corrected(self, full: Mapping[str, int], correction: float) -> "CostModel":
+        """Return an uncorrected model with every saving multiplied, so that it agrees with a timed network.
 
         Args:
-            full: Widths of the uncompressed network, which costs what it did.
-            factor: Of each saving.
+            full: Widths of the uncompressed network, whose cost stays.
+            correction: Timed saving over predicted saving.
         """
-        parts = ("product", "per_left", "per_right", "constant")
-        terms = [replace(term, **{part: factor * getattr(term, part) for part in parts}) for term in self.terms]
-        return replace(self, terms=(*terms, Term(ONE, ONE, 0, constant=(1 - factor) * self(full))))
-
-    def stretch(self, full: Mapping[str, int], widths: Mapping[str, int]) -> float:
-        """By what savings must be stretched to be the truth for a narrowed network; 1 where the terms are.
-
-        Args:
-            full: Widths of the uncompressed network.
-            widths: Of the narrowed one.
-
-        Returns:
-            A factor within `BELIEVED`, so that a training does not break off for one measurement.
-        """
-        told = 1 - self(widths) / self(full)
-        if self.measured is None or not told:
-            return 1.0
-        saved = 1 - self.measured(widths)
-        least, most = BELIEVED
-        if not least <= saved / told <= most:
-            log.warning("the layers tell that %.1f %% are saved, the whole network %.1f %%: this machine was busy, or "
-                        "the network is too small to be timed; see the benchmark", 100 * told, 100 * saved)  # fmt: skip
-        return min(max(saved / told, least), most)
+        if correction == 1:
+            return self
+        terms = (
+            *(term.scaled(correction) for term in self.terms),
+            Term(ONE, ONE, 0, constant=(1 - correction) * self(full)),
+        )
+        return replace(self, terms=terms, correction=correction)
 
 
 def fixed_sizes(spec: ArchSpec) -> dict[str, int]:

@@ -1,9 +1,8 @@
 """The only training loop. What is particular to teacher or student comes in as a `Task`."""
 
 import logging
-import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
@@ -19,6 +18,9 @@ from pipeline.training.state import Checkpoints, TrainingState
 
 log = logging.getLogger(__name__)
 
+READ_EVERY = 50
+"""Steps after which a diverged loss is found, at the latest."""
+
 Batch = tuple[Tensor, Tensor, Tensor]
 """Images (B, 3, H, W) uint8, labels (B,), rows of the manifest (B,)."""
 
@@ -28,7 +30,7 @@ Forward = Callable[[Tensor], Output]
 
 
 class DivergedError(RuntimeError):
-    """The loss is no number any more."""
+    """The loss is NaN or infinite."""
 
 
 class Loader(Protocol):
@@ -54,38 +56,37 @@ class Reshaped:
     carry: Callable[[str, Tensor], Tensor]
 
 
-class Task(Protocol):
-    """What a training is about."""
+class Task(ABC):
+    """What is particular to one training; by default the network keeps its shape and there is nothing to remember."""
 
+    @abstractmethod
     def losses(
         self, net: RetrievalNet, forward: Forward, images: Tensor, labels: Tensor, progress: float
     ) -> dict[str, Tensor]:
-        """Named losses of a batch of normalised images; ``loss`` is the one to minimise.
+        """Return the named losses of a batch of normalised images; ``loss`` is the one to minimise.
 
         `forward` runs `net` as Fabric wants it run (it may spread over devices); `progress` is the share of the
         training done before.
         """
-        ...
 
     def step(self, net: RetrievalNet, optimizer: Callable[[], object], progress: float) -> None:
         """Let the optimiser step, and do what must be done around it."""
-        ...
+        optimizer()
 
     def reshape(self, net: RetrievalNet) -> Reshaped | None:
-        """At the end of an epoch: a narrower network, or None."""
-        ...
+        """Return a narrower network at the end of an epoch, or None."""
+        return None
 
     def measure(self, net: RetrievalNet, progress: float, validate: bool) -> dict[str, float]:
-        """What else belongs into the epoch's row of the curve."""
-        ...
+        """Return what else belongs into the epoch's row of the curve."""
+        return {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the task must remember."""
-        ...
+        """Return what the task must remember."""
+        return {}
 
-    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027 - most have nothing to restore
         """Restore what `state_dict` returned."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class Fit:
             start: Makes the first network; not called when a saved state is found.
         """
         optimizer: Optimizer = self.config.optimizer
-        state = self.checkpoints.newest(optimizer, self.fabric.device)
+        state = self.checkpoints.restore(optimizer, self.fabric)
         if state is None:
             net = start().to(self.fabric.device).to(memory_format=torch.channels_last)
             state = TrainingState(net, build(net, optimizer))
@@ -151,29 +152,33 @@ class Fit:
             yield state
 
     def _epoch(self, state: TrainingState) -> TrainingState:
-        """One pass over the data, and what follows it."""
+        """Return the state after one more pass over the data."""
         net, epoch = state.net, state.epoch
         wrapped, optimizer = self.fabric.setup(net, state.optimizer)
         net.train()
-        sums: dict[str, float] = defaultdict(float)
-        steps = len(self.loader)
+        # The curve's sums stay on the device, because reading a number waits for all that the device has to do. They
+        # are float64, as Python's numbers are, so that no digit of the curve depends on where they are added up.
+        sums: dict[str, Tensor] = {}
+        checked, steps = 0, len(self.loader)
         batches = track(self.loader.epoch(epoch), steps, f"epoch {epoch + 1} of {self.config.epochs}")
-        for number, (images, labels, rows) in enumerate(batches):
-            progress = (epoch * steps + number) / (self.config.epochs * steps)
+        for number, (images, labels, _) in enumerate(batches, start=1):
+            progress = (epoch * steps + number - 1) / (self.config.epochs * steps)
             set_learning_rate(optimizer, learning_rate(progress, self.config.optimizer))
             inputs = self.preprocess(self.fabric.to_device(images)).contiguous(memory_format=torch.channels_last)
             losses = self.task.losses(net, wrapped, inputs, self.fabric.to_device(labels), progress)
-            values = {name: float(value.detach()) for name, value in losses.items()}
-            if not math.isfinite(values["loss"]):
-                raise DivergedError(
-                    f"the loss is {values['loss']} in epoch {epoch + 1}, step {number + 1} (first row of the manifest "
-                    f"in the batch: {int(rows[0])}); lower `optimizer.lr`, or look at {values}"
-                )
             optimizer.zero_grad(set_to_none=True)
             self.fabric.backward(losses["loss"])
             self.task.step(net, optimizer.step, progress)
-            for name, value in values.items():
-                sums[name] += value / steps
+            for name, value in losses.items():
+                share = value.detach().double() / steps
+                sums[name] = sums[name] + share if name in sums else share
+            if number % READ_EVERY == 0 or number == steps:
+                if not sums["loss"].isfinite():  # a sum stays NaN or infinite once a loss was
+                    raise DivergedError(
+                        f"the loss became NaN or infinite in epoch {epoch + 1}, steps {checked + 1} to {number}; lower "
+                        f"`optimizer.lr`, or look at {_values(losses)}"
+                    )
+                checked = number
         for buffer in net.buffers():  # each device has seen other images; all go on with the mean of their statistics
             if buffer.is_floating_point():
                 buffer.copy_(cast(Tensor, self.fabric.all_reduce(buffer, reduce_op="mean")))
@@ -187,9 +192,14 @@ class Fit:
             load_state_tensors(done.optimizer, done.net, carried, reshaped.carry)
         validate = done.epoch % self.config.validate_every == 0 or done.epoch == self.config.epochs
         measured = self.task.measure(done.net, done.epoch / self.config.epochs, validate)
-        done.curve = [*state.curve, {"epoch": done.epoch, **sums, **measured}]
+        done.curve = [*state.curve, {"epoch": done.epoch, **_values(sums), **measured}]
         done.extra = self.task.state_dict()
         return done
+
+
+def _values(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """Read scalars from the device, by name."""
+    return {name: float(value) for name, value in tensors.items()}
 
 
 def _summary(row: dict[str, float]) -> str:

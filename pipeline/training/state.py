@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from lightning_fabric import Fabric
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,6 +22,10 @@ log = logging.getLogger(__name__)
 
 GENERATIONS = 2
 """Saved states that are kept: the newest, and one to fall back on."""
+
+
+Saved = tuple[dict[str, str], dict[str, Tensor]]
+"""What a file holds: its header, and tensors by name."""
 
 
 @dataclass
@@ -53,20 +58,15 @@ class TrainingState:
         write_atomically(path, lambda temporary: save_file(plain, temporary, metadata=header))
 
     @classmethod
-    def load(cls, path: Path, config: Optimizer, device: torch.device) -> "TrainingState":
-        """Read a state back.
+    def build(cls, saved: Saved, config: Optimizer, device: torch.device) -> "TrainingState":
+        """Make a state from what was read.
 
         Args:
-            path: File that `save` wrote.
+            saved: What `read` returned.
             config: How to build the optimiser.
             device: Where network and optimiser live.
-
-        Raises:
-            SafetensorError: If the file is damaged.
         """
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        header, tensors = saved
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
@@ -77,6 +77,16 @@ class TrainingState:
         optimizer = build(net, config)
         load_state_tensors(optimizer, net, part("optimizer/"))
         return cls(net, optimizer, int(header["epoch"]), json.loads(header["curve"]), part("extra/"))
+
+
+def read(path: Path) -> Saved:
+    """Read a file that `TrainingState.save` wrote.
+
+    Raises:
+        SafetensorError: If the file is damaged.
+    """
+    with safe_open(path, framework="pt") as file:
+        return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
 
 
 @dataclass(frozen=True)
@@ -98,17 +108,26 @@ class Checkpoints:
         for path in self._generations()[GENERATIONS:]:
             path.unlink()
 
-    def newest(self, config: Optimizer, device: torch.device) -> TrainingState | None:
-        """The newest state that can be read, None where there is none."""
-        for path in self._generations():
+    def restore(self, config: Optimizer, fabric: Fabric) -> TrainingState | None:
+        """Return the newest state that can be read, the same on every device; None where there is none.
+
+        The first device chooses and sends what it read: only it saves states, and nodes need not share a folder.
+        """
+        saved, state = None, None
+        for path in self._generations() if fabric.is_global_zero else ():
             try:
-                state = TrainingState.load(path, config, device)
+                saved = read(path)
+                state = TrainingState.build(saved, config, fabric.device)
             except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
-                log.warning("%s cannot be read (%s); going back one generation", path.name, error)
+                log.warning("%s cannot be read (%s); the state before it is tried", path.name, error)
+                saved = None
                 continue
-            log.info("going on after epoch %d, from %s", state.epoch, path.name)
-            return state
-        return None
+            log.info("resuming after epoch %d, from %s", state.epoch, path.name)
+            break
+        saved = fabric.broadcast(saved)
+        if state is None and saved is not None:
+            state = TrainingState.build(saved, config, fabric.device)
+        return state
 
     def clear(self) -> None:
         """Forget this training: its result is written."""

@@ -5,7 +5,7 @@ can be revised, and proximal shrinking; or one of the methods that it is compare
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,8 +17,9 @@ from torch.nn.functional import normalize
 
 from pipeline.compress.capacity import Capacity
 from pipeline.compress.compactor import alive, attach
+from pipeline.compress.compression import Compression
 from pipeline.compress.live import cut_dead
-from pipeline.compress.methods import Compression, compression, plan_of
+from pipeline.compress.methods import compression, plan_of
 from pipeline.compress.surgery import SurgeryPlan, cut, cut_spec
 from pipeline.config import Params, Student
 from pipeline.losses import distill
@@ -30,7 +31,7 @@ from pipeline.models.spec import ArchSpec, indicator_of, is_inner
 from pipeline.models.taps import Taps, pooled
 from pipeline.retrieval.evaluate import Rows
 from pipeline.training.answers import GIB, Answers
-from pipeline.training.loop import Forward, Reshaped
+from pipeline.training.loop import Forward, Reshaped, Task
 from pipeline.training.teacher import Validate, fresh_teacher, retrieval_losses
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -41,7 +42,7 @@ CALIBRATION = 128
 
 
 @dataclass
-class StudentTask:
+class StudentTask(Task):
     """Distillation, and what the method does to the student's channels meanwhile.
 
     Attributes:
@@ -86,10 +87,9 @@ class StudentTask:
         losses["kl"] = self.config.distill.kl * distill.soft_targets(
             self._sharpened(_logits(output)), self._sharpened(taught["logits"]), self.config.distill.temperature
         )
-        compared = self.compression.compared
+        kept, compared = self.compression.kept, self.compression.compared
         distances = [
-            distill.features(student[place], self._kept(place, teacher[place]), compared.get(place))
-            for place in self.compared
+            _distance(student[place], teacher[place], kept.get(place), compared.get(place)) for place in self.compared
         ]
         losses["feature"] = self.config.distill.feature * torch.stack(distances).sum()
         losses["embedding"] = self.config.distill.embedding * distill.embeddings(output.embedding, taught["embedding"])
@@ -115,11 +115,6 @@ class StudentTask:
                 said = _mean(said, self.teacher(images.flip(3)))
         return {**features, "embedding": said.embedding, "logits": _logits(said)}
 
-    def _kept(self, place: str, features: Tensor) -> Tensor:
-        """The teacher's channels (B, C) that the student still has."""
-        kept = self.compression.kept.get(place)
-        return features if kept is None or len(kept) == features.shape[1] else features[:, kept]
-
     def _sharpened(self, logits: Tensor) -> Tensor:
         """Logits as the identity loss sees them: cosines times their scale."""
         return logits * (self.config.losses.scale if self.config.recipe == "scratch" else 1.0)
@@ -144,7 +139,7 @@ class StudentTask:
             "params_reduction": 1 - cost.params(small) / cost.params(full),
         }
         if self.config.budgeted and self.config.budget.of == "latency":
-            row["latency_reduction"] = 1 - self.compression.cost(small.widths) / self.compression.cost(full.widths)
+            row["latency_reduction"] = self.compression.cost.reduction(full.widths, small.widths)
         due = self.compression.due(progress)
         if due is not None:
             row["target_reduction"] = due
@@ -156,7 +151,7 @@ class StudentTask:
         """The method's."""
         return self.compression.state_dict()
 
-    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """The method's."""
         self.compression.load_state_dict(tensors)
 
@@ -171,6 +166,22 @@ class StudentTask:
     def plan(self) -> SurgeryPlan:
         """Channels of the uncompressed network that are still present, cut ones left out."""
         return plan_of(self.compression)
+
+
+def _distance(student: Tensor, teacher: Tensor, kept: Tensor | None, compared: Tensor | None) -> Tensor:
+    """Return the distance between the student's features (B, C') and the teacher's (B, C).
+
+    Args:
+        student: Of the channels that it still has.
+        teacher: Of all channels.
+        kept: (C',), indices of the student's channels; None for all.
+        compared: (C',) bool, which of them stay; None for all.
+    """
+    if kept is not None and len(kept) < teacher.shape[1]:
+        teacher = teacher[:, kept]
+    if compared is not None:
+        compared = compared.to(student.device, non_blocking=True)
+    return distill.features(student, teacher, compared)
 
 
 def _mean(one: Output, other: Output) -> Output:

@@ -19,7 +19,7 @@ from pipeline.losses import identity, triplet
 from pipeline.models.resnet import Output, RetrievalNet
 from pipeline.models.spec import ArchSpec
 from pipeline.retrieval.embed import evaluate
-from pipeline.training.loop import Forward, Reshaped
+from pipeline.training.loop import Forward, Task
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def retrieval_losses(output: Output, labels: Tensor, config: Training) -> dict[s
 
 
 @dataclass(frozen=True)
-class TeacherTask:
+class TeacherTask(Task):
     """Plain retrieval training.
 
     Attributes:
@@ -66,24 +66,9 @@ class TeacherTask:
         losses = retrieval_losses(forward(images), labels, self.config)
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
-    def step(self, net: RetrievalNet, optimizer: Callable[[], object], progress: float) -> None:
-        """Only the optimiser."""
-        optimizer()
-
-    def reshape(self, net: RetrievalNet) -> Reshaped | None:
-        """A teacher keeps its shape."""
-        return None
-
     def measure(self, net: RetrievalNet, progress: float, validate: bool) -> dict[str, float]:
         """MAP on held-out identities, now and then."""
         return {"validation_map": self.validate(net)} if validate and self.validate else {}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Nothing to remember."""
-        return {}
-
-    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Nothing to restore."""
 
 
 def validation(

@@ -7,16 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.compress.allotment import Allotment, Site
 from pipeline.compress.budget import (
     WINDOW,
     BudgetError,
     cost_model,
     least_widths,
     refuse_unreachable,
-    scheduled,
     shrinking_sites,
 )
+from pipeline.compress.schedule import scheduled
+from pipeline.compress.width_allocation import Site, WidthAllocation
 from pipeline.config import Student
 from pipeline.models import cost
 from pipeline.models.spec import ArchSpec
@@ -38,9 +38,7 @@ def refuse(spec: ArchSpec, config: Student) -> None:
 def offers(spec: ArchSpec, multiple: int, seed: int = 0) -> dict[str, Site]:
     rng = np.random.default_rng(seed)
     least = least_widths(spec, spec.sites, multiple)
-    return {
-        site: Site(spec.widths[site], least[site], np.sort(rng.gamma(2, size=spec.widths[site]))) for site in spec.sites
-    }
+    return {site: Site(least[site], np.sort(rng.gamma(2, size=spec.widths[site]))) for site in spec.sites}
 
 
 @settings(max_examples=60, deadline=None)
@@ -56,39 +54,39 @@ def test_the_reduction_lies_in_its_window_and_widths_are_multiples(
 ) -> None:
     spec = ArchSpec.full(depth, 32, 128)
     model = cost.params_model(spec) if of == "params" else cost.macs_model(spec, SIZE)
-    allotment = Allotment(model, spec.widths, offers(spec, multiple, seed), multiple)
-    allotment.settle(asked)
-    narrow = spec.model_copy(update={"widths": allotment.widths})
+    allocation = WidthAllocation(model, spec.widths, offers(spec, multiple, seed), multiple)
+    allocation.finalize(asked)
+    narrow = spec.model_copy(update={"widths": allocation.widths})
     count = cost.params if of == "params" else lambda s: cost.macs(s, SIZE)
     assert asked <= 1 - count(narrow) / count(spec) <= asked + WINDOW
-    assert all(allotment.widths[site] % multiple == 0 and allotment.widths[site] >= multiple for site in spec.sites)
+    assert all(allocation.widths[site] % multiple == 0 and allocation.widths[site] >= multiple for site in spec.sites)
 
 
-def test_the_reduction_is_tracked_exactly_while_spending() -> None:
+def test_the_reduction_is_tracked_exactly_while_allocating() -> None:
     spec = ArchSpec.full(26, 32, 128)
     model = cost.macs_model(spec, SIZE)
-    allotment = Allotment(model, spec.widths, offers(spec, 8), 8)
+    allocation = WidthAllocation(model, spec.widths, offers(spec, 8), 8)
     for due in (0.1, 0.3, 0.5):
-        allotment.spend(due, limit=0.6)
-        assert allotment.reduction == 1 - model(allotment.widths) / model(spec.widths)
-        assert due <= allotment.reduction <= 0.6
+        allocation.allocate(due, limit=0.6)
+        assert allocation.reduction == 1 - model(allocation.widths) / model(spec.widths)
+        assert due <= allocation.reduction <= 0.6
 
 
-def test_spending_never_passes_its_limit() -> None:
+def test_allocating_never_passes_its_limit() -> None:
     spec = ArchSpec.full(14, 16, 32)
-    allotment = Allotment(cost.macs_model(spec, SIZE), spec.widths, offers(spec, 8), 8)
-    allotment.spend(0.4, limit=0.401)
-    assert allotment.reduction <= 0.401
+    allocation = WidthAllocation(cost.macs_model(spec, SIZE), spec.widths, offers(spec, 8), 8)
+    allocation.allocate(0.4, limit=0.401)
+    assert allocation.reduction <= 0.401
 
 
 def test_channels_that_retrieval_does_not_need_go_first() -> None:
     spec = ArchSpec.full(26, 32, 128)
     sites = offers(spec, 8)
     useless = "layer3.1.conv2"
-    sites[useless] = Site(128, 8, np.full(128, 1e-9))
-    allotment = Allotment(cost.macs_model(spec, SIZE), spec.widths, sites, 8)
-    allotment.spend(0.03, limit=1.0)
-    assert {site for site in spec.sites if allotment.widths[site] < spec.widths[site]} == {useless}
+    sites[useless] = Site(8, np.full(128, 1e-9))
+    allocation = WidthAllocation(cost.macs_model(spec, SIZE), spec.widths, sites, 8)
+    allocation.allocate(0.03, limit=1.0)
+    assert {site for site in spec.sites if allocation.widths[site] < spec.widths[site]} == {useless}
 
 
 def test_a_narrow_site_keeps_what_it_has() -> None:
@@ -122,14 +120,14 @@ def test_a_block_that_is_worth_little_goes_first_and_whole() -> None:
     spec = ArchSpec.full(26, 32, 128)
     sites, block = offers(spec, 8), ("layer3.1.conv1", "layer3.1.conv2")
     for site in block:
-        sites[site] = Site(128, 8, np.full(128, 1e-6))
-    allotment = Allotment(cost.params_model(spec), spec.widths, sites, 8, [block])
-    allotment.spend(0.1, limit=1.0)
-    assert [allotment.widths[site] for site in block] == [0, 0]
-    narrow = ArchSpec.model_validate({**spec.model_dump(), "widths": allotment.widths})
-    assert allotment.reduction == 1 - cost.params(narrow) / cost.params(spec)
-    allotment.settle(0.5)
-    narrow = ArchSpec.model_validate({**spec.model_dump(), "widths": allotment.widths})
+        sites[site] = Site(8, np.full(128, 1e-6))
+    allocation = WidthAllocation(cost.params_model(spec), spec.widths, sites, 8, [block])
+    allocation.allocate(0.1, limit=1.0)
+    assert [allocation.widths[site] for site in block] == [0, 0]
+    narrow = ArchSpec.model_validate({**spec.model_dump(), "widths": allocation.widths})
+    assert allocation.reduction == 1 - cost.params(narrow) / cost.params(spec)
+    allocation.finalize(0.5)
+    narrow = ArchSpec.model_validate({**spec.model_dump(), "widths": allocation.widths})
     assert 0.5 <= 1 - cost.params(narrow) / cost.params(spec) <= 0.5 + WINDOW
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from pipeline.models.spec import ArchSpec
 from pipeline.models.taps import Taps, pooled
 from pipeline.ops.presets import load_preset
 from pipeline.runtime import launch
+from pipeline.training import loop
 from pipeline.training.loop import Batch, DivergedError, Fit
 from pipeline.training.optim import build, learning_rate, load_state_tensors, state_tensors
 from pipeline.training.state import Checkpoints
@@ -129,7 +131,7 @@ def test_a_student_hits_its_budget_exactly_and_leaves_its_teacher_alone(
         }
     else:
         assert net.spec.widths == teacher.spec.widths
-        masked = task.compression.sites["layer4.0.conv1"].masked
+        masked = task.compression.masks["layer4.0.conv1"].masked
         assert torch.equal(row_norms(net.indicators()["layer4.0.conv1"].matrix.detach()) == 0, masked)
     operation = operate(net, teacher.spec, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
     assert operation.net.spec == small
@@ -140,12 +142,12 @@ def test_a_live_cut_leaves_fading_rows_at_their_level(params: Params, teacher: R
     task, _, _ = prepared(params, teacher, tmp_path)
     assert isinstance(task.compression, Capacity)
     net = fresh_student(params, teacher, task.compression).eval()
-    site = task.compression.sites["layer4.0.conv1"]
+    site = task.compression.masks["layer4.0.conv1"]
     norms = torch.linspace(0.1, 2.0, len(site.kept))
     norms[3:8] = 0.0
     site.masked[:16] = True
-    site.left[:16] = 5
-    site.length[:16] = 1.0
+    site.steps_left[:16] = 5
+    site.full_norm[:16] = 1.0
     with torch.no_grad():
         net.indicators()["layer4.0.conv1"].weight *= norms[:, None, None, None]
     reshaped = task.reshape(net)
@@ -153,7 +155,7 @@ def test_a_live_cut_leaves_fading_rows_at_their_level(params: Params, teacher: R
     matrix = reshaped.net.indicators()["layer4.0.conv1"].matrix.detach()
     expected = torch.where(torch.arange(len(norms)) < 16, norms, torch.ones_like(norms))[norms > 0]
     torch.testing.assert_close(matrix, torch.diag(expected))
-    assert task.compression.sites["layer4.0.conv1"].left.tolist() == [5] * 11 + [0] * (len(norms) - 16)
+    assert task.compression.masks["layer4.0.conv1"].steps_left.tolist() == [5] * 11 + [0] * (len(norms) - 16)
     image = preprocess(next(RandomImages().epoch(5))[0])
     assert largest_difference(net, reshaped.net, image) < 1e-4
 
@@ -165,8 +167,8 @@ def test_norms_of_a_live_cut_are_measured_behind_the_faded_rows(
     assert isinstance(task.compression, Capacity)
     net = fresh_student(params, teacher, task.compression).eval()
     for name, dead in (("layer4.0.conv1", 0), ("layer4.0.conv2", 8)):
-        task.compression.sites[name].masked[:16] = True
-        task.compression.sites[name].length[:16] = 1.0
+        task.compression.masks[name].masked[:16] = True
+        task.compression.masks[name].full_norm[:16] = 1.0
         with torch.no_grad():
             net.indicators()[name].weight[:16] *= 0.1
             net.indicators()[name].weight[: dead or 1] = 0.0
@@ -190,7 +192,7 @@ def test_rows_that_fade_across_the_end_of_an_epoch_are_gone_in_time(
     net = fit.run(lambda: fresh_student(params, teacher, task.compression))
     task.check(net)
     assert isinstance(task.compression, Capacity)
-    assert not any(site.masked.any() for site in task.compression.sites.values())
+    assert not any(site.masked.any() for site in task.compression.masks.values())
     assert net.spec.widths == remaining_spec(net).widths
 
 
@@ -375,7 +377,7 @@ def test_a_budget_that_ends_with_the_last_step_is_still_chosen(
     task, fit, _ = prepared(Params.model_validate(content), teacher, tmp_path)
     fit.run(lambda: fresh_student(params, teacher, task.compression))
     assert isinstance(task.compression, Capacity)
-    assert task.compression.settled
+    assert task.compression.finalized
 
 
 def test_a_damaged_generation_is_passed_over(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
@@ -426,15 +428,27 @@ def test_nothing_shrinks_without_a_capacity(params: Params, teacher: RetrievalNe
     assert alive(net) == {}
 
 
-def test_two_devices_end_with_the_same_narrow_student(params: Params, tmp_path: Path) -> None:
+def two_devices(folder: Path, params: Path) -> tuple[str, str]:
+    """Train on two devices, and what each says that it ended with."""
+    command = [sys.executable, "-m", "tests.training.two_devices", folder, params]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+    return (folder / "0.txt").read_text(), (folder / "1.txt").read_text()
+
+
+def test_two_devices_end_with_the_same_student_and_resume_from_the_first_ones_state(
+    params: Params, tmp_path: Path
+) -> None:
     params = change(params, "runtime", devices=2, strategy="ddp")
     (tmp_path / "params.json").write_text(params.model_dump_json())
-    subprocess.run(
-        [sys.executable, "-m", "tests.training.two_devices", tmp_path, tmp_path / "params.json"],
-        cwd=ROOT, check=True, timeout=300,
-    )  # fmt: skip
-    first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
+    first, second = two_devices(tmp_path, tmp_path / "params.json")
     assert first == second
+    assert first.endswith("epochs 0 1 2 3 4")
+    states = {rank: tmp_path / str(rank) / "epoch-00004.safetensors" for rank in (0, 1)}
+    assert not states[1].exists()  # only the first device saves
+    states[1].parent.mkdir(exist_ok=True)
+    states[0].rename(states[1])  # the second would be done, the first has an epoch to go
+    resumed, other = two_devices(tmp_path, tmp_path / "params.json")
+    assert resumed == other == first.replace("epochs 0 1 2 3 4", "epochs 3 4")
 
 
 @pytest.mark.parametrize("method", ["static-magnitude", "static-random"])
@@ -507,16 +521,55 @@ def test_a_teacher_learns_under_both_recipes(params: Params, tmp_path: Path, rec
     assert rows[0]["loss"] == pytest.approx(rows[0]["identity"] + rows[0]["triplet"])
 
 
-def test_a_diverging_loss_stops_with_epoch_and_step(params: Params, tmp_path: Path) -> None:
+def test_a_diverging_loss_stops_with_epoch_and_steps(params: Params, tmp_path: Path) -> None:
     fabric = launch(params.runtime, 0)
     net = fresh_teacher(params.teacher, IDENTITIES)
     with torch.no_grad():
         net.head.fc.weight.fill_(torch.nan)
     fit = Fit(fabric, params.teacher, TeacherTask(params.teacher, None), RandomImages(), preprocess,
               Checkpoints(tmp_path), lambda row: None)  # fmt: skip
-    with pytest.raises(DivergedError, match=r"loss is nan in epoch 1, step 1"):
+    with pytest.raises(DivergedError, match=r"loss became NaN or infinite in epoch 1, steps 1 to 6; .*'identity': nan"):
         fit.run(lambda: net)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_diverges_later_is_found_within_some_steps_and_the_last_good_state_stays(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "READ_EVERY", 4)
+
+    class Diverging(TeacherTask):
+        def losses(self, *arguments: Any) -> dict[str, Tensor]:
+            found = super().losses(*arguments)
+            late = arguments[-1] == (STEPS + 4) / (2 * STEPS)  # one step, the fifth of the second epoch
+            return {**found, "loss": found["loss"] / 0.0} if late else found
+
+    params = change(params, "teacher", epochs=2)
+    fit = Fit(launch(params.runtime, 0), params.teacher, Diverging(params.teacher, None), RandomImages(), preprocess,
+              Checkpoints(tmp_path), lambda row: None)  # fmt: skip
+    with pytest.raises(DivergedError, match="in epoch 2, steps 5 to 6"):
+        fit.run(lambda: fresh_teacher(params.teacher, IDENTITIES))
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch-00001.safetensors"]
+
+
+def test_the_curve_holds_the_mean_of_each_loss(params: Params, tmp_path: Path) -> None:
+    seen: list[dict[str, float]] = []
+
+    class Listening(TeacherTask):
+        def losses(self, *arguments: Any) -> dict[str, Tensor]:
+            found = super().losses(*arguments)
+            seen.append({name: float(value.detach()) for name, value in found.items()})
+            return found
+
+    rows: list[dict[str, float]] = []
+    fit = Fit(launch(params.runtime, 0), params.teacher, Listening(params.teacher, None), RandomImages(), preprocess,
+              Checkpoints(tmp_path), rows.append)  # fmt: skip
+    fit.run(lambda: fresh_teacher(params.teacher, IDENTITIES))
+    for name in ("loss", "identity", "triplet"):
+        total = 0.0
+        for values in seen:
+            total += values[name] / STEPS
+        assert rows[0][name] == total  # to the last digit
 
 
 def test_the_learning_rate_warms_up_holds_and_falls(params: Params) -> None:

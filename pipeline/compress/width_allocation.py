@@ -22,20 +22,18 @@ Move = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Site:
-    """What a site offers.
+    """What a site can give up.
 
     Attributes:
-        width: Channels that are not yet given up for good.
         least: Channels it must keep.
-        scores: Importance of the `width` channels, ascending.
+        scores: Importance of the channels that are not committed, ascending.
     """
 
-    width: int
     least: int
     scores: np.ndarray
 
 
-class Allotment:
+class WidthAllocation:
     """Widths of all sites under a common budget.
 
     Args:
@@ -43,7 +41,7 @@ class Allotment:
         full: Widths of the uncompressed network, all dimensions.
         sites: What may still be given up, by site.
         multiple: Widths are reduced to whole multiples of it.
-        blocks: Groups of sites that may go together, whatever they must keep else.
+        blocks: Groups of sites that may go together, whatever they must keep otherwise.
     """
 
     def __init__(
@@ -59,7 +57,7 @@ class Allotment:
         self._sites = sites
         self._multiple = multiple
         self._blocks = {f"block of {block[0]}": tuple(block) for block in blocks}
-        self.widths = {**full, **{name: site.width for name, site in sites.items()}}
+        self.widths = {**full, **{name: len(site.scores) for name, site in sites.items()}}
         self._sums = {name: np.concatenate([[0.0], np.cumsum(site.scores)]) for name, site in sites.items()}
         self._terms: dict[str, list[Term]] = defaultdict(list)
         for term in cost.terms:
@@ -67,67 +65,45 @@ class Allotment:
                 self._terms[name].append(term)
 
     @classmethod
-    def of(cls, spec: ArchSpec, config: Student, cost: CostModel, scores: Mapping[str, np.ndarray]) -> "Allotment":
-        """What a student may give up.
+    def of(
+        cls, spec: ArchSpec, config: Student, cost: CostModel, scores: Mapping[str, np.ndarray]
+    ) -> "WidthAllocation":
+        """Return the allocation of a student that has given up nothing but its committed channels.
 
         Args:
             spec: The uncompressed network.
             config: Section of params.yaml.
             cost: What the budget counts.
-            scores: Importance of the channels at each site that are not yet given up for good, in any order.
+            scores: Importance of the channels at each site that are not committed, in any order.
         """
-        multiple = config.channel_multiple
-        least = least_widths(spec, scores, multiple)
-        sites = {name: Site(len(free), least[name], np.sort(free.astype(np.float64))) for name, free in scores.items()}
-        return cls(cost, spec.widths, sites, multiple, droppable(spec, config, scores))
+        least = least_widths(spec, scores, config.channel_multiple)
+        sites = {name: Site(least[name], np.sort(free.astype(np.float64))) for name, free in scores.items()}
+        return cls(cost, spec.widths, sites, config.channel_multiple, droppable(spec, config, scores))
 
     @property
     def reduction(self) -> float:
         """Share of the cost that is gone at the present widths."""
         return 1 - self._cost(self.widths) / self._base
 
-    def _next(self, name: str) -> Move | None:
-        """What gives up the next group of a site, or a block; None if it has nothing to give."""
-        if name in self._blocks:
-            return dict.fromkeys(self._blocks[name], 0) if all(map(self.widths.get, self._blocks[name])) else None
-        smaller = (self.widths[name] - 1) // self._multiple * self._multiple
-        return {name: smaller} if smaller >= self._sites[name].least else None
-
-    def _saving(self, move: Move) -> float:
-        """Share of the full cost that a move saves."""
-        before = {**self._cost.fixed, **self.widths}
-        after = {**before, **move}
-        touched = {id(term): term for site in move for term in self._terms[site]}.values()
-        return sum(term(before) - term(after) for term in touched) / self._base
-
-    def _price(self, name: str) -> tuple[float, float] | None:
-        """Importance lost per saving, and the saving, of the next move of a site or block."""
-        move = self._next(name)
-        if move is None:
-            return None
-        saving = self._saving(move)
-        return (self._lost(move) / saving, saving) if saving > 0 else None
-
-    def spend(self, due: float, limit: float) -> None:
-        """Give up what is cheapest until the reduction reaches `due`, and never more than `limit`.
+    def allocate(self, due: float, limit: float) -> None:
+        """Give up what is cheapest until the reduction reaches `due`.
 
         Args:
             due: Reduction to reach.
-            limit: Reduction not to exceed; a move that would is left alone.
+            limit: Reduction not to exceed; a move that would is skipped.
         """
         prices = {name: self._price(name) for name in (*self._sites, *self._blocks)}
         reduction = self.reduction
         while reduction < due:
-            offers = [
+            affordable = [
                 (price[0], name, price[1])
                 for name, price in prices.items()
                 if price is not None and reduction + price[1] <= limit
             ]
-            if not offers:
+            if not affordable:
                 return
-            _, cheapest, saving = min(offers)
+            _, cheapest, saving = min(affordable)
             move = self._next(cheapest)
-            assert move is not None  # noqa: S101 - what has a price has a move
             self.widths.update(move)
             reduction += saving
             changed = {name for site in move for term in self._terms[site] for name in (term.left, term.right)}
@@ -135,16 +111,16 @@ class Allotment:
                 if changed & {name, *self._blocks.get(name, ())}:
                     prices[name] = self._price(name)
 
-    def settle(self, asked: float) -> None:
-        """Reach the final reduction: at least `asked`, and above it by as little as costs least.
+    def finalize(self, asked: float) -> None:
+        """Reach the final reduction: in [asked, asked + `WINDOW`] at the lowest loss of importance.
 
-        Spends up to `asked`, then looks for the one or two moves (given up, or one given back for another) that land
+        Allocates up to `asked`, then looks for the one or two moves (given up, or one given back for another) that land
         in the window at the lowest loss. Where none do, the two that come closest from below are made, and so on.
 
         Raises:
-            BudgetError: If nothing leads there.
+            BudgetError: If no moves lead there.
         """
-        self.spend(asked, limit=asked)
+        self.allocate(asked, limit=asked)
         while self.reduction < asked:
             reduction = self.reduction
             inside: tuple[float, Move] | None = None
@@ -169,20 +145,39 @@ class Allotment:
                 )
             self.widths.update(best[1])
 
+    def _next(self, name: str) -> Move:
+        """Return the move that gives up the next group of a site, or a block; empty if nothing is left to give up."""
+        if name in self._blocks:
+            return dict.fromkeys(self._blocks[name], 0) if all(map(self.widths.get, self._blocks[name])) else {}
+        smaller = (self.widths[name] - 1) // self._multiple * self._multiple
+        return {name: smaller} if smaller >= self._sites[name].least else {}
+
     def _moves(self, name: str) -> list[Move]:
-        """The next move of a site or block, and giving back the last group of a site."""
-        smaller = self._next(name)
-        moves = [] if smaller is None else [smaller]
+        """Return the next move of a site or block, and the one that gives back the last group of a site."""
+        moves = [move] if (move := self._next(name)) else []
         if name in self._sites:
-            larger = min(self.widths[name] + self._multiple, self._sites[name].width)
-            if 0 < self.widths[name] < larger:  # a block that went does not come back in part
+            larger = min(self.widths[name] + self._multiple, len(self._sites[name].scores))
+            if 0 < self.widths[name] < larger:  # a removed block does not come back in part
                 moves.append({name: larger})
         return moves
 
+    def _saving(self, move: Move) -> float:
+        """Return the share of the full cost that a move saves."""
+        before = {**self._cost.fixed, **self.widths}
+        after = {**before, **move}
+        touched = {id(term): term for site in move for term in self._terms[site]}.values()
+        return sum(term(before) - term(after) for term in touched) / self._base
+
     def _lost(self, move: Move) -> float:
-        """Importance lost by going from the present widths to others; negative when channels come back."""
+        """Return the importance that a move loses; negative when channels come back."""
         lost = 0.0
         for site, width in move.items():
-            full, sums = self._sites[site].width, self._sums[site]
+            full, sums = len(self._sites[site].scores), self._sums[site]
             lost += float(sums[full - width] - sums[full - self.widths[site]])
         return lost
+
+    def _price(self, name: str) -> tuple[float, float] | None:
+        """Return importance lost per saving, and the saving, of the next move of a site or block; None without one."""
+        move = self._next(name)
+        saving = self._saving(move)
+        return (self._lost(move) / saving, saving) if saving > 0 else None
