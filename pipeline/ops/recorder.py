@@ -29,8 +29,6 @@ from pipeline.records import RECORDS
 
 log = logging.getLogger(__name__)
 
-UPLOADS = {"export": "export", "benchmark": "report"}
-"""Folder in the run's artefacts, for stages whose results are worth a look."""
 PICTURES = ("pareto.png", "panel-01.png")
 """Of the report, for the execution itself."""
 FLOW_RUN = "SMALLER_STUDENT_FLOW_RUN"
@@ -60,13 +58,7 @@ def flatten(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 class Recorder:
-    """Writes the records of one execution, as far as this process knows them.
-
-    Args:
-        files: Of the checkout.
-        params: Recorded with the execution.
-        execution: The execution.
-    """
+    """Writes the records of one execution."""
 
     def __init__(self, files: Files, params: Params, execution: Execution) -> None:
         self._files, self._params, self._execution = files, params, execution
@@ -108,9 +100,10 @@ class Recorder:
             seconds = read_json(self._files.timings(record.stage))["seconds"]
             times = {f"time/{part}": value for part, value in seconds.items()}
             record = self._with_results(record, times)
-            if (left := upload_folder(self._files, record.stage)) and left.is_dir():
+            left = {"export": self._files.artifacts("export"), "benchmark": self._files.report}.get(record.stage)
+            if left is not None and left.is_dir():
                 names = sorted(path.name for path in left.iterdir())
-                record = record.changed(folder=self.records.keep(left, names, UPLOADS[record.stage]))
+                record = record.changed(folder=self.records.keep(left, names, left.name))
         self.records.write(name, record.changed(status=status, ended=ended))
         if status == "FINISHED":
             self._sum_up()
@@ -201,11 +194,6 @@ class Recorder:
         return None
 
 
-def upload_folder(files: Files, stage: str) -> Path | None:
-    """What a stage uploads: the ONNX files with their papers, the report with its pictures."""
-    return {"export": files.artifacts("export"), "benchmark": files.report}.get(stage)
-
-
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -222,14 +210,7 @@ def _sources(root: Path) -> dict[str, str]:
 
 
 class StageRun:
-    """Records one stage while it runs; a context manager whose exit records how it ended.
-
-    Args:
-        files: Of the checkout.
-        params: Recorded with the execution.
-        execution: The execution that the stage belongs to.
-        stage: Its name.
-    """
+    """Records one stage while it runs; a context manager whose exit records how it ended."""
 
     def __init__(self, files: Files, params: Params, execution: Execution, stage: str) -> None:
         self._files, self._stage, self._uri = files, stage, tracking_uri(files)
@@ -318,27 +299,14 @@ class StageRun:
 
 
 def complete(files: Files, params: Params, execution: Execution, changed: Collection[str] = ()) -> None:
-    """Record from disk the stages that an execution did not run.
-
-    Args:
-        files: Of the checkout.
-        params: Of the execution.
-        execution: The execution.
-        changed: As in `Recorder.begin`.
-    """
+    """Record from disk the stages that an execution did not run; `changed` as in `Recorder.begin`."""
     recorder = Recorder(files, params, execution)
     if enabled() and any(stage not in recorder.records.outcomes() for stage in RECORDS):
         recorder.begin(None, changed)
 
 
 def complete_last(files: Files, params: Params, changed: Collection[str]) -> None:
-    """Complete the checkout's last execution: at the end of a plain `dvc repro`, cached stages run no code.
-
-    Args:
-        files: Of the checkout.
-        params: Of the checkout.
-        changed: Stages that are not up to date any more; what they and later ones led to is not known.
-    """
+    """Complete the checkout's last execution: at the end of a plain `dvc repro`, cached stages run no code."""
     mine = [one for one in executions(files) if (record := one.execution()) and record.root == str(files.root)]
     if not mine or mine[-1].kind == "flow" or (record := mine[-1].execution()) is None:
         return

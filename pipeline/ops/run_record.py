@@ -93,11 +93,7 @@ class RunRecord(BaseModel):
 
 
 class Records:
-    """Records of one execution, in a folder of their own.
-
-    Args:
-        folder: Named after the execution's key.
-    """
+    """Records of one execution, in a folder that is named after its key."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -169,15 +165,10 @@ class Records:
         return {record.stage: record.status for record in self.stages().values()}
 
     def keep(self, source: Path, names: list[str], folder: str) -> str:
-        """Copy files that are to be uploaded.
-
-        Args:
-            source: Folder that holds them.
-            names: Of the files and folders.
-            folder: Name of the copies' folder, here and in the run's artefacts.
+        """Copy files and folders below `source` to `files`/`folder`, until they are uploaded.
 
         Returns:
-            The folder's name; empty if they could not be copied, which a full disk must not turn into a failed stage.
+            `folder`, or an empty text if the copying failed: a full disk must not turn into a failed stage.
         """
         target = self.files / folder
         shutil.rmtree(target, ignore_errors=True)

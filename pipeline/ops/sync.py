@@ -123,16 +123,7 @@ class Sync:
 
 
 class _Upload:
-    """One execution on its way to one store.
-
-    Args:
-        sync: Opens the store.
-        records: Of the execution.
-        again: Forget what the store has.
-
-    Attributes:
-        state: What the store has, as `Records.synced`.
-    """
+    """One execution on its way to one store; `again` forgets what the store has."""
 
     def __init__(self, sync: Sync, records: Records, again: bool) -> None:
         self.sync, self.client, self.records = sync, sync.client, records
