@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pipeline.ops.presets import COMPLETE, is_preset, load_preset, names, preset
 
 ROOT = Path(__file__).parents[2]
 TEXT = preset_text(ROOT, COMPLETE)
+SCHEMA = Params.model_json_schema()
 OTHERS = [name for name in names(ROOT) if name != COMPLETE]
 
 
@@ -105,12 +107,11 @@ def commented() -> list[tuple[str, str]]:
 
 def schema(key: str) -> dict[str, Any]:
     """JSON schema of a key; of its entries, if it is a list."""
-    whole = Params.model_json_schema()
-    found = whole
+    found = SCHEMA
     for part in key.split("."):
         found = found["properties"][part]
         if "$ref" in found:
-            found = whole["$defs"][found["$ref"].rpartition("/")[2]]
+            found = SCHEMA["$defs"][found["$ref"].rpartition("/")[2]]
     items: dict[str, Any] = found.get("items", found)
     return items
 
@@ -217,13 +218,19 @@ def test_values_comments_and_order_of_ones_own_stay(path: Path, end: str, last: 
 def test_values_of_another_type_stay_and_are_left_to_load(path: Path) -> None:
     text = TEXT.replace("  near: 4 ", "  near: many ").replace("seed: 0 ", "seed: {a: 1} ")
     text = without(without(text, "data.vehicles"), "data.cache").replace("  own: ", "  vehicles: 7\n  own: ")
+    text = text.replace("    test_identities: 800 ", "    # test_identities: 800 ")  # leaves `vehicleid:` empty
     found, changes = upgraded(path, text)
     assert changes == ["added `data.cache: true`"]
     content = values(found)
     assert (content["seed"], content["data"]["near"], content["data"]["vehicles"]) == ({"a": 1}, "many", 7)
     with pytest.raises(ParamsError) as caught:
         load(path)
-    assert len(caught.value.complaints) == 3
+    assert [line.split(" (")[0] for line in caught.value.complaints[1:]] == [
+        "`data.near` must be a whole number, got the text 'many'",
+        "`data.vehicles` must be a section with keys of its own, got 7",
+        "`data.vehicleid` must be a section with keys of its own, got nothing",
+    ]
+    assert caught.value.complaints[0].startswith("`seed` must be a whole number, got the section")
 
 
 LICENCE, SITES, AUGMENT = "export.licence", "student.sites", "student.augment"
@@ -330,15 +337,12 @@ def test_whatever_is_missing_is_added_and_nothing_else_changes(
     tmp_path_factory: pytest.TempPathFactory, missing: set[str]
 ) -> None:
     own = TEXT.replace("near: 4 ", "near: 7 ").replace("#", "# my notes:")
-    for key in missing:
-        if all(part not in missing for part in parents(key)):
+    for key in sorted(missing):
+        *sections, name = key.split(".")
+        section = reduce(lambda content, part: content.get(part, {}), sections, values(own))
+        if name in section and len(section) > 1:  # a section with nothing in it is a value of another type
             own = without(own, key)
     text, _ = upgraded(tmp_path_factory.mktemp("any") / "params.yaml", own)
     lines = iter(text.splitlines())
     assert all(line in lines for line in own.splitlines())
     assert leaves(values(text)) == leaves(values(TEXT)) | leaves(values(own))
-
-
-def parents(key: str) -> list[str]:
-    parts = key.split(".")
-    return [".".join(parts[:depth]) for depth in range(1, len(parts))]
