@@ -1,6 +1,7 @@
 """The doctor names what is wrong, and removes only what is dead."""
 
 import json
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pipeline.ops import doctor
 from pipeline.ops.doctor import Check
 from pipeline.ops.locks import Busy, retraining
 from pipeline.ops.rwlock import release_dead
+from pipeline.ops.tracking import LIMITS
 from tests.fake_stages import Start
 
 
@@ -200,6 +202,8 @@ def test_marks_of_a_merge_and_wrong_params_are_named(pipeline: Files) -> None:
 
 def test_a_store_that_cannot_be_used_is_named(pipeline: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name, value in LIMITS.items():
+        monkeypatch.setenv(name, value)
     (new,) = doctor.mlflow(pipeline)
     assert new.ok and new.message.endswith("mlflow.db is created by the first run")
     assert not pipeline.mlflow_db.exists()
@@ -207,9 +211,12 @@ def test_a_store_that_cannot_be_used_is_named(pipeline: Files, monkeypatch: pyte
     MlflowClient(f"sqlite:///{pipeline.mlflow_db}").search_experiments()
     (there,) = doctor.mlflow(pipeline)
     assert there.ok and there.message.endswith("mlflow.db answers")
-    with closing(sqlite3.connect(pipeline.mlflow_db)) as database:
+    other = pipeline.root / "other.db"  # MLflow checks a store once in a process
+    shutil.copy(pipeline.mlflow_db, other)
+    with closing(sqlite3.connect(other)) as database:
         database.execute("update alembic_version set version_num = '451aebb31d03'")
         database.commit()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
     (older,) = doctor.mlflow(pipeline)
     assert older.ok is False and older.remedy == "back the database up, then `mlflow db upgrade URI`"
 

@@ -108,6 +108,7 @@ class Stack:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
+                start_new_session=True,  # as in a container; Ctrl-C is for pytest alone
                 **(unprivileged() if name == "postgres" else {}),
             )
 

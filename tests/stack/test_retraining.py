@@ -236,8 +236,8 @@ def test_a_training_that_is_cut_off_ends_at_once_and_the_next_goes_on(
         wait_until(lambda: stack.processes["worker"].poll() is not None, 10)
         stack.start("worker")
         assert ended(server, run).state_name == "Crashed"
-    wait_until(lambda: killed(stack), 30)
-    wait_until(lambda: unlocked(stack), 10)
+    wait_until(lambda: killed(stack), 120)
+    wait_until(lambda: unlocked(stack), 30)
     if way == "worker killed":
         before = len(log(stack))
         run = ended(server, start(server))
