@@ -103,11 +103,6 @@ def cost_model(
 def refuse_unreachable(spec: ArchSpec, config: Student, cost: CostModel) -> None:
     """Refuse, before training, a budget that the structure cannot keep.
 
-    Args:
-        spec: The uncompressed network.
-        config: Section of params.yaml.
-        cost: What the budget counts.
-
     Raises:
         BudgetError: With the largest possible reduction and the layers that bind; or if there are no sites.
     """

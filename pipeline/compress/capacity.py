@@ -34,14 +34,6 @@ log = logging.getLogger(__name__)
 class Capacity(Compression):
     """Chooses the channels that must go and drives them to zero.
 
-    Args:
-        spec: The uncompressed network.
-        config: Section of params.yaml.
-        cost: What the budget counts.
-        steps: Steps of the whole training.
-        seed: Seed of importance `random`.
-        device: Where the student lives.
-
     Raises:
         BudgetError: If no widths keep to the budget; for a latency budget, networks are timed to know that.
     """
@@ -87,13 +79,7 @@ class Capacity(Compression):
         return self.schedule.due(progress)
 
     def step(self, net: RetrievalNet, optimizer: Callable[[], object], progress: float) -> None:
-        """Score the channels, revise the masks where that is due, step, and shrink the masked channels.
-
-        Args:
-            net: The student, after the backward pass.
-            optimizer: Steps.
-            progress: Share of the training done before this step.
-        """
+        """Score the channels, revise the masks where that is due, step, and shrink the masked channels."""
         step = round(progress * self.schedule.steps)
         if not self.finalized:
             self.score(net)
@@ -150,9 +136,6 @@ class Capacity(Compression):
 
         The reduction may exceed the window if the final timing showed that channels which were already removed saved
         more than estimated.
-
-        Args:
-            widths: What is left.
 
         Raises:
             BudgetMissedError: With the reduction that was reached.

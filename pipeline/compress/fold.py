@@ -26,10 +26,6 @@ EPS = 1e-5
 def fold(net: RetrievalNet, sites: Iterable[str]) -> RetrievalNet:
     """Remove compactors and gates without changing the function in evaluation mode.
 
-    Args:
-        net: Network with indicators at `sites`.
-        sites: Indicators to fold.
-
     Returns:
         A new network; the mean of each new batch norm is exact, its variance treats channels as uncorrelated
         (`recentre` measures it).

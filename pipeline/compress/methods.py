@@ -17,14 +17,6 @@ def compression(
 ) -> Compression:
     """Return the method that params.yaml names, before the first step.
 
-    Args:
-        config: Section of params.yaml.
-        teacher: The uncompressed network.
-        cost: What the budget counts.
-        steps: Steps of the whole training.
-        seed: Seed of random importance.
-        device: Where the student lives.
-
     Raises:
         BudgetError: If no widths keep to the budget.
     """

@@ -84,15 +84,7 @@ class PaperSite:
 
 
 class PaperCapacity(Compression):
-    """Masks and lasso of the published method; nothing is cut out before surgery, and no reduction is promised.
-
-    Args:
-        spec: The uncompressed network.
-        config: Section of params.yaml.
-        cost: What a budget would count.
-        steps: Steps of the whole training.
-        device: Where the student lives.
-    """
+    """Masks and lasso of the published method; nothing is cut out before surgery, and no reduction is promised."""
 
     def __init__(self, spec: ArchSpec, config: Student, cost: CostModel, steps: int, device: torch.device) -> None:
         super().__init__(cost)
@@ -140,13 +132,7 @@ class PaperCapacity(Compression):
             site.remember(functional.normalize(seen))
 
     def step(self, net: RetrievalNet, optimizer: Callable[[], object], progress: float) -> None:
-        """After the backward pass: take retrieval from masked rows, add the lasso, step.
-
-        Args:
-            net: The student, with gradients.
-            optimizer: Steps.
-            progress: Share of the training done before this step.
-        """
+        """After the backward pass: take retrieval from masked rows, add the lasso, step."""
         indicators = net.indicators()
         if progress >= self.config.paper.start:
             reset_gradients((indicators[name].weight, site.masked) for name, site in self.sites.items())

@@ -20,11 +20,6 @@ from pipeline.models.spec import ArchSpec
 def by_magnitude(net: RetrievalNet, config: Student, cost: CostModel) -> tuple[SurgeryPlan, CostModel]:
     """Keep the channels with the largest batch-norm scales, all sites compared per saved cost as in method `budget`.
 
-    Args:
-        net: The teacher.
-        config: Section of params.yaml.
-        cost: What the budget counts.
-
     Returns:
         What is kept, and the cost model, corrected by timing where latency is the budget.
 
@@ -47,11 +42,6 @@ def by_magnitude(net: RetrievalNet, config: Student, cost: CostModel) -> tuple[S
 
 def by_factor(spec: ArchSpec, config: Student, cost: CostModel) -> tuple[SurgeryPlan, CostModel]:
     """Keep the first channels of each site: the same share of all, then adjusted to land on the budget.
-
-    Args:
-        spec: The teacher's.
-        config: Section of params.yaml.
-        cost: What the budget counts.
 
     Returns:
         What is kept, and the cost model, corrected by timing where latency is the budget.

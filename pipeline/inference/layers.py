@@ -39,12 +39,7 @@ Seconds = dict[str, float]
 def latency_model(spec: ArchSpec, image_size: tuple[int, int], multiple: int) -> CostModel:
     """Seconds for one image with all threads, as a function of widths.
 
-    Takes some seconds for small networks, and a minute for large ones.
-
-    Args:
-        spec: The uncompressed network.
-        image_size: Height and width, pixels.
-        multiple: Of the widths that are tried.
+    It takes some seconds for small networks, and a minute for large ones.
     """
     specs = list(_samples(spec, multiple))
     files = [timing_graph(sample, image_size) for sample in specs]

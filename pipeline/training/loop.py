@@ -4,7 +4,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -24,7 +24,6 @@ READ_EVERY = 50
 Batch = tuple[Tensor, Tensor, Tensor]
 """Images (B, 3, H, W) uint8, labels (B,), rows of the manifest (B,)."""
 
-
 Forward = Callable[[Tensor], Output]
 """A network's forward pass."""
 
@@ -43,14 +42,8 @@ class Loader(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Reshaped:
-    """A network that has become narrower.
-
-    Attributes:
-        net: The new network.
-        carry: Maps a parameter's name and a tensor of its old shape (the optimiser's state) to the new shape.
-    """
+class Reshaped(NamedTuple):
+    """A narrower network, and what maps a parameter's name and a tensor of its old shape to the new shape."""
 
     net: RetrievalNet
     carry: Callable[[str, Tensor], Tensor]
@@ -94,12 +87,7 @@ class Fit:
     """One training, from the first epoch or from where it was interrupted.
 
     Attributes:
-        fabric: Launched Fabric.
-        config: Section of params.yaml.
-        task: What is trained for.
-        loader: Batches.
         preprocess: From uint8 images (B, 3, H, W) to what the network takes.
-        checkpoints: Where states are saved after each epoch.
         report: Called with each row of the curve, restored rows included.
     """
 
@@ -112,13 +100,7 @@ class Fit:
     report: Callable[[dict[str, float]], None]
 
     def run(self, start: Callable[[], RetrievalNet]) -> RetrievalNet:
-        """Train.
-
-        Args:
-            start: Makes the first network; not called when a saved state is found.
-
-        Returns:
-            The trained network, in evaluation mode.
+        """Train, from the network that `start` makes or from a saved state, and return the network in evaluation mode.
 
         Raises:
             DivergedError: If the loss becomes NaN or infinite; the last good state stays on disk.
@@ -128,11 +110,7 @@ class Fit:
         return net.eval()
 
     def states(self, start: Callable[[], RetrievalNet]) -> Iterator[TrainingState]:
-        """The same, epoch by epoch: the state that training begins with, and that after each epoch.
-
-        Args:
-            start: Makes the first network; not called when a saved state is found.
-        """
+        """Train epoch by epoch: yield the state that training begins with, and that after each epoch."""
         optimizer: Optimizer = self.config.optimizer
         state = self.checkpoints.restore(optimizer, self.fabric)
         if state is None:

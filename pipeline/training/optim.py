@@ -32,12 +32,7 @@ def build(net: RetrievalNet, config: Optimizer) -> torch.optim.Optimizer:
 
 
 def learning_rate(progress: float, config: Optimizer) -> float:
-    """Learning rate at a share of the training: linear warm-up from a tenth, plateau, cosine.
-
-    Args:
-        progress: In [0, 1].
-        config: Section of params.yaml.
-    """
+    """Learning rate at a share of the training: linear warm-up from a tenth, plateau, cosine."""
     if progress < config.warmup:
         return config.lr * (0.1 + 0.9 * progress / config.warmup)
     if progress < config.hold:

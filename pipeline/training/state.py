@@ -23,7 +23,6 @@ log = logging.getLogger(__name__)
 GENERATIONS = 2
 """Saved states that are kept: the newest, and one to fall back on."""
 
-
 Saved = tuple[dict[str, str], dict[str, Tensor]]
 """What a file holds: its header, and tensors by name."""
 
@@ -59,13 +58,7 @@ class TrainingState:
 
     @classmethod
     def build(cls, saved: Saved, config: Optimizer, device: torch.device) -> "TrainingState":
-        """Make a state from what was read.
-
-        Args:
-            saved: What `read` returned.
-            config: How to build the optimiser.
-            device: Where network and optimiser live.
-        """
+        """Make a state from what was read."""
         header, tensors = saved
 
         def part(prefix: str) -> dict[str, Tensor]:

@@ -46,11 +46,8 @@ class StudentTask(Task):
     """Distillation, and what the method does to the student's channels meanwhile.
 
     Attributes:
-        fabric: Launched Fabric.
-        config: Section of params.yaml.
         teacher: Frozen, in evaluation mode.
         image_size: Height and width, pixels.
-        compression: The method.
         calibration: Normalised training images (B, 3, H, W) that folded batch norms are measured on.
         validate: mAP on held-out identities, None where there are none.
         answers: The teacher's, where they are kept for other students.
@@ -220,13 +217,7 @@ def spread(rows: Rows, count: int) -> Rows:
 
 
 def fresh_student(params: Params, teacher: RetrievalNet, chosen: Compression) -> RetrievalNet:
-    """A student before its first epoch: as heavy as the teacher, with indicators where it may shrink, or cut already.
-
-    Args:
-        params: All of params.yaml.
-        teacher: What it learns from, and may start from.
-        chosen: The method, before the first step.
-    """
+    """Build a student before its first epoch: as heavy as the teacher, with indicators, or cut already."""
     config = params.student
     if config.method == "static-random":
         return RetrievalNet(cut_spec(teacher.spec, plan_of(chosen)))
@@ -250,17 +241,10 @@ def student_task(
     validate: Validate | None,
     answers: Path | None = None,
 ) -> StudentTask:
-    """What the student is trained for.
+    """Set a student's training up; the teacher is moved to the training device and frozen.
 
-    Args:
-        fabric: Launched Fabric.
-        params: All of params.yaml.
-        teacher: It is moved to the training device, put in evaluation mode and frozen.
-        budgeted: What the budget counts.
-        steps: Steps of the whole training.
-        calibration: Normalised training images that folded batch norms are measured on.
-        validate: mAP on held-out identities.
-        answers: Folder where the teacher's answers are kept for other students, if `runtime.answers_gib` asks for it.
+    `budgeted` is what the budget counts, `steps` the steps of the whole training, `answers` the folder where the
+    teacher's answers are kept for other students, if `runtime.answers_gib` asks for it.
 
     Raises:
         BudgetError: If no widths keep to the budget.

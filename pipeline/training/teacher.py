@@ -86,11 +86,7 @@ def validation(
 
 
 def fresh_teacher(config: Teacher, identities: int) -> RetrievalNet:
-    """A teacher before its first epoch.
-
-    Args:
-        config: Section of params.yaml.
-        identities: Number of training identities.
+    """Build a teacher before its first epoch.
 
     Raises:
         ValueError: If weights are asked for that do not fit.
@@ -106,11 +102,7 @@ def fresh_teacher(config: Teacher, identities: int) -> RetrievalNet:
 
 
 def pretrained(weights: str, depth: int) -> dict[str, Tensor]:
-    """A torchvision-named state dict.
-
-    Args:
-        weights: ``imagenet``, or the path of a .safetensors file.
-        depth: Depth of the ResNet.
+    """Load a torchvision-named state dict: torchvision's published weights (``imagenet``) or a .safetensors file.
 
     Raises:
         ValueError: If torchvision publishes no weights of this depth, or the file is no safetensors file.
