@@ -28,10 +28,10 @@ demo: setup
 	python -m dvc repro
 	python -m pipeline compare
 
-# Hours; run it again to go on after an interruption.
+# Hours, in DVC's queue; run it again to go on after an interruption.
 evidence: setup
 	python -m pipeline preset evidence
-	python -m pipeline evidence
+	python -m benchmarks.evidence
 
 # Two at a time, each on one processor: threads of torch that have none of their own wait for one another at full speed.
 test: setup

@@ -17,7 +17,6 @@ from pipeline.export.files import Workshop
 from pipeline.export.metadata import Metadata, params_digest
 from pipeline.export.parity import Probe
 from pipeline.export.release import ALL_IN_ONE, INT8, STUDENT, TEACHER, sha256, write_release
-from pipeline.inference.timing import gains
 from pipeline.models import cost
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
@@ -73,7 +72,6 @@ def export(run: Run) -> ExportRecord:
         probe=Probe(images, rows, len(queries), MEAN, STD, score, params.export.gates),
         describe=describe,
         embed=by_torch,
-        gains=lambda files, of: gains(files, of, (height, width)),
         calibration=[
             normalised(images.batch(seen[start : start + int8.BATCH]), MEAN, STD)
             for start in range(0, len(seen), int8.BATCH)

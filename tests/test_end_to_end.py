@@ -308,10 +308,9 @@ def test_methods_are_compared_as_experiments_that_need_not_run_twice(finished: P
     for command in (["add", "-A"], ["commit", "-q", "-m", "ran"]):
         subprocess.run([*git, *command], cwd=folder, check=True, capture_output=True)
     code = """
-import sys
-from pipeline.files import Files
-from pipeline.ops.evidence import Cell, gather
-gather(Files.here(), [Cell("budget", 0.4, 0), Cell("static-magnitude", 0.45, 0), Cell("paper", None, 0)])
+from pathlib import Path
+from benchmarks.evidence.experiments import Cell, gather
+gather(Path.cwd(), [Cell("budget", 0.4, 0), Cell("static-magnitude", 0.45, 0), Cell("paper", None, 0)])
 """
     outputs = []
     for _ in range(2):

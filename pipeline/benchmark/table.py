@@ -22,12 +22,8 @@ HEADLINE = setting(batch=1, threads=0)
 """The setting that `speedup` is told for."""
 
 
-def gains(timings: Sequence[Timing], of: str = TEACHER) -> dict[str, dict[str, Gain]]:
-    """How much faster each other file is than one, by file and setting.
-
-    Args:
-        timings: Of all files, at the same settings.
-        of: The file to compare with.
+def gains(timings: Sequence[Timing]) -> dict[str, dict[str, Gain]]:
+    """Compare all files with the teacher at each setting: speed-up by file and setting.
 
     Raises:
         KeyError: If a setting was timed for some files only.
@@ -36,12 +32,12 @@ def gains(timings: Sequence[Timing], of: str = TEACHER) -> dict[str, dict[str, G
     for timing in timings:
         found.setdefault(timing.file, {})[setting(timing.batch, timing.threads)] = timing
     for file, by_setting in found.items():
-        if lonely := set(by_setting) ^ set(found[of]):
-            raise KeyError(f"timed for only one of {of} and {file}: {', '.join(sorted(lonely))}")
+        if lonely := set(by_setting) ^ set(found[TEACHER]):
+            raise KeyError(f"timed for only one of {TEACHER} and {file}: {', '.join(sorted(lonely))}")
     return {
-        file: {name: gain(found[of][name], timing) for name, timing in by_setting.items()}
+        file: {name: gain(found[TEACHER][name], timing) for name, timing in by_setting.items()}
         for file, by_setting in found.items()
-        if file != of
+        if file != TEACHER
     }
 
 

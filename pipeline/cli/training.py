@@ -88,18 +88,6 @@ def compare(
 
 
 @app.command()
-def evidence(
-    seed: Annotated[list[int] | None, typer.Option(help="Seeds of data, teacher and students.")] = None,
-    target: Annotated[list[float] | None, typer.Option(help="Reductions to ask for.")] = None,
-) -> None:
-    """Compare all methods at all targets (hours); run it again to go on after an interruption."""
-    from pipeline.ops.evidence import SEEDS, TARGETS, gather, grid
-
-    path = gather(Files.here(), list(grid(seed or SEEDS, target or TARGETS)))
-    typer.echo(f"evidence: {short(path)}")
-
-
-@app.command()
 def evaluate(
     file: Annotated[
         Path,

@@ -16,6 +16,7 @@ from pipeline.export.parity import BATCHES, Probe, Reference, cosines, probed, v
 from pipeline.export.release import ALL_IN_ONE, INT8, STUDENT, TEACHER
 from pipeline.export.sample import BYTES
 from pipeline.inference.session import open_session
+from pipeline.inference.timing import Gain, gains
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
 
@@ -23,8 +24,6 @@ log = logging.getLogger(__name__)
 
 Describe = Callable[[ArchSpec, float], Metadata]
 """What a file says about itself, given its network's spec and its own mAP."""
-Gains = Callable[[Mapping[str, bytes], str], Mapping[str, int8.Gain]]
-"""How much faster than a named one of some files each of them is."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,6 @@ class Workshop:
         probe: What files are compared with torch on.
         describe: Makes metadata.
         embed: Embeddings (n, D) of the probe's images by a torch network.
-        gains: Times files.
         calibration: (n, 3, h, w) each, normalised training images.
         originals: (h, w, 3) each, test images of their own size; they need not fit into memory together.
     """
@@ -66,7 +64,6 @@ class Workshop:
     probe: Probe
     describe: Describe
     embed: Callable[[RetrievalNet], Embeddings]
-    gains: Gains
     calibration: Sequence[int8.Inputs]
     originals: Iterable[Pixels]
 
@@ -103,15 +100,15 @@ class Workshop:
         """Whether an int8 file is worth it, and it if it is."""
         tried: list[Embeddings] = []
 
-        def gains(files: Mapping[str, bytes]) -> Mapping[str, int8.Gain]:
-            return self.gains({STUDENT: core.content, **files}, STUDENT)
+        def speedups(files: Mapping[str, bytes]) -> Mapping[str, Gain]:
+            return gains({STUDENT: core.content, **files}, STUDENT, self.image_size)
 
         def score(content: bytes) -> float:
             tried.append(self.probe.embed(open_session(content)))
             return self.probe.score(tried[-1])
 
         loss = self.settings.gates.int8_map_loss
-        verdict = int8.choose(model, self.calibration, core.metadata.map, loss, score, gains)
+        verdict = int8.choose(model, self.calibration, core.metadata.map, loss, score, speedups)
         file = None
         if verdict.model is not None and verdict.map is not None:
             metadata = self.describe(net.spec, verdict.map)  # the last that was tried is the one that was taken

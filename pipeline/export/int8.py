@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +16,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from pipeline.inference.session import INPUT, open_session  # before the next: it turns telemetry off
+from pipeline.inference.timing import Gain
 
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static  # isort: skip
 from onnxruntime.quantization.shape_inference import quant_pre_process  # isort: skip
@@ -52,18 +52,6 @@ RECIPES = (
 All weights have seven bits. With eight, x86 processors without VNNI are wrong: they add two products in 16 bits, which
 overflow. A file may run on another processor than it was made on.
 """
-
-
-class Gain(Protocol):
-    """How much faster a file is: ratio of times, and the lower end of its 95 % interval."""
-
-    @property
-    def ratio(self) -> float:
-        """Times as fast."""
-
-    @property
-    def low(self) -> float:
-        """At least."""
 
 
 @dataclass(frozen=True)

@@ -46,32 +46,23 @@ class Model:
         return embed_pixels(self.session, pixels, self.metadata.mean, self.metadata.std)
 
 
-def open_model(path: Path, threads: int = 0) -> Model:
-    """Load a file of a release.
-
-    Args:
-        path: The file; SHA256SUMS is beside it.
-        threads: Intra-op threads; 0 for all that this process may use.
+def open_model(path: Path) -> Model:
+    """Load a file of a release; SHA256SUMS is beside it.
 
     Raises:
         ReleaseError: If its hash is not the one that was written, or it is no file that this package writes.
     """
-    return load_model(path.name, read_checked(path.parent, path.name), threads)
+    return load_model(path.name, read_checked(path.parent, path.name))
 
 
-def load_model(name: str, content: bytes, threads: int = 0) -> Model:
-    """Load content whose hash is right.
-
-    Args:
-        name: Of the file.
-        content: Of the file.
-        threads: As in `open_model`.
+def load_model(name: str, content: bytes) -> Model:
+    """Load the content of a file whose hash is right.
 
     Raises:
         ReleaseError: If it is no file that this package writes.
     """
     vet(name, content)
-    session = open_session(content, threads)
+    session = open_session(content)
     try:
         metadata = Metadata.parse(session.get_modelmeta().custom_metadata_map)
     except (KeyError, TypeError, ValueError) as error:

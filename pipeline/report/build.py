@@ -85,9 +85,9 @@ def write_report(folder: Path, run: RunResults) -> None:
         old.unlink()
     teacher, student, export = run.teacher, run.student, run.export
     points = [
-        Point("teacher", teacher.map, teacher.macs, teacher.params),
-        Point("student", student.map, student.macs, student.params),
-        Point("model.onnx", export.map, export.macs, export.params),
+        Point("teacher", teacher.map, teacher.macs),
+        Point("student", student.map, student.macs),
+        Point("model.onnx", export.map, export.macs),
     ]
     save(pareto(points), folder / "pareto.png")
     save(capacity(run.curves[STUDENT]), folder / "capacity.png")

@@ -20,13 +20,11 @@ class Point:
         name: What the reader calls it.
         map: Its mAP on query and gallery, a fraction.
         macs: Multiply-accumulates for one image.
-        params: Parameters.
     """
 
     name: str
     map: float
     macs: int
-    params: int
 
 
 def pareto(points: Sequence[Point]) -> Figure:

@@ -5,6 +5,7 @@ import io
 import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -181,7 +182,7 @@ def _search(indexes: Sequence[Index], content: bytes) -> dict[str, Any]:
             {
                 "milliseconds": milliseconds,
                 "searching": searching,
-                "hits": [{"place": hit.place, "path": hit.path, "similarity": hit.similarity} for hit in hits],
+                "hits": [asdict(hit) for hit in hits],
             }
         )
     return {"columns": columns}

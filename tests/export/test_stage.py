@@ -59,7 +59,7 @@ def test_it_writes_files_that_say_what_the_record_says(run, translated, net, mon
     monkeypatch.setattr(files, "to_onnx", lambda *_: onnx.load_from_string(translated))
     if gain is not None:  # else timing, which has its own tests, would decide about this one
         run.params.export.precisions.append("int8")
-        monkeypatch.setattr(stage, "gains", lambda tried, *_: dict.fromkeys(tried, Gain(gain, gain, gain, 8)))
+        monkeypatch.setattr(files, "gains", lambda tried, *_: dict.fromkeys(tried, Gain(gain, gain, gain, 8)))
     record = stage.export(run)
     found = written(run)
     published = gain == 2.0
@@ -106,7 +106,7 @@ def test_no_embeddings_are_scored_twice(run, translated, monkeypatch):
 
 def test_eight_bits_that_depend_on_the_batch_are_not_published_and_the_card_says_why(run, translated, monkeypatch):
     monkeypatch.setattr(files, "to_onnx", lambda *_: onnx.load_from_string(translated))
-    monkeypatch.setattr(stage, "gains", lambda tried, *_: dict.fromkeys(tried, Gain(2.0, 2.0, 2.0, 8)))
+    monkeypatch.setattr(files, "gains", lambda tried, *_: dict.fromkeys(tried, Gain(2.0, 2.0, 2.0, 8)))
     monkeypatch.setattr(files, "BYTES", 1.1)
     run.params.export.precisions.append("int8")
     record = stage.export(run)

@@ -9,7 +9,7 @@ from pipeline.report.style import new_figure, save, styled
 
 def test_the_same_figure_gives_the_same_bytes(tmp_path):
     for name in ("a.png", "b.png"):
-        save(pareto([Point("teacher", 0.5, 10, 1)]), tmp_path / name)
+        save(pareto([Point("teacher", 0.5, 10)]), tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.report.evidence import Result, draw, page, paired
+from benchmarks.evidence.page import Result, draw, page, paired
 
 
 def results() -> list[Result]:

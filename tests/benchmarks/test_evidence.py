@@ -1,0 +1,233 @@
+"""Experiments: what runs, what need not run again, and which results belong together."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmarks.evidence import experiments
+from benchmarks.evidence.experiments import Cell, EvidenceError, known_results, revision_of, run, tracked_sources
+from pipeline.config import Params
+from tests.imports import ROOT
+
+OURS = Cell("budget", 0.65, 0)
+
+
+def git(folder: Path, *arguments: str) -> None:
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The project as it stands, committed, without results."""
+    folder = tmp_path / "checkout"
+    git(tmp_path, "clone", "-q", str(ROOT), str(folder))
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    for name in tracked:
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((ROOT / name).read_bytes())
+    shutil.rmtree(folder / "evidence", ignore_errors=True)
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "--allow-empty", "-m", "as it stands")
+    return folder
+
+
+@pytest.fixture
+def params(checkout: Path) -> Params:
+    return experiments.preset_params(checkout)
+
+
+def digest(checkout: Path, params: Params, cell: Cell = OURS) -> str:
+    return experiments.digest(params, cell, tracked_sources(checkout))
+
+
+def test_what_decides_about_the_figures_makes_another_digest(
+    checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {digest(checkout, params)}
+    for cell in (Cell("static-random", 0.65, 0), Cell("budget", 0.8, 0), Cell("budget", 0.65, 1)):
+        found.add(digest(checkout, params, cell))
+    monkeypatch.setitem(experiments.LEARNING_RATES, "static-random", 0.5)
+    found.add(digest(checkout, params, Cell("static-random", 0.65, 0)))
+    teacher = params.teacher.model_copy(update={"epochs": 7})
+    found.add(digest(checkout, params.model_copy(update={"teacher": teacher})))
+    with (checkout / "pipeline" / "losses" / "triplet.py").open("a") as file:
+        file.write("# another\n")
+    git(checkout, "commit", "-q", "-a", "-m", "a source")
+    found.add(digest(checkout, params))
+    assert len(found) == 7
+
+
+def test_what_does_not_decide_leaves_the_digest_alone(checkout: Path, params: Params) -> None:
+    before = digest(checkout, params)
+    for name in ("README.md", "pipeline/report/render.py", "tests/imports.py"):
+        with (checkout / name).open("a") as file:
+            file.write("# another\n")
+    git(checkout, "commit", "-q", "-a", "-m", "no source")
+    runtime = params.runtime.model_copy(update={"answers_gib": 77.0, "workers": 3})
+    assert digest(checkout, params.model_copy(update={"runtime": runtime})) == before
+
+
+def test_sources_that_are_not_committed_are_refused(checkout: Path, params: Params) -> None:
+    (checkout / "pipeline" / "losses" / "new.py").write_text("")
+    with pytest.raises(EvidenceError, match=r"commit first(?s:.*)pipeline/losses/new\.py"):
+        digest(checkout, params)
+
+
+def store(checkout: Path, cell: Cell, sources: str, teacher_map: float) -> None:
+    content = {
+        "sources": sources,
+        "method": cell.method,
+        "target": cell.target,
+        "seed": cell.seed,
+        "map": 0.8,
+        "rank1": 0.9,
+        "teacher_map": teacher_map,
+        "macs_reduction": 0.65,
+        "params_reduction": 0.7,
+        "widths": {},
+    }
+    path = experiments._path(checkout, cell)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def test_results_of_other_sources_are_left_out_and_named(
+    checkout: Path, params: Params, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = Cell("none", None, 0)
+    store(checkout, OURS, digest(checkout, params), 0.9)
+    store(checkout, other, "0123", 0.9)
+    (known,) = known_results(checkout, params, tracked_sources(checkout))
+    assert (known.method, known.map) == ("budget", 0.8)
+    assert "none-seed0.json comes from other sources" in caplog.text
+
+
+def test_students_of_different_teachers_are_not_compared(checkout: Path, params: Params) -> None:
+    other = Cell("static-random", 0.65, 0)
+    store(checkout, OURS, digest(checkout, params), 0.9)
+    store(checkout, other, digest(checkout, params, other), 0.91)
+    with pytest.raises(EvidenceError, match=r"static-random-65-seed0\.json had another teacher than others of seed 0"):
+        known_results(checkout, params, tracked_sources(checkout))
+
+
+def test_params_that_are_not_the_presets_are_refused(checkout: Path) -> None:
+    shutil.copy2(checkout / "presets" / "evidence.yaml", checkout / "params.yaml")
+    text = (checkout / "params.yaml").read_text()
+    (checkout / "params.yaml").write_text("# the same values\n" + text)
+    with pytest.raises(EvidenceError, match="commit first"):  # what it looks at next
+        (checkout / "pipeline" / "losses" / "new.py").write_text("")
+        experiments.gather(checkout, [OURS])
+    assert "\nseed: 0\n" in text
+    (checkout / "params.yaml").write_text(text.replace("\nseed: 0\n", "\nseed: 1\n"))
+    with pytest.raises(EvidenceError, match=r"params\.yaml is not the preset `evidence`"):
+        experiments.gather(checkout, [OURS])
+
+
+PIPELINE = """
+stages:
+  surgery:
+    cmd: python surgery.py
+    deps: [surgery.py]
+    params: [seed, student]
+    metrics:
+      - metrics.json:
+          cache: false
+"""
+SURGERY = """
+import json, os, pathlib, time
+from ruamel.yaml import YAML
+params = YAML(typ="safe").load(pathlib.Path("params.yaml"))
+state = pathlib.Path(os.environ["DVC_ROOT"]) / "state"
+with (state / "started").open("a") as file:
+    print(params["seed"], file=file)
+while (state / "wait").exists():
+    time.sleep(0.05)
+if (state / f"broken{params['seed']}").exists():
+    raise SystemExit("broken")
+json.dump(params, open("metrics.json", "w"))
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A repository with one stage that takes no time and leaves what it was called with."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    root = tmp_path / "tiny"
+    (root / "state").mkdir(parents=True)
+    (root / "params.yaml").write_text("seed: 0\nstudent:\n  method: budget\n  sites: [conv1]\n")
+    (root / "dvc.yaml").write_text(PIPELINE)
+    (root / "surgery.py").write_text(SURGERY)
+    (root / ".gitignore").write_text("/state\n")
+    git(root, "init", "-q")
+    dvc(root, "init", "-q")
+    dvc(root, "config", "core.analytics", "false")
+    git(root, "add", "-A")
+    git(root, "commit", "-q", "-m", "tiny")
+    yield root
+    for process in processes(root):  # an idle worker waits some seconds before it ends
+        process.kill()
+
+
+def dvc(root: Path, *arguments: str) -> None:
+    """Run `dvc`; without pipes, which the queue's worker would hold open."""
+    command = [sys.executable, "-m", "dvc", *arguments]
+    subprocess.run(command, cwd=root, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def started(root: Path) -> list[str]:
+    path = root / "state" / "started"
+    return path.read_text().split() if path.exists() else []
+
+
+def processes(root: Path) -> list[psutil.Process]:
+    """Processes of the queue: they work in the repository."""
+    found = []
+    for process in psutil.process_iter(["cwd", "pid"]):
+        cwd = process.info["cwd"]
+        if cwd and Path(cwd).is_relative_to(root) and process.pid != os.getpid():
+            found.append(process)
+    return found
+
+
+def test_experiments_run_in_dvcs_queue_and_only_those_that_are_missing(tiny: Path) -> None:
+    wanted = {"evidence-a": {"seed": "1", "student.sites": "[conv2]"}, "evidence-b": {"seed": "2"}}
+    (tiny / "state" / "broken2").touch()
+    run(wanted, tiny)
+    assert (started(tiny), revision_of("evidence-b", tiny)) == (["1", "2"], "")
+    metrics = experiments._git(tiny, "show", f"{revision_of('evidence-a', tiny)}:metrics.json")
+    assert json.loads(metrics) == {"seed": 1, "student": {"method": "budget", "sites": ["conv2"]}}
+    (tiny / "state" / "broken2").unlink()
+    (tiny / "notes.txt").write_text("a commit in between")
+    git(tiny, "add", "-A")
+    git(tiny, "commit", "-q", "-m", "notes")
+    run(wanted, tiny)
+    assert started(tiny) == ["1", "2", "2"]
+    assert revision_of("evidence-b", tiny)
+    assert "seed: 0\n" in (tiny / "params.yaml").read_text()
+
+
+def test_an_experiment_whose_processes_were_killed_runs_again(tiny: Path) -> None:
+    (tiny / "state" / "wait").touch()
+    for seed in ("1", "2"):
+        dvc(tiny, "exp", "run", "--queue", "--name", f"evidence-{seed}", "-S", f"seed={seed}", "surgery")
+    dvc(tiny, "queue", "start")
+    deadline = time.monotonic() + 60
+    while started(tiny) != ["1"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    for process in processes(tiny):
+        process.kill()
+    (tiny / "state" / "wait").unlink()
+    run({f"evidence-{seed}": {"seed": seed} for seed in ("1", "2")}, tiny)
+    assert sorted(started(tiny)) == ["1", "1", "2"]
+    assert all(revision_of(f"evidence-{seed}", tiny) for seed in ("1", "2"))
