@@ -88,7 +88,8 @@ def final_widths(
         timed[reached] = _Timed(widths, predicted, corrected)
         if max(timed) >= asked:
             known = [(0.0, 0.0), *sorted((saving, one.predicted) for saving, one in timed.items() if saving > 0)]
-            correction = asked / float(np.interp(asked, *zip(*known, strict=True)))
+            savings, predictions = np.array(known).T
+            correction = asked / float(np.interp(asked, savings, predictions))
         else:  # from the fourth attempt on the aim rises, so that noise below the window cannot use all of them up
             correction = saved / predicted * asked / (asked + WINDOW * max(0, attempt - 1))
         correction = max(correction, least)
