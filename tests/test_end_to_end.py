@@ -352,7 +352,7 @@ def test_a_latency_budget_goes_through_and_leaves_what_it_counted(finished: Path
     done = repro(folder, "surgery")
     assert done.returncode == 0, done.stdout
     student = metrics(folder, "student")
-    said = "more than the 25.0 % asked; no more goes" in done.stdout  # a busy machine may have told the time wrongly
+    said = "more than the 25.0 % asked" in done.stdout  # a busy machine may have timed wrongly
     assert student["target"] <= student["latency_reduction"]
     assert said == (student["latency_reduction"] > student["target"] + 0.01)
     assert student["macs_reduction"] == metrics(folder, "surgery")["macs_reduction"]

@@ -55,7 +55,7 @@ class BlockRemoval:
         """
         for norm in before.keys() - self.steps_left(masks).keys():
             for parameter in net.get_submodule(norm).parameters():
-                parameter /= before[norm] / fade_steps
+                parameter.div_(before[norm] / fade_steps)
 
     def shrunk_norms(self, net: RetrievalNet, masks: Mapping[str, ChannelMasks]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield scale and shift of the last norms of fading blocks, and what they are after the next proximal step."""

@@ -7,7 +7,6 @@ are; masked channels lose their gradient (section 3.3) and shrink by the proxima
 for whole blocks.
 """
 
-import logging
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -27,8 +26,6 @@ from pipeline.config import Student
 from pipeline.models.cost import CostModel
 from pipeline.models.resnet import Indicator, RetrievalNet
 from pipeline.models.spec import ArchSpec
-
-log = logging.getLogger(__name__)
 
 
 class Capacity(Compression):

@@ -43,9 +43,9 @@ def final_widths(
 ) -> tuple[dict[str, int], CostModel]:
     """Choose widths that keep to a budget, by the timed network where time is the budget.
 
-    If no timed network lies in the window, the one that saves least above what was asked is taken with a warning, since
-    timing noise must not end a training that has run for hours. Only if none saves enough the budget is refused; the
-    same search with equal scores runs before the first step, so the impossible is known before training time is spent.
+    If no timed network lies in the window, the one that saves least above what was asked is taken, since timing noise
+    must not end a training that has run for hours (`StudentTask.check` warns). Only if none saves enough the budget is
+    refused; the same search with equal scores runs before the first step, so that is known before time is spent.
 
     Args:
         choose: Chooses widths in the window by a cost model; widths that save more if nothing can be given back.
@@ -88,7 +88,8 @@ def final_widths(
         timed[reached] = _Timed(widths, predicted, corrected)
         if max(timed) >= asked:
             known = [(0.0, 0.0), *sorted((saving, one.predicted) for saving, one in timed.items() if saving > 0)]
-            correction = asked / float(np.interp(asked, *zip(*known, strict=True)))
+            savings, predictions = np.array(known).T
+            correction = asked / float(np.interp(asked, savings, predictions))
         else:  # from the fourth attempt on the aim rises, so that noise below the window cannot use all of them up
             correction = saved / predicted * asked / (asked + WINDOW * max(0, attempt - 1))
         correction = max(correction, least)
@@ -99,6 +100,4 @@ def final_widths(
             "`student.channel_multiple`, or leave this machine idle"
         )
     closest = min(reached for reached in timed if reached >= asked)
-    log.warning("the chosen network saves %.1f %% of the time, more than the %.1f %% asked: no timed network came "
-                "closer", 100 * closest, 100 * asked)  # fmt: skip
     return timed[closest].widths, timed[closest].corrected

@@ -177,7 +177,7 @@ class Fit:
 
 def _values(tensors: Mapping[str, Tensor]) -> dict[str, float]:
     """Read scalars from the device, by name."""
-    return {name: float(value) for name, value in tensors.items()}
+    return {name: float(value.detach()) for name, value in tensors.items()}
 
 
 def _summary(row: dict[str, float]) -> str:

@@ -87,9 +87,7 @@ def test_table_and_timing_that_disagree_by_more_than_a_factor_of_two_are_named(
     assert ("which counts" in caplog.text) == warns
 
 
-def test_the_closest_choice_that_saves_enough_is_taken_where_timing_is_too_noisy(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_the_closest_choice_that_saves_enough_is_taken_where_timing_is_too_noisy() -> None:
     noise = iter([0.35, 0.47, 0.38, 0.45, 0.39, 0.52])
     calls: list[Mapping[str, int]] = []
 
@@ -103,7 +101,6 @@ def test_the_closest_choice_that_saves_enough_is_taken_where_timing_is_too_noisy
     assert len(calls) == ATTEMPTS
     assert widths == calls[3]
     assert model.reduction(SPEC.widths, widths) == pytest.approx(0.45)
-    assert "saves 45.0 % of the time, more than the 40.0 % asked" in caplog.text
 
 
 def choose(cost: CostModel, asked: float) -> dict[str, int]:
@@ -138,9 +135,7 @@ def test_the_correction_is_known_from_the_first_step_and_restored() -> None:
     resumed.check(trained.widths)
 
 
-def test_channels_that_are_gone_and_save_more_than_estimated_are_no_reason_to_refuse(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_channels_that_are_gone_and_save_more_than_estimated_are_no_reason_to_refuse() -> None:
     tested, net = capacity(), student()
     tested.revise(net, 18)
     for site in tested.masks.values():
@@ -150,7 +145,6 @@ def test_channels_that_are_gone_and_save_more_than_estimated_are_no_reason_to_re
     tested.revise(net, STEPS)
     assert tested.widths == gone
     assert tested.cost.reduction(SPEC.widths, gone) > 0.5
-    assert "more than the 40.0 % asked" in caplog.text
     tested.check(gone)
     with pytest.raises(BudgetMissedError, match="rows that were not chosen are zero"):
         tested.check({**gone, "layer3.0.conv1": gone["layer3.0.conv1"] - 8})

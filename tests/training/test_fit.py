@@ -368,6 +368,21 @@ def test_a_student_that_misses_its_budget_is_refused(params: Params, teacher: Re
         task.check(fresh_student(params, teacher, task.compression))
 
 
+@pytest.mark.parametrize(("correction", "warns"), [(1.0, False), (1.5, True)])
+def test_a_student_that_saves_more_than_asked_is_named(
+    params: Params,
+    teacher: RetrievalNet,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    correction: float,
+    warns: bool,
+) -> None:
+    task, _, _ = prepared(change(params, "student", method="static-magnitude"), teacher, tmp_path)
+    task.compression.cost = task.compression.cost.corrected(teacher.spec.widths, correction)
+    task.check(fresh_student(change(params, "student", method="static-magnitude"), teacher, task.compression))
+    assert ("more than the 40.0 % asked" in caplog.text) == warns
+
+
 def test_a_budget_that_ends_with_the_last_step_is_still_chosen(
     params: Params, teacher: RetrievalNet, tmp_path: Path
 ) -> None:
