@@ -144,7 +144,7 @@ def test_what_others_register_is_neither_a_promotion_nor_a_release(
     assert not (tmp_path / "fetched").exists()
 
 
-# --- what people delete or move in MLflow ------------------------------------------------------------------------------
+# --- what people delete or move in MLflow -----------------------------------------------------------------------------
 
 
 def delete(*versions: str) -> Callable[[Registry], None]:
@@ -218,7 +218,7 @@ def test_where_everything_was_deleted_nothing_is_promoted(
     publish(registry, run, tmp_path, 3)
     delete("1")(registry)
     also(registry)
-    with pytest.raises(RegistryError, match="no version that passed the gate is left, so choose another `tracking.mod"):
+    with pytest.raises(RegistryError, match="no version that passed the gate is left, so choose another `tracking"):
         publish(registry, run, tmp_path, 9)
     assert list(registry.lineage().versions) == ["2"]
 
@@ -384,13 +384,16 @@ def test_no_interleaving_of_two_promoters_makes_a_champion_that_failed(
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_rollback_while_another_is_promoted_leaves_a_champion_that_was_compared_with_it(
+def test_a_version_that_was_compared_with_a_champion_taken_back_meanwhile_is_compared_again(
     client: MlflowClient, run: str, tmp_path: Path, seed: int
 ) -> None:
     real = Registry(client, next(NAMES))
-    for own in (6.0, 5.5):
+    for own in (5.0, 6.0):
         publish(real, run, tmp_path / "first", own)
     turns, errors = Turns(seed, 2), []
+
+    def judge(champion: str | None, best: str | None) -> tuple[Verdict, bool]:
+        return Verdict(champion == "2", "by rival"), False
 
     def worker(number: int) -> None:
         mine = Registry(Slow(client, turns, number), real.name)  # type: ignore[arg-type]
@@ -398,7 +401,7 @@ def test_a_rollback_while_another_is_promoted_leaves_a_champion_that_was_compare
             if number:
                 mine.roll_back()
             else:
-                publish(mine, run, tmp_path / "second", 4.8)  # passes against 5.5, but not against 6
+                mine.publish(release(tmp_path / "second", 7.0), lambda: run, {}, judge)
         except Died:
             pass
         except BaseException as error:
@@ -409,12 +412,9 @@ def test_a_rollback_while_another_is_promoted_leaves_a_champion_that_was_compare
     threads = [threading.Thread(target=worker, args=(number,)) for number in range(2)]
     for thread in threads:
         thread.start()
-    turns.run(lambda: None)
+    turns.run(lambda: real.version_of(CHAMPION))
     for thread in threads:
         thread.join()
     assert not errors
-    promotions = real.lineage().promotions
-    for before, line in itertools.pairwise(promotions):
-        if line.action == "promote":
-            assert all(quality(real, line.version) > quality(real, of) - 1 for of in (before.version, before.best))
-    assert real.version_of(CHAMPION) == promotions[-1].version
+    for before, line in itertools.pairwise(real.lineage().promotions):
+        assert (before.version, line.version) in (("1", "2"), ("2", "1"), ("2", line.number), (before.number, "1"))
