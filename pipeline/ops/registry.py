@@ -205,7 +205,7 @@ class Registry:
                 if found.passed
                 else "no version that passed the gate is left, so choose another `tracking.model_name`"
             )
-            raise RegistryError(f"{self.name}: {problem}; {remedy}")
+            raise RegistryError(f"{problem}; {remedy}")
         return found
 
     def version_of(self, alias: str) -> str:
@@ -305,16 +305,16 @@ class Registry:
                 return now.version, Verdict(True, "it is the champion already")
             if found.withdrawn.intersection(same):
                 return same[-1], Verdict(False, "it was taken back by `rollback`")
-            if same:
-                source, holder = found.versions[same[-1]].source or "", found.versions[same[-1]].run_id
-            else:
-                holder = run()
-                source = f"{self.client.get_run(holder).info.artifact_uri}/{ARTIFACTS}"
             verdict, better = judge(now.version if now else None, now.best if now else None)
             tags |= {GATE: PASSED if verdict.passed else "failed", REASON: verdict.reason, REPLACES: last}
             tags[BEST] = ITSELF if now is None or better else now.best
             if verdict.passed or not same:
-                version = self._create(source, holder, tags, f"Gate: {verdict.reason}.")
+                if same:
+                    source, holder = found.versions[same[-1]].source, found.versions[same[-1]].run_id
+                else:
+                    holder = run()
+                    source = f"{self.client.get_run(holder).info.artifact_uri}/{ARTIFACTS}"
+                version = self._create(source or "", holder, tags, f"Gate: {verdict.reason}.")
             elif (version := same[-1]) not in [one.number for one in found.promotions]:  # those keep what they passed
                 for name in (GATE, REASON):
                     self.client.set_model_version_tag(self.name, version, name, tags[name])
