@@ -64,15 +64,19 @@ def pull(
 
 
 @app.command()
-def rollback() -> None:
-    """Put the champion before the present one back in its place."""
+def rollback(
+    to: Annotated[
+        str | None, typer.Option(help="A version that passed the gate, also where champions are gone.")
+    ] = None,
+) -> None:
+    """Put the champion before the present one back in its place, or name another one."""
     from pipeline.ops.params import load
     from pipeline.ops.publishing import registry
 
     files = Files.here()
     with registry(files, load(files.params)) as known:
-        old, new = known.roll_back()
-    typer.echo(f"version {new} is champion again, version {old} was taken back")
+        taken, champion = known.roll_back(to)
+    typer.echo(f"version {champion} is champion again" + "".join(f", version {one} was taken back" for one in taken))
 
 
 @app.command()
@@ -86,15 +90,16 @@ def history() -> None:
 
     files = Files.here()
     with registry(files, load(files.params)) as known:
-        lines = known.ledger()
-    if not lines:
+        if promotions := known.lineage().promotions:
+            shown = Table()
+            for heading in ("since (UTC)", "champion", "by", "why"):
+                shown.add_column(heading, no_wrap=heading != "why")
+            for one in promotions:
+                shown.add_row(f"{one.when:%Y-%m-%d %H:%M}", one.version, one.action, one.reason)
+            Console().print(shown)
+        known.checked()  # says what was deleted or moved since
+    if not promotions:
         raise Refusal("nothing was promoted yet; run `smaller-student publish` first")
-    shown = Table()
-    for heading in ("since (UTC)", "champion", "by", "why"):
-        shown.add_column(heading, no_wrap=heading != "why")
-    for line in lines:
-        shown.add_row(f"{line.when:%Y-%m-%d %H:%M}", line.version, line.action, line.reason)
-    Console().print(shown)
 
 
 class Rejection(RuntimeError):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from mlflow.exceptions import MlflowException
@@ -13,6 +14,7 @@ from pipeline.export.release import ReleaseError
 from pipeline.export.sample import check_release
 from pipeline.files import Files, read_json, write_json
 from pipeline.ops.gate import Gate
+from pipeline.ops.locks import locked
 from pipeline.ops.registry import Registry, facts, release_digest, uploaded
 from pipeline.ops.store import TrackingError, cause, open_store, tracking_uri
 from pipeline.ops.sync import sync
@@ -21,13 +23,7 @@ from pipeline.retrieval.gate import Verdict
 
 @dataclass(frozen=True)
 class Published:
-    """What became of a release.
-
-    Attributes:
-        digest: Of the release, see `release_digest`.
-        version: In the registry.
-        verdict: Of the gate.
-    """
+    """What became of a release: its `release_digest`, its version in the registry, and the verdict of the gate."""
 
     digest: str
     version: str
@@ -35,14 +31,14 @@ class Published:
 
     @property
     def sentence(self) -> str:
-        """For people."""
+        """The outcome, for people."""
         became = "is champion" if self.verdict.passed else "stays challenger"
         return f"version {self.version} {became}: {self.verdict.reason}"
 
 
 @contextmanager
 def registry(files: Files, params: Params) -> Iterator[Registry]:
-    """The model's registry; what goes wrong in MLflow becomes one sentence.
+    """Open the registry; what goes wrong in MLflow becomes one sentence.
 
     Raises:
         TrackingError: If MLflow cannot be reached, or refuses.
@@ -54,30 +50,26 @@ def registry(files: Files, params: Params) -> Iterator[Registry]:
 
 
 def publish(files: Files, params: Params, folder: Path) -> Published:
-    """Register a release as `challenger`, and let it become `champion` if the gate lets it pass.
-
-    Args:
-        files: Of the checkout.
-        params: Of the checkout.
-        folder: The release, as stage `export` writes it.
+    """Compare a release with the champion, and register it as `champion` if it passes the gate, else as `challenger`.
 
     Raises:
         ReleaseError: If the release is damaged or does not do what it did when it was written.
+        RegistryError: If it cannot be compared: the registry was changed by hand, or a network may know the test set.
         TrackingError: If MLflow cannot be reached; the release stays where it is.
     """
     check_release(folder)
     sync(files)
-    with registry(files, params) as known:
+    with registry(files, params) as known, locked(files.tracking / "publish.lock", "publishing"):
         gate = Gate(files, params, known, folder)
-        told = {**facts(folder), "test_set": gate.test_digest[:12]}
-        version = known.publish(folder, lambda: uploaded(known.client, files, folder, params.tracking.experiment), told)
-        found = Published(release_digest(folder), version, known.promote(version, gate))
+        made_by = partial(uploaded, known.client, folder, params.tracking.experiment)
+        found = Published(release_digest(folder), *known.publish(folder, made_by, {**facts(folder), **gate.tags}, gate))
+        known.prune(files.tracking / "models")
     write_json(_memory(files), {**_place(files, params), **asdict(found)})
     return found
 
 
 def remembered(files: Files, params: Params) -> Published | None:
-    """What the gate said of what lies in artifacts/export now, if this registry was asked."""
+    """The outcome of what lies in artifacts/export now, if it was published to this registry before."""
     try:
         said = read_json(_memory(files))
         verdict = Verdict(bool(said["verdict"]["passed"]), str(said["verdict"]["reason"]))

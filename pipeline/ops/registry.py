@@ -1,31 +1,37 @@
-"""Which model is in use: versions of a release in MLflow's registry, and a ledger of promotions.
+"""Versions of a release in MLflow's model registry, and which of them is champion.
 
-MLflow moves an alias without asking what it pointed at, so two who promote at once could undo one another's choice. A
-promotion is therefore a line in a ledger: a version of a second registered model, `NAME-promotions`, which the server
-numbers. Each line names the one that it follows; a line that does not follow the last valid one was overtaken and
-counts for nothing. Aliases only show what the ledger says, and whoever comes next sets right what a crash left behind.
+A release is compared first and registered afterwards. MLflow creates a version together with its tags in one
+transaction and numbers it; the tags record whether it passed the gate and which promotion it follows (`gate`,
+`replaces`). Everybody therefore sees promotions in the same order. A version that does not follow the last one was
+overtaken, does not count, and is compared again. A rollback is a version too (`restores`), like the commit that
+`git revert` makes.
+
+The alias, and tags that are written later, cannot give that order, because MLflow overwrites both unconditionally:
+2 and 3 pass against 1, 2 becomes champion, then the promoter of 3 moves the alias and is killed before it reads again.
+Version 3 is left as champion, although it fails against 2. The alias is therefore only a copy of what the versions
+record: it may lag behind by one command, but never stands at a version that failed.
+
+What people delete or move in MLflow shows in a comparison of the versions, the alias and the registered model's tag
+`promoted` (the last promotion). Until somebody names the champion, nothing is promoted then.
 """
 
 import contextlib
 import hashlib
-import itertools
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import mlflow.artifacts
 from mlflow import MlflowClient
-from mlflow.entities.model_registry import ModelVersion
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from pipeline.export.model import open_model
 from pipeline.export.release import STUDENT, SUMS, ReleaseError
 from pipeline.export.sample import check_release
-from pipeline.files import Files, read_json
 from pipeline.ops.locks import Busy
 from pipeline.retrieval.gate import Verdict
 
@@ -35,31 +41,40 @@ CHAMPION, CHALLENGER, BEST = "champion", "challenger", "best"
 ARTIFACTS = "export"
 """Folder of a release in a run's artifacts."""
 ATTEMPTS = 5
-"""How often a challenger is judged, where others promote at the same time."""
+"""Comparisons of one challenger while others are promoted."""
 DIGEST = "release_digest"
-"""Tag of a version: SHA-256 of its SHA256SUMS."""
+"""Tag of versions and runs: SHA-256 of the release's SHA256SUMS."""
+GATE, PASSED, REASON, REPLACES, RESTORES = "gate", "passed", "reason", "replaces", "restores"
+"""Tags of a version; `best` is one, too."""
+NONE, ITSELF = "none", "itself"
+PROMOTED = "promoted"
+"""Tag of the registered model: the version that records the last promotion."""
+
+Judge = Callable[[str | None, str | None], tuple[Verdict, bool]]
+"""Compares a challenger with champion and best (versions, None where there is none): the verdict, and whether it is the
+best now."""
 
 
 class RegistryError(RuntimeError):
-    """The registry has not what was asked for."""
+    """The registry does not have what was requested, or was changed by hand."""
 
     exit_code = 3
 
 
 @dataclass(frozen=True)
 class Promotion:
-    """A valid line of the ledger.
+    """A change of the champion.
 
     Attributes:
-        number: Of the line.
-        version: That is in use from then on.
+        number: Version that records it.
+        version: Champion from then on; an earlier one than `number` after a rollback.
         best: Version with the best mAP until then.
         action: `promote` or `rollback`.
         reason: In one sentence.
         when: In UTC.
     """
 
-    number: int
+    number: str
     version: str
     best: str
     action: str
@@ -67,99 +82,170 @@ class Promotion:
     when: datetime
 
     @classmethod
-    def of(cls, line: ModelVersion) -> "tuple[int, Promotion] | None":
-        """Number of the line that it follows, and the promotion; None if somebody else made this version."""
-        tags = line.tags
-        try:
-            when = datetime.fromtimestamp(line.creation_timestamp / 1000, UTC)
-            version, best, action, reason = (tags[name] for name in ("version", "best", "action", "reason"))
-            return int(tags["follows"]), cls(int(line.version), version, best, action, reason, when)
-        except (KeyError, ValueError):
-            return None
+    def of(cls, one: ModelVersion) -> "Promotion":
+        """Read the tags of the version that records it."""
+        number, tags = str(one.version), one.tags
+        version, best = tags.get(RESTORES, number), tags.get(BEST, ITSELF)
+        action = "rollback" if RESTORES in tags else "promote"
+        when = datetime.fromtimestamp(one.creation_timestamp / 1000, UTC)
+        return cls(number, version, version if best == ITSELF else best, action, tags.get(REASON, ""), when)
+
+
+@dataclass
+class Lineage:
+    """What the versions of a model record.
+
+    Attributes:
+        versions: All that are not deleted, by number.
+        promotions: Valid ones, the first one first.
+        champions: Those that a rollback can go back to; the last one is in use.
+        withdrawn: Versions that a rollback took back.
+        gap: Deletion that makes the order of promotions unknown; empty where there is none.
+    """
+
+    versions: dict[str, ModelVersion]
+    promotions: list[Promotion] = field(default_factory=list)
+    champions: list[Promotion] = field(default_factory=list)
+    withdrawn: set[str] = field(default_factory=set)
+    gap: str = ""
+
+    @classmethod
+    def of(cls, versions: Iterable[ModelVersion]) -> "Lineage":
+        """Follow the promotions of versions in ascending order."""
+        found = cls({str(one.version): one for one in versions})
+        for number, one in found.versions.items():
+            before = one.tags.get(REPLACES, NONE)
+            if one.tags.get(GATE) != PASSED or not one.tags.keys() & {REPLACES, RESTORES}:
+                continue
+            if RESTORES in one.tags or (before == found.last and not found.gap):
+                found._add(Promotion.of(one))
+            elif before != NONE and before not in found.versions:
+                found.gap = f"version {before}, which version {number} replaced, was deleted in MLflow"
+        return found
+
+    def _add(self, made: Promotion) -> None:
+        if made.action == "rollback":  # takes back those after the version, or the present one if it is none of them
+            names = [one.version for one in self.champions]
+            others = len(names) if self.gap else len(names) - 1
+            kept = names.index(made.version) if made.version in names else others
+            self.withdrawn = self.withdrawn.union(names[kept:]) - {made.version}
+            self.champions = self.champions[:kept]
+            self.gap = ""
+        self.promotions.append(made)
+        self.champions.append(made)
+
+    @property
+    def last(self) -> str:
+        """Version that records the last promotion."""
+        return self.promotions[-1].number if self.promotions else NONE
+
+    @property
+    def champion(self) -> Promotion | None:
+        """The one in use."""
+        return self.champions[-1] if self.champions else None
+
+    @property
+    def passed(self) -> list[str]:
+        """Versions that passed the gate, and so may be named champion."""
+        return [
+            name for name, one in self.versions.items() if one.tags.get(GATE) == PASSED and RESTORES not in one.tags
+        ]
+
+    def problem(self, model: RegisteredModel) -> str:
+        """What was deleted or moved in MLflow; empty where nothing was.
+
+        Args:
+            model: As it was before the versions were read, so that a promotion in between is no problem.
+        """
+        alias, shown, now = model.aliases.get(CHAMPION), model.tags.get(PROMOTED), self.champion
+        if self.gap:
+            return self.gap
+        if shown is not None and shown not in [one.number for one in self.promotions]:
+            return f"version {shown}, the last one that was promoted, was deleted in MLflow, or its tags were"
+        if now is None:
+            return f"alias `{CHAMPION}` is at version {alias}, whose promotion is not recorded" if alias else ""
+        if missing := {now.version, now.best} - self.versions.keys():
+            return f"version {min(missing)}, the champion or the best one so far, was deleted in MLflow"
+        if shown == now.number and str(alias) != now.version:  # else a promoter was killed before it set the alias
+            became = f"moved to version {alias}" if alias else "deleted"
+            return f"alias `{CHAMPION}` was {became} in MLflow, but version {now.version} was promoted last"
+        return ""
 
 
 class Registry:
-    """Versions of one model and who is in use.
-
-    Args:
-        client: Of MLflow.
-        name: Of the model.
-    """
+    """Versions of one model."""
 
     def __init__(self, client: MlflowClient, name: str) -> None:
-        self.client, self.name, self.ledger_name = client, name, f"{name}-promotions"
+        self.client, self.name = client, name
 
-    # --- versions -----------------------------------------------------------------------------------------------------
+    # --- reading ------------------------------------------------------------------------------------------------------
 
-    def _models(self) -> None:
-        """Create the registered models where they are missing."""
-        texts = {
-            self.name: "ONNX files for image retrieval; `champion` is in use, `challenger` was published last.",
-            self.ledger_name: f"Ledger: each version is a promotion of {self.name}, kept by `smaller-student`.",
-        }
-        for name, text in texts.items():
-            with contextlib.suppress(MlflowException):  # it is there
-                self.client.create_registered_model(name, description=text)
-
-    def _all(self, name: str) -> list[ModelVersion]:
+    def lineage(self) -> Lineage:
+        """What the versions record, whatever was deleted or moved."""
         found: list[ModelVersion] = []
         token: str | None = None
-        while True:
-            page = self.client.search_model_versions(f"name = '{name}'", max_results=200, page_token=token)
+        while True:  # in an order that does not change from page to page
+            page = self.client.search_model_versions(f"name = '{self.name}'", 200, ["version_number ASC"], token)
             found += page
             token = page.token
             if not token:
-                return sorted(found, key=lambda one: int(one.version))
+                return Lineage.of(found)
 
-    def publish(self, folder: Path, run: Callable[[], str], tags: dict[str, str]) -> str:
-        """Register a release as `challenger`; one that is there already is not doubled.
-
-        Args:
-            folder: The release on this machine.
-            run: Returns the id of a run that has it among its artifacts.
-            tags: What is told about it.
-
-        Returns:
-            The version.
-        """
-        self._models()
-        digest = release_digest(folder)
-        version = next((one.version for one in self._all(self.name) if one.tags.get(DIGEST) == digest), None)
-        if version is None:
-            holder = run()
-            source = f"{self.client.get_run(holder).info.artifact_uri}/{ARTIFACTS}"
-            version = self.client.create_model_version(self.name, source, holder, {**tags, DIGEST: digest}).version
-        self.client.set_registered_model_alias(self.name, CHALLENGER, version)
-        return str(version)
-
-    def version_of(self, alias: str) -> str:
-        """Version behind an alias (that of the ledger, for `champion`), or a version itself.
+    def checked(self) -> Lineage:
+        """What the versions record.
 
         Raises:
-            RegistryError: If there is none.
+            RegistryError: If something was deleted or moved in MLflow; naming the remedy.
         """
-        if alias == CHAMPION:
-            lines = self.ledger()
-            if lines:
-                return lines[-1].version
-        elif alias.isdecimal():
+        models = self.client.search_registered_models(f"name = '{self.name}'")
+        found = self.lineage()
+        if models and (problem := found.problem(models[0])):
+            remedy = (
+                f"name the champion (one of {', '.join(found.passed)}) by `smaller-student rollback --to VERSION`"
+                if found.passed
+                else "no version that passed the gate is left, so choose another `tracking.model_name`"
+            )
+            raise RegistryError(f"{problem}; {remedy}")
+        return found
+
+    def version_of(self, alias: str) -> str:
+        """Version that is `champion` or `best`, or that another alias stands at, or a version itself.
+
+        Raises:
+            RegistryError: If there is none, or something was deleted or moved in MLflow.
+        """
+        if alias.isdecimal():
             return alias
+        if alias in (CHAMPION, BEST):
+            if now := self.checked().champion:
+                return now.version if alias == CHAMPION else now.best
         else:
             with contextlib.suppress(MlflowException):
                 return str(self.client.get_model_version_by_alias(self.name, alias).version)
         raise RegistryError(f"{self.name} has no `{alias}`; `smaller-student publish` makes one")
 
-    def fetched(self, version: str, models: Path) -> Path:
-        """Folder of a version's files, fetched at the first call: versions of all servers may lie side by side.
+    def tags(self, version: str) -> dict[str, str]:
+        """Tags of a version."""
+        return dict(self.client.get_model_version(self.name, version).tags)
 
-        Args:
-            version: Which.
-            models: Where they lie, each named after its hash.
-        """
-        folder = models / self.client.get_model_version(self.name, version).tags.get(DIGEST, "unknown")[:16]
+    # --- files --------------------------------------------------------------------------------------------------------
+
+    def fetched(self, version: str, models: Path) -> Path:
+        """Folder of a version's files below `models`, downloaded at the first call and named after their hash."""
+        folder = models / self.tags(version).get(DIGEST, "unknown")[:16]
         if not folder.is_dir():
             self.download(version, folder)
         return folder
+
+    def prune(self, models: Path) -> None:
+        """Delete what `fetched` downloaded, champion and best excepted; no other process may be comparing."""
+        found = self.lineage()
+        used = {found.champion.version, found.champion.best} if found.champion else set()
+        kept = {one.tags.get(DIGEST, "")[:16] for name, one in found.versions.items() if name in used}
+        for folder in list(models.iterdir()) if models.is_dir() else ():
+            if folder.is_dir() and folder.name not in kept:
+                with tempfile.TemporaryDirectory(dir=models, prefix=".pruned-") as gone:
+                    folder.rename(Path(gone) / folder.name)  # a kill leaves no half of it under its name
 
     def download(self, version: str, folder: Path) -> None:
         """Fetch a version's files and check them; the folder is there in full or not at all.
@@ -173,7 +259,7 @@ class Registry:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as scratch:
             try:
-                written = self.client.get_model_version(self.name, version).tags.get(DIGEST)
+                written = self.tags(version).get(DIGEST)
                 uri = self.client.get_model_version_download_uri(self.name, version)
                 found = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=scratch))
             except (MlflowException, OSError) as error:
@@ -186,110 +272,107 @@ class Registry:
             check_release(found)
             found.rename(folder)
 
-    # --- who is in use ------------------------------------------------------------------------------------------------
+    # --- writing ------------------------------------------------------------------------------------------------------
 
-    def ledger(self) -> list[Promotion]:
-        """Valid promotions, the first one first."""
-        valid: list[Promotion] = []
-        for follows, line in filter(None, map(Promotion.of, self._all(self.ledger_name))):
-            if follows == (valid[-1].number if valid else 0):
-                valid.append(line)
-        return valid
+    def publish(self, folder: Path, run: Callable[[], str], tags: dict[str, str], judge: Judge) -> tuple[str, Verdict]:
+        """Compare a release with the champion, and register it as `challenger`, or as `champion` if it passes.
 
-    def write(self, action: str, version: str, best: str, reason: str, follows: int) -> bool:
-        """Write a line into the ledger.
+        Files that are registered already get a second version only if it is that which promotes them.
 
         Args:
-            action: `promote` or `rollback`.
-            version: That shall be in use.
-            best: That is the best until then.
-            reason: In one sentence.
-            follows: Number of the line that the decision was made on; 0 for none.
+            folder: The release on this machine.
+            run: Returns the id of a run that has it among its artifacts.
+            tags: Further tags of the version.
+            judge: Compares it.
 
         Returns:
-            Whether it counts: nobody else wrote in between.
-        """
-        source = self.client.get_model_version(self.name, version)
-        tags = {"action": action, "version": version, "best": best, "reason": reason, "follows": str(follows)}
-        line = self.client.create_model_version(
-            self.ledger_name,
-            source.source or "",
-            source.run_id,
-            tags,
-            description=f"{action} version {version}: {reason}",
-        )
-        self.show()
-        return any(one.number == int(line.version) for one in self.ledger())
-
-    def show(self) -> None:
-        """Let the aliases say what the ledger says."""
-        last: Promotion | None = None
-        while (lines := self.ledger()) and lines[-1] != last:  # another may write while this one sets them
-            last = lines[-1]
-            for alias, version in ((CHAMPION, last.version), (BEST, last.best)):
-                self.client.set_registered_model_alias(self.name, alias, version)
-
-    def promote(self, version: str, judge: Callable[[str | None, str | None], tuple[Verdict, bool]]) -> Verdict:
-        """Let a version take the champion's place, if the gate lets it pass.
-
-        Args:
-            version: The challenger.
-            judge: Compares it with champion and best (versions, None where there is none): the verdict, and whether it
-                is the best now.
+            The version, and the verdict.
 
         Raises:
-            Busy: If others promote again and again meanwhile.
+            RegistryError: If something was deleted or moved in MLflow; nothing is registered then.
+            Busy: If others were promoted again and again meanwhile.
         """
-        self._models()
+        with contextlib.suppress(MlflowException):  # it exists
+            text = "ONNX files for image retrieval; `champion` is in use, `challenger` was published last."
+            self.client.create_registered_model(self.name, description=text)
+        tags = {**tags, DIGEST: release_digest(folder)}
         for _ in range(ATTEMPTS):
-            lines = self.ledger()
-            last = lines[-1] if lines else None
-            if last is not None and last.version == version:
+            found = self.checked()
+            now, last = found.champion, found.last
+            same = [name for name, one in found.versions.items() if one.tags.get(DIGEST) == tags[DIGEST]]
+            if now is not None and now.version in same:
                 self.show()
-                return Verdict(True, "it is the champion already")
-            if version in self._withdrawn(lines):
-                return Verdict(False, "it was taken back by `rollback`")
-            verdict, better = judge(last.version if last else None, last.best if last else None)
-            self.client.set_model_version_tag(self.name, version, "gate", "passed" if verdict.passed else "failed")
-            self.client.update_model_version(self.name, version, f"Gate: {verdict.reason}.")
+                return now.version, Verdict(True, "it is the champion already")
+            if found.withdrawn.intersection(same):
+                return same[-1], Verdict(False, "it was taken back by `rollback`")
+            verdict, better = judge(now.version if now else None, now.best if now else None)
+            tags |= {GATE: PASSED if verdict.passed else "failed", REASON: verdict.reason, REPLACES: last}
+            tags[BEST] = ITSELF if now is None or better else now.best
+            if verdict.passed or not same:
+                if same:
+                    source, holder = found.versions[same[-1]].source, found.versions[same[-1]].run_id
+                else:
+                    holder = run()
+                    source = f"{self.client.get_run(holder).info.artifact_uri}/{ARTIFACTS}"
+                version = self._create(source or "", holder, tags, f"Gate: {verdict.reason}.")
+            elif (version := same[-1]) not in [one.number for one in found.promotions]:  # those keep what they passed
+                for name in (GATE, REASON):
+                    self.client.set_model_version_tag(self.name, version, name, tags[name])
+            self.client.set_registered_model_alias(self.name, CHALLENGER, version)
             if not verdict.passed:
-                return verdict
-            best = version if last is None or better else last.best
-            if self.write("promote", version, best, verdict.reason, last.number if last else 0):
-                return verdict
-            log.info("another promotion came between; the gate judges anew")
+                return version, verdict
+            self.show()
+            if version in [one.number for one in self.lineage().promotions]:
+                return version, verdict
+            log.info("another promotion came between: version %s is compared again", version)
         raise Busy(f"others promoted {ATTEMPTS} times meanwhile; try again")
 
-    @staticmethod
-    def _withdrawn(lines: list[Promotion]) -> set[str]:
-        """Versions whose promotion was undone."""
-        return {before.version for before, line in itertools.pairwise(lines) if line.action == "rollback"}
+    def roll_back(self, to: str | None = None) -> tuple[list[str], str]:
+        """Make an earlier version champion, whatever else is promoted at the same time.
 
-    def roll_back(self) -> tuple[str, str]:
-        """Put the champion before the present one back in its place.
+        Args:
+            to: A version that passed the gate; the champion before the present one where None.
 
         Returns:
-            The version that was in use, and the one that is now.
+            Versions that were taken back, and the champion.
 
         Raises:
-            RegistryError: If there was none before.
+            RegistryError: If there is no such version, or (without `to`) something was deleted or moved in MLflow.
         """
-        lines = self.ledger()
-        stack: list[Promotion] = []
-        for line in lines:
-            stack = stack[:-1] if line.action == "rollback" else [*stack, line]
-        if len(stack) < 2:
-            raise RegistryError(f"{self.name} has no champion before the present one")
-        present, before = stack[-1], stack[-2]
-        best = before.best
-        reason = f"version {present.version} was taken back"
-        if not self.write("rollback", before.version, best, reason, lines[-1].number):
-            raise Busy("another promotion came between; look at `smaller-student history` and try again")
-        return present.version, before.version
+        found, reason = self.lineage(), "named by `rollback --to`"
+        if to is None:
+            champions = self.checked().champions
+            if len(champions) < 2:
+                raise RegistryError(f"{self.name} has no champion before the present one")
+            to, reason = champions[-2].version, f"version {champions[-1].version} was taken back"
+        if to not in found.passed:
+            known = ", ".join(found.passed) or "none did"
+            raise RegistryError(f"version {to} of {self.name} is missing or did not pass the gate; these did: {known}")
+        one, model = found.versions[to], self.client.get_registered_model(self.name)
+        best = str(model.aliases.get(BEST, ITSELF))  # versions of 0.1.0 have no tag for it
+        tags = {BEST: best, **one.tags, RESTORES: to, REASON: reason}
+        tags.pop(REPLACES, None)
+        if tags[BEST] not in found.versions:
+            tags[BEST] = ITSELF
+        self._create(one.source or "", one.run_id, tags, f"Version {to} is champion again: {reason}.")
+        self.show()
+        return sorted(self.lineage().withdrawn - found.withdrawn, key=int), to
+
+    def _create(self, source: str, run: str | None, tags: dict[str, str], description: str) -> str:
+        return str(self.client.create_model_version(self.name, source, run, tags, description=description).version)
+
+    def show(self) -> None:
+        """Let the aliases show what the versions record."""
+        shown: Promotion | None = None
+        while (now := self.lineage().champion) is not None and now != shown:  # another may be promoted meanwhile
+            for alias, version in ((CHAMPION, now.version), (BEST, now.best)):
+                self.client.set_registered_model_alias(self.name, alias, version)
+            self.client.set_registered_model_tag(self.name, PROMOTED, now.number)
+            shown = now
 
 
 def release_digest(folder: Path) -> str:
-    """SHA-256 of a release's SHA256SUMS, and so of all that it names."""
+    """SHA-256 of a release's SHA256SUMS, and so of all files that it lists."""
     try:
         return hashlib.sha256((folder / SUMS).read_bytes()).hexdigest()
     except OSError:
@@ -297,37 +380,22 @@ def release_digest(folder: Path) -> str:
 
 
 def facts(folder: Path) -> dict[str, str]:
-    """What is told about a release in the registry, at a glance; its files tell the rest."""
+    """Tags for people who look at a version in MLflow."""
     about = open_model(folder / STUDENT).metadata
     return {"mAP": f"{about.map:.4f} ({about.protocol})", "MACs": f"{about.macs:,}", "commit": about.git_commit[:12]}
 
 
-def uploaded(client: MlflowClient, files: Files, folder: Path, experiment: str) -> str:
-    """Run that has a release among its artifacts: the one that made it, or else one that is made for it.
-
-    Args:
-        client: Of MLflow.
-        files: Of the checkout.
-        folder: The release.
-        experiment: Where to look, and to make a run.
-    """
+def uploaded(client: MlflowClient, folder: Path, experiment: str) -> str:
+    """Run of an experiment that has a release among its artifacts; it is made where there is none."""
     found = client.get_experiment_by_name(experiment)
     number = found.experiment_id if found else client.create_experiment(experiment)
-    for run in _makers(client, files, number):
-        with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(Exception):  # MLflow's many
-            sums = Path(client.download_artifacts(run, f"{ARTIFACTS}/{SUMS}", scratch))
-            if sums.read_bytes() == (folder / SUMS).read_bytes():
-                return run
-    made = client.create_run(number, run_name="publish").info.run_id
+    digest = release_digest(folder)
+    for run in client.search_runs([number], f"tags.{DIGEST} = '{digest}' and attributes.status = 'FINISHED'"):
+        with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(Exception):  # MLflow raises many
+            sums = Path(client.download_artifacts(run.info.run_id, f"{ARTIFACTS}/{SUMS}", scratch))
+            if release_digest(sums.parent) == digest:
+                return str(run.info.run_id)
+    made = client.create_run(number, run_name="publish", tags={DIGEST: digest}).info.run_id
     client.log_artifacts(made, str(folder), ARTIFACTS)
     client.set_terminated(made)
     return str(made)
-
-
-def _makers(client: MlflowClient, files: Files, experiment: str) -> Iterator[str]:
-    """Runs of stage `export` that may have made what lies in artifacts/export."""
-    entry: Any = None
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        entry = read_json(files.tracking / "origins" / "export.json")["entry"]
-    if entry:
-        yield from (run.info.run_id for run in client.search_runs([experiment], f"tags.entry = '{entry}'"))
