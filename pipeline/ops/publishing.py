@@ -61,7 +61,7 @@ def publish(files: Files, params: Params, folder: Path) -> Published:
     sync(files)
     with registry(files, params) as known, locked(files.tracking / "publish.lock", "publishing"):
         gate = Gate(files, params, known, folder)
-        made_by = partial(uploaded, known.client, folder, params.tracking.experiment)
+        made_by = partial(uploaded, known.client, files, folder, params.tracking.experiment)
         found = Published(release_digest(folder), *known.publish(folder, made_by, {**facts(folder), **gate.tags}, gate))
         known.prune(files.tracking / "models")
     write_json(_memory(files), {**_place(files, params), **asdict(found)})

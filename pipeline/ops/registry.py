@@ -32,6 +32,8 @@ from mlflow.exceptions import MlflowException
 from pipeline.export.model import open_model
 from pipeline.export.release import STUDENT, SUMS, ReleaseError
 from pipeline.export.sample import check_release
+from pipeline.files import Files
+from pipeline.ops import store
 from pipeline.ops.locks import Busy
 from pipeline.retrieval.gate import Verdict
 
@@ -385,10 +387,14 @@ def facts(folder: Path) -> dict[str, str]:
     return {"mAP": f"{about.map:.4f} ({about.protocol})", "MACs": f"{about.macs:,}", "commit": about.git_commit[:12]}
 
 
-def uploaded(client: MlflowClient, folder: Path, experiment: str) -> str:
-    """Run of an experiment that has a release among its artifacts; it is made where there is none."""
-    found = client.get_experiment_by_name(experiment)
-    number = found.experiment_id if found else client.create_experiment(experiment)
+def uploaded(client: MlflowClient, files: Files, folder: Path, experiment: str) -> str:
+    """Run of an experiment that has a release among its artifacts; it is made where there is none.
+
+    Raises:
+        RegistryError: If somebody deleted the experiment.
+    """
+    if (number := store.experiment(client, files, experiment)) is None:
+        raise RegistryError(f"experiment {experiment} was deleted in MLflow; restore it or set `tracking.experiment`")
     digest = release_digest(folder)
     for run in client.search_runs([number], f"tags.{DIGEST} = '{digest}' and attributes.status = 'FINISHED'"):
         with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(Exception):  # MLflow raises many
