@@ -96,7 +96,7 @@ def trained(folder: Path, networks: dict[int, bytes], seed: int, manifest: Manif
 def publish(files: Files, settings: Params, folder: Path) -> tuple[str, Verdict]:
     with registry(files, settings) as known:
         gate = Gate(files, settings, known, folder)
-        return known.publish(folder, lambda: uploaded(known.client, folder, "e"), gate.tags, gate)
+        return known.publish(folder, lambda: uploaded(known.client, files, folder, "e"), gate.tags, gate)
 
 
 def champion(files: Files, settings: Params) -> str:

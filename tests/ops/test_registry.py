@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from pipeline.files import Files
 from pipeline.ops.registry import BEST, CHALLENGER, CHAMPION, DIGEST, Judge, Registry, RegistryError, uploaded
 from pipeline.retrieval.gate import Verdict
 
@@ -272,17 +273,20 @@ def test_only_files_of_champion_and_best_are_kept(registry: Registry, run: str, 
 def test_a_release_is_uploaded_once_and_only_a_finished_run_that_is_still_there_holds_it(
     client: MlflowClient, tmp_path: Path
 ) -> None:
-    folder, name = release(tmp_path / "release", 5), next(NAMES)
+    files, folder, name = Files(tmp_path, tmp_path), release(tmp_path / "release", 5), next(NAMES)
     client.create_experiment(name, (tmp_path / "artifacts").as_uri())
-    first = uploaded(client, folder, name)
-    assert uploaded(client, folder, name) == first
+    first = uploaded(client, files, folder, name)
+    assert uploaded(client, files, folder, name) == first
     client.update_run(first, status="RUNNING")  # its upload may not be complete
-    second = uploaded(client, folder, name)
+    second = uploaded(client, files, folder, name)
     client.delete_run(second)
-    third = uploaded(client, folder, name)
+    third = uploaded(client, files, folder, name)
     assert len({first, second, third}) == 3
     (folder / "SHA256SUMS").write_text("another\n")
-    assert uploaded(client, folder, name) != third
+    assert uploaded(client, files, folder, name) != third
+    client.delete_experiment(client.get_experiment_by_name(name).experiment_id)
+    with pytest.raises(RegistryError, match=f"experiment {name} was deleted in MLflow; restore it"):
+        uploaded(client, files, folder, name)
 
 
 # --- two at once ------------------------------------------------------------------------------------------------------
