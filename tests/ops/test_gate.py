@@ -17,7 +17,7 @@ from pipeline.export.release import write_release
 from pipeline.export.sample import EXPECTED, PICTURE, as_png, expected, picture
 from pipeline.files import Files, write_json
 from pipeline.ops.gate import SPLIT, TEST_SET, Gate
-from pipeline.ops.params import load
+from pipeline.ops.presets import load_preset
 from pipeline.ops.publishing import registry
 from pipeline.ops.registry import CHAMPION, RegistryError, uploaded
 from pipeline.retrieval.gate import Verdict
@@ -43,7 +43,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
 
 
 def params(source: str = "folder", seed: int = 0, share: float = 0.5) -> Params:
-    found = load(ROOT / "presets" / "smoke.yaml")
+    found = load_preset(ROOT, "smoke")
     own = found.data.own.model_copy(update={"test": share})
     data = found.data.model_copy(update={"source": source, "own": own})
     gate = found.tracking.gate.model_copy(update={"margin": 1.0})
