@@ -155,6 +155,24 @@ def test_who_comes_second_is_told_so_before_prefect_is_imported(pipeline: Files,
     assert not (pipeline.root / "prefect").exists()
 
 
+def test_help_is_shown_while_a_retraining_runs(pipeline: Files, start: Start) -> None:
+    with retraining(pipeline):
+        process = start(pipeline, *RETRAIN, "--help")
+        out, _ = process.communicate()
+    assert process.returncode == 0 and "Usage" in out
+
+
+@pytest.mark.parametrize("uri", ["mlruns", "ftp://host"])
+def test_a_tracking_address_that_cannot_work_is_refused_before_prefect_is_imported(
+    pipeline: Files, start: Start, uri: str
+) -> None:
+    process = start(pipeline, *RETRAIN, PREFECT_HOME=str(pipeline.root / "prefect"), MLFLOW_TRACKING_URI=uri)
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert err.startswith(f"smaller-student: MLFLOW_TRACKING_URI {uri} ") and "http://HOST:PORT" in err
+    assert not (pipeline.root / "prefect").exists()
+
+
 def test_bad_params_are_refused_before_prefect_is_imported(pipeline: Files, start: Start) -> None:
     pipeline.params.write_text("seed: 0\n")
     process = start(pipeline, *RETRAIN, PREFECT_HOME=str(pipeline.root / "prefect"))
@@ -202,6 +220,30 @@ def test_what_was_due_before_the_last_one_began_has_nothing_left_to_do(pipeline:
     assert "smaller-student: was due before the last retraining began" in err
     assert flow_runs(pipeline) == [("CANCELLED", "Overtaken")]
     assert not pipeline.metrics("prepare").exists()
+
+
+@pytest.mark.stack
+def test_results_that_cannot_be_committed_fail_the_run_and_the_next_one_commits_them(
+    pipeline: Files, start: Start
+) -> None:
+    pipeline.params.write_text(pipeline.params.read_text().replace('branch: ""', "branch: main"))
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a"]
+    for words in (["init", "-q", "-b", "main"], ["add", "params.yaml"], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *words], cwd=pipeline.root, check=True)
+    process = start(pipeline, *RETRAIN, **home(pipeline), **OFF)
+    _, err = process.communicate()
+    assert process.returncode == 1
+    assert "`main` is checked out" in err and "Traceback" not in err
+    assert flow_runs(pipeline)[-1] == ("FAILED", "Commit")
+    subprocess.run(["git", "switch", "-q", "-c", "elsewhere"], cwd=pipeline.root, check=True)
+    process = start(pipeline, *RETRAIN, **home(pipeline), **OFF)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert out.splitlines()[-1].startswith("NoChange")
+    files = subprocess.run(
+        ["git", "ls-tree", "-r", "--name-only", "main"], cwd=pipeline.root, check=True, capture_output=True, text=True
+    ).stdout
+    assert "dvc.lock" in files and "metrics/benchmark.json" in files
 
 
 @pytest.mark.stack
