@@ -87,4 +87,4 @@ lock:
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate --extra dev --extra stack --custom-compile-command "make lock" -o requirements.lock pyproject.toml
 
 clean:
-	rm -rf .checkpoints .tracking timings mlflow.db* mlartifacts artifacts .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf .checkpoints .tracking .stack timings mlflow.db* mlartifacts artifacts .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -62,7 +62,7 @@ class Files(NamedTuple):
 
     @property
     def tracking(self) -> Path:
-        """What MLflow must still be told."""
+        """Records of what ran, locks, and downloaded models."""
         return self.state / ".tracking"
 
     @property

@@ -21,10 +21,10 @@ from prefect.client.schemas.responses import DeploymentResponse
 from prefect.settings import get_current_settings
 from prefect.states import Crashed
 
-from pipeline.files import Files, read_json
+from pipeline.files import Files
 from pipeline.ops import rwlock
 from pipeline.ops.deploy import POOL, ZOMBIES, deployments, folder_of, online, pools
-from pipeline.ops.locks import is_held
+from pipeline.ops.locks import holder, is_held
 from pipeline.ops.params import ParamsError, load
 from pipeline.ops.run_record import executions
 from pipeline.ops.store import UriError, cause, check_uri, open_store, tracking_uri
@@ -106,7 +106,8 @@ def sources(files: Files) -> Iterator[Check]:
         load(files.params)
         yield Check("params.yaml", True, "is valid")
     except (ParamsError, OSError) as error:
-        yield Check("params.yaml", False, str(error).splitlines()[0], "correct it, or `smaller-student preset NAME`")
+        remedy = "correct it; `smaller-student preset --upgrade` adds missing keys"
+        yield Check("params.yaml", False, str(error).splitlines()[0], remedy)
     for number, line in enumerate(_text(files.root / "dvc.lock").splitlines(), start=1):
         if line.startswith(("<<<<<<<", ">>>>>>>")):
             yield Check("dvc.lock", False, f"has merge markers in line {number}", "`git checkout --ours dvc.lock`")
@@ -124,9 +125,7 @@ def own_locks(files: Files) -> Iterator[Check]:
     """Say who retrains or runs a stage; the system releases these locks when their process ends."""
     for name, what in (("retrain", "a retraining"), ("stage", "a stage")):
         if is_held(path := files.tracking / f"{name}.lock"):
-            holder = read_json(path.with_suffix(".json"))
-            message = f"{what} is running: pid {holder['pid']} on {holder['host']} since {holder['since']}"
-            yield Check("locks", None, message)
+            yield Check("locks", None, f"{what} is running: {holder(path)}")
 
 
 def mlflow(files: Files) -> Iterator[Check]:

@@ -16,6 +16,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
 
 from pipeline.config import Params
+from pipeline.export.release import ReleaseError
 from pipeline.files import Files
 from pipeline.ops import announce, git_cli, params, publishing, recorder, rwlock
 from pipeline.ops.dvc import ENDED, StageError, changes, dvc
@@ -25,6 +26,7 @@ from pipeline.ops.process import Overtime, die_with_parent
 from pipeline.ops.publishing import Published
 from pipeline.ops.refresh import RefreshError, RefusedError, check_incoming
 from pipeline.ops.refresh import refresh as bring
+from pipeline.ops.registry import RegistryError
 from pipeline.ops.store import TrackingError, check_uri, tracking_uri
 from pipeline.records import RECORDS
 
@@ -56,9 +58,8 @@ def retrain(force: bool = False) -> State[None]:
 
     Returns:
         Completed, under the name Promoted or Rejected where something was published, NoChange where there was nothing
-        to do; Cancelled,
-        under the name Busy or Overtaken, where another run does it or has done it; Failed, with a sentence that says
-        why.
+        to do; Cancelled, under the name Busy or Overtaken, where another run does it or has done it; Failed, with the
+        reason as message.
     """
     if ENGINE in os.environ:
         die_with_parent()  # a worker that is killed tells nobody
@@ -202,11 +203,20 @@ def reproduce(stage: str, owner: str, hours: float) -> State[None]:
     )
 
 
-@task(task_run_name="publish", cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=30)
+@task(
+    task_run_name="publish",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retries=2,
+    retry_delay_seconds=30,
+    retry_condition_fn=_hopeful,
+)
 def publish(files: Files, checked: Params) -> State[None]:
     """Register the release, and let it become champion if the gate lets it pass."""
     try:
         found = publishing.publish(files, checked, files.artifacts("export"))
     except (TrackingError, Busy) as error:
         return Failed(message=f"{error}; the release lies in {files.artifacts('export')}, the next run publishes it")
+    except (RegistryError, ReleaseError) as error:  # somebody must act first
+        return Failed(name=FINAL, message=str(error))
     return Completed(message=found.sentence)

@@ -16,7 +16,7 @@ from pipeline.data.splits import split_test
 from pipeline.export.embed import embed
 from pipeline.export.model import Model, open_model
 from pipeline.export.release import STUDENT
-from pipeline.files import Files, read_json
+from pipeline.files import Files
 from pipeline.inference.timing import gains
 from pipeline.ops.registry import Registry, RegistryError
 from pipeline.retrieval import protocols
@@ -129,15 +129,14 @@ class Gate:
         """Digest of what decides which identities are trained on, while images come and go.
 
         Published sets: their name alone, since their authors fixed the lists (the three test sets of VehicleID share
-        one training list). The rendered set: seed and number of training identities, as they were rendered; those that
-        test follow them. Data of one's own: seed and `data.own.test`, where these explain the manifest, because the
-        side of an identity is then drawn from its name alone (`split_test`). A table that gives splits itself may move
-        an identity at any time, so its test identities must stay the same.
+        one training list). The rendered set: seed and number of training identities; those that test follow them. Data
+        of one's own: seed and `data.own.test`, where these explain the manifest, because the side of an identity is
+        then drawn from its name alone (`split_test`). A table that gives splits itself may move an identity at any
+        time, so its test identities must stay the same.
         """
         data, seed = self._params.data, self._params.seed
         if data.source == "vehicles":
-            rendered = read_json(self._files.vehicles / "COMPLETE.json")
-            return _digest(data.source, rendered["seed"], rendered["train_identities"])
+            return _digest(data.source, seed, data.vehicles.train_identities)
         if data.source not in ("folder", "csv"):
             return _digest(data.source)
         items = self._manifest.items

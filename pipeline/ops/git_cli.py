@@ -44,7 +44,7 @@ def record(root: Path, branch: str, message: str) -> str:
     """
     try:
         head = _git(root, "rev-parse", "--verify", "HEAD")
-        if _git(root, "symbolic-ref", "--quiet", "HEAD", accept=1) == f"refs/heads/{branch}":
+        if f"branch refs/heads/{branch}" in _git(root, "worktree", "list", "--porcelain").splitlines():
             raise CommitError(
                 f"the results were not committed: branch `{branch}` is checked out; check out another one, or name "
                 "another one by `retrain.branch`"

@@ -42,7 +42,7 @@ def locked(path: Path, what: str, patience: float = 0) -> Iterator[None]:
     try:
         lock.acquire(timeout=patience, poll_interval=_POLL)
     except Timeout:
-        raise Busy(f"busy: {what} runs already ({_holder(path)}); wait for it or end it") from None
+        raise Busy(f"busy: {what} runs already ({holder(path)}); wait for it or end it") from None
     try:
         if lock.lock_counter == 1:
             _sign(path)
@@ -99,7 +99,7 @@ def _last(files: Files) -> Path:
 
 
 def _signature(path: Path) -> Path:
-    return path.with_suffix(".json")
+    return path.with_name(f"{path.name}.holder")  # no *.json, which records are
 
 
 def _sign(path: Path) -> None:
@@ -110,10 +110,11 @@ def _sign(path: Path) -> None:
     write_json(_signature(path), {"pid": os.getpid(), "host": gethostname(), "since": since})
 
 
-def _holder(path: Path) -> str:
+def holder(path: Path) -> str:
+    """Process, host and beginning of whoever holds a lock, in words."""
     for _ in range(5):  # a process that has just got the lock has not written its name yet
         with suppress(OSError, ValueError, KeyError):
-            holder = read_json(_signature(path))
-            return f"pid {holder['pid']} on {holder['host']} since {holder['since']}"
+            found = read_json(_signature(path))
+            return f"pid {found['pid']} on {found['host']} since {found['since']}"
         time.sleep(0.03)
     return "holder unknown"

@@ -23,6 +23,7 @@ from pipeline.config import Params
 from pipeline.files import Files, read_json
 from pipeline.ops import figures, git_cli
 from pipeline.ops.execution import Execution, ProcessId
+from pipeline.ops.locks import locked
 from pipeline.ops.run_record import EXECUTION, Point, Records, RunRecord, Status, executions
 from pipeline.ops.store import UriError, check_uri, tracking_uri
 from pipeline.records import RECORDS
@@ -36,9 +37,9 @@ FLOW_RUN = "SMALLER_STUDENT_FLOW_RUN"
 RELEASE_DIGEST = "release_digest"
 """Tag of an export run: SHA-256 of its SHA256SUMS, by which `publish` finds the run that holds a release."""
 PATIENCE = 4.5
-"""Seconds that all stages of an execution together wait for a server."""
+"""Seconds that all stages of an execution together wait for a server, of MLflow or of a database."""
 LOCAL_PATIENCE = 120.0
-"""Seconds that a stage waits for a database on this machine: the first time its tables are made."""
+"""Seconds that a stage waits for an SQLite file: the first time its tables are made."""
 QUIET = {"benchmark"}
 """Stages that measure time: nothing is uploaded while they run."""
 
@@ -74,20 +75,22 @@ class Recorder:
         Returns:
             Name of the stage's record; empty for None.
         """
-        if self.records.execution() is None:
-            self._begin_execution()
-        outcomes = self.records.outcomes()
-        for earlier in RECORDS:
-            if earlier == stage or earlier in changed:
-                break
-            if outcomes.get(earlier) != "FINISHED" and self._files.metrics(earlier).is_file():
-                self._record_cached(earlier)
-        if stage is None:
-            self._sum_up()
-            return ""
-        name = self.records.new_name(stage)
-        self.records.write(name, self._new(stage, {"cached": "false"}))
-        return name
+        # `sync` may complete the execution at the same moment.
+        with locked(self.records.folder / "begin.lock", "the beginning of a stage", patience=-1):
+            if self.records.execution() is None:
+                self._begin_execution()
+            outcomes = self.records.outcomes()
+            for earlier in RECORDS:
+                if earlier == stage or earlier in changed:
+                    break
+                if outcomes.get(earlier) != "FINISHED" and self._files.metrics(earlier).is_file():
+                    self._record_cached(earlier)
+            if stage is None:
+                self._sum_up()
+                return ""
+            name = self.records.new_name(stage)
+            self.records.write(name, self._new(stage, {"cached": "false"}))
+            return name
 
     def end(self, name: str, status: Status, ended: float, error: str = "") -> None:
         """Record how a stage ended."""
@@ -241,7 +244,9 @@ class StageRun:
         if self._upload is None:
             return
         assert self._upload.stdin is not None  # noqa: S101 - opened as a pipe
-        self._upload.stdin.close()
+        with suppress(OSError):  # it may have been killed
+            self._upload.stdin.write(b"\n")  # closing alone ends nothing while forked image loaders hold the pipe, too
+            self._upload.stdin.close()
         if status != "KILLED":  # a stage that is stopped ends at once
             self._wait(self._recorder.records, self._upload)
 
@@ -278,7 +283,8 @@ class StageRun:
     def _wait(self, records: Records, upload: "subprocess.Popen[bytes]") -> None:
         """Wait until MLflow has everything, but not for long: `sync` uploads the rest later."""
         spent = sum(record.waited for record in records.stages().values())
-        limit = max(0.0, PATIENCE - spent) if self._uri.startswith("http") else LOCAL_PATIENCE
+        local = self._uri.startswith("sqlite")
+        limit = LOCAL_PATIENCE if local else max(0.0, PATIENCE - spent)
         began = time.monotonic()
         while upload.poll() is None and records.pending(self._uri) and time.monotonic() - began < limit:
             time.sleep(0.1)
@@ -291,7 +297,7 @@ class StageRun:
                         self._uri, problem or "it is slow")  # fmt: skip
         elif problem:
             log.warning("MLflow at %s: %s", self._uri, problem)
-        if (record := records.read(self._name)) is not None and self._uri.startswith("http"):
+        if (record := records.read(self._name)) is not None and not local:
             records.write(self._name, record.changed(waited=time.monotonic() - began))
 
 

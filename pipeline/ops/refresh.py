@@ -196,6 +196,10 @@ def _ingest_with_table(paths: Sequence[Path], folder: Path, root: Path, name: st
         labels, added = {row["path"]: row for row in old_rows}, []
         for row in rows:
             path = row["path"]
+            unfinished = [folder / f"{path}{ending}" for ending in ("", *UNFINISHED)]
+            if is_inside(path) and path not in images and any(other.is_file() for other in unfinished):
+                log.warning("%d files stay in %s: %s is still written", len(images) + 1, folder, path)
+                return []
             if not is_inside(path) or not (path in images or (root / path).is_file()):
                 raise DataError(f"{new}: there is no image for the row {','.join(row.values())}")
             if labels.setdefault(path, row) is row:

@@ -396,12 +396,18 @@ def uploaded(client: MlflowClient, files: Files, folder: Path, experiment: str) 
     if (number := store.experiment(client, files, experiment)) is None:
         raise RegistryError(f"experiment {experiment} was deleted in MLflow; restore it or set `tracking.experiment`")
     digest = release_digest(folder)
+    wanted = {f"{ARTIFACTS}/{path.name}": path.stat().st_size for path in folder.iterdir()}
     for run in client.search_runs([number], f"tags.{DIGEST} = '{digest}' and attributes.status = 'FINISHED'"):
         with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(Exception):  # MLflow raises many
+            held = {file.path: file.file_size for file in client.list_artifacts(run.info.run_id, ARTIFACTS)}
             sums = Path(client.download_artifacts(run.info.run_id, f"{ARTIFACTS}/{SUMS}", scratch))
-            if release_digest(sums.parent) == digest:
+            if held == wanted and release_digest(sums.parent) == digest:
                 return str(run.info.run_id)
     made = client.create_run(number, run_name="publish", tags={DIGEST: digest}).info.run_id
-    client.log_artifacts(made, str(folder), ARTIFACTS)
+    try:
+        client.log_artifacts(made, str(folder), ARTIFACTS)
+    except BaseException:
+        client.set_terminated(made, "FAILED")
+        raise
     client.set_terminated(made)
     return str(made)

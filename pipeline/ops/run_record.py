@@ -218,8 +218,7 @@ class Records:
             return record
         if any(stage.status == "RUNNING" for stage in stages):
             return record
-        last = max(stages, key=lambda stage: stage.ended or 0.0)
-        return record.changed(status=last.status, ended=last.ended)
+        return record.changed(status=stages[-1].status, ended=max(stage.ended or 0.0 for stage in stages))
 
     def pending(self, uri: str) -> list[str]:
         """Names of the records that a server does not have as they are."""

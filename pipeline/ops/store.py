@@ -7,8 +7,9 @@ import re
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
-from pipeline.files import Files
+from pipeline.files import Files, write_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -46,10 +47,10 @@ def tracking_uri(files: Files) -> str:
     uri = os.environ.get(VARIABLE, "").strip()
     if not uri:
         return f"sqlite:///{files.mlflow_db.resolve()}"
-    path = _sqlite_path(uri)
-    if path is None or path.is_absolute():
+    scheme, path, query = _sqlite(uri)
+    if not path or Path(path).is_absolute():
         return uri
-    return f"{uri.partition(':///')[0]}:///{(files.state / path).resolve()}"
+    return f"{scheme}:///{(files.state / path).resolve()}{query}"
 
 
 def check_uri(uri: str) -> None:
@@ -62,17 +63,20 @@ def check_uri(uri: str) -> None:
     kind = scheme.partition("+")[0].lower()
     plugins = {entry.name for entry in importlib.metadata.entry_points(group="mlflow.tracking_store")}
     if uri == "databricks" or (colon and (kind in (*DATABASES, *SERVERS) or scheme in plugins)):
-        if kind in SERVERS[:2] and not re.match(r"https?://[^/]", uri, re.IGNORECASE):
+        if kind in SERVERS[:2] and not urlsplit(uri).hostname:
             raise UriError(f"{VARIABLE} {uri} names no host; write http://HOST:PORT")
+        if kind == "sqlite" and _sqlite(uri)[1] in ("", ":memory:"):
+            raise UriError(f"{VARIABLE} {uri} names no file, so nothing would be kept; write sqlite:///FILE")
         return
     folder = not colon or kind == "file" or len(kind) == 1  # C:\\runs
     reason = "is a folder, which MLflow no longer takes" if folder else f"begins with {scheme!r}, unknown to MLflow"
     raise UriError(f"{VARIABLE} {uri} {reason}; set it to http://HOST:PORT or sqlite:///FILE, or unset it")
 
 
-def _sqlite_path(uri: str) -> Path | None:
-    found = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)", uri)
-    return Path(found[1]) if found and found[1] != ":memory:" else None
+def _sqlite(uri: str) -> tuple[str, str, str]:
+    """Scheme, path and query of an SQLite file's address; three empty texts for another one."""
+    found = re.fullmatch(r"(sqlite(?:\+\w+)?):///([^?]*)(\?.*)?", uri, re.IGNORECASE)
+    return (found[1], found[2], found[3] or "") if found else ("", "", "")
 
 
 def cause(error: BaseException) -> str:
@@ -105,30 +109,24 @@ def _follow_checkout(files: Files, uri: str) -> None:
     """Correct the paths in the checkout's own database after the checkout was moved or copied.
 
     MLflow stores absolute paths of artefacts and has no call to change them, so a moved checkout would write to the
-    old place, and one that was copied into the other one's folder.
+    old place, and a copied one into the other's folder. A file beside the records has the place of the last call.
     """
-    path, here = _sqlite_path(uri), files.mlflow_artifacts.resolve().as_uri()
-    if path is None or path.resolve() != files.mlflow_db.resolve() or not path.is_file():
+    if Path(_sqlite(uri)[1]) != files.mlflow_db.resolve():
         return
-    import sqlite3
+    here, note = files.mlflow_artifacts.resolve().as_uri(), files.tracking / "artifacts-at"
+    there = note.read_text(encoding="utf-8").strip() if note.is_file() else here
+    if there != here and files.mlflow_db.is_file():
+        import sqlite3
 
-    with closing(sqlite3.connect(path, timeout=30)) as database, database:
-        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if "experiments" not in tables:
-            return
-        for (there,) in database.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall():
-            if not there or there == here or not there.endswith(f"/{files.mlflow_artifacts.name}"):
-                continue
-            old = _folder(there)
-            if old is None or (old.is_dir() and not (old.parent / files.mlflow_db.name).is_file()):
-                continue  # another checkout's artefacts, which shares this database
+        with closing(sqlite3.connect(files.mlflow_db, timeout=30)) as database, database:
             for table, column in LOCATIONS:
-                if table in tables:
-                    database.execute(
-                        f"UPDATE {table} SET {column} = ? || substr({column}, ?) "  # noqa: S608 - names from LOCATIONS
-                        f"WHERE {column} = ? OR substr({column}, 1, ?) = ?",
-                        (here, len(there) + 1, there, len(there) + 1, f"{there}/"),
-                    )
+                database.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) "  # noqa: S608 - names from LOCATIONS
+                    f"WHERE {column} = ? OR substr({column}, 1, ?) = ?",
+                    (here, len(there) + 1, there, len(there) + 1, f"{there}/"),
+                )
+    if there != here or not note.is_file():
+        write_text(note, here + "\n")
 
 
 LOCATIONS = (
@@ -139,13 +137,6 @@ LOCATIONS = (
     ("model_versions", "storage_location"),
 )
 """Columns of MLflow's tables that hold places of artefacts."""
-
-
-def _folder(uri: str) -> Path | None:
-    from urllib.parse import unquote, urlsplit
-
-    parts = urlsplit(uri)
-    return Path(unquote(parts.path)) if parts.scheme == "file" else None
 
 
 def experiment(client: "MlflowClient", files: Files, name: str) -> str | None:

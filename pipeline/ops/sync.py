@@ -80,7 +80,7 @@ class Sync:
             except Busy as error:
                 busy = error
         for records in every[:-KEPT]:
-            if not records.pending(self.uri):
+            if (whole := records.whole()) and whole.ended is not None and not records.pending(self.uri):
                 shutil.rmtree(records.folder, ignore_errors=True)
         if busy is not None and self._patience:
             raise busy
@@ -98,7 +98,7 @@ class Sync:
             new = True
             with locked(records.folder / "sync.lock", f"the upload of execution {records.id}", self._patience):
                 try:
-                    self.notices += _Upload(self, records, again).run()
+                    self.notices += [one for one in _Upload(self, records, again).run() if one not in self.notices]
                 except Exception as error:
                     self._check_store(error)
                     self.notices.append(f"MLflow refused a part of execution {records.id} ({store.cause(error)})")
@@ -127,7 +127,9 @@ class _Upload:
 
     def __init__(self, sync: Sync, records: Records, again: bool) -> None:
         self.sync, self.client, self.records = sync, sync.client, records
-        self.state = {} if again else records.synced(sync.uri)
+        self.state = records.synced(sync.uri)
+        if again:  # whatever the runs hold; a run that was purged stays known as gone
+            self.state = {name: {"run": seen["run"]} for name, seen in self.state.items() if "run" in seen}
 
     def run(self) -> list[str]:
         """Write what the store does not have.
@@ -176,13 +178,13 @@ class _Upload:
         self.records.note_synced(self.sync.uri, self.state)
 
     def _leave(self, names: list[str], reason: str) -> list[str]:
-        """Leave alone from now on what somebody has deleted, and report it once."""
+        """Leave alone from now on what somebody has deleted, and report it once: a parent stands for its stages."""
+        known = "gone" in self.state.get(EXECUTION, {})
         new = [name for name in names if "gone" not in self.state.get(name, {})]
         for name in new:
             self._note(name, gone=reason)
-            self._drop_copies(self.records.read(name))
         remedy = "it is left alone (restore it there and run `smaller-student sync --again`)"
-        return [f"{reason}; {remedy}"] if new else []
+        return [f"{reason}; {remedy}"] if new and not known else []
 
     def _id(self, name: str, record: RunRecord, run: Run | None, experiment: str, tags: dict[str, str]) -> str:
         """Id of a record's run, which is made where it is missing."""
@@ -215,12 +217,8 @@ class _Upload:
             self.client.set_terminated(run, record.status, _ms(record.ended))
         if record.folder and (self.records.files / record.folder).is_dir():
             self.client.log_artifacts(run, str(self.records.files / record.folder), record.folder)
-            self._drop_copies(record)
-        self._note(name, fingerprint=record.fingerprint, points=len(record.curve))
-
-    def _drop_copies(self, record: RunRecord | None) -> None:
-        if record is not None and record.folder:
             shutil.rmtree(self.records.files / record.folder, ignore_errors=True)
+        self._note(name, fingerprint=record.fingerprint, points=len(record.curve))
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -289,7 +287,7 @@ def main() -> None:
 
 
 def _wait_for_end(ended: threading.Event) -> None:
-    sys.stdin.buffer.read()
+    sys.stdin.buffer.read(1)  # a byte, or nothing at the end of a stage that was killed
     ended.set()
 
 

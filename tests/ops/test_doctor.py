@@ -19,7 +19,7 @@ from pipeline.ops import doctor
 from pipeline.ops.doctor import Check
 from pipeline.ops.locks import Busy, retraining
 from pipeline.ops.rwlock import release_dead
-from pipeline.ops.tracking import LIMITS
+from pipeline.ops.store import LIMITS
 from tests.fake_stages import Start
 
 
@@ -198,6 +198,16 @@ def test_marks_of_a_merge_and_wrong_params_are_named(pipeline: Files) -> None:
     found = {one.name: one for one in bad(doctor.sources(pipeline))}
     assert found["dvc.lock"].message == "has merge markers in line 2"
     assert "params.yaml" in found
+
+
+@pytest.mark.parametrize("uri", ["mlruns", "ftp://host"])
+def test_an_address_at_which_no_mlflow_can_be_is_named_with_the_remedy(
+    pipeline: Files, monkeypatch: pytest.MonkeyPatch, uri: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    (found,) = doctor.mlflow(pipeline)
+    assert found.ok is False and found.message.startswith(f"MLFLOW_TRACKING_URI {uri} ")
+    assert found.remedy.startswith("set it to http://HOST:PORT")
 
 
 def test_a_store_that_cannot_be_used_is_named(pipeline: Files, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from pipeline.export.metadata import finish
 from pipeline.export.onnx import to_onnx
 from pipeline.export.release import write_release
 from pipeline.export.sample import EXPECTED, PICTURE, as_png, expected, picture
-from pipeline.files import Files, write_json
+from pipeline.files import Files
 from pipeline.ops.gate import SPLIT, TEST_SET, Gate
 from pipeline.ops.presets import load_preset
 from pipeline.ops.publishing import registry
@@ -159,9 +159,11 @@ def test_the_rendered_set_is_known_by_how_it_was_rendered(files: Files, networks
     manifest = prepare(files, params(), 20, listed(1, 2, 3))
     folder, tags = trained(files.root / "one", networks, 0, manifest), []
     for seed, train, test in ((0, 17, 3), (0, 17, 6), (1, 17, 3), (0, 14, 3)):
-        write_json(files.vehicles / "COMPLETE.json", {"seed": seed, "train_identities": train, "test_identities": test})
+        settings = params("vehicles", seed)
+        sizes = settings.data.vehicles.model_copy(update={"train_identities": train, "test_identities": test})
+        data = settings.data.model_copy(update={"vehicles": sizes})
         with registry(files, params()) as known:
-            tags.append(Gate(files, params("vehicles"), known, folder).tags[SPLIT])
+            tags.append(Gate(files, settings.model_copy(update={"data": data}), known, folder).tags[SPLIT])
     assert tags[0] == tags[1]
     assert len(set(tags)) == 3
 

@@ -94,5 +94,5 @@ def test_who_holds_the_lock_may_take_it_again(tmp_path: Path) -> None:
     with locked(path, "training"):
         with locked(path, "training"):
             pass
-        assert path.with_suffix(".json").is_file()
-    assert not path.with_suffix(".json").exists()
+        assert Path(f"{path}.holder").is_file()
+    assert not Path(f"{path}.holder").exists()

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -30,8 +31,10 @@ def upload_of(pid: int) -> psutil.Process:
     found: list[psutil.Process] = []
 
     def there() -> bool:
-        children = psutil.Process(pid).children()
-        found[:] = [child for child in children if "pipeline.ops.sync" in child.cmdline()]
+        for child in psutil.Process(pid).children():
+            with suppress(psutil.Error):  # git's, which has ended
+                if "pipeline.ops.sync" in child.cmdline():
+                    found.append(child)
         return bool(found)
 
     wait_until(there, 20)
@@ -160,3 +163,42 @@ def test_a_relative_database_is_that_of_the_repository_in_temporary_workspaces_t
     assert process.returncode == 0, err
     assert (checkout.root / "sub" / "runs.db").is_file()
     assert not (elsewhere / "sub").exists()
+
+
+def test_a_database_server_that_is_down_costs_seconds(checkout: Files, start: Start) -> None:
+    process = start(checkout, *TEACHER, MLFLOW_TRACKING_URI="postgresql+psycopg://127.0.0.1:9/x")
+    began = time.monotonic()
+    _, err = process.communicate()
+    assert process.returncode == 0
+    assert time.monotonic() - began < 5 + 15  # the cost, and starting Python on a busy machine; it was 120
+    assert "`smaller-student sync` uploads the rest" in err
+
+
+FORKING = """
+import os, sys, time
+from pathlib import Path
+from pipeline.files import Files
+from pipeline.ops.execution import current
+from pipeline.ops.params import load
+from pipeline.ops.recorder import StageRun
+files = Files(Path.cwd(), Path.cwd())
+try:
+    with StageRun(files, load(files.params), current(), "teacher"):
+        child = os.fork()
+        if child == 0:
+            time.sleep(45)
+            os._exit(0)
+        raise RuntimeError("failed")
+except RuntimeError:
+    os.kill(child, 9)
+"""
+
+
+def test_a_stage_that_fails_does_not_wait_for_processes_that_it_forked(checkout: Files, start: Start) -> None:
+    """Image loaders hold the pipe that ends the upload, and live as long as the traceback."""
+    began = time.monotonic()
+    process = start(checkout, "-c", FORKING)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert time.monotonic() - began < 40
+    assert statuses(checkout) == {"execution": "FAILED", "teacher": "FAILED"}

@@ -252,6 +252,18 @@ def test_a_kill_at_any_step_doubles_and_loses_nothing(listed: Files, step: int) 
     check_all_is_ingested(listed)
 
 
+def test_a_table_whose_images_are_still_written_waits_for_them(listed: Files, caplog: pytest.LogCaptureFixture) -> None:
+    image = listed.root / "incoming" / "2.jpg"
+    image.rename(image.with_name("2.jpg.part"))
+    assert refresh(listed, load(listed.params)) == []
+    assert "2.jpg is still written" in caplog.text
+    assert (listed.root / "data" / "images.csv").read_bytes() == TABLE.encode()
+    image.with_name("2.jpg.part").rename(image)
+    os.utime(image, (1, 1))
+    refresh(listed, load(listed.params))
+    check_all_is_ingested(listed)
+
+
 def test_the_first_table_becomes_the_tables_of_the_data(listed: Files) -> None:
     for name in ("1.jpg", "images.csv"):
         (listed.root / "data" / name).rename(listed.root / "incoming" / name)

@@ -283,7 +283,9 @@ def test_a_release_is_uploaded_once_and_only_a_finished_run_that_is_still_there_
     third = uploaded(client, files, folder, name)
     assert len({first, second, third}) == 3
     (folder / "SHA256SUMS").write_text("another\n")
-    assert uploaded(client, files, folder, name) != third
+    assert (whole := uploaded(client, files, folder, name)) != third
+    (folder / "model.onnx").write_text("of which the upload was cut off")
+    assert uploaded(client, files, folder, name) != whole
     client.delete_experiment(client.get_experiment_by_name(name).experiment_id)
     with pytest.raises(RegistryError, match=f"experiment {name} was deleted in MLflow; restore it"):
         uploaded(client, files, folder, name)

@@ -67,6 +67,14 @@ def test_runs_begin_one_after_the_other_even_if_the_clock_is_set_back(
     assert execution is not None and execution.began < began[0] < began[1]
 
 
+def test_an_execution_ends_as_its_last_stage_did_even_if_the_clock_was_set_back(files: Files) -> None:
+    records = opened(files)
+    begin(records, "prepare", status="FINISHED", ended=9e9)
+    begin(records, "teacher", status="KILLED", ended=8e9)
+    whole = records.whole()
+    assert whole is not None and (whole.status, whole.ended) == ("KILLED", 9e9)
+
+
 def test_an_execution_ends_as_its_last_stage_did(files: Files) -> None:
     records = opened(files)
     begin(records, "prepare", status="FINISHED", ended=10.0)

@@ -24,6 +24,8 @@ def test_the_default_store_lies_in_the_repository(files: Files) -> None:
         ("sqlite:///./a/runs.db", "sqlite:///{state}/a/runs.db"),
         ("sqlite+pysqlite:///runs.db", "sqlite+pysqlite:///{state}/runs.db"),
         ("sqlite:////var/runs.db", "sqlite:////var/runs.db"),
+        ("sqlite:///runs.db?timeout=30", "sqlite:///{state}/runs.db?timeout=30"),
+        ("SQLITE:///runs.db", "SQLITE:///{state}/runs.db"),
         (" http://host:5000 ", "http://host:5000"),
         ("postgresql://u:p@host/db", "postgresql://u:p@host/db"),
     ],
@@ -64,12 +66,16 @@ def test_addresses_that_may_work_pass(uri: str) -> None:
         ("htp://host:5000", "begins with 'htp', unknown to MLflow"),
         ("http:///path", "names no host"),
         ("http:5000", "names no host"),
+        ("http://:5000", "names no host"),
+        ("http://user@", "names no host"),
+        ("sqlite:///", "names no file, so nothing would be kept"),
+        ("sqlite:///:memory:", "names no file, so nothing would be kept"),
     ],
 )
 def test_addresses_that_cannot_work_are_refused_with_the_remedy(uri: str, reason: str) -> None:
     with pytest.raises(UriError) as caught:
         check_uri(uri)
     assert str(caught.value).startswith(f"MLFLOW_TRACKING_URI {uri} {reason}")
-    assert "http://HOST:PORT" in str(caught.value)
+    assert "http://HOST:PORT" in str(caught.value) or "sqlite:///FILE" in str(caught.value)
     assert caught.value.exit_code == 2
     assert os.linesep not in str(caught.value)

@@ -313,14 +313,16 @@ def test_a_run_that_somebody_deleted_is_left_alone_reported_once_and_holds_up_no
     assert {run.info.status for run in runs(here)} == {"FINISHED"}
 
 
-def test_an_execution_whose_parent_was_deleted_gets_no_new_runs(here: Files) -> None:
+def test_an_execution_whose_parent_was_deleted_gets_no_new_runs_and_is_reported_once(here: Files) -> None:
     record(here, "prepare")
     sync(here)
     for run in runs(here):
         client().delete_run(run.info.run_id)
-    record(here, "teacher")
-    found = sync(here)
-    assert len(found.notices) == 1
+    notices = []
+    for stage in ("teacher", "student", "surgery"):
+        record(here, stage)
+        notices += sync(here).notices
+    assert len(notices) == 1 and "was deleted in MLflow" in notices[0]
     assert runs(here) == []
     assert len(runs(here, ViewType.ALL)) == 2
 
@@ -334,11 +336,31 @@ def test_a_run_that_was_purged_is_not_made_again(here: Files, store: str) -> Non
         [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", store, "--run-ids", run], capture_output=True
     )
     assert done.returncode == 0, done.stderr
-    assert len(sync(here, again=False).notices) == 0  # it was up to date, so nobody looked
+    assert sync(here).notices == []  # it was up to date, so nothing was looked up
     record(here, "teacher")
     assert len(sync(here).notices) == 1
+    sync(here, again=True)
     assert list(children(here)) == ["teacher"]
-    assert run not in {one.info.run_id for one in runs(here, ViewType.ALL)}
+
+
+def test_a_run_that_was_restored_goes_on_with_sync_again(here: Files) -> None:
+    record(here, "prepare")
+    sync(here)
+    run = children(here)["prepare"].info.run_id
+    parent = parents(here)[0].info.run_id
+    for deleted in (run, parent):
+        client().delete_run(deleted)
+    write_text(here.artifacts("export") / "SHA256SUMS", "1234  model.onnx\n")
+    record(here, "export")
+    sync(here)
+    for deleted in (run, parent):
+        client().restore_run(deleted)
+    assert sync(here).changed == 0
+    sync(here, again=True)
+    found = children(here)
+    assert {one.info.status for one in found.values()} == {"FINISHED"}
+    names = [file.path for file in client().list_artifacts(found["export"].info.run_id, "export")]
+    assert names == ["export/SHA256SUMS", "export/model.onnx"]
 
 
 def test_a_deleted_experiment_is_left_alone_and_holds_up_no_other(here: Files) -> None:
@@ -393,6 +415,34 @@ def test_an_execution_that_another_process_synchronises_is_left_to_it_and_the_ot
     assert [run.data.tags["execution_id"] for run in parents(here)] == [second.id]
     sync(here)
     assert {run.data.tags["execution_id"] for run in parents(here)} == {first.id, second.id}
+
+
+def test_an_old_execution_that_still_runs_is_kept(here: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.ops.sync.KEPT", 1)
+    recorder = Recorder(here, load(here.params), dvc(1))
+    name = recorder.begin("prepare")
+    record(here, "prepare", owner=dvc(2))
+    record(here, "prepare", owner=dvc(3))
+    sync(here)
+    recorder.end(name, "FINISHED", time.time() + 1)
+    sync(here)
+    assert [run.info.status for run in parents(here)] == ["FINISHED"] * 3
+
+
+def test_two_that_complete_an_execution_at_once_record_each_stage_once(here: Files) -> None:
+    records = record(here, "prepare")
+    execution = records.execution()
+    assert execution is not None
+    records.write(EXECUTION, execution.changed(process=GONE))
+    code = (
+        "from pathlib import Path; from pipeline.files import Files; from pipeline.ops.params import load\n"
+        "from pipeline.ops.recorder import complete_last\n"
+        "files = Files(Path.cwd(), Path.cwd()); complete_last(files, load(files.params), [])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    both = [subprocess.Popen([sys.executable, "-c", code], cwd=here.root, env=environment) for _ in range(2)]
+    assert [one.wait(60) for one in both] == [0, 0]
+    assert list(records.stages()) == list(RECORDS)
 
 
 def test_old_executions_are_forgotten_once_mlflow_has_them(here: Files, monkeypatch: pytest.MonkeyPatch) -> None:
