@@ -48,7 +48,7 @@ GATE, PASSED, REASON, REPLACES, RESTORES = "gate", "passed", "reason", "replaces
 """Tags of a version; `best` is one, too."""
 NONE, ITSELF = "none", "itself"
 PROMOTED, SHOWN = "promoted", "shown"
-"""Tags of the registered model (the version that records the last promotion) and of a version (its aliases were set)."""
+"""Tags of the registered model (version that records the last promotion) and of a version (its aliases were set)."""
 
 Judge = Callable[[str | None, str | None], tuple[Verdict, bool]]
 """Compares a challenger with champion and best (versions, None where there is none): the verdict, and whether it is the
