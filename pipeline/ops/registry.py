@@ -49,8 +49,8 @@ DIGEST = "release_digest"
 GATE, PASSED, REASON, REPLACES, RESTORES = "gate", "passed", "reason", "replaces", "restores"
 """Tags of a version; `best` is one, too."""
 NONE, ITSELF = "none", "itself"
-PROMOTED = "promoted"
-"""Tag of the registered model: the version that records the last promotion."""
+PROMOTED, SHOWN = "promoted", "shown"
+"""Tags of the registered model (version that records the last promotion) and of a version (its aliases were set)."""
 
 Judge = Callable[[str | None, str | None], tuple[Verdict, bool]]
 """Compares a challenger with champion and best (versions, None where there is none): the verdict, and whether it is the
@@ -168,7 +168,9 @@ class Lineage:
             return f"alias `{CHAMPION}` is at version {alias}, whose promotion is not recorded" if alias else ""
         if missing := {now.version, now.best} - self.versions.keys():
             return f"version {min(missing)}, the champion or the best one so far, was deleted in MLflow"
-        if shown == now.number and str(alias) != now.version:  # else a promoter was killed before it set the alias
+        # A promoter that is slow, or was killed before it noted `shown`, may have set the alias last.
+        late = {one.version for one in self.promotions if SHOWN not in self.versions[one.number].tags}
+        if shown == now.number and str(alias) not in late | {now.version}:
             became = f"moved to version {alias}" if alias else "deleted"
             return f"alias `{CHAMPION}` was {became} in MLflow, but version {now.version} was promoted last"
         return ""
@@ -303,7 +305,7 @@ class Registry:
             now, last = found.champion, found.last
             same = [name for name, one in found.versions.items() if one.tags.get(DIGEST) == tags[DIGEST]]
             if now is not None and now.version in same:
-                self.show()
+                self.show(now.number)
                 return now.version, Verdict(True, "it is the champion already")
             if found.withdrawn.intersection(same):
                 return same[-1], Verdict(False, "it was taken back by `rollback`")
@@ -323,7 +325,7 @@ class Registry:
             self.client.set_registered_model_alias(self.name, CHALLENGER, version)
             if not verdict.passed:
                 return version, verdict
-            self.show()
+            self.show(version)
             if version in [one.number for one in self.lineage().promotions]:
                 return version, verdict
             log.info("another promotion came between: version %s is compared again", version)
@@ -353,24 +355,24 @@ class Registry:
         one, model = found.versions[to], self.client.get_registered_model(self.name)
         best = str(model.aliases.get(BEST, ITSELF))  # versions of 0.1.0 have no tag for it
         tags = {BEST: best, **one.tags, RESTORES: to, REASON: reason}
-        tags.pop(REPLACES, None)
+        tags = {name: value for name, value in tags.items() if name not in (REPLACES, SHOWN)}
         if tags[BEST] not in found.versions:
             tags[BEST] = ITSELF
-        self._create(one.source or "", one.run_id, tags, f"Version {to} is champion again: {reason}.")
-        self.show()
+        self.show(self._create(one.source or "", one.run_id, tags, f"Version {to} is champion again: {reason}."))
         return sorted(self.lineage().withdrawn - found.withdrawn, key=int), to
 
     def _create(self, source: str, run: str | None, tags: dict[str, str], description: str) -> str:
         return str(self.client.create_model_version(self.name, source, run, tags, description=description).version)
 
-    def show(self) -> None:
-        """Let the aliases show what the versions record."""
+    def show(self, number: str) -> None:
+        """Let the aliases show what the versions record, and note at version `number` that they do."""
         shown: Promotion | None = None
         while (now := self.lineage().champion) is not None and now != shown:  # another may be promoted meanwhile
             for alias, version in ((CHAMPION, now.version), (BEST, now.best)):
                 self.client.set_registered_model_alias(self.name, alias, version)
             self.client.set_registered_model_tag(self.name, PROMOTED, now.number)
             shown = now
+        self.client.set_model_version_tag(self.name, number, SHOWN, "yes")
 
 
 def release_digest(folder: Path) -> str:
