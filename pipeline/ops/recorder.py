@@ -288,15 +288,12 @@ class StageRun:
         began = time.monotonic()
         while upload.poll() is None and records.pending(self._uri) and time.monotonic() - began < limit:
             time.sleep(0.1)
-        problem = ""
-        with suppress(OSError):
-            problem = records.problem.read_text(encoding="utf-8").strip()
-            records.problem.unlink()
         if records.pending(self._uri):
+            problem = records.problem.read_text(encoding="utf-8").strip() if records.problem.is_file() else "it is slow"
             log.warning("MLflow at %s does not have all of this yet (%s); `smaller-student sync` uploads the rest",
-                        self._uri, problem or "it is slow")  # fmt: skip
-        elif problem:
-            log.warning("MLflow at %s: %s", self._uri, problem)
+                        self._uri, problem)  # fmt: skip
+        for notice in records.take_notices():
+            log.warning("MLflow at %s: %s", self._uri, notice)
         if (record := records.read(self._name)) is not None and not local:
             records.write(self._name, record.changed(waited=time.monotonic() - began))
 

@@ -120,8 +120,23 @@ class Records:
 
     @property
     def problem(self) -> Path:
-        """What the last upload beside a stage met, in one sentence; missing where it met nothing."""
+        """Why the last upload beside a stage failed, in one sentence; missing where it did not fail."""
         return self.folder / "problem.txt"
+
+    def add_notices(self, notices: list[str]) -> None:
+        """Keep what the user should read once, until a stage or a command shows it."""
+        if notices:
+            write_text(self.folder / "notices.txt", "\n".join([*self._notices(), *notices]) + "\n")
+
+    def take_notices(self) -> list[str]:
+        """Return what nobody has shown yet, and forget it."""
+        found = self._notices()
+        (self.folder / "notices.txt").unlink(missing_ok=True)
+        return found
+
+    def _notices(self) -> list[str]:
+        path = self.folder / "notices.txt"
+        return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
     # --- reading and writing ------------------------------------------------------------------------------------------
 

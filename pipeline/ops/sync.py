@@ -248,6 +248,8 @@ def sync(files: Files, again: bool = False) -> Sync:
     """
     work = Sync(files, PATIENCE, again)
     work.all()
+    for records in executions(files):
+        work.notices += [one for one in records.take_notices() if one not in work.notices]
     return work
 
 
@@ -276,11 +278,9 @@ def main() -> None:
             records.problem.unlink(missing_ok=True)
         except Exception as error:
             write_text(records.problem, f"{store.cause(error)}\n")
-        else:
-            if work.notices:
-                write_text(records.problem, "\n".join(work.notices) + "\n")
-            if monitor is None and not ended.is_set():
-                monitor = _monitor(records, order["name"], work)
+        if monitor is None and not ended.is_set():
+            monitor = _monitor(records, order["name"], work)
+        records.add_notices(work.notices)
         ended.wait(INTERVAL)
     if monitor is not None:
         monitor.finish()

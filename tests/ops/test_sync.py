@@ -517,3 +517,17 @@ def test_a_checkout_that_was_moved_or_copied_writes_below_itself_and_finds_what_
     with sqlite3.connect(files.mlflow_db) as database:
         text = "\n".join(database.iterdump())
     assert str(reported.mlflow_artifacts) not in text
+
+
+def test_what_an_upload_beside_a_stage_found_is_shown_by_the_next_sync_if_the_stage_did_not_wait(here: Files) -> None:
+    records = record(here, "prepare")
+    sync(here)
+    for run in runs(here):
+        client().delete_run(run.info.run_id)
+    record(here, "teacher")
+    order = {"root": str(here.root), "state": str(here.state), "records": str(records.folder), "name": "teacher"}
+    code = [sys.executable, "-m", "pipeline.ops.sync", json.dumps({**order, "quiet": True})]
+    assert subprocess.run(code, cwd=Path(__file__).parents[2], stdin=subprocess.DEVNULL).returncode == 0
+    (notice,) = sync(here).notices
+    assert "was deleted in MLflow" in notice
+    assert sync(here).notices == []
