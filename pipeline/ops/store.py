@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from pipeline.files import Files, write_text
+from pipeline.ops.locks import locked
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -88,10 +89,11 @@ def cause(error: BaseException) -> str:
 
 
 def open_store(files: Files) -> "MlflowClient":
-    """Connect to the store.
+    """Connect to the store; a database gets its tables at the first time.
 
     Raises:
         UriError: If its address cannot work.
+        Busy: If another process needs more than a minute to make the tables.
         Exception: Whatever MLflow raises.
     """
     uri = tracking_uri(files)
@@ -102,8 +104,12 @@ def open_store(files: Files) -> "MlflowClient":
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    _follow_checkout(files, uri)
-    return MlflowClient(uri, registry_uri=uri)
+    if uri.startswith(SERVERS):
+        return MlflowClient(uri, registry_uri=uri)
+    # Two processes at once would both make the tables and leave a half-migrated database (MLflow 3.17).
+    with locked(files.tracking / "store.lock", "the opening of MLflow's database", patience=60):
+        _follow_checkout(files, uri)
+        return MlflowClient(uri, registry_uri=uri)
 
 
 def _follow_checkout(files: Files, uri: str) -> None:

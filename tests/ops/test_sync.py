@@ -486,6 +486,28 @@ def test_an_upload_beside_a_stage_notices_that_the_stage_was_killed(here: Files)
     assert {run.info.status for run in runs(here)} == {"KILLED"}
 
 
+def test_one_process_at_a_time_makes_the_tables_of_a_database(reported: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow lets two do it at once, which leaves a half-migrated database."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    record(reported, "prepare")
+    lock = reported.tracking / "store.lock"
+    code = (
+        "from pathlib import Path; from pipeline.files import Files; from pipeline.ops.sync import sync\n"
+        "print('ready', flush=True); sync(Files(Path.cwd(), Path.cwd()))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with locked(lock, "a test"):
+        other = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=reported.root, env=environment, stdout=subprocess.PIPE, text=True
+        )
+        assert other.stdout is not None and other.stdout.readline() == "ready\n"
+        time.sleep(4)
+        assert not reported.mlflow_db.exists()
+    assert other.wait(120) == 0
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{reported.mlflow_db}")
+    assert len(parents(reported)) == 1
+
+
 # --- a checkout that moves --------------------------------------------------------------------------------------------
 
 
