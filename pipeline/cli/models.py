@@ -97,7 +97,7 @@ def history() -> None:
             for one in promotions:
                 shown.add_row(f"{one.when:%Y-%m-%d %H:%M}", one.version, one.action, one.reason)
             Console().print(shown)
-        known.checked()  # says what was deleted or moved since
+        known.checked()  # refuses if something was deleted or moved since
     if not promotions:
         raise Refusal("nothing was promoted yet; run `smaller-student publish` first")
 

@@ -125,7 +125,7 @@ class Recorder:
             **({"flow_run_id": os.environ[FLOW_RUN]} if os.environ.get(FLOW_RUN) else {}),
         }
         record = RunRecord(
-            title=f"{data.source}, {goal}, {datetime.now():%m-%d %H:%M}",  # charts tell executions apart by it
+            title=f"{data.source}, {goal}, {datetime.now():%m-%d %H:%M}",  # by which charts distinguish executions
             process=self._execution.owner,
             began=self.records.moment(),
             tags=tags,
@@ -202,7 +202,7 @@ def _sha256(path: Path) -> str:
 
 
 def _sources(root: Path) -> dict[str, str]:
-    """Tags that tell what the run was made from."""
+    """Tags with the commit of the sources."""
     found, changed = git_cli.commit(root)
     if changed is None:
         return {"git_commit": found}
@@ -272,7 +272,7 @@ class StageRun:
         search = os.pathsep.join(filter(None, [str(Path(pipeline.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
         self._upload = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "pipeline.ops.sync", json.dumps(order)],
-            stdin=subprocess.PIPE,  # its end tells that the stage has ended, even if it was killed
+            stdin=subprocess.PIPE,  # ends with the stage, even if it is killed
             stdout=subprocess.DEVNULL,  # a reader of the stage's output must not wait for it
             stderr=subprocess.DEVNULL,
             cwd=self._files.root,

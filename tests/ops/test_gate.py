@@ -18,8 +18,9 @@ from pipeline.export.sample import EXPECTED, PICTURE, as_png, expected, picture
 from pipeline.files import Files
 from pipeline.ops.gate import SPLIT, TEST_SET, Gate
 from pipeline.ops.presets import load_preset
+from pipeline.ops.promotions import CHAMPION
 from pipeline.ops.publishing import registry
-from pipeline.ops.registry import CHAMPION, RegistryError, uploaded
+from pipeline.ops.registry import RegistryError, uploaded
 from pipeline.retrieval.gate import Verdict
 from tests import layouts
 from tests.export.tiny_network import ABOUT, SIZE, tiny_net

@@ -11,7 +11,8 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.files import Files
-from pipeline.ops.registry import BEST, CHALLENGER, CHAMPION, DIGEST, Judge, Registry, RegistryError, uploaded
+from pipeline.ops.promotions import BEST, CHALLENGER, CHAMPION
+from pipeline.ops.registry import DIGEST, Judge, Registry, RegistryError, uploaded
 from pipeline.retrieval.gate import Verdict
 
 NAMES = (f"model{number}" for number in itertools.count())
