@@ -282,7 +282,7 @@ def test_killed_trainings_go_on_and_end_with_the_same_bytes(finished: Path, tmp_
     kill_when_saved(folder, "student", 2)
     done = repro(folder)
     assert done.returncode == 0, done.stdout
-    assert "going on after epoch 2" in done.stdout
+    assert "resuming after epoch 2" in done.stdout
     assert digests(folder) == digests(finished)
 
 

@@ -10,6 +10,7 @@ import logging
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ STAGES = ("prepare", "teacher", "student", "surgery")
 """Stages that an experiment runs."""
 REPEATS = 200
 """Timed calls of each network."""
+POLL = 5.0
+"""Seconds between two looks at DVC's queue."""
 
 
 class EvidenceError(RuntimeError):
@@ -137,8 +140,10 @@ def run(experiments: Mapping[str, Mapping[str, str]], root: Path) -> None:
         if name not in waiting and not revision_of(name, root):
             changes = [part for key, value in settings.items() for part in ("-S", f"{key}={value}")]
             _dvc(root, "exp", "run", "--queue", "--name", name, *changes, STAGES[-1])
-    if set(experiments) & _queue(root)[0]:
-        _dvc(root, "exp", "run", "--run-all", "--jobs", "1")
+    # `dvc exp run --run-all` would wait for experiments whose worker was killed, too, and so for ever.
+    while set(experiments) & _queue(root)[0]:
+        _dvc(root, "queue", "start", "--jobs", "1")  # does nothing while a worker runs
+        time.sleep(POLL)
 
 
 def _queue(root: Path) -> tuple[set[str], set[str]]:

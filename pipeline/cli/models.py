@@ -24,10 +24,10 @@ def sync(
 
     files = Files.here()
     complete_last(files, load(files.params), changes())
-    found = run(files, again)
-    for notice in found.notices:
+    changed, notices = run(files, again)
+    for notice in notices:
         typer.echo(notice)
-    typer.echo(f"{found.changed} executions brought up to date" if found.changed else "MLflow is up to date")
+    typer.echo(f"{changed} executions brought up to date" if changed else "MLflow is up to date")
 
 
 RELEASE = typer.Argument(help="What stage `export` wrote.")

@@ -139,7 +139,7 @@ def _synchronise(files: Files) -> None:
     if not recorder.enabled():
         return
     try:
-        notices = sync(files).notices
+        _, notices = sync(files)
     except (TrackingError, Busy) as error:
         notices = [str(error)]
     for notice in notices:

@@ -123,10 +123,9 @@ class Records:
         """Why the last upload beside a stage failed, in one sentence; missing where it did not fail."""
         return self.folder / "problem.txt"
 
-    def add_notices(self, notices: list[str]) -> None:
+    def add_notice(self, notice: str) -> None:
         """Keep what the user should read once, until a stage or a command shows it."""
-        if notices:
-            write_text(self.folder / "notices.txt", "\n".join([*self._notices(), *notices]) + "\n")
+        write_text(self.folder / "notices.txt", "\n".join(dict.fromkeys([*self._notices(), notice])) + "\n")
 
     def take_notices(self) -> list[str]:
         """Return what nobody has shown yet, and forget it."""

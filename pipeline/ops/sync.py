@@ -52,13 +52,11 @@ class Sync:
         again: Write everything again that MLflow may have; nothing is doubled.
 
     Attributes:
-        notices: What the user should read once: runs that somebody deleted, executions that MLflow refused.
         changed: Executions that were not up to date.
     """
 
     def __init__(self, files: Files, patience: float = 0, again: bool = False) -> None:
         self.files, self.uri, self._patience, self._again = files, store.tracking_uri(files), patience, again
-        self.notices: list[str] = []
         self.changed = 0
 
     @cached_property
@@ -98,10 +96,10 @@ class Sync:
             new = True
             with locked(records.folder / "sync.lock", f"the upload of execution {records.id}", self._patience):
                 try:
-                    self.notices += [one for one in _Upload(self, records, again).run() if one not in self.notices]
+                    _Upload(self, records, again).run()
                 except Exception as error:
                     self._check_store(error)
-                    self.notices.append(f"MLflow refused a part of execution {records.id} ({store.cause(error)})")
+                    records.add_notice(f"MLflow refused a part of execution {records.id} ({store.cause(error)})")
                     return
             again = False
         self.changed += new
@@ -131,26 +129,23 @@ class _Upload:
         if again:  # whatever the runs hold; a run that was purged stays known as gone
             self.state = {name: {"run": seen["run"]} for name, seen in self.state.items() if "run" in seen}
 
-    def run(self) -> list[str]:
-        """Write what the store does not have.
-
-        Returns:
-            What the user should read: which runs somebody has deleted.
-        """
+    def run(self) -> None:
+        """Write what the store does not have."""
         whole, stages = self.records.whole(), self.records.stages()
         if whole is None:
-            return []
+            return
         names = [EXECUTION, *stages]
         experiment = store.experiment(self.client, self.sync.files, whole.experiment)
         if experiment is None:
-            return self._leave(names, f"experiment {whole.experiment} was deleted in MLflow")
+            self._leave(names, f"experiment {whole.experiment} was deleted in MLflow")
+            return
         runs = {run.data.tags.get(ENTRY, ""): run for run in self._runs(experiment, "execution_id", self.records.id)}
         known = {name: runs.get(f"{self.records.id}/{name}") for name in names}
         gone = [name for name, run in known.items() if self._is_gone(name, run)]
         gone = names if EXECUTION in gone else gone
-        notices = self._leave(gone, f"a run of execution {whole.title!r} was deleted in MLflow")
+        self._leave(gone, f"a run of execution {whole.title!r} was deleted in MLflow")
         if EXECUTION in gone:
-            return notices
+            return
         parent = self._id(EXECUTION, whole, known[EXECUTION], experiment, {})
         for name, record in stages.items():
             if name not in gone and not self._has(name, record):
@@ -161,7 +156,6 @@ class _Upload:
                 self._write(name, record, self._id(name, record, known[name], experiment, tags))
         if not self._has(EXECUTION, whole):  # its status comes last, when all below it is there
             self._write(EXECUTION, whole, parent)
-        return notices
 
     def _runs(self, experiment: str, tag: str, value: str) -> list[Run]:
         return list(self.client.search_runs([experiment], f"tags.{tag} = '{value}'", ViewType.ALL, max_results=1000))
@@ -177,14 +171,15 @@ class _Upload:
         self.state[name] = {**self.state.get(name, {}), **found}
         self.records.note_synced(self.sync.uri, self.state)
 
-    def _leave(self, names: list[str], reason: str) -> list[str]:
+    def _leave(self, names: list[str], reason: str) -> None:
         """Leave alone from now on what somebody has deleted, and report it once: a parent stands for its stages."""
         known = "gone" in self.state.get(EXECUTION, {})
         new = [name for name in names if "gone" not in self.state.get(name, {})]
+        if new and not known:
+            remedy = "it is left alone (restore it there and run `smaller-student sync --again`)"
+            self.records.add_notice(f"{reason}; {remedy}")
         for name in new:
             self._note(name, gone=reason)
-        remedy = "it is left alone (restore it there and run `smaller-student sync --again`)"
-        return [f"{reason}; {remedy}"] if new and not known else []
 
     def _id(self, name: str, record: RunRecord, run: Run | None, experiment: str, tags: dict[str, str]) -> str:
         """Id of a record's run, which is made where it is missing."""
@@ -239,8 +234,12 @@ def _user() -> str:
         return "unknown"
 
 
-def sync(files: Files, again: bool = False) -> Sync:
+def sync(files: Files, again: bool = False) -> tuple[int, list[str]]:
     """Synchronise all executions of a checkout, waiting for other processes that do so.
+
+    Returns:
+        How many executions were not up to date, and what the user should read once: runs that somebody deleted,
+        executions that MLflow refused.
 
     Raises:
         TrackingError: If the store cannot be reached.
@@ -248,9 +247,8 @@ def sync(files: Files, again: bool = False) -> Sync:
     """
     work = Sync(files, PATIENCE, again)
     work.all()
-    for records in executions(files):
-        work.notices += [one for one in records.take_notices() if one not in work.notices]
-    return work
+    notices = [notice for records in executions(files) for notice in records.take_notices()]
+    return work.changed, list(dict.fromkeys(notices))
 
 
 # --- beside a stage ---------------------------------------------------------------------------------------------------
@@ -280,7 +278,6 @@ def main() -> None:
             write_text(records.problem, f"{store.cause(error)}\n")
         if monitor is None and not ended.is_set():
             monitor = _monitor(records, order["name"], work)
-        records.add_notices(work.notices)
         ended.wait(INTERVAL)
     if monitor is not None:
         monitor.finish()

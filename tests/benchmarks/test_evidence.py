@@ -127,8 +127,8 @@ def test_params_that_are_not_the_presets_are_refused(checkout: Path) -> None:
     with pytest.raises(EvidenceError, match="commit first"):  # what it looks at next
         (checkout / "pipeline" / "losses" / "new.py").write_text("")
         experiments.gather(checkout, [OURS])
-    assert "\nseed: 0\n" in text
-    (checkout / "params.yaml").write_text(text.replace("\nseed: 0\n", "\nseed: 1\n"))
+    assert "\nseed: 0" in text
+    (checkout / "params.yaml").write_text(text.replace("\nseed: 0", "\nseed: 1"))
     with pytest.raises(EvidenceError, match=r"params\.yaml is not the preset `evidence`"):
         experiments.gather(checkout, [OURS])
 

@@ -114,12 +114,12 @@ def test_curves_have_steps_and_final_figures_are_single_points_however_often_mlf
     ended = time.time() + 1
     recorder.end(name, "FINISHED", ended)
     assert recorder.records.pending(os.environ["MLFLOW_TRACKING_URI"])
-    assert sync(here).changed == 1
+    assert sync(here)[0] == 1
     assert not recorder.records.pending(os.environ["MLFLOW_TRACKING_URI"])
     before = [run.info.run_id for run in runs(here)]
-    assert sync(here).changed == 0
+    assert sync(here)[0] == 0
     for _ in range(2):
-        assert sync(here, again=True).changed == 1
+        assert sync(here, again=True)[0] == 1
     assert [run.info.run_id for run in runs(here)] == before
     run = children(here)["student"]
     assert points(run, "train/kl") == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
@@ -305,8 +305,8 @@ def test_a_run_that_somebody_deleted_is_left_alone_reported_once_and_holds_up_no
     record(here, "teacher", owner=dvc(1))  # the same execution goes on
     record(here, "prepare", owner=dvc(2))  # and another one
     first = sync(here)
-    assert len(first.notices) == 1 and "was deleted in MLflow; it is left alone" in first.notices[0]
-    assert sync(here).notices == []
+    assert len(first[1]) == 1 and "was deleted in MLflow; it is left alone" in first[1][0]
+    assert sync(here)[1] == []
     assert client().get_run(deleted).info.lifecycle_stage == "deleted"
     stages = [run.data.tags["stage"] for run in runs(here) if "stage" in run.data.tags]
     assert sorted(stages) == ["prepare", "teacher"]  # of the second execution, and of the first
@@ -321,7 +321,7 @@ def test_an_execution_whose_parent_was_deleted_gets_no_new_runs_and_is_reported_
     notices = []
     for stage in ("teacher", "student", "surgery"):
         record(here, stage)
-        notices += sync(here).notices
+        notices += sync(here)[1]
     assert len(notices) == 1 and "was deleted in MLflow" in notices[0]
     assert runs(here) == []
     assert len(runs(here, ViewType.ALL)) == 2
@@ -336,9 +336,9 @@ def test_a_run_that_was_purged_is_not_made_again(here: Files, store: str) -> Non
         [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", store, "--run-ids", run], capture_output=True
     )
     assert done.returncode == 0, done.stderr
-    assert sync(here).notices == []  # it was up to date, so nothing was looked up
+    assert sync(here)[1] == []  # it was up to date, so nothing was looked up
     record(here, "teacher")
-    assert len(sync(here).notices) == 1
+    assert len(sync(here)[1]) == 1
     sync(here, again=True)
     assert list(children(here)) == ["teacher"]
 
@@ -355,7 +355,7 @@ def test_a_run_that_was_restored_goes_on_with_sync_again(here: Files) -> None:
     sync(here)
     for deleted in (run, parent):
         client().restore_run(deleted)
-    assert sync(here).changed == 0
+    assert sync(here)[0] == 0
     sync(here, again=True)
     found = children(here)
     assert {one.info.status for one in found.values()} == {"FINISHED"}
@@ -372,8 +372,8 @@ def test_a_deleted_experiment_is_left_alone_and_holds_up_no_other(here: Files) -
     here.params.write_text(here.params.read_text().replace(f"experiment: {deleted}", f"experiment: {deleted}-2"))
     record(here, "prepare", owner=dvc(3))
     first = sync(here)
-    assert [notice.partition(";")[0] for notice in first.notices] == [f"experiment {deleted} was deleted in MLflow"]
-    assert sync(here).notices == []
+    assert [notice.partition(";")[0] for notice in first[1]] == [f"experiment {deleted} was deleted in MLflow"]
+    assert sync(here)[1] == []
     assert [run.info.status for run in runs(here)] == ["FINISHED", "FINISHED"]
     assert client().get_experiment_by_name(deleted).lifecycle_stage == "deleted"
 
@@ -384,7 +384,7 @@ def test_one_execution_that_mlflow_refuses_holds_up_no_other(here: Files) -> Non
     assert broken is not None
     records.write("prepare", broken.changed(figures={"a key with \n a line": 1.0}))
     record(here, "prepare", owner=dvc(2))
-    (notice,) = sync(here).notices
+    (notice,) = sync(here)[1]
     assert notice.startswith(f"MLflow refused a part of execution {records.id}")
     finished = [run for run in parents(here) if run.info.status == "FINISHED"]
     assert len(finished) == 1
@@ -550,6 +550,6 @@ def test_what_an_upload_beside_a_stage_found_is_shown_by_the_next_sync_if_the_st
     order = {"root": str(here.root), "state": str(here.state), "records": str(records.folder), "name": "teacher"}
     code = [sys.executable, "-m", "pipeline.ops.sync", json.dumps({**order, "quiet": True})]
     assert subprocess.run(code, cwd=Path(__file__).parents[2], stdin=subprocess.DEVNULL).returncode == 0
-    (notice,) = sync(here).notices
+    (notice,) = sync(here)[1]
     assert "was deleted in MLflow" in notice
-    assert sync(here).notices == []
+    assert sync(here)[1] == []

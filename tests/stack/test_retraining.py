@@ -241,7 +241,7 @@ def test_a_training_that_is_cut_off_ends_at_once_and_the_next_goes_on(
     if way == "worker killed":
         before = len(log(stack))
         run = ended(server, start(server))
-        assert "going on after epoch" in log(stack)[before:]
+        assert "resuming after epoch" in log(stack)[before:]
         assert run.state_name == "Promoted"  # sixty epochs instead of four
         assert champion(stack) == "3"
 
