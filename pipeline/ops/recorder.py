@@ -36,10 +36,12 @@ FLOW_RUN = "SMALLER_STUDENT_FLOW_RUN"
 """Environment variable with the id of a Prefect flow run, for the stages below it."""
 RELEASE_DIGEST = "release_digest"
 """Tag of an export run: SHA-256 of its SHA256SUMS, by which `publish` finds the run that holds a release."""
-PATIENCE = 4.5
+PATIENCE = 2.5
 """Seconds that all stages of an execution together wait for a server, of MLflow or of a database."""
 LOCAL_PATIENCE = 120.0
 """Seconds that a stage waits for an SQLite file: the first time its tables are made."""
+NICE = 10
+"""Priority of uploads: the next stage, which starts meanwhile, goes first."""
 QUIET = {"benchmark"}
 """Stages that measure time: nothing is uploaded while they run."""
 
@@ -279,6 +281,9 @@ class StageRun:
             env={**os.environ, "PYTHONPATH": search},
             start_new_session=True,  # Ctrl-C is for the stage
         )
+        if hasattr(os, "setpriority"):
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, self._upload.pid, NICE)
 
     def _wait(self, records: Records, upload: "subprocess.Popen[bytes]") -> None:
         """Wait until MLflow has everything, but not for long: `sync` uploads the rest later."""
