@@ -17,13 +17,16 @@ def sync(
     ),
 ) -> None:
     """Bring MLflow up to date with what was recorded while it was out of reach."""
-    from pipeline.ops.dvc import changes
+    from pipeline.ops.dvc import StageError, changes
     from pipeline.ops.params import load
     from pipeline.ops.recorder import complete_last
     from pipeline.ops.sync import sync as run
 
     files = Files.here()
-    complete_last(files, load(files.params), changes())
+    try:
+        complete_last(files, load(files.params), changes)
+    except StageError as error:  # such as in the first moments of another `dvc repro`
+        typer.echo(f"stages that the last `dvc repro` did not have to run are not recorded yet: {error}", err=True)
     changed, notices = run(files, again)
     for notice in notices:
         typer.echo(notice)

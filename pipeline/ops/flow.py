@@ -91,7 +91,7 @@ def _retrain(files: Files, force: bool) -> State[None]:
     if checked.retrain.refresh or checked.retrain.incoming:
         _ended(refresh(files, checked, return_state=True), RefreshError)
     changed = changes()
-    recorder.complete_last(files, checked, changed)
+    recorder.complete_last(files, checked, lambda: changed)
     unpublished = checked.retrain.publish and publishing.remembered(files, checked) is None
     if not changed and not unpublished and not force:
         _commit(files, checked, "nothing changed")  # if the last run could not

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -313,10 +313,18 @@ def complete(files: Files, params: Params, execution: Execution, changed: Collec
         recorder.begin(None, changed)
 
 
-def complete_last(files: Files, params: Params, changed: Collection[str]) -> None:
-    """Complete the checkout's last execution: at the end of a plain `dvc repro`, cached stages run no code."""
+def complete_last(files: Files, params: Params, changed: Callable[[], Collection[str]]) -> None:
+    """Complete the checkout's last execution: at the end of a plain `dvc repro`, cached stages run no code.
+
+    Args:
+        files: Paths of the checkout.
+        params: Params of the checkout.
+        changed: Returns the stages that are stale, as in `Recorder.begin`; called only where stages are missing, since
+            `dvc status` takes long and fails while a stage runs.
+    """
     mine = [one for one in executions(files) if (record := one.execution()) and record.root == str(files.root)]
     if not mine or mine[-1].kind == "flow" or (record := mine[-1].execution()) is None:
         return
     if record.process.alive is False and set(mine[-1].outcomes().values()) == {"FINISHED"}:
-        complete(files, params, Execution(mine[-1].kind, mine[-1].id, record.process), changed)
+        if any(stage not in mine[-1].outcomes() for stage in RECORDS):
+            complete(files, params, Execution(mine[-1].kind, mine[-1].id, record.process), changed())

@@ -437,7 +437,7 @@ def test_two_that_complete_an_execution_at_once_record_each_stage_once(here: Fil
     code = (
         "from pathlib import Path; from pipeline.files import Files; from pipeline.ops.params import load\n"
         "from pipeline.ops.recorder import complete_last\n"
-        "files = Files(Path.cwd(), Path.cwd()); complete_last(files, load(files.params), [])"
+        "files = Files(Path.cwd(), Path.cwd()); complete_last(files, load(files.params), list)"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     both = [subprocess.Popen([sys.executable, "-c", code], cwd=here.root, env=environment) for _ in range(2)]
@@ -455,14 +455,14 @@ def test_old_executions_are_forgotten_once_mlflow_has_them(here: Files, monkeypa
 
 def test_the_last_execution_is_completed_once_its_dvc_has_ended(here: Files) -> None:
     records = record(here, "prepare")
-    complete_last(here, load(here.params), [])
+    complete_last(here, load(here.params), list)
     assert list(records.outcomes()) == ["prepare"]  # this process lives, so dvc may still run the others
     execution = records.execution()
     assert execution is not None
     records.write(EXECUTION, execution.changed(process=GONE))
-    complete_last(here, load(here.params), ["surgery"])
+    complete_last(here, load(here.params), lambda: ["surgery"])
     assert list(records.outcomes()) == ["prepare", "teacher", "student"]
-    complete_last(here, load(here.params), [])
+    complete_last(here, load(here.params), list)
     assert list(records.outcomes()) == list(RECORDS)
 
 

@@ -78,7 +78,10 @@ def test_a_run_ends_as_killed_when_its_stage_is(
         runs = client.search_runs(experiment.experiment_id) if experiment else []
         return {run.data.tags.get("stage", "execution"): run.info.status for run in runs}
 
-    wait_until(lambda: statuses() == {"execution": "RUNNING", "prepare": "RUNNING"}, 120)
+    running = {"execution": "RUNNING", "prepare": "RUNNING"}
+    wait_until(lambda: statuses() == running, 120)
+    run(start, pipeline, "pipeline", "sync", server=client.tracking_uri)  # works while dvc holds its locks
+    assert statuses() == running
     (stage,) = [p for p in psutil.Process(dvc.pid).children(recursive=True) if "stages.prepare" in p.cmdline()[1:]]
     stage.send_signal(number)
     wait_until(lambda: statuses() == {"execution": "KILLED", "prepare": "KILLED"}, 15)
