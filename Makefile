@@ -49,7 +49,7 @@ lint: setup
 
 # Work pool, schedules and the automation for lost runs, at the server that PREFECT_API_URL names.
 deploy: setup
-	python -m pipeline.ops.deploy
+	python -m pipeline.flow.deploy
 
 # MLflow, Prefect, a worker and the search page for one user (Procfile); Ctrl-C ends all. `make stack MLFLOW_PORT=5001`.
 stack: export MLFLOW_PORT ?= 5000

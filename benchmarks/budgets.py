@@ -6,8 +6,8 @@ Short trainings on noise at full width. About ten minutes on 2 cores.
 import itertools
 
 from benchmarks.short import Noise, preset, train
+from pipeline.compress.student import remaining_spec
 from pipeline.models import cost
-from pipeline.training.student import remaining_spec
 
 SIZE = (32, 32)
 WINDOWS = {8: 0.01, 1: 0.005}

@@ -12,7 +12,7 @@ from torchvision import models
 
 from pipeline.files import Files, read_json
 from pipeline.inference.timing import gain, measure
-from pipeline.ops.params import load
+from pipeline.stage.params_file import load
 
 NAMES = ("shufflenet_v2_x0_5", "mobilenet_v3_small", "mobilenet_v3_large", "resnet18", "resnet50")
 REPEATS = 50

@@ -13,8 +13,8 @@ import numpy as np
 from benchmarks.short import Noise, preset, train
 from pipeline.compress.surgery import operate
 from pipeline.export.metadata import serialise
-from pipeline.export.onnx import to_onnx
-from pipeline.inference.layers import kept_share, latency_model
+from pipeline.export.to_onnx import to_onnx
+from pipeline.inference.latency_model import kept_share, latency_model
 from pipeline.inference.timing import measure
 from pipeline.models.resnet import convert
 from pipeline.models.spec import ArchSpec

@@ -14,16 +14,16 @@ from time import perf_counter
 from benchmarks.short import section
 from pipeline import checkpoint
 from pipeline.compress.budget import cost_model
+from pipeline.compress.student import CALIBRATION, fresh_student, spread, student_task
 from pipeline.data.augment import as_tensor, normalise
 from pipeline.data.images import open_images
 from pipeline.data.loader import training_loader
 from pipeline.files import Files
-from pipeline.ops.params import load
 from pipeline.retrieval.embed import evaluate
 from pipeline.runtime import launch
+from pipeline.stage.params_file import load
 from pipeline.training.loop import Fit
 from pipeline.training.state import Checkpoints, TrainingState
-from pipeline.training.student import CALIBRATION, fresh_student, spread, student_task
 
 
 def main() -> None:

@@ -15,9 +15,9 @@ from pipeline.data.augment import normalise
 from pipeline.data.images import open_images
 from pipeline.data.loader import training_loader
 from pipeline.files import Files
-from pipeline.ops.params import load
 from pipeline.runtime import launch
-from pipeline.training.optim import build
+from pipeline.stage.params_file import load
+from pipeline.training.optimizer import build
 from pipeline.training.teacher import TeacherTask, fresh_teacher
 
 WORKERS = (0, 1)

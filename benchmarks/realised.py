@@ -8,11 +8,11 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.short import Noise, preset, train
-from pipeline.benchmark.footprint import plain_layers
-from pipeline.inference.graph import timing_graph
+from pipeline.compress.student import remaining_spec
+from pipeline.inference.footprint import plain_layers
 from pipeline.inference.timing import gain, measure
+from pipeline.inference.timing_graph import timing_graph
 from pipeline.models import cost
-from pipeline.training.student import remaining_spec
 
 SIZE, ASKED, REPEATS = (224, 224), 0.65, 50
 SETTINGS = ((1, 0), (1, 1), (8, 0))

@@ -13,7 +13,7 @@ from statistics import median
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.retrieval.protocols import Side, evaluate
+from pipeline.retrieval.scoring import Side, evaluate
 
 REPEATS = 5
 QUERIES, GALLERY, DIM, IDENTITIES, CAMERAS = 1678, 11579, 512, 200, 20

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from pipeline.compress.budget import cost_model
+from pipeline.compress.student import StudentTask, fresh_student, student_task
 from pipeline.config import Params
 from pipeline.models.cost import CostModel
 from pipeline.models.resnet import RetrievalNet
-from pipeline.ops.presets import load_preset
 from pipeline.runtime import launch
+from pipeline.stage.presets import load_preset
 from pipeline.training.loop import Batch, Fit
 from pipeline.training.state import Checkpoints
-from pipeline.training.student import StudentTask, fresh_student, student_task
 from pipeline.training.teacher import fresh_teacher
 
 ROOT = Path(__file__).parents[1]

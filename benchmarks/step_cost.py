@@ -9,7 +9,7 @@ from time import perf_counter
 import numpy as np
 
 from benchmarks.short import Noise, prepared, preset, scaled
-from pipeline.training.optim import build
+from pipeline.training.optimizer import build
 
 ROUNDS, WARM_UP = 30, 3
 SITES = {"none": None, "inner sites": ["conv1", "conv2"], "inner sites and stream": ["conv1", "conv2", "stream"]}

@@ -8,7 +8,7 @@ import sys
 
 if sys.argv[0] == "-m":  # so it is only while Python looks for the module that it will run
     from pipeline.files import Files
-    from pipeline.ops.params import ParamsError, load
+    from pipeline.stage.params_file import ParamsError, load
 
     try:
         load(Files.here().params)

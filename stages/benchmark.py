@@ -12,16 +12,14 @@ from typing import TypeVar
 import numpy as np
 
 from pipeline import checkpoint
-from pipeline.benchmark.footprint import footprints
-from pipeline.benchmark.table import INT8, STUDENT, TEACHER, benchmark_record, write_csv
 from pipeline.data.augment import MEAN, STD
 from pipeline.data.images import open_images
 from pipeline.export.embed import embed
 from pipeline.export.release import read_release
 from pipeline.files import read_json
+from pipeline.inference.footprint import footprints
 from pipeline.inference.session import open_session
 from pipeline.inference.timing import measure
-from pipeline.ops.stage import Run, run_stage
 from pipeline.records import (
     BenchmarkRecord,
     ExportRecord,
@@ -33,7 +31,9 @@ from pipeline.records import (
 )
 from pipeline.report.build import RunResults, write_report
 from pipeline.report.curves import read_curves
+from pipeline.report.latency import INT8, STUDENT, TEACHER, benchmark_record, write_csv
 from pipeline.runtime import available_threads
+from pipeline.stage.run import Run, run_stage
 
 R = TypeVar("R", bound=Record)
 

@@ -7,9 +7,9 @@ Writes  artifacts/export/, metrics/export.json
 import numpy as np
 
 from pipeline import checkpoint
-from pipeline.config import PROTOCOLS_OF
 from pipeline.data.augment import MEAN, STD, normalise
 from pipeline.data.images import open_images
+from pipeline.data.sources import LAYOUTS
 from pipeline.export import int8, sample
 from pipeline.export.card import Entry, card
 from pipeline.export.embed import Embeddings, normalised
@@ -20,12 +20,12 @@ from pipeline.export.release import ALL_IN_ONE, INT8, STUDENT, TEACHER, sha256, 
 from pipeline.models import cost
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
-from pipeline.ops.stage import Run, run_stage
 from pipeline.records import ExportRecord
 from pipeline.retrieval.compatibility import compare
 from pipeline.retrieval.embed import embed
 from pipeline.retrieval.evaluate import evaluate_embedder, sides
 from pipeline.runtime import launch
+from pipeline.stage.run import Run, run_stage
 
 ORIGINALS = 64
 """Test images that a file which resizes is tried with in their own size."""
@@ -85,7 +85,7 @@ def export(run: Run) -> ExportRecord:
         protocol,
         *(sides(files[name].embeddings, manifest, "query", "gallery", protocol) for name in (TEACHER, STUDENT)),
     )
-    others = [other for other in PROTOCOLS_OF.get(params.data.source, ()) if other != protocol]
+    others = [other for other in LAYOUTS[params.data.source].protocols if other != protocol]
     entries = {
         name: Entry(
             file.what,

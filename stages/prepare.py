@@ -11,16 +11,15 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.data import vehicles
 from pipeline.data.images import build_cache, data_root
-from pipeline.data.inspect import changed, inspect, leaks, near_duplicates, refuse, settled, twins
-from pipeline.data.layouts import UNKNOWN
+from pipeline.data.inspection import changed, inspect, leaks, near_duplicates, refuse, settled, twins
+from pipeline.data.layout import UNKNOWN
 from pipeline.data.manifest import DataError, Manifest, some
 from pipeline.data.sources import read_source
 from pipeline.data.splits import complain_about_test, split_test, split_validation
 from pipeline.files import csv_text, write_text
-from pipeline.ops.stage import Run, run_stage
 from pipeline.records import PrepareRecord
+from pipeline.stage.run import Run, run_stage
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +29,11 @@ def prepare(run: Run) -> PrepareRecord:
     data, files, seed = run.params.data, run.files, run.params.seed
     root = data_root(files, run.params)
     if data.source == "vehicles":
+        from pipeline.data.toy_vehicles import render  # needs two libraries that nothing else needs
+
         started = time.monotonic()
         shutil.rmtree(root, ignore_errors=True)  # DVC does so before it runs a stage; by hand, an earlier set is there
-        vehicles.render(root, seed, data.vehicles)
+        render.render(root, seed, data.vehicles)
         run.timing("render", time.monotonic() - started)
     source = read_source(data, root)
     found = inspect(source.items, root)

@@ -13,18 +13,18 @@ from typing import TypeVar, cast
 
 from pipeline import checkpoint
 from pipeline.compress.budget import cost_model
+from pipeline.compress.student import CALIBRATION, fresh_student, remaining_spec, spread, student_task
 from pipeline.data.augment import as_tensor, normalise
 from pipeline.data.images import open_images
 from pipeline.data.loader import training_loader
 from pipeline.models import cost
 from pipeline.models.cost import CostModel
-from pipeline.ops.stage import Run, run_stage
 from pipeline.records import StudentRecord
 from pipeline.retrieval.embed import evaluate
-from pipeline.retrieval.protocols import scores
+from pipeline.retrieval.scoring import scores
 from pipeline.runtime import launch
+from pipeline.stage.run import Run, run_stage
 from pipeline.training.loop import Fit
-from pipeline.training.student import CALIBRATION, fresh_student, remaining_spec, spread, student_task
 from pipeline.training.teacher import validation
 
 LATENCY, MEASURED = "latency.json", "measured.json"
@@ -47,12 +47,12 @@ def student(run: Run) -> StudentRecord:
         return cast(T, fabric.broadcast(call() if fabric.is_global_zero else None))
 
     def measure() -> CostModel:
-        from pipeline.inference import layers  # ONNX Runtime is needed for this only
+        from pipeline.inference import latency_model  # ONNX Runtime is needed for this only
 
         table, timed = checkpoints.folder / LATENCY, checkpoints.folder / MEASURED
-        found = once(lambda: layers.kept_latency_model(table, teacher.spec, size, config.channel_multiple))
+        found = once(lambda: latency_model.kept_latency_model(table, teacher.spec, size, config.channel_multiple))
         return replace(
-            found, measured=lambda widths: once(lambda: layers.kept_share(timed, teacher.spec, size, widths))
+            found, measured=lambda widths: once(lambda: latency_model.kept_share(timed, teacher.spec, size, widths))
         )
 
     budgeted = cost_model(teacher.spec, config, size, measure)
@@ -68,7 +68,7 @@ def student(run: Run) -> StudentRecord:
     latency = config.budgeted and config.budget.of == "latency"
     counted = task.compression.cost
     if latency and fabric.is_global_zero:  # it cannot be measured twice alike
-        from pipeline.inference.layers import write_model
+        from pipeline.inference.latency_model import write_model
 
         write_model(run.out / LATENCY, counted)
     protocol = params.data.protocol

@@ -9,11 +9,11 @@ from pipeline.compress.surgery import SurgeryPlan, operate
 from pipeline.data.augment import as_tensor, normalise
 from pipeline.data.images import open_images
 from pipeline.models import cost
-from pipeline.ops.stage import Run, run_stage
 from pipeline.records import SurgeryRecord
 from pipeline.retrieval.embed import evaluate
-from pipeline.retrieval.protocols import scores
+from pipeline.retrieval.scoring import scores
 from pipeline.runtime import launch
+from pipeline.stage.run import Run, run_stage
 
 
 def surgery(run: Run) -> SurgeryRecord:

@@ -9,11 +9,11 @@ from pipeline.data.augment import normalise
 from pipeline.data.images import open_images
 from pipeline.data.loader import training_loader
 from pipeline.models import cost
-from pipeline.ops.stage import Run, run_stage
 from pipeline.records import TeacherRecord
 from pipeline.retrieval.embed import evaluate
-from pipeline.retrieval.protocols import scores
+from pipeline.retrieval.scoring import scores
 from pipeline.runtime import launch
+from pipeline.stage.run import Run, run_stage
 from pipeline.training.loop import Fit
 from pipeline.training.teacher import TeacherTask, fresh_teacher, validation
 

@@ -13,8 +13,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipeline.files import Files, write_json, write_text
-from pipeline.ops.presets import preset_text
 from pipeline.records import RECORDS
+from pipeline.stage.presets import preset_text
 from tests.fake_stages import NUMBERS, Start, source
 
 ROOT = Path(__file__).parents[1]

@@ -46,7 +46,7 @@ NUMBERS["benchmark"] |= LATENCIES
 STAGE = """
 import json, logging, os, sys, time
 from pipeline.files import write_text
-from pipeline.ops.stage import Run, run_stage
+from pipeline.stage.run import Run, run_stage
 from pipeline.records import RECORDS
 
 class GateError(RuntimeError):

@@ -9,33 +9,44 @@ import pytest
 
 from tests.imports import ROOT, files_of, imported, rooms_of, sources
 
-BASE = {"config", "records", "files", "progress", "runtime"}
-"""Rooms that everyone may use."""
-ALLOWED = {
+BASE = {"config", "records", "files", "progress", "protocols", "runtime"}
+"""Rooms that every room may use."""
+LIBRARY = {
     "config": set(),
     "records": set(),
     "files": set(),
     "progress": set(),
+    "protocols": set(),
     "runtime": {"config"},
     "checkpoint": {"files", "models"},
     "data": BASE,
     "models": BASE,
     "losses": BASE,
     "retrieval": BASE,
-    "compress": BASE | {"models", "checkpoint"},
     "inference": BASE | {"models"},
+    "training": BASE | {"data", "models", "losses", "retrieval", "checkpoint"},
+    "compress": BASE | {"data", "models", "losses", "retrieval", "checkpoint", "training"},
     "export": BASE | {"models", "checkpoint", "inference"},
-    "training": BASE | {"data", "models", "losses", "compress", "retrieval", "checkpoint"},
-    "search": BASE | {"data", "export", "inference"},
-    "benchmark": BASE | {"export", "inference", "retrieval", "data", "models"},
-    "report": BASE | {"export", "inference", "retrieval", "data", "models", "benchmark"},
-    "cli": BASE | {"ops", "retrieval", "export", "report", "search"},
-    "__main__": {"cli"},
+    "search": BASE | {"data", "export", "inference", "retrieval"},
+    "report": BASE | {"export", "inference", "retrieval", "data", "models"},
 }
-SERVICES = {"mlflow", "prefect", "dvc"}
-LIGHT = {"config", "records", "files"}
+"""Rooms that compute, and the rooms that each may import."""
+EDGES = {
+    "system": BASE,
+    "tracking": BASE | {"system"},
+    "registry": BASE | {"system", "tracking", "data", "export", "inference", "retrieval"},
+    "stage": BASE | {"system", "tracking", "data", "models", "compress", "training"},
+    "flow": BASE | {"system", "tracking", "registry", "stage", "data", "export"},
+}
+"""Rooms that each connect the library to one tool."""
+ALLOWED = LIBRARY | EDGES | {"cli": {*LIBRARY, *EDGES}, "__main__": {"cli"}}
+SERVICES = {"mlflow": {"tracking", "registry"}, "prefect": {"flow"}, "dvc": {"flow"}}
+"""Which rooms import which service."""
+TOY_LIBRARIES = {"trimesh", "embreex"}
+"""Libraries of the default data set alone."""
+LIGHT = {"config", "records", "files", "protocols"}
 """Rooms of the standard library and pydantic only."""
-NO_TORCH = ("vehicles", "sources", "manifest", "images", "inspect")
+NO_TORCH = ("toy_vehicles.render", "sources", "manifest", "images", "inspection")
 """Modules of `data` that stage prepare uses."""
 
 
@@ -43,7 +54,7 @@ def names() -> list[str]:
     return sorted({path.relative_to(ROOT / "pipeline").parts[0].removesuffix(".py") for path in sources("pipeline")})
 
 
-@pytest.mark.parametrize("name", [name for name in names() if name not in ("__init__", "ops")])
+@pytest.mark.parametrize("name", [name for name in names() if name != "__init__"])
 def test_a_room_imports_only_from_the_rooms_it_may(name: str) -> None:
     for path in files_of(name):
         strange = rooms_of(path) - ALLOWED[name] - {name}
@@ -51,17 +62,25 @@ def test_a_room_imports_only_from_the_rooms_it_may(name: str) -> None:
 
 
 @pytest.mark.parametrize("path", sources("stages"), ids=lambda path: path.stem)
-def test_no_stage_imports_another_or_more_of_ops_than_the_way_to_run(path: Path) -> None:
+def test_no_stage_imports_another_and_only_the_way_to_run_of_the_edges(path: Path) -> None:
     found = set(imported(path))
     assert not {module for module in found if module.startswith("stages")}
-    ways = ("pipeline.ops.params.",) if path.stem == "__init__" else ("pipeline.ops.stage.",)
-    assert all(module.startswith(ways) for module in found if module.startswith("pipeline.ops"))
+    way = "pipeline.stage.params_file." if path.stem == "__init__" else "pipeline.stage.run."
+    edges = {module for module in found if module.startswith(tuple(f"pipeline.{edge}." for edge in EDGES))}
+    assert all(module.startswith(way) for module in edges)
 
 
 @pytest.mark.parametrize("path", sources("pipeline") + sources("stages"), ids=lambda path: str(path.relative_to(ROOT)))
-def test_only_ops_knows_the_services(path: Path) -> None:
-    if "ops" not in path.parts:
-        assert not {module.partition(".")[0] for module in imported(path)} & SERVICES
+def test_each_service_has_its_rooms(path: Path) -> None:
+    tops = {module.partition(".")[0] for module in imported(path)}
+    for service, rooms in SERVICES.items():
+        assert service not in tops or rooms & set(path.parts), f"only {rooms} import {service}"
+
+
+@pytest.mark.parametrize("path", sources("pipeline") + sources("stages"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_the_default_data_set_needs_its_libraries(path: Path) -> None:
+    if "toy_vehicles" not in path.parts:
+        assert not {module.partition(".")[0] for module in imported(path)} & TOY_LIBRARIES
 
 
 @pytest.mark.parametrize("name", sorted(LIGHT))
@@ -71,14 +90,14 @@ def test_the_lightest_rooms_need_no_library_but_pydantic(name: str) -> None:
 
 
 def test_stage_prepare_and_the_params_need_no_torch() -> None:
-    modules = ", ".join([*(f"pipeline.data.{name}" for name in NO_TORCH), "pipeline.ops.stage", "pipeline.cli"])
+    modules = ", ".join([*(f"pipeline.data.{name}" for name in NO_TORCH), "pipeline.stage.run", "pipeline.cli"])
     heavy = "{'torch', 'mlflow', 'prefect', 'dvc'}"
     code = f"import sys, {modules}; print(*({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     assert done.stdout == "\n"
 
 
-@pytest.mark.parametrize("module", ["pipeline.export.sample", "pipeline.search.page", "pipeline.ops.flow"])
+@pytest.mark.parametrize("module", ["pipeline.export.sample", "pipeline.search.page", "pipeline.flow.retrain"])
 def test_who_runs_releases_or_waits_for_stages_needs_no_torch(module: str) -> None:
     code = f"import sys, {module}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
@@ -90,5 +109,5 @@ def test_only_runtime_says_cuda_and_nobody_prints_but_the_edge(path: Path) -> No
     text = path.read_text(encoding="utf-8")
     if path.name != "runtime.py":
         assert "cuda" not in text.lower()
-    if "ops" not in path.parts and path.parent.name != "stages" and "cli" not in path.parts:
+    if not {"stages", "stage", "cli"} & set(path.parts):
         assert not re.search(r"(?<!console\.)\bprint\(", text)

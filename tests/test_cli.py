@@ -6,8 +6,8 @@ import pytest
 
 from pipeline.cli import main
 from pipeline.files import Files, write_json, write_text
-from pipeline.ops.params import load
-from pipeline.ops.presets import preset_text
+from pipeline.stage.params_file import load
+from pipeline.stage.presets import preset_text
 from tests.fake_stages import NUMBERS
 
 ROOT = Path(__file__).parents[1]

@@ -1,19 +1,24 @@
 """dvc.yaml says what the sources do: what a stage imports, it depends on; what can be set, some stage tracks."""
 
 import ast
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.ops.params import keys
 from pipeline.records import RECORDS
+from pipeline.stage.params_file import keys
 from tests.imports import ROOT, files_of, rooms_of
 
 PIPELINE = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())
 STAGES = PIPELINE["stages"]
 
-EDGE = {"ops", "cli", "config", "progress"}
-"""Rooms that change no result: tracking and commands; values are tracked by `params`."""
+EDGE = {"cli", "config", "flow", "progress", "registry", "stage", "system", "tracking"}
+"""Rooms that change no result: edges to tools, and commands; values are tracked by `params`."""
 WITHOUT_RESULT = {
     "retrain.branch",
     "retrain.incoming",
@@ -121,3 +126,56 @@ def test_what_a_stage_reads_of_params_it_tracks(stage: str) -> None:
     assert exact, "the stage reads params under another name; this test must learn it"
     deepest = {key for key in exact if not any(other.startswith(f"{key}.") for other in exact)}
     assert {key for key in deepest if not tracked(stage, key)} <= {"runtime"}
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout whose stages only make their outputs, after `dvc repro`."""
+    root = tmp_path_factory.mktemp("graph")
+    for name in ("pipeline", "stages", "data"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("params.yaml", "requirements.lock"):
+        shutil.copy(ROOT / name, root)
+    (root / "make.py").write_text(
+        "import sys\nfrom pathlib import Path\nfor name in sys.argv[1:]:\n"
+        "    path = Path(name)\n    path.parent.mkdir(parents=True, exist_ok=True)\n"
+        "    path.write_text(name) if path.suffix else path.mkdir(exist_ok=True)\n"
+    )
+    yaml = YAML()
+    pipeline = yaml.load((ROOT / "dvc.yaml").read_text())
+    for stage in pipeline["stages"].values():
+        outputs = [
+            *stage["outs"],
+            *(name for part in ("metrics", "plots") for one in stage.get(part, ()) for name in one),
+        ]
+        stage["cmd"] = " ".join([sys.executable, "make.py", *outputs])
+    with (root / "dvc.yaml").open("w") as file:
+        yaml.dump(pipeline, file)
+    (root / ".dvc").mkdir()
+    (root / ".dvc" / "config").write_text("[core]\n    no_scm = true\n    analytics = false\n")
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], cwd=root, check=True)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("file", "stale"),
+    [
+        ("search/reranking.py", set()),
+        ("search/page.py", set()),
+        ("registry/policy.py", set()),
+        ("stage/run.py", set()),
+        ("report/build.py", {"benchmark"}),
+        ("compress/paper.py", {"student", "surgery"}),
+        ("losses/triplet.py", {"teacher", "student", "surgery"}),
+        ("data/sampler.py", set(RECORDS)),
+        ("protocols.py", set(RECORDS)),
+        ("retrieval/scoring.py", set(RECORDS) - {"prepare"}),
+    ],
+)
+def test_an_edit_makes_those_stages_stale_that_it_concerns(reproduced: Path, file: str, stale: set[str]) -> None:
+    path = reproduced / "pipeline" / file
+    before = path.read_text()
+    path.write_text(before + "\n# edited\n")
+    done = subprocess.run([sys.executable, "-m", "dvc", "status", "--json"], cwd=reproduced, capture_output=True)
+    path.write_text(before)
+    assert set(json.loads(done.stdout)) == stale

@@ -19,7 +19,7 @@ from pipeline.export.model import load_model
 from pipeline.export.release import read_release, write_release
 from pipeline.export.sample import EXPECTED, expected
 from pipeline.files import write_text
-from pipeline.ops.presets import preset_text
+from pipeline.stage.presets import preset_text
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("prepare", "teacher", "student", "surgery", "export", "benchmark")

@@ -9,8 +9,8 @@ from typer.main import get_command
 
 from pipeline.cli.commands import app
 from pipeline.config import Params
-from pipeline.ops.params import keys, load
-from pipeline.ops.presets import COMPLETE, names, preset_text
+from pipeline.stage.params_file import keys, load
+from pipeline.stage.presets import COMPLETE, names, preset_text
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

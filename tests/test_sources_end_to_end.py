@@ -9,8 +9,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipeline.files import Files
-from pipeline.ops.params import load
-from pipeline.ops.refresh import check_incoming, refresh
+from pipeline.flow.refresh import check_incoming, refresh
+from pipeline.stage.params_file import load
 from tests import layouts
 from tests.test_end_to_end import checkout, metrics, repro
 

@@ -20,12 +20,12 @@ from ruamel.yaml import YAML
 from benchmarks.evidence.page import Result, draw, page
 from pipeline.config import Params
 from pipeline.files import csv_text, write_json, write_text
-from pipeline.inference.graph import timing_graph
 from pipeline.inference.timing import gain, measure
+from pipeline.inference.timing_graph import timing_graph
 from pipeline.models.spec import ArchSpec
-from pipeline.ops.params import load
-from pipeline.ops.presets import load_preset
 from pipeline.records import SurgeryRecord, TeacherRecord
+from pipeline.stage.params_file import load
+from pipeline.stage.presets import load_preset
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ def main() -> None:
 def _retrain() -> int:
     """Take the flow's lock before anything heavy is imported: a second caller is refused within a second."""
     from pipeline.files import Files
-    from pipeline.ops.locks import Busy, retraining
+    from pipeline.system.locks import Busy, retraining
 
     try:
         with retraining(Files.here()):

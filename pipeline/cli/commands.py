@@ -2,7 +2,7 @@
 
 from pipeline.cli import training, models, search  # isort: skip
 from pipeline.cli.app import app
-from pipeline.ops.stage import guarded
+from pipeline.stage.run import guarded
 
 __all__ = ["app", "models", "run", "search", "training"]
 

@@ -7,7 +7,7 @@ import typer
 
 from pipeline.cli.app import Refusal, app, short
 from pipeline.files import Files
-from pipeline.ops.stage import log_to_stderr
+from pipeline.stage.run import log_to_stderr
 
 
 @app.command()
@@ -17,10 +17,10 @@ def sync(
     ),
 ) -> None:
     """Bring MLflow up to date with what was recorded while it was out of reach."""
-    from pipeline.ops.dvc import StageError, changes
-    from pipeline.ops.params import load
-    from pipeline.ops.recorder import complete_last
-    from pipeline.ops.sync import sync as run
+    from pipeline.flow.dvc_cli import StageError, changes
+    from pipeline.stage.params_file import load
+    from pipeline.tracking.recorder import complete_last
+    from pipeline.tracking.sync import sync as run
 
     files = Files.here()
     try:
@@ -39,8 +39,8 @@ RELEASE = typer.Argument(help="What stage `export` wrote.")
 @app.command()
 def publish(folder: Annotated[Path, RELEASE] = Path("artifacts/export")) -> None:
     """Register a release as challenger; it becomes champion if the gate lets it pass."""
-    from pipeline.ops.params import load
-    from pipeline.ops.publishing import publish as run
+    from pipeline.registry.publish import publish as run
+    from pipeline.stage.params_file import load
 
     log_to_stderr("publish")
     files = Files.here()
@@ -56,8 +56,8 @@ def pull(
     alias: Annotated[str, typer.Option(help="champion, challenger, best, or a version.")] = "champion",
 ) -> None:
     """Fetch a model from the registry, and check it."""
-    from pipeline.ops.params import load
-    from pipeline.ops.publishing import registry
+    from pipeline.registry.publish import registry
+    from pipeline.stage.params_file import load
 
     files = Files.here()
     with registry(files, load(files.params)) as known:
@@ -73,8 +73,8 @@ def rollback(
     ] = None,
 ) -> None:
     """Put the champion before the present one back in its place, or name another one."""
-    from pipeline.ops.params import load
-    from pipeline.ops.publishing import registry
+    from pipeline.registry.publish import registry
+    from pipeline.stage.params_file import load
 
     files = Files.here()
     with registry(files, load(files.params)) as known:
@@ -88,8 +88,8 @@ def history() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pipeline.ops.params import load
-    from pipeline.ops.publishing import registry
+    from pipeline.registry.publish import registry
+    from pipeline.stage.params_file import load
 
     files = Files.here()
     with registry(files, load(files.params)) as known:
@@ -120,7 +120,7 @@ def doctor(
     from rich.markup import escape
     from rich.table import Table
 
-    from pipeline.ops.doctor import examine
+    from pipeline.flow.doctor import examine
 
     failed = 0
     shown = Table(show_header=False, box=None, padding=(0, 1, 0, 0))

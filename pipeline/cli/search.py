@@ -9,7 +9,7 @@ import typer
 
 from pipeline.cli.app import app, short
 from pipeline.files import Files
-from pipeline.ops.stage import log_to_stderr
+from pipeline.stage.run import log_to_stderr
 
 MODEL = typer.Option(help="ONNX file of a release.")
 
@@ -106,10 +106,12 @@ def compatible(
     ),
 ) -> None:
     """Say whether a gallery must be embedded anew, by this checkout's test set."""
-    from pipeline.ops.compatible import compatible as run
+    from pipeline.search.gallery_compatibility import compatible as run
+    from pipeline.stage.params_file import load
 
     log_to_stderr("compatible")
-    found = run(Files.here(), old, new)
+    files = Files.here()
+    found = run(files, load(files.params), old, new)
     shown = {"both old": found.old, "new queries, old gallery": found.mixed, "both new": found.new}
     for what, value in shown.items():
         typer.echo(f"{what:26} mAP {'-' if value is None else f'{value:.4f}'}")

@@ -17,8 +17,8 @@ def preset(
     upgrade: Annotated[bool, typer.Option("--upgrade", help="Add new keys to params.yaml, keep its values.")] = False,
 ) -> None:
     """Write params.yaml with the values of a preset, or bring your own up to date."""
-    from pipeline.ops import presets
-    from pipeline.ops.params import load
+    from pipeline.stage import presets
+    from pipeline.stage.params_file import load
 
     files = Files.here()
     if (name is None) is not upgrade:
@@ -41,13 +41,13 @@ def retrain(
     force: Annotated[bool, typer.Option(help="Record an execution even if nothing changed.")] = False,
 ) -> None:
     """Run what changed, as a Prefect flow."""
-    from pipeline.ops.params import load
-    from pipeline.ops.store import check_uri, tracking_uri
+    from pipeline.stage.params_file import load
+    from pipeline.tracking.store import check_uri, tracking_uri
 
     files = Files.here()
     load(files.params)
     check_uri(tracking_uri(files))  # a wrong one is refused before Prefect is imported, which takes seconds
-    from pipeline.ops.flow import retrain as flow
+    from pipeline.flow.retrain import retrain as flow
 
     state = flow(force=force, return_state=True)
     if not state.is_completed():
@@ -65,22 +65,22 @@ def compare(
     """Show what each stage of this checkout led to; or executions side by side, as MLflow knows them."""
     from rich.console import Console
 
-    from pipeline.ops import figures
+    from pipeline.tracking import metrics
 
     files, console = Files.here(), Console()
     if run or last:
-        from pipeline.ops.comparison import executions
-        from pipeline.ops.params import load
-        from pipeline.ops.publishing import registry
+        from pipeline.stage.params_file import load
+        from pipeline.tracking.comparison import executions
+        from pipeline.tracking.store import connected
 
         params = load(files.params)
-        with registry(files, params) as known:
-            console.print(table(executions(known.client, params.tracking.experiment, run or [], last)))
+        with connected(files) as client:
+            console.print(table(executions(client, params.tracking.experiment, run or [], last)))
         return
-    rows = figures.table(files)
+    rows = metrics.table(files)
     if not rows:
         raise Refusal("no stage has run yet; run `dvc repro` first")
-    scored = figures.protocol(files)
+    scored = metrics.protocol(files)
     console.print(table(rows, f"{f'Protocol {scored}, batch' if scored else 'Batch'} 1, all threads"))
     for what, path in (("report", files.report / "index.html"), ("ONNX", files.artifacts("export") / "model.onnx")):
         if path.is_file():
@@ -101,22 +101,26 @@ def evaluate(
     """Score embeddings of any origin."""
     import time
 
-    from pipeline.ops.archive import read_archive
-    from pipeline.retrieval import protocols
+    from pipeline.protocols import PROTOCOLS
+    from pipeline.retrieval import scoring
     from pipeline.retrieval.metrics import Ties
+    from pipeline.retrieval.npz import read_archive
+    from pipeline.retrieval.similarity import Cosine
+    from pipeline.search.reranking import Reranked
 
     archive = read_archive(file, protocol)
     started = time.perf_counter()
     ties: Ties = "positives first" if optimistic else "negatives first"
-    found = protocols.evaluate(protocol, archive.query, archive.gallery, rerank=rerank, ties=ties)
-    figures = protocols.figures(protocol, found) | {"seconds": round(time.perf_counter() - started, 3)}
+    similarity = Reranked if rerank else Cosine
+    found = scoring.evaluate(protocol, archive.query, archive.gallery, similarity=similarity, ties=ties)
+    figures = scoring.figures(protocol, found) | {"seconds": round(time.perf_counter() - started, 3)}
     if as_json:
         typer.echo(json.dumps(figures))
         return
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table(title=f"Protocol {protocol}: {protocols.PROTOCOLS[protocol].summary}", show_header=False)
+    shown = Table(title=f"Protocol {protocol}: {PROTOCOLS[protocol].summary}", show_header=False)
     for name, value in figures.items():
         shown.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
     Console().print(shown)
@@ -128,6 +132,6 @@ def unpack(
     target: Annotated[Path, typer.Argument(help="Folder to make; it must not exist.")],
 ) -> None:
     """Unpack a data set's archive; nothing but regular files inside of the folder is ever written."""
-    from pipeline.ops.unpack import unpack as run
+    from pipeline.data.unpack import unpack as run
 
     typer.echo(f"{run(archive, target)} files in {target}")

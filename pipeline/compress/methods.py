@@ -2,10 +2,10 @@
 
 import torch
 
-from pipeline.compress import static
-from pipeline.compress.capacity import Capacity
+from pipeline.compress import cut_once
 from pipeline.compress.compression import Compression
 from pipeline.compress.paper import PaperCapacity
+from pipeline.compress.shrinker import Capacity
 from pipeline.compress.surgery import SurgeryPlan
 from pipeline.config import Student
 from pipeline.models.cost import CostModel
@@ -27,9 +27,9 @@ def compression(
         return PaperCapacity(spec, config, cost, steps, device)
     plan = SurgeryPlan({})
     if config.method == "static-magnitude":
-        plan, cost = static.by_magnitude(teacher, config, cost)
+        plan, cost = cut_once.by_magnitude(teacher, config, cost)
     elif config.method == "static-random":
-        plan, cost = static.by_factor(spec, config, cost)
+        plan, cost = cut_once.by_factor(spec, config, cost)
     return Compression(cost, {site: torch.tensor(rows, device=device) for site, rows in plan.kept.items()})
 
 

@@ -18,13 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.files import csv_text, write_text
+from pipeline.protocols import JUNK
 
 TRAINING = ("train", "validation-query", "validation-gallery")
 TEST = ("query", "gallery")
 SPLITS = TRAINING + TEST
-JUNK = "-1"
-"""Identity of images that count neither as right nor as wrong (Market-1501); it may be in any split."""
 COLUMNS = ("path", "identity", "camera", "split")
+
+Remark = tuple[str, str]
+"""Path and what is to be said about it."""
 
 Rows = npt.NDArray[np.int64]
 Names = npt.NDArray[np.str_]

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from pipeline.config import ALL_ASK
-from pipeline.data.layouts import UNKNOWN
-from pipeline.data.manifest import JUNK, DataError, Item, some
-from pipeline.data.own import UNDEALT, UNSPLIT
+from pipeline.data.custom import UNDEALT, UNSPLIT
+from pipeline.data.layout import UNKNOWN
+from pipeline.data.manifest import DataError, Item, some
+from pipeline.protocols import JUNK, PROTOCOLS
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def split_test(items: Sequence[Item], share: float, seed: int, protocol: str) ->
             return item
         if item.identity not in tested | {JUNK}:
             return replace(item, split="train")
-        return replace(item, split="query" if item.path in asking or protocol in ALL_ASK else "gallery")
+        return replace(item, split="query" if item.path in asking or PROTOCOLS[protocol].all_query else "gallery")
 
     return [place(item) for item in items]
 
@@ -65,7 +65,7 @@ def split_validation(items: Sequence[Item], share: float, seed: int, protocol: s
     fit = [name for name in sorted(seen) if _can_be_found(seen[name], protocol) and name != JUNK]
     wanted = int(share * len(seen))
     if len(fit) < wanted:
-        why = "were seen by two cameras" if protocol.startswith("market") else "have two images"
+        why = "were seen by two cameras" if PROTOCOLS[protocol].cameras else "have two images"
         log.warning("only %d of %d identities %s and can be held out", len(fit), wanted, why)
     held_out = set(np.random.default_rng(seed).permutation(fit)[:wanted].tolist())
     asking = {path for name in held_out for path in _asking(seen[name], protocol)}
@@ -105,15 +105,15 @@ def complain_about_test(items: Sequence[Item], protocol: str) -> None:
         )
     if JUNK in asking:
         raise DataError(f"identity {JUNK} is junk, which asks nothing; under protocol {protocol} give it no place")
-    if protocol in ALL_ASK and gallery:
+    if PROTOCOLS[protocol].all_query and gallery:
         raise DataError(
             f"under protocol {protocol} all test images ask, but {len(gallery)} are in a gallery, such as "
             f"{gallery[0]}; set `data.protocol` to query-gallery, or to market if cameras are known"
         )
-    if protocol not in ALL_ASK and not gallery:
+    if not PROTOCOLS[protocol].all_query and not gallery:
         raise DataError(f"protocol {protocol} needs a gallery, and there is none; set `data.protocol` to loo")
     unseen = [item.path for item in tested if item.camera == UNKNOWN]
-    if protocol.startswith("market") and unseen:
+    if PROTOCOLS[protocol].cameras and unseen:
         raise DataError(
             f"protocol {protocol} needs the camera of every test image, and {len(unseen)} have none, such as "
             f"{some(unseen, 1)}; set `data.protocol` to query-gallery"
@@ -129,14 +129,14 @@ def _seen(items: Iterable[Item]) -> dict[str, dict[str, list[str]]]:
 
 
 def _can_be_found(seen: Seen, protocol: str) -> bool:
-    return len(seen.keys() - {UNKNOWN}) > 1 if protocol.startswith("market") else sum(map(len, seen.values())) > 1
+    return len(seen.keys() - {UNKNOWN}) > 1 if PROTOCOLS[protocol].cameras else sum(map(len, seen.values())) > 1
 
 
 def _asking(seen: Seen, protocol: str) -> Sequence[str]:
     """Of one identity's paths by camera, those that ask."""
     if not _can_be_found(seen, protocol):
         return []
-    if protocol.startswith("market"):
+    if PROTOCOLS[protocol].cameras:
         cameras = sorted(seen.keys() - {UNKNOWN})
         if sum(len(seen[camera]) > 1 for camera in cameras) < 2:
             cameras = cameras[::2]

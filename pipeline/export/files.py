@@ -11,10 +11,10 @@ from pipeline.export import int8
 from pipeline.export.allinone import all_in_one
 from pipeline.export.embed import Embeddings, Pixels
 from pipeline.export.metadata import Metadata, finish, serialise
-from pipeline.export.onnx import to_onnx
 from pipeline.export.parity import BATCHES, Probe, Reference, cosines, probed, verify, verify_batches, verify_resizing
 from pipeline.export.release import ALL_IN_ONE, INT8, STUDENT, TEACHER
 from pipeline.export.sample import BYTES
+from pipeline.export.to_onnx import to_onnx
 from pipeline.inference.session import open_session
 from pipeline.inference.timing import Gain, gains
 from pipeline.models.resnet import RetrievalNet

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.benchmark.footprint import Footprint
-from pipeline.benchmark.table import HEADLINE, STUDENT, TEACHER, gains, setting
 from pipeline.files import write_text
+from pipeline.inference.footprint import Footprint
 from pipeline.inference.timing import Timing
+from pipeline.protocols import PROTOCOLS
 from pipeline.records import BenchmarkRecord, ExportRecord, PrepareRecord, StudentRecord, SurgeryRecord, TeacherRecord
 from pipeline.report.curves import Curves, capacity, training
+from pipeline.report.latency import HEADLINE, STUDENT, TEACHER, gains, setting
 from pipeline.report.panels import Choice, Ranking, choose, describe, panel, rank
 from pipeline.report.pareto import Point, pareto
 from pipeline.report.render import render
@@ -20,7 +21,7 @@ from pipeline.report.style import save
 from pipeline.report.widths import widths
 from pipeline.retrieval.evaluate import Images, Manifest, evaluate_embedder, sides
 from pipeline.retrieval.metrics import Retrieval
-from pipeline.retrieval.protocols import PROTOCOLS
+from pipeline.retrieval.scoring import positives
 
 PAGE = "index.html"
 
@@ -138,6 +139,6 @@ def _ranking(run: RunResults, name: str, choice: Choice, ap: npt.NDArray[np.floa
     query, gallery = sides(run.embeddings[name], run.manifest, "query", "gallery", run.protocol)
     if gallery is None:  # all images are queries of each other, also where the scores come from random galleries
         rows, gallery = run.manifest.rows("query"), query
-    right, left_out = PROTOCOLS[run.protocol].positives(query, choice.query, gallery)
+    right, left_out = positives(PROTOCOLS[run.protocol], query, choice.query, gallery)
     top = rank(query.vectors[choice.query], gallery.vectors, right, left_out)
     return Ranking(name, run.images.batch(rows[top]), float(ap[choice.query]), right[top])

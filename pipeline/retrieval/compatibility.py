@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from pipeline.retrieval import protocols
-from pipeline.retrieval.protocols import Side
+from pipeline.retrieval import scoring
+from pipeline.retrieval.scoring import Side
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def compare(protocol: str, old: tuple[Side, Side | None], new: tuple[Side, Side 
     """
 
     def score(query: Side, gallery: Side | None) -> float:
-        return protocols.evaluate(protocol, query, gallery).map
+        return scoring.evaluate(protocol, query, gallery).map
 
     alike = old[0].vectors.shape[1] == new[0].vectors.shape[1]
     mixed = score(new[0], old[1] if old[1] is not None else old[0]) if alike else None

@@ -6,9 +6,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.retrieval import protocols
+from pipeline.protocols import PROTOCOLS
+from pipeline.retrieval import scoring
 from pipeline.retrieval.metrics import Retrieval
-from pipeline.retrieval.protocols import PROTOCOLS, Side
+from pipeline.retrieval.scoring import Side
 
 Rows = npt.NDArray[np.int64]
 """Rows of the manifest, (n,)."""
@@ -59,13 +60,13 @@ def evaluate_embedder(
         raise ValueError(
             f"embedding of {path} is not finite ({len(broken)} of {len(embeddings)} images); the network diverged"
         )
-    return protocols.evaluate(protocol, *sides(embeddings, manifest, query_split, gallery_split, protocol))
+    return scoring.evaluate(protocol, *sides(embeddings, manifest, query_split, gallery_split, protocol))
 
 
 def sides(
     embeddings: npt.NDArray[np.float32], manifest: Manifest, query_split: str, gallery_split: str, protocol: str
 ) -> tuple[Side, Side | None]:
-    """Queries and gallery for `protocols.evaluate`; no gallery where the protocol has none of its own.
+    """Queries and gallery for `scoring.evaluate`; no gallery where the protocol has none of its own.
 
     Args:
         embeddings: (query + gallery, D), in the order of the splits' rows.

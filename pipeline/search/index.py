@@ -10,8 +10,8 @@ import faiss
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline.data.custom import walk
 from pipeline.data.images import Pixels, decode
-from pipeline.data.own import walk
 from pipeline.data.parallel import in_threads
 from pipeline.export.embed import Embeddings
 from pipeline.export.model import Model, open_model

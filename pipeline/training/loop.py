@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.config import Optimizer, Training
 from pipeline.models.resnet import Output, RetrievalNet
 from pipeline.progress import track
-from pipeline.training.optim import build, learning_rate, load_state_tensors, set_learning_rate, state_tensors
+from pipeline.training.optimizer import build, learning_rate, load_state_tensors, set_learning_rate, state_tensors
 from pipeline.training.state import Checkpoints, TrainingState
 
 log = logging.getLogger(__name__)

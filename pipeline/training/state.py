@@ -16,7 +16,7 @@ from pipeline.config import Optimizer
 from pipeline.files import write_atomically
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
-from pipeline.training.optim import build, load_state_tensors, state_tensors
+from pipeline.training.optimizer import build, load_state_tensors, state_tensors
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import pytest
 from benchmarks.evidence import experiments
 from benchmarks.evidence.experiments import Cell, EvidenceError, known_results, revision_of, run, tracked_sources
 from pipeline.config import Params
-from pipeline.ops.presets import preset_text
+from pipeline.stage.presets import preset_text
 from tests.imports import ROOT
 
 OURS = Cell("budget", 0.65, 0)

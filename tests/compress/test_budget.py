@@ -20,7 +20,7 @@ from pipeline.compress.width_allocation import Site, WidthAllocation
 from pipeline.config import Student
 from pipeline.models import cost
 from pipeline.models.spec import ArchSpec
-from pipeline.ops.presets import load_preset
+from pipeline.stage.presets import load_preset
 
 SIZE = (64, 64)
 ROOT = Path(__file__).parents[2]

@@ -8,9 +8,9 @@ import torch
 
 from pipeline.compress import final_widths as search
 from pipeline.compress.budget import WINDOW, BudgetError, BudgetMissedError, cost_model
-from pipeline.compress.capacity import Capacity
 from pipeline.compress.final_widths import ATTEMPTS
 from pipeline.compress.methods import compression
+from pipeline.compress.shrinker import Capacity
 from pipeline.models.cost import CostModel, macs_model, params_model
 from pipeline.models.resnet import RetrievalNet
 from tests.compress.test_capacity import SPEC, STEPS, capacity, section, student

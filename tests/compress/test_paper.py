@@ -15,7 +15,7 @@ from pipeline.config import Student
 from pipeline.models.cost import macs_model
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
-from pipeline.ops.presets import load_preset
+from pipeline.stage.presets import load_preset
 from tests.imports import ROOT
 
 SPEC = ArchSpec.full(14, 8, 16)

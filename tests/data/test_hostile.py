@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from pipeline.data.inspect import inspect
+from pipeline.data.inspection import inspect
 from pipeline.data.manifest import Item
 from tests.data import hostile
 
@@ -28,7 +28,7 @@ import sys
 from pathlib import Path
 from tests.data import hostile
 from tests.data.test_hostile import verdicts_of
-from pipeline.data.inspect import inspect
+from pipeline.data.inspection import inspect
 from pipeline.data.manifest import Item
 expected = {path: "" for path in sys.argv[2:]}
 root = Path(sys.argv[1])

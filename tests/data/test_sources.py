@@ -4,16 +4,18 @@ import logging
 import os
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from pydantic import ValidationError
 
 from pipeline.config import Data, Own
-from pipeline.data import own
-from pipeline.data.layouts import UNKNOWN, lines
+from pipeline.data import custom
+from pipeline.data.custom import UNSPLIT
+from pipeline.data.layout import LAYOUTS, UNKNOWN
 from pipeline.data.manifest import DataError, Item
-from pipeline.data.own import UNSPLIT
-from pipeline.data.sources import PUBLISHED, read_source
+from pipeline.data.published import lines
+from pipeline.data.sources import read_source
 from tests import layouts
 
 NAMES = {
@@ -23,14 +25,17 @@ NAMES = {
 }
 
 
-def read(source, root, **changes):
+def section(source, **changes):
     settings = {"table": "images.csv", "pattern": "", "test": 0.5, **changes}
-    data = Data.model_construct(
+    return Data.model_construct(
         source=source,
         own=Own.model_construct(**settings),
         vehicleid=Data.model_fields["vehicleid"].annotation(test_identities=800),
     )
-    return read_source(data, root)
+
+
+def read(source, root, **changes):
+    return read_source(section(source, **changes), root)
 
 
 @pytest.fixture
@@ -100,8 +105,9 @@ def test_each_layout_is_read_as_it_unpacks(source, tmp_path, caplog):
     tested = {item.identity for item in found.items if item.split in ("query", "gallery")}
     assert not trained & tested
     assert len(trained | tested - {"-1", "0000"}) == (0 if source in ("folder", "csv") else 7)
-    published = PUBLISHED.get("vehicleid-800" if source == "vehicleid" else source, {})
-    for split, count in published.items():  # a miniature has fewer: both numbers are told
+    for split, count in (
+        LAYOUTS[source].published(section(source)).items()
+    ):  # a miniature has fewer: both numbers are told
         assert f"{COUNTS[source][split]} images in {split}, published are {count}" in caplog.text
 
 
@@ -129,7 +135,7 @@ def test_both_versions_of_msmt17_are_known(tmp_path):
 
 def test_a_full_set_is_silent_about_its_counts(tmp_path, monkeypatch, caplog):
     layouts.cub200(tmp_path, 2, 2)
-    monkeypatch.setitem(PUBLISHED, "cub200", {"train": 8, "query": 8})
+    monkeypatch.setitem(LAYOUTS, "cub200", replace(LAYOUTS["cub200"], published=lambda _: {"train": 8, "query": 8}))
     read("cub200", tmp_path)
     assert "published" not in caplog.text
 
@@ -239,7 +245,7 @@ def test_a_table_keeps_text_as_it_is_and_may_give_splits(tmp_path):
 def test_a_table_of_another_form_is_refused(tmp_path, text, message):
     (tmp_path / "images.csv").write_text(text)
     with pytest.raises(DataError, match=message):
-        own.table(tmp_path, "images.csv")
+        custom.table(tmp_path, section("csv"))
 
 
 def test_a_missing_table_is_named(tmp_path):

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import ALL_ASK
+from pipeline.data.custom import UNDEALT, UNSPLIT
 from pipeline.data.manifest import DataError, Item
-from pipeline.data.own import UNDEALT, UNSPLIT
 from pipeline.data.splits import complain_about_test, split_test, split_validation
+from pipeline.protocols import PROTOCOLS
 
-PROTOCOLS = ("market", "query-gallery", "loo", "vehicleid")
+NAMES = ("market", "query-gallery", "loo", "vehicleid")
 
 
 def items_of(views, split="train"):
@@ -64,7 +64,7 @@ VIEWS = st.lists(st.tuples(st.sampled_from("12345"), st.sampled_from("abc")), mi
 
 @settings(deadline=None, max_examples=60)
 @given(VIEWS, st.sampled_from([0.0, 0.2, 0.5, 1.0]), st.integers(0, 3))
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", NAMES)
 def test_whole_identities_are_held_out_and_each_query_has_something_to_find(protocol, views, share, seed):
     items = items_of(views)
     found = split_validation(items, share, seed, protocol)
@@ -109,14 +109,14 @@ def test_an_empty_list_stays_empty():
 
 @settings(deadline=None, max_examples=60)
 @given(VIEWS, st.integers(0, 5))
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", NAMES)
 def test_own_identities_are_on_one_side_and_can_be_found_there(protocol, views, seed):
     found = split_test(items_of(views, UNSPLIT), 0.5, seed, protocol)
     for names in by_identity(found).values():
         assert names == {"train"} or names <= {"query", "gallery"}
     tested = [item for item in found if item.split != "train"]
     for query in (item for item in tested if item.split == "query"):
-        if protocol in ALL_ASK and sum(item.identity == query.identity for item in tested) == 1:
+        if PROTOCOLS[protocol].all_query and sum(item.identity == query.identity for item in tested) == 1:
             continue  # it is dropped from the mean, and counted
         assert any(
             item.identity == query.identity

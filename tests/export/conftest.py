@@ -8,8 +8,8 @@ import pytest
 
 from pipeline.config import Gates
 from pipeline.export.metadata import Metadata, finish
-from pipeline.export.onnx import to_onnx
 from pipeline.export.parity import Probe
+from pipeline.export.to_onnx import to_onnx
 from pipeline.models.resnet import RetrievalNet
 from pipeline.retrieval.embed import embed
 from tests.export.tiny_network import ABOUT, MEAN, SIZE, STD, Pictures, normalise, tiny_net

@@ -19,9 +19,9 @@ from pipeline.export.sample import check_release
 from pipeline.files import Files, write_atomically
 from pipeline.inference.timing import Gain
 from pipeline.models import cost
-from pipeline.ops.presets import load_preset
-from pipeline.ops.stage import Run
 from pipeline.retrieval.evaluate import evaluate_embedder
+from pipeline.stage.presets import load_preset
+from pipeline.stage.run import Run
 from stages import export as stage
 from tests.export.tiny_network import SIZE, Pictures, tiny_net
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.inference.graph import timing_graph
+from pipeline.inference.timing_graph import timing_graph
 from pipeline.models.spec import ArchSpec
 
 

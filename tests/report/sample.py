@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from pipeline.benchmark.footprint import Footprint
-from pipeline.benchmark.table import benchmark_record
+from pipeline.inference.footprint import Footprint
 from pipeline.inference.timing import Timing
 from pipeline.records import ExportRecord, PrepareRecord, StudentRecord, SurgeryRecord, TeacherRecord
 from pipeline.report.build import RunResults
+from pipeline.report.latency import benchmark_record
 
 IDENTITIES, CAMERAS = 6, 3
 LABELS = [(f"{identity:03d}", f"c{camera}") for identity in range(IDENTITIES) for camera in range(CAMERAS)]

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 import pytest
 from jinja2 import UndefinedError
 
-from pipeline.benchmark.footprint import Footprint
+from pipeline.inference.footprint import Footprint
 from pipeline.report.build import write_report
 from pipeline.report.render import render
 from tests.report.sample import Manifest, results

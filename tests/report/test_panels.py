@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
+from pipeline.protocols import PROTOCOLS
 from pipeline.report.panels import Ranking, choose, describe, panel, rank
 from pipeline.report.style import RIGHT, WRONG
-from pipeline.retrieval.protocols import PROTOCOLS, Side, evaluate
+from pipeline.retrieval.scoring import Side, evaluate, positives
 
 NAN = float("nan")
 precisions = st.lists(
@@ -67,7 +68,7 @@ def test_the_order_is_the_one_that_is_scored(seed):
     gallery[0], ids[0], cameras[0] = query[0], "1", "b"
 
     sides = Side(query, np.array(["1"]), np.array(["a"])), Side(gallery, ids, cameras)
-    order = rank(query[0], gallery, *PROTOCOLS["market"].positives(sides[0], 0, sides[1]), top=40)
+    order = rank(query[0], gallery, *positives(PROTOCOLS["market"], sides[0], 0, sides[1]), top=40)
 
     assert not (ids[order] == "-1").any()
     assert not ((ids[order] == "1") & (cameras[order] == "a")).any()

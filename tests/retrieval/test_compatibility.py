@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.retrieval.compatibility import Compatibility, compare
-from pipeline.retrieval.protocols import Side
+from pipeline.retrieval.scoring import Side
 
 
 def side(*degrees: float, ids: str, length: int = 2) -> Side:

@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 
 from pipeline.records import Scores
 from pipeline.retrieval.metrics import Retrieval
-from pipeline.retrieval.protocols import Side, evaluate, scores
+from pipeline.retrieval.scoring import Side, evaluate, scores
 
 DIM = 16  # vectors of +-1 have length 4: cosines are whole sixteenths, exact in float32, and full of ties
 

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from pipeline.export.metadata import finish
-from pipeline.export.onnx import to_onnx
 from pipeline.export.release import write_release
+from pipeline.export.to_onnx import to_onnx
 from tests.export.tiny_network import ABOUT, SIZE, tiny_net
 
 LARGE = (64, 48)

@@ -8,12 +8,12 @@ from mlflow import MlflowClient
 from playwright.sync_api import Locator, Page, expect
 
 from pipeline.files import Files, write_json, write_text
-from pipeline.ops.execution import current
-from pipeline.ops.params import load
-from pipeline.ops.presets import preset_text
-from pipeline.ops.recorder import Recorder
-from pipeline.ops.sync import sync
 from pipeline.records import RECORDS
+from pipeline.stage.params_file import load
+from pipeline.stage.presets import preset_text
+from pipeline.tracking.execution import current
+from pipeline.tracking.recorder import Recorder
+from pipeline.tracking.sync import sync
 from tests.fake_stages import NUMBERS
 
 pytestmark = pytest.mark.stack

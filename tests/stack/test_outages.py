@@ -9,8 +9,8 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.files import Files
-from pipeline.ops.run_record import executions
 from pipeline.records import RECORDS
+from pipeline.tracking.run_record import executions
 from tests.fake_stages import Start
 from tests.stack.proxy import WAYS, Proxy
 

@@ -25,9 +25,9 @@ from prefect.states import Running, Scheduled
 from ruamel.yaml import YAML
 
 from pipeline.files import Files
-from pipeline.ops import doctor
-from pipeline.ops.doctor import Check
-from pipeline.ops.locks import retraining
+from pipeline.flow import doctor
+from pipeline.flow.doctor import Check
+from pipeline.system.locks import retraining
 from tests import layouts
 from tests.fake_stages import wait_until
 from tests.stack.runner import Stack
@@ -310,7 +310,7 @@ def test_another_checkout_does_not_take_the_deployments_of_a_worker(
     stack: Stack, server: SyncPrefectClient, tmp_path: Path
 ) -> None:
     shutil.copy(stack.root / "prefect.yaml", tmp_path)
-    told = subprocess.run([sys.executable, "-m", "pipeline.ops.deploy"], cwd=tmp_path, capture_output=True, text=True)
+    told = subprocess.run([sys.executable, "-m", "pipeline.flow.deploy"], cwd=tmp_path, capture_output=True, text=True)
     assert (
         told.returncode and f"a worker of pool smaller-student works in {stack.root}, not in {tmp_path}" in told.stderr
     )

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from pipeline.compress.budget import BudgetMissedError, cost_model
-from pipeline.compress.capacity import Capacity
 from pipeline.compress.compactor import alive, attach, row_norms
+from pipeline.compress.shrinker import Capacity
+from pipeline.compress.student import StudentTask, _unscaled, fresh_student, remaining_spec, spread, student_task
 from pipeline.compress.surgery import largest_difference, operate
 from pipeline.config import Params
 from pipeline.models import cost
@@ -24,13 +25,12 @@ from pipeline.models.cost import CostModel
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
 from pipeline.models.taps import Taps, pooled
-from pipeline.ops.presets import load_preset
 from pipeline.runtime import launch
+from pipeline.stage.presets import load_preset
 from pipeline.training import loop
 from pipeline.training.loop import Batch, DivergedError, Fit
-from pipeline.training.optim import build, learning_rate, load_state_tensors, state_tensors
+from pipeline.training.optimizer import build, learning_rate, load_state_tensors, state_tensors
 from pipeline.training.state import Checkpoints
-from pipeline.training.student import StudentTask, _unscaled, fresh_student, remaining_spec, spread, student_task
 from pipeline.training.teacher import TeacherTask, fresh_teacher, pretrained
 
 ROOT = Path(__file__).parents[2]

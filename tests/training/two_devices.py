@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
+from pipeline.compress.student import fresh_student, student_task
 from pipeline.config import Params
 from pipeline.runtime import launch
 from pipeline.training.loop import Fit
 from pipeline.training.state import Checkpoints
-from pipeline.training.student import fresh_student, student_task
 from pipeline.training.teacher import fresh_teacher
 from tests.training.test_fit import IDENTITIES, STEPS, RandomImages, cost_of, digest, preprocess
 

@@ -1,1 +1,0 @@
-"""How long the exported files take."""

@@ -1,0 +1,83 @@
+"""Embeddings of any origin, as NumPy archives."""
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib.npyio import NpzFile
+
+from pipeline.protocols import PROTOCOLS
+from pipeline.retrieval.scoring import Side
+
+
+class ArchiveError(ValueError):
+    """A file that holds no embeddings that can be scored."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Archive:
+    """What a .npz file holds.
+
+    Attributes:
+        query: Arrays ``query`` (n, D), ``query_ids`` (n,) and, where known, ``query_cameras`` (n,).
+        gallery: The same of ``gallery``; None where there is none.
+    """
+
+    query: Side
+    gallery: Side | None
+
+
+def read_archive(path: Path, protocol: str) -> Archive:
+    """Read what a protocol needs of a .npz file.
+
+    Raises:
+        ArchiveError: If it is no such file, or arrays are missing or of the wrong kind.
+        FileNotFoundError: If there is no such file.
+    """
+    if protocol not in PROTOCOLS:
+        raise ArchiveError(f"there is no protocol {protocol!r}; there are {', '.join(PROTOCOLS)}")
+    rules = PROTOCOLS[protocol]
+    try:
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, NpzFile):
+            raise ArchiveError(f"{path} is a single array, not an archive; write it with numpy.savez")
+        with file:
+            arrays = {name: file[name] for name in file.files}
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no file {path}") from error
+    except (BadZipFile, ValueError, OSError, EOFError, zlib.error) as error:
+        if isinstance(error, ArchiveError):
+            raise
+        raise ArchiveError(f"{path} is no archive of plain arrays ({error}); write it with numpy.savez") from error
+    names = ["query", *(["gallery"] if rules.gallery == "given" else [])]
+    needed = [*names, *(f"{name}_ids" for name in names)]
+    if rules.cameras:
+        needed += [f"{name}_cameras" for name in names]
+    if missing := [name for name in needed if name not in arrays]:
+        raise ArchiveError(f"{path} lacks {', '.join(missing)}, which protocol {protocol} needs")
+    sides = [_side(path, name, arrays, rules.cameras) for name in names]
+    return Archive(sides[0], sides[1] if len(sides) > 1 else None)
+
+
+def _side(path: Path, name: str, arrays: dict[str, npt.NDArray[np.generic]], seen: bool) -> Side:
+    vectors = arrays[name]
+    if vectors.ndim != 2 or vectors.dtype.kind not in "fiu":
+        raise ArchiveError(f"{path}: `{name}` must hold numbers (n, D), got {vectors.dtype} {vectors.shape}")
+    cameras = arrays[f"{name}_cameras"] if seen else None
+    return Side(
+        vectors.astype(vectors.dtype if vectors.dtype.kind == "f" else np.float32, copy=False),
+        _labels(path, f"{name}_ids", arrays[f"{name}_ids"]),
+        None if cameras is None else _labels(path, f"{name}_cameras", cameras),
+    )
+
+
+def _labels(path: Path, name: str, labels: npt.NDArray[np.generic]) -> npt.NDArray[np.str_]:
+    """Whole numbers or text, as text: 1.0 and 1 would be two identities."""
+    if labels.ndim != 1 or labels.dtype.kind not in "iuUS":
+        raise ArchiveError(f"{path}: `{name}` must hold whole numbers or text (n,), got {labels.dtype} {labels.shape}")
+    return np.char.decode(labels.astype(np.bytes_), "utf-8") if labels.dtype.kind == "S" else labels.astype(np.str_)

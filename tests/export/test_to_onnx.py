@@ -1,0 +1,138 @@
+"""What is in an exported file, and what is not."""
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+
+from pipeline.export.embed import embed
+from pipeline.export.metadata import Metadata, finish, params_digest
+from pipeline.export.to_onnx import to_onnx
+from pipeline.inference.session import open_session
+from pipeline.models import cost
+from pipeline.stage.presets import load_preset
+from tests.export.tiny_network import MEAN, SIZE, STD, Pictures, normalise, tiny_net
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_it_computes_the_unit_embedding_of_the_network_in_eval_mode_for_any_batch(content, net, batch):
+    rows = np.arange(batch)
+    with torch.no_grad():
+        pixels = torch.from_numpy(Pictures.pixels[:batch]).permute(0, 3, 1, 2)
+        expected = torch.nn.functional.normalize(tiny_net(0).eval()(normalise(pixels)).embedding).numpy()
+    found = embed(open_session(content), Pictures(), rows, MEAN, STD, batch)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+    assert net.training  # the network itself is left alone
+
+
+def test_it_has_one_input_one_output_a_free_batch_and_the_versions_asked_for(content):
+    model = onnx.load_from_string(content)
+    assert (model.ir_version, [(entry.domain, entry.version) for entry in model.opset_import]) == (10, [("", 18)])
+    shapes = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    assert shapes == {"image": ["batch", 3, *SIZE], "embedding": ["batch", 16]}
+
+
+def test_the_classifier_stays_behind_and_the_file_is_complete(content, net):
+    model = onnx.load_from_string(content)
+    assert not any(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer)
+    sizes = [math.prod(tensor.dims) for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT]
+    # Batch norms are folded into weights and shifts, the head's first has running statistics besides.
+    assert cost.params(net.spec) * 0.9 < sum(sizes) < cost.params(net.spec) * 1.1
+    assert not any(7 in tensor.dims[:1] for tensor in model.graph.initializer)
+
+
+def test_nothing_tells_where_or_from_what_code_it_was_made(content):
+    for trace in (b".py", b"File ", b"site-packages", b"pipeline.", b"stack_trace", str(ROOT).encode()):
+        assert trace not in content
+
+
+def test_a_zero_embedding_stays_finite(content):
+    model = onnx.load_from_string(content)
+    head = {name for node in model.graph.node if node.op_type == "Gemm" for name in node.input[1:]}
+    assert head
+    for tensor in model.graph.initializer:
+        if tensor.name in head:
+            tensor.CopyFrom(numpy_helper.from_array(np.zeros(tensor.dims, np.float32), tensor.name))
+    found = embed(open_session(model.SerializeToString()), Pictures(), np.arange(3), MEAN, STD)
+    np.testing.assert_array_equal(found, 0)
+
+
+def test_metadata_can_be_read_with_onnxruntime_alone(content, metadata):
+    held = open_session(content).get_modelmeta().custom_metadata_map
+    assert {name: held[name] for name in ("data", "protocol", "data_digest", "git_commit", "licence")} == {
+        "data": "vehicles",
+        "protocol": "market",
+        "data_digest": "d" * 64,
+        "git_commit": "c" * 40,
+        "licence": "as you like",
+    }
+    numbers = ("map", "image_size", "mean", "std", "embedding_dim", "params", "macs")
+    assert [json.loads(held[name]) for name in numbers] == [
+        0.625,
+        list(SIZE),
+        [0.485, 0.456, 0.406],
+        [0.229, 0.224, 0.225],
+        16,
+        1234,
+        56789,
+    ]
+    assert Metadata.parse(held) == metadata
+    with pytest.raises(KeyError, match="licence"):
+        Metadata.parse({name: text for name, text in held.items() if name != "licence"})
+
+
+def test_an_invalid_model_is_refused(translated, metadata):
+    model = onnx.load_from_string(translated)
+    model.graph.node[3].input[0] = "nowhere"
+    with pytest.raises(onnx.checker.ValidationError, match="nowhere"):
+        finish(model, metadata)
+
+
+def test_equal_weights_give_equal_bytes_in_another_process(translated):
+    code = """
+import hashlib
+from pipeline.export.to_onnx import to_onnx
+from tests.export.tiny_network import SIZE, tiny_net
+print(hashlib.sha256(to_onnx(tiny_net(0), SIZE, opset=18).SerializeToString()).hexdigest())
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}
+    other = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert other.stdout.split()[-1] == hashlib.sha256(translated).hexdigest()
+
+
+def test_the_params_digest_follows_what_decides_the_file_and_nothing_else():
+    params = load_preset(ROOT, "smoke")
+
+    def changed(section, **values):
+        return params.model_copy(update={section: getattr(params, section).model_copy(update=values)})
+
+    digest = params_digest(params)
+    assert params_digest(load_preset(ROOT, "smoke")) == digest
+    for section, value in (("student", {"epochs": 99}), ("data", {"image_size": [48, 48]}), ("export", {"opset": 20})):
+        assert params_digest(changed(section, **value)) != digest
+    for section, value in (("benchmark", {"repeats": 99}), ("tracking", {"experiment": "other"})):
+        assert params_digest(changed(section, **value)) == digest
+    assert params_digest(params.model_copy(update={"seed": 1})) != digest
+
+
+def test_other_weights_and_another_opset_give_another_file(translated):
+    other = to_onnx(tiny_net(1), SIZE, opset=20)
+    assert other.opset_import[0].version == 20
+    first = {tensor.name: tensor for tensor in onnx.load_from_string(translated).graph.initializer}
+    assert any(tensor != first.get(tensor.name) for tensor in other.graph.initializer)

@@ -1,0 +1,430 @@
+"""The registry: whoever promotes at the same time, and wherever one of them dies, no champion has failed the gate."""
+
+import itertools
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from pipeline.files import Files
+from pipeline.registry.lineage import BEST, CHALLENGER, CHAMPION
+from pipeline.registry.model_registry import DIGEST, Judge, Registry, RegistryError, uploaded
+from pipeline.registry.policy import Verdict
+
+NAMES = (f"model{number}" for number in itertools.count())
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
+    """A database of its own: making its tables takes seconds."""
+    uri = f"sqlite:///{tmp_path_factory.mktemp('registry') / 'mlflow.db'}"
+    return MlflowClient(uri, registry_uri=uri)
+
+
+@pytest.fixture(scope="module")
+def run(client: MlflowClient, tmp_path_factory: pytest.TempPathFactory) -> str:
+    experiment = client.create_experiment("e", tmp_path_factory.mktemp("artifacts").as_uri())
+    return str(client.create_run(experiment).info.run_id)
+
+
+@pytest.fixture
+def registry(client: MlflowClient) -> Registry:
+    return Registry(client, next(NAMES))
+
+
+def release(folder: Path, quality: float) -> Path:
+    """A release that is no more than its list of files: nothing is opened here."""
+    folder.mkdir(exist_ok=True)
+    (folder / "SHA256SUMS").write_text(f"{quality}\n")
+    return folder
+
+
+def quality(registry: Registry, version: str) -> float:
+    return float(registry.client.get_model_version(registry.name, version).tags["quality"])
+
+
+def gate(registry: Registry, own: float) -> Judge:
+    """Passes what is not more than 1 worse than the champion and the best."""
+
+    def judge(champion: str | None, best: str | None) -> tuple[Verdict, bool]:
+        rivals = [quality(registry, of) for of in (champion, best) if of is not None]
+        return Verdict(all(own > rival - 1 for rival in rivals), "by quality"), own > max(rivals, default=-1)
+
+    return judge
+
+
+def publish(registry: Registry, run: str, folder: Path, own: float) -> tuple[str, bool]:
+    """The version, and whether it passed."""
+    version, verdict = registry.publish(release(folder, own), lambda: run, {"quality": str(own)}, gate(registry, own))
+    return version, verdict.passed
+
+
+def alias(registry: Registry, name: str) -> str | None:
+    found = registry.client.get_registered_model(registry.name).aliases.get(name)
+    return None if found is None else str(found)
+
+
+def champions(registry: Registry) -> list[str]:
+    return [one.version for one in registry.lineage().promotions]
+
+
+def test_a_release_is_registered_once_and_promoted_if_it_passes(registry: Registry, run: str, tmp_path: Path) -> None:
+    with pytest.raises(RegistryError, match="has no `champion`; `smaller-student publish`"):
+        registry.version_of(CHAMPION)
+    assert publish(registry, run, tmp_path, 5) == ("1", True)
+    assert publish(registry, run, tmp_path, 5) == ("1", True)  # again: nothing more to do
+    assert publish(registry, run, tmp_path, 3) == ("2", False)
+    assert publish(registry, run, tmp_path, 3) == ("2", False)
+    assert champions(registry) == ["1"]
+    assert list(registry.lineage().versions) == ["1", "2"]
+    assert (registry.version_of(CHAMPION), alias(registry, CHAMPION), alias(registry, CHALLENGER)) == ("1", "1", "2")
+    tags = registry.client.get_model_version(registry.name, "2").tags
+    assert (tags["gate"], tags["reason"], tags["replaces"]) == ("failed", "by quality", "1")
+
+
+def test_small_losses_do_not_add_up(registry: Registry, run: str, tmp_path: Path) -> None:
+    passed = [publish(registry, run, tmp_path, own)[1] for own in (5, 4.5, 4.2, 3.9)]
+    assert passed == [True, True, True, False]
+    assert (alias(registry, BEST), registry.version_of(BEST)) == ("1", "1")
+    assert alias(registry, CHAMPION) == "3"
+
+
+def test_rollback_goes_one_champion_back_each_time_and_keeps_the_withdrawn_out(
+    registry: Registry, run: str, tmp_path: Path
+) -> None:
+    assert publish(registry, run, tmp_path, 5) == ("1", True)
+    assert publish(registry, run, tmp_path, 6) == ("2", True)
+    assert registry.roll_back() == (["2"], "1")
+    assert (registry.version_of(CHAMPION), alias(registry, CHAMPION), alias(registry, BEST)) == ("1", "1", "1")
+    with pytest.raises(RegistryError, match="no champion before"):
+        registry.roll_back()
+    assert publish(registry, run, tmp_path, 6) == ("2", False)
+    third, passed = publish(registry, run, tmp_path, 7)
+    fourth, passed_too = publish(registry, run, tmp_path, 8)
+    assert passed and passed_too
+    assert registry.roll_back() == ([fourth], third)
+    assert registry.roll_back() == ([third], "1")
+    assert (registry.version_of(CHAMPION), alias(registry, CHAMPION), alias(registry, BEST)) == ("1", "1", "1")
+    actions = [line.action for line in registry.lineage().promotions]
+    assert actions == ["promote", "promote", "rollback", "promote", "promote", "rollback", "rollback"]
+    assert champions(registry) == ["1", "2", "1", third, fourth, third, "1"]
+    assert registry.roll_back("2") == (["1"], "2")  # a person may think otherwise
+    assert registry.version_of(CHAMPION) == "2"
+
+
+def test_a_version_that_failed_passes_later_if_the_champion_was_taken_back(
+    registry: Registry, run: str, tmp_path: Path
+) -> None:
+    publish(registry, run, tmp_path, 5)
+    publish(registry, run, tmp_path, 6)
+    failed, passed = publish(registry, run, tmp_path, 4.5)
+    assert not passed
+    with pytest.raises(RegistryError, match=f"version {failed} of .* did not pass the gate; these did: 1, 2"):
+        registry.roll_back(failed)
+    registry.roll_back()
+    version, passed = publish(registry, run, tmp_path, 4.5)
+    assert passed
+    assert registry.version_of(CHAMPION) == version
+
+
+def test_what_others_register_is_neither_a_promotion_nor_a_release(
+    registry: Registry, run: str, tmp_path: Path
+) -> None:
+    publish(registry, run, tmp_path, 5)
+    for tags in ({}, {"gate": "passed"}, {"replaces": "1"}, {"gate": "passed", "replaces": "none"}):
+        strange = registry.client.create_model_version(registry.name, tmp_path.as_uri(), run, tags).version
+    assert champions(registry) == ["1"]
+    better, passed = publish(registry, run, tmp_path, 6)
+    assert passed
+    assert champions(registry) == ["1", better]
+    with pytest.raises(RegistryError, match=f"version {strange} of .* was not made by `smaller-student publish`"):
+        registry.download(str(strange), tmp_path / "fetched")
+    assert not (tmp_path / "fetched").exists()
+
+
+# --- what people delete or move in MLflow -----------------------------------------------------------------------------
+
+
+def delete(*versions: str) -> Callable[[Registry], None]:
+    def remove(registry: Registry) -> None:
+        for version in versions:
+            registry.client.delete_model_version(registry.name, version)
+
+    return remove
+
+
+def delete_alias(registry: Registry) -> None:
+    registry.client.delete_registered_model_alias(registry.name, CHAMPION)
+
+
+def move_alias(version: str) -> Callable[[Registry], None]:
+    return lambda registry: registry.client.set_registered_model_alias(registry.name, CHAMPION, version)
+
+
+def forget(registry: Registry) -> None:
+    registry.client.delete_model_version_tag(registry.name, "3", "gate")
+
+
+REMEDY = r"; name the champion \(one of {}\) by `smaller-student rollback --to VERSION`"
+
+
+@pytest.mark.parametrize(
+    ("change", "told", "left"),
+    [
+        (delete("3"), "version 3, the last one that was promoted, was deleted in MLflow", "1, 2"),
+        (delete("2"), "version 2, which version 3 replaced, was deleted in MLflow", "1, 3"),
+        (delete("1"), "version 1, which version 2 replaced, was deleted in MLflow", "2, 3"),
+        (delete("2", "3"), "version 3, the last one that was promoted, was deleted", "1"),
+        (forget, "version 3, the last one that was promoted, was deleted in MLflow, or its tags were", "1, 2"),
+        (delete_alias, "alias `champion` was deleted in MLflow, but version 3 was promoted last", "1, 2, 3"),
+        (move_alias("1"), "alias `champion` was moved to version 1 in MLflow, but version 3 was promoted", "1, 2, 3"),
+        (move_alias("4"), "alias `champion` was moved to version 4 in MLflow, but version 3 was promoted", "1, 2, 3"),
+    ],
+)
+def test_after_a_gap_nothing_is_promoted_until_the_champion_is_named(
+    registry: Registry, run: str, tmp_path: Path, change: Callable[[Registry], None], told: str, left: str
+) -> None:
+    for own in (5, 6, 5.5, 4):  # the second one is the best, the fourth fails
+        publish(registry, run, tmp_path, own)
+    change(registry)
+    versions = list(registry.lineage().versions)
+    for call in (
+        lambda: publish(registry, run, tmp_path, 9),
+        lambda: registry.version_of(CHAMPION),
+        lambda: registry.version_of(BEST),
+        registry.roll_back,
+    ):
+        with pytest.raises(RegistryError, match=told + ".*" + REMEDY.format(left)):
+            call()
+    assert list(registry.lineage().versions) == versions
+    chosen = left.split(", ")[-1]
+    with pytest.raises(RegistryError, match=f"version 4 of .* did not pass the gate; these did: {left}"):
+        registry.roll_back("4")
+    assert registry.roll_back(chosen)[1] == chosen
+    assert registry.version_of(CHAMPION) == alias(registry, CHAMPION) == chosen
+    assert not publish(registry, run, tmp_path, 3.5)[1]
+    better, passed = publish(registry, run, tmp_path, 9)
+    assert passed
+    assert alias(registry, CHAMPION) == better
+
+
+@pytest.mark.parametrize("also", [delete_alias, lambda registry: None])
+def test_where_everything_was_deleted_nothing_is_promoted(
+    registry: Registry, run: str, tmp_path: Path, also: Callable[[Registry], None]
+) -> None:
+    publish(registry, run, tmp_path, 5)
+    publish(registry, run, tmp_path, 3)
+    delete("1")(registry)
+    also(registry)
+    with pytest.raises(RegistryError, match="no version that passed the gate is left, so choose another `tracking"):
+        publish(registry, run, tmp_path, 9)
+    assert list(registry.lineage().versions) == ["2"]
+
+
+def test_the_champion_before_a_rollback_does_not_come_back_when_the_rollback_is_deleted(
+    registry: Registry, run: str, tmp_path: Path
+) -> None:
+    publish(registry, run, tmp_path, 5)
+    publish(registry, run, tmp_path, 6)
+    registry.roll_back()
+    delete("3")(registry)
+    with pytest.raises(RegistryError, match="version 3, the last one that was promoted, was deleted"):
+        registry.version_of(CHAMPION)
+
+
+def test_a_champion_of_version_0_1_0_is_named_once(registry: Registry, run: str, tmp_path: Path) -> None:
+    client = registry.client
+    client.create_registered_model(registry.name)
+    for own in ("5", "4.5"):
+        tags = {"quality": own, "gate": "passed", DIGEST: own}
+        client.create_model_version(registry.name, tmp_path.as_uri(), run, tags)
+    client.set_registered_model_alias(registry.name, CHAMPION, "2")
+    client.set_registered_model_alias(registry.name, BEST, "1")
+    told = "alias `champion` is at version 2, whose promotion is not recorded" + REMEDY.format("1, 2")
+    with pytest.raises(RegistryError, match=told):
+        publish(registry, run, tmp_path, 9)
+    assert registry.roll_back("2") == ([], "2")
+    assert (registry.version_of(CHAMPION), registry.version_of(BEST)) == ("2", "1")
+    assert not publish(registry, run, tmp_path, 3.9)[1]
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_only_files_of_champion_and_best_are_kept(registry: Registry, run: str, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    for own in (5, 4.5, 3):
+        version, _ = (
+            publish(registry, run, tmp_path / "release", own)
+            if own != 5
+            else publish(registry, run, release(tmp_path / "release", own), own)
+        )
+        folder = models / registry.tags(version)[DIGEST][:16]
+        folder.mkdir(parents=True)
+        (folder / "model.onnx").write_text(str(own))
+    (models / ".download-killed").mkdir()
+    registry.prune(models)
+    assert sorted((path / "model.onnx").read_text() for path in models.iterdir()) == ["4.5", "5"]
+
+
+def test_a_release_is_uploaded_once_and_only_a_finished_run_that_is_still_there_holds_it(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    files, folder, name = Files(tmp_path, tmp_path), release(tmp_path / "release", 5), next(NAMES)
+    client.create_experiment(name, (tmp_path / "artifacts").as_uri())
+    first = uploaded(client, files, folder, name)
+    assert uploaded(client, files, folder, name) == first
+    client.update_run(first, status="RUNNING")  # its upload may not be complete
+    second = uploaded(client, files, folder, name)
+    client.delete_run(second)
+    third = uploaded(client, files, folder, name)
+    assert len({first, second, third}) == 3
+    (folder / "SHA256SUMS").write_text("another\n")
+    assert (whole := uploaded(client, files, folder, name)) != third
+    (folder / "model.onnx").write_text("of which the upload was cut off")
+    assert uploaded(client, files, folder, name) != whole
+    client.delete_experiment(client.get_experiment_by_name(name).experiment_id)
+    with pytest.raises(RegistryError, match=f"experiment {name} was deleted in MLflow; restore it"):
+        uploaded(client, files, folder, name)
+
+
+# --- two at once ------------------------------------------------------------------------------------------------------
+
+
+class Died(BaseException):
+    """A promoter was killed between two calls of MLflow."""
+
+
+class Turns:
+    """Lets one thread at a time make one call of MLflow, in a random order; some die before a call."""
+
+    def __init__(self, seed: int, promoters: int) -> None:
+        self._random = random.Random(seed)
+        self._gates = [threading.Semaphore(0) for _ in range(promoters)]
+        self._back = threading.Semaphore(0)
+        self._dies = {
+            number: self._random.randrange(3, 30) for number in range(promoters) if self._random.random() < 0.5
+        }
+        self._calls = [0] * promoters
+        self.living = set(range(promoters))
+
+    def take(self, number: int) -> None:
+        """Wait for the turn."""
+        self._back.release()
+        self._gates[number].acquire()
+        self._calls[number] += 1
+        if self._calls[number] == self._dies.get(number):
+            raise Died
+
+    def run(self, look: Callable[[], None]) -> None:
+        """Let them take turns until all have ended; `look` is called after each."""
+        for _ in range(len(self._gates)):
+            self._back.acquire()
+        while self.living:
+            self._gates[self._random.choice(sorted(self.living))].release()
+            self._back.acquire()
+            look()
+
+    def leave(self, number: int) -> None:
+        """End."""
+        self.living.discard(number)
+        self._back.release()
+
+
+class Slow:
+    """MLflow's client, each of whose calls waits for its turn."""
+
+    def __init__(self, client: MlflowClient, turns: Turns, number: int) -> None:
+        self._client, self._turns, self._number = client, turns, number
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*words: Any, **named: Any) -> Any:
+            self._turns.take(self._number)
+            return getattr(self._client, name)(*words, **named)
+
+        return call
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_interleaving_of_two_promoters_makes_a_champion_that_failed(
+    client: MlflowClient, run: str, tmp_path: Path, seed: int
+) -> None:
+    real = Registry(client, next(NAMES))
+    publish(real, run, tmp_path / "first", 5.0)
+    turns, errors, seen = Turns(seed, 2), [], ["1"]
+
+    def promoter(number: int, own: float) -> None:
+        mine = Registry(Slow(client, turns, number), real.name)  # type: ignore[arg-type]
+        try:
+            publish(mine, run, tmp_path / str(own), own)
+        except Died:
+            pass
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            turns.leave(number)
+
+    def look() -> None:
+        """Whoever reads now gets a champion that passed against all that were read before, or one of those by alias."""
+        now = real.version_of(CHAMPION)
+        if now != seen[-1]:
+            assert all(quality(real, now) > quality(real, before) - 1 for before in seen), (now, seen)
+            seen.append(now)
+        assert alias(real, CHAMPION) in seen
+
+    # The second passes against the first version, and fails once the other one is champion.
+    threads = [threading.Thread(target=promoter, args=pair) for pair in enumerate((7.0, 4.5))]
+    for thread in threads:
+        thread.start()
+    turns.run(look)
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert champions(real) == seen
+    last = publish(real, run, tmp_path / "last", 7.5)  # whoever comes next
+    assert last[1]
+    assert alias(real, CHAMPION) == real.version_of(CHAMPION) == last[0]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_version_that_was_compared_with_a_champion_taken_back_meanwhile_is_compared_again(
+    client: MlflowClient, run: str, tmp_path: Path, seed: int
+) -> None:
+    real = Registry(client, next(NAMES))
+    for own in (5.0, 6.0):
+        publish(real, run, tmp_path / "first", own)
+    turns, errors = Turns(seed, 2), []
+
+    def judge(champion: str | None, best: str | None) -> tuple[Verdict, bool]:
+        return Verdict(champion == "2", "by rival"), False
+
+    def worker(number: int) -> None:
+        mine = Registry(Slow(client, turns, number), real.name)  # type: ignore[arg-type]
+        try:
+            if number:
+                mine.roll_back()
+            else:
+                mine.publish(release(tmp_path / "second", 7.0), lambda: run, {}, judge)
+        except Died:
+            pass
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            turns.leave(number)
+
+    threads = [threading.Thread(target=worker, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    turns.run(lambda: real.version_of(CHAMPION))
+    for thread in threads:
+        thread.join()
+    assert not errors
+    for before, line in itertools.pairwise(real.lineage().promotions):
+        if (
+            line.action == "promote"
+        ):  # the second one replaced the first, and the last one passes against the second only
+            assert before.version == ("1" if line.version == "2" else "2")

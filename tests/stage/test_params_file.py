@@ -1,0 +1,218 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ruamel.yaml import YAML
+
+from pipeline.config import Params
+from pipeline.stage import params_file
+from pipeline.stage.params_file import ParamsError, keys, load
+from pipeline.stage.presets import load_preset, preset_text
+
+ROOT = Path(__file__).parents[2]
+SMOKE = preset_text(ROOT, "smoke")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "params.yaml"
+
+
+def complaints(path: Path, content: str | bytes) -> tuple[str, ...]:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(ParamsError) as caught:
+        load(path)
+    assert str(caught.value).splitlines() == [f"params.yaml: {line}" for line in caught.value.complaints]
+    return caught.value.complaints
+
+
+def line_of(text: str, part: str) -> int:
+    return text[: text.index(part)].count("\n") + 1
+
+
+def test_a_preset_is_read_as_it_stands(path: Path) -> None:
+    path.write_text(SMOKE)
+    assert load(path).data.source == "vehicles"
+
+
+def test_all_complaints_come_at_once_in_the_users_words(path: Path) -> None:
+    text = (
+        SMOKE.replace("seed: 0 ", "")
+        .replace("  cache: true", "  cahce: true")
+        .replace("reduction: 0.4", "reduction: 1.5")
+        .replace("opset:", "opset: no #")
+    )
+    text += "nonsense: 1\n"
+    assert set(complaints(path, text)) == {
+        "`seed` is missing; `smaller-student preset --upgrade` adds it",
+        "`data.cache` is missing; `smaller-student preset --upgrade` adds it",
+        f"`data.cahce` is unknown; nearest: `data.cache` (line {line_of(text, 'cahce')})",
+        f"`student.budget.reduction` must be less than 1, got 1.5 (line {line_of(text, 'reduction: 1.5')})",
+        f"`export.opset` must be a whole number, got the text 'no' (line {line_of(text, 'opset:')})",
+        f"`nonsense` is unknown (line {line_of(text, 'nonsense')})",
+    }
+
+
+def test_pairs_that_contradict_each_other_are_named(path: Path) -> None:
+    text = SMOKE.replace("recipe: scratch", "recipe: paper", 1)
+    (line,) = complaints(path, text)
+    assert line.startswith("`student.recipe` (scratch) must equal `teacher.recipe` (paper)")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("weights: none", "weights: imagenet", "`teacher.weights` is imagenet, but torchvision publishes no ResNet-14"),
+        ("init: teacher", "init: imagenet", "`student.init` is imagenet, but torchvision publishes no ResNet-14"),
+        ("reduction: 0.4", "reduction: 0.9", "`student.budget.reduction` 0.9 cannot be reached"),
+        ("depth: 14", "depth: 18", "`student.sites` ['conv2'] names no site of a ResNet-18"),
+    ],
+)
+def test_what_no_structure_can_keep_is_refused_before_anything_is_trained(
+    path: Path, old: str, new: str, complaint: str
+) -> None:
+    text = SMOKE.replace(old, new)
+    if "depth" in new:
+        text = text.replace("sites: [conv1, conv2, stream]", "sites: [conv2]")
+    (line,) = complaints(path, text)
+    assert line.startswith(complaint)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"),
+    [
+        ("student.lr", "student.optimizer.lr"),  # right name, wrong section
+        ("student.budget.redution", "student.budget.reduction"),
+        ("data.vehicles.train_identites", "data.vehicles.train_identities"),
+    ],
+)
+def test_the_nearest_name_is_looked_for_in_the_section_and_then_everywhere(
+    path: Path, wrong: str, nearest: str
+) -> None:
+    content: object = 1
+    for part in reversed(wrong.split(".")):
+        content = f"{{{part}: {content}}}"
+    found = complaints(path, str(content)[1:-1])
+    assert f"`{wrong}` is unknown; nearest: `{nearest}` (line 1)" in found
+
+
+def test_numbers_and_words_are_read_by_yaml_1_2_as_dvc_does(path: Path) -> None:
+    path.write_text(SMOKE.replace("experiment: ", "experiment: no #"))
+    assert load(path).tracking.experiment == "no"
+    (line,) = complaints(path, SMOKE.replace("seed: 0", "seed: yes"))
+    assert line == f"`seed` must be a whole number, got the text 'yes' (line {line_of(SMOKE, 'seed: 0')})"
+    path.write_text(SMOKE.replace("max_quarantined: 0.001", "max_quarantined: 1e-3"))
+    assert load(path).data.max_quarantined == 0.001
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("", "is empty; `smaller-student preset NAME` writes a complete one"),
+        ("# only words\n", "is empty; `smaller-student preset NAME` writes a complete one"),
+        ("- 1\n", "must hold sections, got a list; `smaller-student preset NAME` writes a complete one"),
+        ("seed: 0\nseed: 1\n", 'found duplicate key "seed" with value "1" (original value: "0") (line 2)'),
+        ("data:\n\troot: x\n", "a tab stands where only spaces may; indent with spaces (line 2)"),
+        (b"\xef\xbb\xbfseed: 0\n", "begins with a byte order mark (line 1); save it as UTF-8 without BOM"),
+        (b"seed: 0\n# caf\xe9\n", "is not UTF-8 (line 2); save it as UTF-8"),
+        ("seed: [\n", "expected the node content, but found '<stream end>' (line 2)"),
+        ("seed: 0\n---\nseed: 0\n", "but found another document (line 2)"),
+    ],
+)
+def test_a_file_that_is_no_params_file_is_refused_with_the_line(
+    path: Path, content: str | bytes, complaint: str
+) -> None:
+    assert complaints(path, content) == (complaint,)
+
+
+def test_objects_of_python_are_not_made(path: Path) -> None:
+    (line,) = complaints(path, "seed: !!python/object/apply:os.system [exit]\n")
+    assert "could not determine a constructor" in line
+
+
+def test_a_missing_file_names_the_remedy(path: Path) -> None:
+    with pytest.raises(ParamsError, match=r"is missing in .*smaller-student preset NAME"):
+        load(path)
+
+
+def with_old_names(text: str) -> str:
+    return text.replace("  near: ", "  closeness: ").replace("  gates:", "  bounds:").replace("min_cosine:", "cos:")
+
+
+OLD_NAMES = {
+    "data.closeness": "data.near",
+    "export.bounds": "export.gates",
+    "export.gates.cos": "export.gates.min_cosine",
+}
+
+
+def test_old_names_are_read_and_the_new_ones_named(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(params_file, "RENAMED", OLD_NAMES)
+    path.write_text(with_old_names(SMOKE))
+    assert load(path) == load_preset(ROOT, "smoke")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"params.yaml: `{old}` is called `{new}` now; `smaller-student preset --upgrade` renames it"
+        for old, new in OLD_NAMES.items()
+    ]
+
+
+def test_a_value_under_an_old_name_is_refused_with_its_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(params_file, "RENAMED", OLD_NAMES)
+    text = with_old_names(SMOKE).replace("closeness: 4", "closeness: 40")
+    (line,) = complaints(path, text)
+    assert line == f"`data.near` must be at most 16, got 40 (line {line_of(text, 'closeness')})"
+
+
+def test_an_old_name_beside_the_new_one_is_unknown(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(params_file, "RENAMED", {"data.nears": "data.near"})
+    text = SMOKE.replace("  near: 4", "  nears: 3\n  near: 4")
+    (line,) = complaints(path, text)
+    assert line == f"`data.nears` is unknown; nearest: `data.near` (line {line_of(text, 'nears')})"
+
+
+def test_renamed_keys_stay_in_their_section_and_exist() -> None:
+    for old, new in params_file.RENAMED.items():
+        assert old.rpartition(".")[0] == new.rpartition(".")[0]
+        assert new in keys() and old not in keys()
+
+
+def test_references_that_multiply_do_not_take_memory(path: Path) -> None:
+    levels = [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)]
+    found = complaints(path, "a: &a [x, x]\n" + "".join(levels))
+    assert "`i` is unknown (line 9)" in found
+
+
+def test_keys_are_all_of_the_schema_and_no_more() -> None:
+    def walk(content: dict[str, object], prefix: str = "") -> set[str]:
+        found = set()
+        for key, value in content.items():
+            found.add(f"{prefix}{key}")
+            if isinstance(value, dict):
+                found |= walk(value, f"{prefix}{key}.")
+        return found
+
+    assert set(keys()) == walk(YAML(typ="safe", pure=True).load(SMOKE))
+    assert set(Params.model_fields) <= set(keys())
+
+
+@pytest.mark.parametrize("table", [{}, {"data.closeness": "data.near"}], ids=["no old names", "old names"])
+@pytest.mark.parametrize("content", ["? [a, b]\n: 1\n", "data:\n  ? [a]\n  : 1\n", "data: [1]\n", "1: 2\n", "data:\n"])
+def test_keys_that_are_no_names_are_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch, content: str, table: dict[str, str]
+) -> None:
+    monkeypatch.setattr(params_file, "RENAMED", table)
+    assert "`seed` is missing; `smaller-student preset --upgrade` adds it" in complaints(path, content)
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_refused_with_complaints_and_never_crashes(
+    tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
+    path = tmp_path_factory.mktemp("any") / "params.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ParamsError) as caught:
+        load(path)
+    assert caught.value.complaints

@@ -1,0 +1,94 @@
+"""Results on a branch of their own; the user's work is not touched."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pipeline.system.git_cli import CommitError, record
+
+
+def git(root: Path, *words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout in a folder of a repository, with work that is not committed; Git knows nobody."""
+    for name in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM"):
+        monkeypatch.setenv(name, "/dev/null")
+    root = tmp_path / "inner"
+    (root / "metrics").mkdir(parents=True)
+    git(tmp_path, "init", "-q", "-b", "main")
+    (root / "params.yaml").write_text("seed: 0\n")
+    (root / "code.py").write_text("1\n")
+    commit(tmp_path, "first")
+    (root / "code.py").write_text("my work\n")
+    (root / "staged.py").write_text("mine too\n")
+    git(root, "add", "staged.py")
+    results(root, 1)
+    return root
+
+
+def commit(root: Path, message: str) -> None:
+    git(root, "add", "-A")
+    git(root, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "-m", message)
+
+
+def results(root: Path, number: int) -> None:
+    (root / "dvc.lock").write_text(f"{number}\n")
+    (root / "metrics" / "teacher.json").write_text(f"{number}\n")
+
+
+def test_results_are_committed_and_nothing_else_changes(repository: Path) -> None:
+    before = (git(repository, "status", "--porcelain"), git(repository, "rev-parse", "HEAD"))
+    assert record(repository, "auto/retrained", "Retrained").startswith("committed ")
+    assert (git(repository, "status", "--porcelain"), git(repository, "rev-parse", "HEAD")) == before
+    assert git(repository, "show", "auto/retrained:inner/dvc.lock") == "1"
+    assert git(repository, "show", "auto/retrained:inner/metrics/teacher.json") == "1"
+    assert git(repository, "show", "auto/retrained:inner/code.py") == "1"
+    assert "staged" not in git(repository, "ls-tree", "-r", "--name-only", "--full-tree", "auto/retrained")
+    assert git(repository, "log", "-1", "--format=%an %s", "auto/retrained") == "smaller-student Retrained"
+
+
+def test_the_next_ones_follow_and_take_new_sources_along(repository: Path) -> None:
+    record(repository, "retrained", "one")
+    assert record(repository, "retrained", "again") == "branch retrained has it already"
+    results(repository, 2)
+    record(repository, "retrained", "two")
+    commit(repository, "my work is done")
+    results(repository, 3)
+    record(repository, "retrained", "three")
+    assert git(repository, "log", "--first-parent", "--format=%s", "retrained").split("\n") == [
+        "three", "two", "one", "first"
+    ]  # fmt: skip
+    assert git(repository, "log", "-1", "--format=%P", "retrained").split()[1] == git(repository, "rev-parse", "main")
+    assert git(repository, "show", "retrained:inner/code.py") == "my work"
+
+
+def test_a_branch_that_is_checked_out_is_not_committed_to(repository: Path) -> None:
+    with pytest.raises(CommitError, match=r"branch `main` is checked out; .*`retrain\.branch`") as error:
+        record(repository, "main", "m")
+    assert error.value.exit_code == 1
+    assert git(repository, "log", "--format=%s", "main") == "first"
+
+
+def test_a_folder_without_git_is_an_error_with_gits_own_reason(tmp_path: Path) -> None:
+    with pytest.raises(CommitError, match=r"not committed to branch `retrained` \(.*not a git repository.*\); repair"):
+        record(tmp_path, "retrained", "m")
+
+
+def test_a_commit_that_git_refuses_leaves_the_branch_and_succeeds_when_tried_again(repository: Path) -> None:
+    record(repository, "retrained", "one")
+    results(repository, 2)
+    lock = repository.parent / ".git" / "refs" / "heads" / "retrained.lock"
+    lock.touch()  # another process of Git's, or one that was killed
+    with pytest.raises(
+        CommitError, match=r"branch `retrained` \(.*retrained\.lock.*\); repair the repository, or empty"
+    ):
+        record(repository, "retrained", "two")
+    assert git(repository, "log", "-1", "--format=%s", "retrained") == "one"
+    lock.unlink()
+    assert record(repository, "retrained", "two").startswith("committed ")
+    assert git(repository, "show", "retrained:inner/dvc.lock") == "2"

@@ -1,0 +1,555 @@
+"""What MLflow shows after a synchronisation: complete, comparable, nothing twice, nothing left running."""
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run, ViewType
+
+from pipeline.files import Files, write_json, write_text
+from pipeline.records import RECORDS
+from pipeline.stage.params_file import load
+from pipeline.system.locks import locked
+from pipeline.tracking import metrics
+from pipeline.tracking.execution import Execution, ProcessId
+from pipeline.tracking.recorder import RELEASE_DIGEST, Recorder, complete_last, flatten
+from pipeline.tracking.run_record import EXECUTION, Point, Records, executions
+from pipeline.tracking.store import TrackingError
+from pipeline.tracking.sync import Sync, sync
+from tests.fake_stages import NUMBERS, wait_until
+
+HERE = ProcessId.of(os.getpid())
+GONE = HERE.model_copy(update={"start": 1})
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One database for all tests of this file: making its tables takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+
+
+@pytest.fixture
+def here(reported: Files, store: str, monkeypatch: pytest.MonkeyPatch) -> Files:
+    """A checkout with an experiment of its own in that database."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    text = reported.params.read_text()
+    assert "experiment: smaller-student" in text
+    reported.params.write_text(text.replace("experiment: smaller-student", f"experiment: test-{reported.root.name}"))
+    return reported
+
+
+def dvc(number: int = 0) -> Execution:
+    """An execution of this process; each number is another one."""
+    return Execution.of("dvc", HERE.model_copy(update={"start": HERE.start + number}))
+
+
+def record(files: Files, stage: str | None, status: str = "FINISHED", owner: Execution | None = None) -> Records:
+    """A stage from its beginning to its end."""
+    recorder = Recorder(files, load(files.params), owner or dvc())
+    name = recorder.begin(stage)
+    if stage is not None:
+        recorder.end(name, status, time.time() + 1)  # type: ignore[arg-type]
+    return recorder.records
+
+
+def client() -> MlflowClient:
+    return MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+
+
+def runs(files: Files, view: int = ViewType.ACTIVE_ONLY) -> list[Run]:
+    experiment = client().get_experiment_by_name(load(files.params).tracking.experiment)
+    found = client().search_runs(experiment.experiment_id, run_view_type=view, order_by=["attributes.start_time ASC"])
+    return list(found)
+
+
+def parents(files: Files) -> list[Run]:
+    return [run for run in runs(files) if "stage" not in run.data.tags]
+
+
+def children(files: Files) -> dict[str, Run]:
+    found = [run for run in runs(files) if "stage" in run.data.tags]
+    assert len({run.data.tags["stage"] for run in found}) == len(found)
+    return {run.data.tags["stage"]: run for run in found}
+
+
+def points(run: Run, key: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in client().get_metric_history(run.info.run_id, key)]
+
+
+# --- what a run shows -------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_opens_the_execution_and_records_what_dvc_did_not_run(here: Files) -> None:
+    Recorder(here, load(here.params), dvc()).begin("student")
+    sync(here)
+    (parent,) = parents(here)
+    found = children(here)
+    assert list(found) == ["prepare", "teacher", "student"]
+    assert {run.data.tags["mlflow.parentRunId"] for run in found.values()} == {parent.info.run_id}
+    assert [run.data.tags["cached"] for run in found.values()] == ["true", "true", "false"]
+    assert [run.info.status for run in found.values()] == ["FINISHED", "FINISHED", "RUNNING"]
+    assert parent.info.status == "RUNNING"
+    assert found["teacher"].data.metrics["eval/mAP"] == 0.61
+    assert points(found["teacher"], "train/loss") == [(1, 2.5), (2, 1.5)]
+    assert points(found["teacher"], "validation/mAP") == [(2, 0.25)]
+
+
+def test_curves_have_steps_and_final_figures_are_single_points_however_often_mlflow_is_synchronised(
+    here: Files,
+) -> None:
+    recorder = Recorder(here, load(here.params), dvc())
+    name = recorder.begin("student")
+    for epoch in (1, 2, 3):
+        running = recorder.records.read(name)
+        assert running is not None
+        point = Point(time=time.time(), step=epoch, values={"train/kl": 1 / epoch})
+        recorder.records.write(name, running.changed(curve=(*running.curve, point)))
+        sync(here)
+    ended = time.time() + 1
+    recorder.end(name, "FINISHED", ended)
+    assert recorder.records.pending(os.environ["MLFLOW_TRACKING_URI"])
+    assert sync(here)[0] == 1
+    assert not recorder.records.pending(os.environ["MLFLOW_TRACKING_URI"])
+    before = [run.info.run_id for run in runs(here)]
+    assert sync(here)[0] == 0
+    for _ in range(2):
+        assert sync(here, again=True)[0] == 1
+    assert [run.info.run_id for run in runs(here)] == before
+    run = children(here)["student"]
+    assert points(run, "train/kl") == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    for key in metrics.finals(here, "student"):
+        assert len(points(run, key)) == 1, key
+    assert run.data.metrics["time/total"] == 1.5
+    assert (run.info.status, run.info.end_time) == ("FINISHED", int(ended * 1000))
+
+
+def test_the_stages_of_one_execution_share_a_parent_and_are_recorded_once(here: Files) -> None:
+    for stage in RECORDS:  # each in a process of its own, which knows no more than the records
+        record(here, stage)
+        sync(here)
+    (parent,) = parents(here)
+    assert list(children(here)) == list(RECORDS)
+    assert all(run.data.tags["cached"] == "false" for run in children(here).values())
+    assert parent.info.status == "FINISHED"
+    assert parent.data.metrics == metrics.summary(here)
+    assert all(len(points(parent, key)) == 1 for key in parent.data.metrics)
+
+
+def test_the_parent_holds_all_params_the_data_set_and_where_the_run_comes_from(
+    here: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMALLER_STUDENT_FLOW_RUN", "1234")
+    write_text(here.root / "dvc.lock", "schema: '2.0'\n")
+    records = record(here, "prepare")
+    sync(here)
+    (parent,) = parents(here)
+    assert parent.data.params == dict(flatten(load(here.params).model_dump(mode="json")))
+    assert parent.data.params["student.budget.reduction"] == "0.4"
+    assert {"params_digest", "git_commit", "dvc_lock_digest"} <= parent.data.tags.keys()
+    assert parent.data.tags["execution_id"] == records.id
+    assert parent.data.tags["flow_run_id"] == "1234"
+    digest = parent.data.tags["data_digest"]
+    assert len(digest) == 64
+    (given,) = parent.inputs.dataset_inputs
+    assert (given.dataset.name, given.dataset.digest) == ("vehicles", digest[:36])
+    assert json.loads(given.dataset.profile)["identities"] == 3
+
+
+def test_export_and_benchmark_upload_what_people_look_for_though_a_later_run_overwrote_it(here: Files) -> None:
+    write_text(here.artifacts("export") / "SHA256SUMS", "1234  model.onnx\n")
+    for stage in ("export", "benchmark"):
+        records = record(here, stage)
+    write_text(here.artifacts("export") / "model.onnx", "another")
+    sync(here)
+    found = children(here)
+    names = [file.path for file in client().list_artifacts(found["export"].info.run_id, "export")]
+    (page,) = client().list_artifacts(found["benchmark"].info.run_id, "report")
+    assert names == ["export/SHA256SUMS", "export/model.onnx"] and page.path == "report/index.html"
+    downloaded = Path(client().download_artifacts(found["export"].info.run_id, "export/model.onnx", str(here.root)))
+    assert downloaded.read_text() == "onnx"
+    assert len(found["export"].data.tags[RELEASE_DIGEST]) == 64
+    assert (here.root / "mlartifacts").is_dir()
+    assert not list(records.files.iterdir())  # copies are dropped once they are uploaded
+
+
+def test_a_wholly_cached_execution_is_complete_and_names_the_runs_that_computed_it(here: Files) -> None:
+    record(here, "teacher", owner=dvc(1))
+    sync(here)
+    (original,) = [run for run in runs(here) if run.data.tags.get("stage") == "teacher"]
+    second = record(here, None)
+    sync(here)
+    (parent,) = [run for run in parents(here) if run.data.tags["execution_id"] == second.id]
+    mine = [run for run in runs(here) if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert [run.data.tags["stage"] for run in mine] == list(RECORDS)
+    assert {run.data.tags["cached"] for run in mine} == {"true"}
+    assert parent.data.metrics == metrics.summary(here)
+    assert mine[1].data.tags["original_run"] == original.info.run_id
+    assert "original_run" not in mine[2].data.tags  # the student ran where nobody recorded it
+
+
+def test_figures_that_another_run_computed_are_not_ascribed_to_this_one(here: Files) -> None:
+    record(here, "prepare", owner=dvc(1))
+    write_json(here.metrics("prepare"), {**NUMBERS["prepare"], "images": 10})
+    record(here, "teacher")
+    sync(here)
+    (mine,) = [run for run in runs(here) if run.data.tags.get("cached") == "true"]
+    assert mine.data.tags["stage"] == "prepare"
+    assert "original_run" not in mine.data.tags
+
+
+@pytest.mark.parametrize("status", ["FAILED", "KILLED"])
+def test_a_stage_that_fails_ends_its_run_and_the_parent_with_the_reason(here: Files, status: str) -> None:
+    recorder = Recorder(here, load(here.params), dvc())
+    name = recorder.begin("teacher")
+    recorder.end(name, status, time.time() + 1, "out of memory; lower `teacher.batch`\nand more")  # type: ignore[arg-type]
+    sync(here)
+    assert parents(here)[0].info.status == children(here)["teacher"].info.status == status
+    assert children(here)["teacher"].data.tags["error"] == "out of memory; lower `teacher.batch`"
+
+
+def test_a_stage_that_is_tried_again_is_not_taken_from_the_failed_try(here: Files) -> None:
+    record(here, "teacher", "FAILED")
+    record(here, "teacher")
+    sync(here)
+    tries = [run for run in runs(here) if run.data.tags.get("stage") == "teacher"]
+    assert sorted(run.info.status for run in tries) == ["FAILED", "FINISHED"]
+    assert parents(here)[0].info.status == "FINISHED"
+
+
+def test_params_are_flattened() -> None:
+    assert dict(flatten({"a": {"b": [1, 2], "c": "x"}, "d": None})) == {"a.b": "[1, 2]", "a.c": "x", "d": "null"}
+
+
+# --- interruptions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("calls", range(1, 14, 3))
+def test_a_synchronisation_that_was_cut_off_goes_on_without_doubles(
+    here: Files, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    """Interrupted after a call that MLflow carried out and before anything was noted."""
+    record(here, "teacher")
+    work, left = Sync(here), [calls]
+    assert work.client
+
+    class CutOff(BaseException):
+        pass
+
+    for name in ("create_run", "log_batch", "log_inputs", "set_terminated", "update_run", "log_artifacts"):
+
+        def call(self: MlflowClient, *words: object, _real: object = getattr(MlflowClient, name), **named: object):
+            done = _real(self, *words, **named)  # type: ignore[operator]
+            left[0] -= 1
+            if left[0] == 0:
+                raise CutOff
+            return done
+
+        monkeypatch.setattr(MlflowClient, name, call)
+    with pytest.raises(CutOff):
+        work.all()
+    monkeypatch.undo()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", work.uri)
+    sync(here)
+    assert list(children(here)) == ["prepare", "teacher"]
+    assert len(parents(here)) == 1
+    assert points(children(here)["teacher"], "eval/mAP") == [(0, 0.61)]
+    assert points(children(here)["teacher"], "time/total") == [(0, 1.5)]
+    assert {run.info.status for run in runs(here)} == {"FINISHED"}
+
+
+def test_what_a_dead_stage_left_running_is_ended_by_the_next_synchronisation(here: Files) -> None:
+    records = record(here, "prepare", "RUNNING")
+    sync(here)
+    assert {run.info.status for run in runs(here)} == {"RUNNING"}
+    running = records.read("prepare")
+    assert running is not None
+    records.write("prepare", running.changed(process=GONE, ended=None))
+    sync(here)
+    assert {run.info.status for run in runs(here)} == {"KILLED"}
+    assert children(here)["prepare"].data.tags["error"] == "its process is gone"
+
+
+@pytest.mark.parametrize("process", [HERE, GONE.model_copy(update={"host": "elsewhere"})], ids=["alive", "elsewhere"])
+def test_a_stage_that_lives_or_runs_on_another_host_is_left_alone(here: Files, process: ProcessId) -> None:
+    records = record(here, "prepare", "RUNNING")
+    running = records.read("prepare")
+    assert running is not None
+    records.write("prepare", running.changed(process=process, ended=None))
+    sync(here)
+    assert {run.info.status for run in runs(here)} == {"RUNNING"}
+
+
+def test_another_server_gets_everything(here: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record(here, "prepare")
+    sync(here)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
+    record(here, "teacher")
+    sync(here)
+    assert list(children(here)) == ["prepare", "teacher"]
+
+
+# --- what somebody deleted --------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_somebody_deleted_is_left_alone_reported_once_and_holds_up_no_other(here: Files) -> None:
+    record(here, "prepare", owner=dvc(1))
+    sync(here)
+    deleted = children(here)["prepare"].info.run_id
+    client().delete_run(deleted)
+    record(here, "teacher", owner=dvc(1))  # the same execution goes on
+    record(here, "prepare", owner=dvc(2))  # and another one
+    first = sync(here)
+    assert len(first[1]) == 1 and "was deleted in MLflow; it is left alone" in first[1][0]
+    assert sync(here)[1] == []
+    assert client().get_run(deleted).info.lifecycle_stage == "deleted"
+    stages = [run.data.tags["stage"] for run in runs(here) if "stage" in run.data.tags]
+    assert sorted(stages) == ["prepare", "teacher"]  # of the second execution, and of the first
+    assert {run.info.status for run in runs(here)} == {"FINISHED"}
+
+
+def test_an_execution_whose_parent_was_deleted_gets_no_new_runs_and_is_reported_once(here: Files) -> None:
+    record(here, "prepare")
+    sync(here)
+    for run in runs(here):
+        client().delete_run(run.info.run_id)
+    notices = []
+    for stage in ("teacher", "student", "surgery"):
+        record(here, stage)
+        notices += sync(here)[1]
+    assert len(notices) == 1 and "was deleted in MLflow" in notices[0]
+    assert runs(here) == []
+    assert len(runs(here, ViewType.ALL)) == 2
+
+
+def test_a_run_that_was_purged_is_not_made_again(here: Files, store: str) -> None:
+    record(here, "prepare")
+    sync(here)
+    run = children(here)["prepare"].info.run_id
+    client().delete_run(run)
+    done = subprocess.run(
+        [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", store, "--run-ids", run], capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert sync(here)[1] == []  # it was up to date, so nothing was looked up
+    record(here, "teacher")
+    assert len(sync(here)[1]) == 1
+    sync(here, again=True)
+    assert list(children(here)) == ["teacher"]
+
+
+def test_a_run_that_was_restored_goes_on_with_sync_again(here: Files) -> None:
+    record(here, "prepare")
+    sync(here)
+    run = children(here)["prepare"].info.run_id
+    parent = parents(here)[0].info.run_id
+    for deleted in (run, parent):
+        client().delete_run(deleted)
+    write_text(here.artifacts("export") / "SHA256SUMS", "1234  model.onnx\n")
+    record(here, "export")
+    sync(here)
+    for deleted in (run, parent):
+        client().restore_run(deleted)
+    assert sync(here)[0] == 0
+    sync(here, again=True)
+    found = children(here)
+    assert {one.info.status for one in found.values()} == {"FINISHED"}
+    names = [file.path for file in client().list_artifacts(found["export"].info.run_id, "export")]
+    assert names == ["export/SHA256SUMS", "export/model.onnx"]
+
+
+def test_a_deleted_experiment_is_left_alone_and_holds_up_no_other(here: Files) -> None:
+    record(here, "prepare", owner=dvc(1))
+    sync(here)
+    deleted = load(here.params).tracking.experiment
+    client().delete_experiment(client().get_experiment_by_name(deleted).experiment_id)
+    record(here, "prepare", owner=dvc(2))
+    here.params.write_text(here.params.read_text().replace(f"experiment: {deleted}", f"experiment: {deleted}-2"))
+    record(here, "prepare", owner=dvc(3))
+    first = sync(here)
+    assert [notice.partition(";")[0] for notice in first[1]] == [f"experiment {deleted} was deleted in MLflow"]
+    assert sync(here)[1] == []
+    assert [run.info.status for run in runs(here)] == ["FINISHED", "FINISHED"]
+    assert client().get_experiment_by_name(deleted).lifecycle_stage == "deleted"
+
+
+def test_one_execution_that_mlflow_refuses_holds_up_no_other(here: Files) -> None:
+    records = record(here, "prepare", owner=dvc(1))
+    broken = records.read("prepare")
+    assert broken is not None
+    records.write("prepare", broken.changed(figures={"a key with \n a line": 1.0}))
+    record(here, "prepare", owner=dvc(2))
+    (notice,) = sync(here)[1]
+    assert notice.startswith(f"MLflow refused a part of execution {records.id}")
+    finished = [run for run in parents(here) if run.info.status == "FINISHED"]
+    assert len(finished) == 1
+
+
+def test_a_store_that_is_out_of_reach_is_one_error(here: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    record(here, "prepare", owner=dvc(1))
+    record(here, "prepare", owner=dvc(2))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(TrackingError, match=r"^MLflow at http://127.0.0.1:9 cannot be reached .*; everything stays on"):
+        sync(here)
+
+
+# --- side by side -----------------------------------------------------------------------------------------------------
+
+
+def test_an_execution_that_another_process_synchronises_is_left_to_it_and_the_others_are_not(here: Files) -> None:
+    first, second = record(here, "prepare", owner=dvc(1)), record(here, "prepare", owner=dvc(2))
+    with locked(first.folder / "sync.lock", "a test"):
+        code = (
+            "from pathlib import Path; from pipeline.files import Files; from pipeline.tracking.sync import Sync\n"
+            "root = Path.cwd(); Sync(Files(root, root)).all()"
+        )
+        root = Path(__file__).parents[2]
+        environment = {**os.environ, "PYTHONPATH": str(root)}
+        done = subprocess.run([sys.executable, "-c", code], cwd=here.root, env=environment, capture_output=True)
+        assert done.returncode == 0, done.stderr
+    assert [run.data.tags["execution_id"] for run in parents(here)] == [second.id]
+    sync(here)
+    assert {run.data.tags["execution_id"] for run in parents(here)} == {first.id, second.id}
+
+
+def test_an_old_execution_that_still_runs_is_kept(here: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.tracking.sync.KEPT", 1)
+    recorder = Recorder(here, load(here.params), dvc(1))
+    name = recorder.begin("prepare")
+    record(here, "prepare", owner=dvc(2))
+    record(here, "prepare", owner=dvc(3))
+    sync(here)
+    recorder.end(name, "FINISHED", time.time() + 1)
+    sync(here)
+    assert [run.info.status for run in parents(here)] == ["FINISHED"] * 3
+
+
+def test_two_that_complete_an_execution_at_once_record_each_stage_once(here: Files) -> None:
+    records = record(here, "prepare")
+    execution = records.execution()
+    assert execution is not None
+    records.write(EXECUTION, execution.changed(process=GONE))
+    code = (
+        "from pathlib import Path; from pipeline.files import Files; from pipeline.stage.params_file import load\n"
+        "from pipeline.tracking.recorder import complete_last\n"
+        "files = Files(Path.cwd(), Path.cwd()); complete_last(files, load(files.params), list)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    both = [subprocess.Popen([sys.executable, "-c", code], cwd=here.root, env=environment) for _ in range(2)]
+    assert [one.wait(60) for one in both] == [0, 0]
+    assert list(records.stages()) == list(RECORDS)
+
+
+def test_old_executions_are_forgotten_once_mlflow_has_them(here: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.tracking.sync.KEPT", 2)
+    made = [record(here, "prepare", owner=dvc(number)) for number in range(4)]
+    sync(here)
+    assert [one.folder for one in executions(here)] == [one.folder for one in made[2:]]
+    assert len(parents(here)) == 4
+
+
+def test_the_last_execution_is_completed_once_its_dvc_has_ended(here: Files) -> None:
+    records = record(here, "prepare")
+    complete_last(here, load(here.params), list)
+    assert list(records.outcomes()) == ["prepare"]  # this process lives, so dvc may still run the others
+    execution = records.execution()
+    assert execution is not None
+    records.write(EXECUTION, execution.changed(process=GONE))
+    complete_last(here, load(here.params), lambda: ["surgery"])
+    assert list(records.outcomes()) == ["prepare", "teacher", "student"]
+    complete_last(here, load(here.params), list)
+    assert list(records.outcomes()) == list(RECORDS)
+
+
+def test_an_upload_beside_a_stage_notices_that_the_stage_was_killed(here: Files) -> None:
+    records = record(here, "prepare", "RUNNING")
+    order = {"root": str(here.root), "state": str(here.state), "records": str(records.folder), "name": "prepare"}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.tracking.sync", json.dumps({**order, "quiet": False})],
+        stdin=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+    assert child.stdin is not None
+    wait_until(
+        lambda: bool(records.synced(os.environ["MLFLOW_TRACKING_URI"]).get("prepare", {}).get("fingerprint")), 60
+    )
+    running = records.read("prepare")
+    assert running is not None
+    records.write("prepare", running.changed(process=GONE, ended=None))
+    child.stdin.close()
+    assert child.wait(60) == 0
+    assert {run.info.status for run in runs(here)} == {"KILLED"}
+
+
+def test_one_process_at_a_time_makes_the_tables_of_a_database(reported: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow lets two do it at once, which leaves a half-migrated database."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    record(reported, "prepare")
+    lock = reported.tracking / "store.lock"
+    code = (
+        "from pathlib import Path; from pipeline.files import Files; from pipeline.tracking.sync import sync\n"
+        "print('ready', flush=True); sync(Files(Path.cwd(), Path.cwd()))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with locked(lock, "a test"):
+        other = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=reported.root, env=environment, stdout=subprocess.PIPE, text=True
+        )
+        assert other.stdout is not None and other.stdout.readline() == "ready\n"
+        time.sleep(4)
+        assert not reported.mlflow_db.exists()
+    assert other.wait(120) == 0
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{reported.mlflow_db}")
+    assert len(parents(reported)) == 1
+
+
+# --- a checkout that moves --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["moved", "copied"])
+def test_a_checkout_that_was_moved_or_copied_writes_below_itself_and_finds_what_it_has(
+    reported: Files, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    import shutil
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    record(reported, "export", owner=dvc(1))
+    sync(reported)
+    target = tmp_path_factory.mktemp("elsewhere") / "a check out"
+    (shutil.move if way == "moved" else shutil.copytree)(reported.root, target)
+    files = Files(target, target)
+    record(files, "export", owner=dvc(2))
+    sync(files)
+    there = MlflowClient(f"sqlite:///{files.mlflow_db}")
+    experiment = there.get_experiment_by_name("smaller-student").experiment_id
+    exported = there.search_runs([experiment], "tags.stage = 'export'")
+    assert len(exported) == 2
+    for run in exported:
+        assert run.info.artifact_uri.startswith(files.mlflow_artifacts.as_uri())
+        assert Path(there.download_artifacts(run.info.run_id, "export/model.onnx")).read_text() == "onnx"
+    if way == "copied":
+        assert len(list((reported.root / "mlartifacts").rglob("model.onnx"))) == 1
+    else:
+        assert not reported.root.exists()
+    with sqlite3.connect(files.mlflow_db) as database:
+        text = "\n".join(database.iterdump())
+    assert str(reported.mlflow_artifacts) not in text
+
+
+def test_what_an_upload_beside_a_stage_found_is_shown_by_the_next_sync_if_the_stage_did_not_wait(here: Files) -> None:
+    records = record(here, "prepare")
+    sync(here)
+    for run in runs(here):
+        client().delete_run(run.info.run_id)
+    record(here, "teacher")
+    order = {"root": str(here.root), "state": str(here.state), "records": str(records.folder), "name": "teacher"}
+    code = [sys.executable, "-m", "pipeline.tracking.sync", json.dumps({**order, "quiet": True})]
+    assert subprocess.run(code, cwd=Path(__file__).parents[2], stdin=subprocess.DEVNULL).returncode == 0
+    (notice,) = sync(here)[1]
+    assert "was deleted in MLflow" in notice
+    assert sync(here)[1] == []
