@@ -69,7 +69,7 @@ def export(run: Run) -> ExportRecord:
     workshop = Workshop(
         image_size=(height, width),
         settings=params.export,
-        probe=Probe(images, rows, len(queries), MEAN, STD, score, params.export.gates),
+        probe=Probe(images, rows, len(queries), MEAN, STD, score, params.export.limits),
         describe=describe,
         embed=by_torch,
         calibration=[

@@ -37,9 +37,9 @@ def prepare(run: Run) -> PrepareRecord:
         run.timing("render", time.monotonic() - started)
     source = read_source(data, root)
     found = inspect(source.items, root)
-    found = settled(replace(found, good=split_test(found.good, data.own.test, seed, data.protocol)))
+    found = settled(replace(found, good=split_test(found.good, data.custom.test, seed, data.protocol)))
     copies = leaks(found)
-    alike = near_duplicates(found, data.near)
+    alike = near_duplicates(found, data.near_duplicate_bits)
     asked_twice = [] if data.protocol.startswith("market") else twins(found)  # which leaves copies out
     remarks = [
         *source.remarks,

@@ -86,9 +86,9 @@ def test_a_params_file_of_ones_own_gets_new_keys_and_then_has_them(
     files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = preset_text(ROOT, "smoke").replace("seed: 0 ", "seed: 7 ")
-    write_text(files.params, text.replace("  near: 4 ", "  # near: 4 "))
+    write_text(files.params, text.replace("  near_duplicate_bits: 4 ", "  # near_duplicate_bits: 4 "))
     assert smaller_student(monkeypatch, "preset", "--upgrade") == 0
-    assert capsys.readouterr().out == "params.yaml: added `data.near: 4`\n"
+    assert capsys.readouterr().out == "params.yaml: added `data.near_duplicate_bits: 4`\n"
     assert load(files.params).seed == 7
     before = files.params.stat()
     assert smaller_student(monkeypatch, "preset", "--upgrade") == 0
@@ -99,12 +99,15 @@ def test_a_params_file_of_ones_own_gets_new_keys_and_then_has_them(
 def test_what_an_upgrade_leaves_is_named(
     files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_text(files.params, preset_text(ROOT, "smoke").replace("  near: 4 ", "  neer: 3 "))
-    for out in ("params.yaml: added `data.near: 4`\n", "params.yaml: has every key already\n"):
+    write_text(
+        files.params, preset_text(ROOT, "smoke").replace("  near_duplicate_bits: 4 ", "  near_duplicate_bit: 3 ")
+    )
+    for out in ("params.yaml: added `data.near_duplicate_bits: 4`\n", "params.yaml: has every key already\n"):
         assert smaller_student(monkeypatch, "preset", "--upgrade") == 2
         told = capsys.readouterr()
         assert told.out == out
-        assert told.err.startswith("smaller-student: params.yaml: `data.neer` is unknown; nearest: `data.near` (line ")
+        unknown = "`data.near_duplicate_bit` is unknown; nearest: `data.near_duplicate_bits` (line "
+        assert told.err.startswith(f"smaller-student: params.yaml: {unknown}")
 
 
 @pytest.mark.parametrize("words", [[], ["smoke", "--upgrade"]])

@@ -28,11 +28,11 @@ WITHOUT_RESULT = {
     "runtime.accelerator",
     "runtime.strategy",
     "runtime.workers",
-    "runtime.answers_gib",
+    "runtime.teacher_cache_gib",
     "tracking.experiment",
-    "tracking.gate.larger",
-    "tracking.gate.margin",
-    "tracking.gate.slower",
+    "tracking.promotion.max_size_ratio",
+    "tracking.promotion.margin",
+    "tracking.promotion.max_latency_ratio",
     "tracking.model_name",
 }
 """Keys that say where and how fast it runs and where it is recorded, not what comes out."""

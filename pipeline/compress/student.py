@@ -28,7 +28,7 @@ from pipeline.config import Params, Student
 from pipeline.losses import distill
 from pipeline.models import cost
 from pipeline.models.cost import CostModel
-from pipeline.models.head import settle
+from pipeline.models.head import freeze_norms
 from pipeline.models.resnet import Gate, Output, RetrievalNet, convert
 from pipeline.models.spec import ArchSpec, indicator_of, is_inner
 from pipeline.models.taps import Taps, pooled
@@ -71,12 +71,12 @@ class StudentTask(Task):
     ) -> dict[str, Tensor]:
         """Retrieval losses, KL of the logits, distance of the features and of the embeddings.
 
-        From `settle` on the statistics of the student's norms stay, from `settle_head` on those of its head.
+        Batch norms use fixed statistics from `freeze_norms_at` on, those of the head from `freeze_head_norms_at` on.
         """
-        if progress >= self.config.settle:
-            settle(net)
-        elif self._starts_as_teacher and progress >= self.config.settle_head:
-            settle(net.head)
+        if progress >= self.config.freeze_norms_at:
+            freeze_norms(net)
+        elif self._starts_as_teacher and progress >= self.config.freeze_head_norms_at:
+            freeze_norms(net.head)
         taught = self._ask(images) if self.answers is None else self.answers(images, partial(self._ask, images))
         with Taps(net, self.compared.values(), pooled) as taps:
             output = forward(images)
@@ -112,7 +112,7 @@ class StudentTask(Task):
         with self.fabric.autocast(), Taps(self.teacher, self.compared.values(), pooled) as taps:
             said: Output = self.teacher(images)
             features = taps.read()
-            if self.config.distill.mirror:
+            if self.config.distill.flip_average:
                 said = _mean(said, self.teacher(images.flip(3)))
         return {**features, "embedding": said.embedding, "logits": _logits(said)}
 
@@ -254,7 +254,7 @@ def student_task(
     """Set a student's training up; the teacher is moved to the training device and frozen.
 
     `budgeted` is what the budget counts, `steps` the steps of the whole training, `answers` the folder where the
-    teacher's answers are kept for other students, if `runtime.answers_gib` asks for it.
+    teacher's answers are kept for other students, if `runtime.teacher_cache_gib` asks for it.
 
     Raises:
         BudgetError: If no widths keep to the budget.
@@ -264,11 +264,11 @@ def student_task(
     size = (params.data.image_size[0], params.data.image_size[1])
     chosen = compression(config, teacher, budgeted, steps, params.seed, fabric.device)
     task = StudentTask(fabric, config, teacher, size, chosen, calibration, validate)
-    kept = params.runtime.answers_gib and not chosen.observed  # nobody else asks about such sites
+    kept = params.runtime.teacher_cache_gib and not chosen.observed  # nobody else asks about such sites
     if answers is not None and kept:
         computed = f"{params.runtime.precision} on {fabric.device.type}, torch {torch.__version__}"
-        asked = f"{sorted(task.compared.values())}, mirror {config.distill.mirror}, {computed}"
-        task.answers = Answers(answers, params.runtime.answers_gib * GIB, teacher, asked)
+        asked = f"{sorted(task.compared.values())}, flip average {config.distill.flip_average}, {computed}"
+        task.answers = Answers(answers, params.runtime.teacher_cache_gib * GIB, teacher, asked)
     return task
 
 

@@ -38,7 +38,7 @@ class VehicleId(Section):
     """Vehicles in the small, the medium and the large one."""
 
 
-class Own(Section):
+class Custom(Section):
     """Data of one's own (sources `folder` and `csv`)."""
 
     table: Annotated[str, Field(min_length=1)]
@@ -84,12 +84,12 @@ class Data(Section):
     """Share of unreadable images above which the stage stops."""
     max_leaked: Fraction
     """Share of test images above which the stage stops when their pixels are in the training set too."""
-    near: Annotated[int, Field(ge=-1, le=16)]
+    near_duplicate_bits: Annotated[int, Field(ge=-1, le=16)]
     """Bits of a 64-bit perceptual hash in which near duplicates may differ (reported, never refused); -1 looks for
     none."""
     vehicles: Vehicles
     vehicleid: VehicleId
-    own: Own
+    custom: Custom
 
 
 class Surgery(Section):
@@ -101,7 +101,7 @@ class Surgery(Section):
     """Widths that are not whole multiples of it are refused."""
 
 
-class Gates(Section):
+class Limits(Section):
     """What an exported file must pass, or there is none."""
 
     min_cosine: Annotated[float, Field(gt=0, le=1)]
@@ -121,7 +121,7 @@ class Export(Section):
     """Files to write; fp32 must be among them, int8 is tried where it is asked for."""
     licence: Annotated[str, Field(min_length=1)]
     """What the files may be used for, as card and metadata say it; the data that they learnt from have a word in it."""
-    gates: Gates
+    limits: Limits
 
     @model_validator(mode="after")
     def _has_floats(self) -> Self:
@@ -170,19 +170,19 @@ class Runtime(Section):
     """`auto`: bf16-mixed on a GPU that has it, else 32-true."""
     workers: Annotated[int, Field(ge=0, le=256)]
     """Processes that load images; 0 loads in the training process."""
-    answers_gib: Annotated[float, Field(ge=0, le=100_000)]
+    teacher_cache_gib: Annotated[float, Field(ge=0, le=100_000)]
     """Disk for the teacher's answers, GiB, so that students that see the same images (another method, budget or
     schedule) need not ask again; 0 keeps none. The default network's take 10 kB an image and epoch."""
 
 
-class PromotionGate(Section):
+class Promotion(Section):
     """What a new model may cost, to take the place of the one in use."""
 
     margin: Annotated[float, Field(ge=0, le=1)]
     """mAP that may be lost: the lower end of the 95 % interval of the difference must lie above minus this."""
-    larger: Annotated[float, Field(gt=0)]
+    max_size_ratio: Annotated[float, Field(gt=0)]
     """Size of model.onnx that is allowed, as a multiple of the champion's."""
-    slower: Annotated[float, Field(gt=0)]
+    max_latency_ratio: Annotated[float, Field(gt=0)]
     """Time for one image that is allowed, as a multiple of the champion's."""
 
 
@@ -193,7 +193,7 @@ class Tracking(Section):
     """Experiment that runs are recorded in."""
     model_name: Annotated[str, Field(min_length=1)]
     """Name in the model registry."""
-    gate: PromotionGate
+    promotion: Promotion
     """When `publish` makes a challenger the champion."""
 
 

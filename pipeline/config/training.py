@@ -150,7 +150,7 @@ class Distill(Section):
     embedding: Annotated[float, Field(ge=0, le=1000)]
     """Weight of the cosine distance between embeddings (Budnik and Avrithis, CVPR 2021); 0 in the paper. A teacher that
     has much left to learn is better not followed that closely."""
-    mirror: bool
+    flip_average: bool
     """Whether the teacher looks at each image's mirror image too and the student learns the mean of both answers. It is
     better than one of them; the price is one more forward pass of the teacher."""
 
@@ -201,10 +201,10 @@ class Student(Training):
     """`live`: rows that died are cut out at the end of each epoch (method `budget`); `off`: only at the end, by stage
     surgery."""
     distill: Distill
-    settle: Fraction
+    freeze_norms_at: Fraction
     """Share of the steps after which all batch norms keep the statistics that they have by then, so that the last steps
     train the function that will be used; 1 never (as published)."""
-    settle_head: Fraction
+    freeze_head_norms_at: Fraction
     """The same for the norms of the embedding head, with `init: teacher`: at 0 they keep the teacher's statistics. A
     batch of few identities tells them badly, and a student would chase that noise. 1 never (as published). Methods that
     do not start with all of the teacher's channels have no use for it: `static-magnitude` became worse."""

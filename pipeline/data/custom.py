@@ -31,7 +31,7 @@ Row = dict[str, str]
 def folder(root: Path, data: Data) -> Listing:
     """List one folder for each identity, in it images or one folder for each camera.
 
-    Where there are no folders for cameras, `data.own.pattern` finds the camera in a file's name.
+    Where there are no folders for cameras, `data.custom.pattern` finds the camera in a file's name.
 
     Returns:
         Items in the order of their paths, and what was left out.
@@ -42,7 +42,7 @@ def folder(root: Path, data: Data) -> Listing:
     """
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is missing; `data.root` must hold one folder an identity")
-    pattern = data.own.pattern
+    pattern = data.custom.pattern
     form = re.compile(pattern) if pattern else None
     items, remarks = list[Item](), list[Remark]()
     for path, why in walk(root, ""):
@@ -54,7 +54,7 @@ def folder(root: Path, data: Data) -> Listing:
         if len(parts) == 2 and form is not None:
             found = form.search(parts[-1])
             if found is None:
-                raise DataError(f"{path}: `data.own.pattern` {pattern!r} finds no camera in this name")
+                raise DataError(f"{path}: `data.custom.pattern` {pattern!r} finds no camera in this name")
             camera = found["camera"]
         items.append(Item(path, parts[0], camera, UNSPLIT))
     if not items:
@@ -96,7 +96,7 @@ def _may_be_image(name: str) -> bool:
 
 @layout("csv")
 def table(root: Path, data: Data) -> Listing:
-    """Read a CSV file (`data.own.table`) with columns path and identity, and camera and split where they are known.
+    """Read a CSV file (`data.custom.table`) with columns path and identity, and camera and split where they are known.
 
     Splits are train, query, gallery, or test for those that the rule shall deal out; without the column all are. Paths
     are relative to `root`.
@@ -105,7 +105,7 @@ def table(root: Path, data: Data) -> Listing:
         FileNotFoundError: If there is no such file.
         DataError: If it is no such table.
     """
-    path = root / data.own.table
+    path = root / data.custom.table
     _, rows = read_rows(path)
     if not rows:
         raise DataError(f"{path} lists no images")
@@ -126,7 +126,7 @@ def read_rows(path: Path) -> tuple[list[str], list[Row]]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is missing; `data.own.table` names the table of source csv") from error
+        raise FileNotFoundError(f"{path} is missing; `data.custom.table` names the table of source csv") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no UTF-8 text") from error
     reader = csv.DictReader(io.StringIO(text, newline=""))

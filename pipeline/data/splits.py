@@ -101,7 +101,7 @@ def complain_about_test(items: Sequence[Item], protocol: str) -> None:
         raise DataError(
             f"the test set has {len(tested)} images of {len(identities)} identities, and {len(asking)} of them ask; "
             "two identities are needed, one of them with two images"
-            f"{' from two cameras' if protocol.startswith('market') else ''}: raise `data.own.test`, or add images"
+            f"{' from two cameras' if protocol.startswith('market') else ''}: raise `data.custom.test`, or add images"
         )
     if JUNK in asking:
         raise DataError(f"identity {JUNK} is junk, which asks nothing; under protocol {protocol} give it no place")

@@ -107,7 +107,7 @@ class Workshop:
             tried.append(self.probe.embed(open_session(content)))
             return self.probe.score(tried[-1])
 
-        loss = self.settings.gates.int8_map_loss
+        loss = self.settings.limits.int8_map_loss
         verdict = int8.choose(model, self.calibration, core.metadata.map, loss, score, speedups)
         file = None
         if verdict.model is not None and verdict.map is not None:

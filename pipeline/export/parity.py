@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipeline.config import Gates
+from pipeline.config import Limits
 from pipeline.export.embed import Colour, Embeddings, Images, Pixels, embed, embed_pixels
 from pipeline.inference.session import InferenceSession, open_session
 
@@ -41,7 +41,7 @@ class Probe:
         mean: By channel (RGB), of pixels in [0, 1], for files that take floats.
         std: Likewise.
         score: mAP of embeddings (n, D) of these rows.
-        gates: What must hold.
+        limits: What must hold.
     """
 
     images: Images
@@ -50,7 +50,7 @@ class Probe:
     mean: Colour
     std: Colour
     score: Callable[[Embeddings], float]
-    gates: Gates
+    limits: Limits
 
     def embed(self, session: InferenceSession, rows: slice = slice(None), batch: int = 32) -> Embeddings:
         """What a file makes of the test images, or of some of them."""
@@ -214,10 +214,10 @@ def _compare(what: str, reference: Reference, found: Embeddings, probe: Probe) -
         )
     close = cosines(reference.embeddings, found)
     worst = int(np.argmin(close))  # NaN counts as the smallest
-    if not close[worst] >= probe.gates.min_cosine:
+    if not close[worst] >= probe.limits.min_cosine:
         raise ParityError(
             f"{what}: cosine with torch is {close[worst]:.8f} for the image in row {probe.rows[worst]} of the "
-            f"manifest; `export.gates.min_cosine` asks for {probe.gates.min_cosine:g}; try another `export.opset`"
+            f"manifest; `export.limits.min_cosine` asks for {probe.limits.min_cosine:g}; try another `export.opset`"
         )
     nearest, _ = neighbours(found, probe.queries)
     changed = np.flatnonzero((nearest != reference.nearest) & (reference.gap > NEAR))
@@ -229,9 +229,9 @@ def _compare(what: str, reference: Reference, found: Embeddings, probe: Probe) -
         )
     quality = probe.score(found)
     difference = abs(quality - reference.map)
-    if not difference <= probe.gates.map_difference:
+    if not difference <= probe.limits.map_difference:
         raise ParityError(
             f"{what}: mAP is {quality:.6f} in ONNX Runtime and {reference.map:.6f} in torch, {difference:.2e} apart; "
-            f"`export.gates.map_difference` allows {probe.gates.map_difference:g}"
+            f"`export.limits.map_difference` allows {probe.limits.map_difference:g}"
         )
     return Parity(float(close[worst]), quality, found)

@@ -72,7 +72,7 @@ def refresh(files: Files, params: Params) -> list[str]:
     if not params.retrain.incoming or not folder.is_dir():
         return []
     paths = _complete_files(folder)
-    table = params.data.own.table
+    table = params.data.custom.table
     moved = (
         _ingest_with_table(paths, folder, root, table) if params.data.source == "csv" else ingest(paths, folder, root)
     )

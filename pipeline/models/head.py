@@ -53,7 +53,7 @@ class Classifier(nn.Linear):
             return functional.linear(unit, functional.normalize(self.weight))
 
 
-def settle(module: nn.Module) -> None:
+def freeze_norms(module: nn.Module) -> None:
     """Keep the statistics of all batch norms as they are, until `train` is called on it."""
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):

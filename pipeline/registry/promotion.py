@@ -36,7 +36,7 @@ class Gate:
 
     Args:
         files: Paths of the checkout; stage `prepare` has run.
-        params: Params of the checkout; section `tracking.gate` has the limits.
+        params: Params of the checkout; section `tracking.promotion` has the limits.
         registry: Where rivals come from.
         folder: The challenger's release.
 
@@ -71,8 +71,8 @@ class Gate:
         for version in names.values():
             self._refuse_trained_on_test(version)
         rivals = {name: self._rival(version, timed=version == champion) for name, version in names.items()}
-        limits = self._params.tracking.gate
-        verdict = judge(rivals, limits.margin, limits.larger, limits.slower)
+        limits = self._params.tracking.promotion
+        verdict = judge(rivals, limits.margin, limits.max_size_ratio, limits.max_latency_ratio)
         beaten = rivals.get("the best there was") or rivals.get("the champion")
         return verdict, beaten is None or beaten.map.mean > 0
 
@@ -131,7 +131,7 @@ class Gate:
 
         Published sets: their name alone, since their authors fixed the lists (the three test sets of VehicleID share
         one training list). The rendered set: seed and number of training identities; those that test follow them. Data
-        of one's own: seed and `data.own.test`, where these explain the manifest, because the side of an identity is
+        of one's own: seed and `data.custom.test`, where these explain the manifest, because the side of an identity is
         then drawn from its name alone (`split_test`). A table that gives splits itself may move an identity at any
         time, so its test identities must stay the same.
         """
@@ -141,9 +141,9 @@ class Gate:
         if data.source not in ("folder", "csv"):
             return _digest(data.source)
         items = self._manifest.items
-        drawn = split_test([replace(item, split=UNSPLIT) for item in items], data.own.test, seed, data.protocol)
+        drawn = split_test([replace(item, split=UNSPLIT) for item in items], data.custom.test, seed, data.protocol)
         if _tested(drawn) == _tested(items):
-            return _digest("drawn", seed, data.own.test)
+            return _digest("drawn", seed, data.custom.test)
         return _digest("listed", *sorted(_tested(items)))
 
 

@@ -22,7 +22,18 @@ from pipeline.models.spec import ArchSpec
 from pipeline.protocols import PROTOCOLS
 
 REMEDY = "`smaller-student preset NAME` writes a complete one"
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "data.near": "data.near_duplicate_bits",
+    "data.own": "data.custom",
+    "student.settle": "student.freeze_norms_at",
+    "student.settle_head": "student.freeze_head_norms_at",
+    "student.distill.mirror": "student.distill.flip_average",
+    "export.gates": "export.limits",
+    "runtime.answers_gib": "runtime.teacher_cache_gib",
+    "tracking.gate": "tracking.promotion",
+    "tracking.promotion.larger": "tracking.promotion.max_size_ratio",
+    "tracking.promotion.slower": "tracking.promotion.max_latency_ratio",
+}
 """Old dotted name -> new dotted name in the same section, for keys that the latest version renamed.
 
 Entries apply in order, so a key below a renamed section is listed with the section's new name. `load` reads old names

@@ -74,7 +74,7 @@ def test_what_does_not_decide_leaves_the_digest_alone(checkout: Path, params: Pa
         with (checkout / name).open("a") as file:
             file.write("# another\n")
     git(checkout, "commit", "-q", "-a", "-m", "no source")
-    runtime = params.runtime.model_copy(update={"answers_gib": 77.0, "workers": 3})
+    runtime = params.runtime.model_copy(update={"teacher_cache_gib": 77.0, "workers": 3})
     assert digest(checkout, params.model_copy(update={"runtime": runtime})) == before
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipeline.config import Data, Own, VehicleId, Vehicles
+from pipeline.config import Custom, Data, VehicleId, Vehicles
 from pipeline.data.images import open_images
 from pipeline.data.manifest import DataError
 from pipeline.files import Files
@@ -21,7 +21,7 @@ class Run(SimpleNamespace):
         size = Vehicles(train_identities=4, test_identities=2, views=2, size=16)
         defaults = {"source": "vehicles", "root": "data", "image_size": [20, 16], "cache": True, "validation": 0.5}
         limits = {"max_quarantined": 0.0, "max_leaked": 0.0, "near": 4}
-        own = {"vehicleid": VehicleId(test_identities=800), "own": Own(table="images.csv", pattern="", test=0.5)}
+        own = {"vehicleid": VehicleId(test_identities=800), "custom": Custom(table="images.csv", pattern="", test=0.5)}
         settings = Data(**{**defaults, "protocol": "market", **limits, "vehicles": size, **own, **data})
         files = Files(root, root)
         super().__init__(params=SimpleNamespace(seed=0, data=settings), files=files, seconds={})
@@ -135,4 +135,4 @@ def test_images_under_two_identities_are_unusable(tmp_path):
     for thing in ("thing 1", "thing 2"):
         layouts.picture(tmp_path / "data" / thing / "cam1" / "same.png", 99)
     with pytest.raises(DataError, match=r"2 of 50 images are unusable.*claim the same pixels"):
-        prepare(Run(tmp_path, source="folder", own=Own(table="images.csv", pattern="", test=0.01)))
+        prepare(Run(tmp_path, source="folder", custom=Custom(table="images.csv", pattern="", test=0.01)))

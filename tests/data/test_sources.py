@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config import Data, Own
+from pipeline.config import Custom, Data
 from pipeline.data import custom
 from pipeline.data.custom import UNSPLIT
 from pipeline.data.layout import LAYOUTS, UNKNOWN
@@ -29,7 +29,7 @@ def section(source, **changes):
     settings = {"table": "images.csv", "pattern": "", "test": 0.5, **changes}
     return Data.model_construct(
         source=source,
-        own=Own.model_construct(**settings),
+        custom=Custom.model_construct(**settings),
         vehicleid=Data.model_fields["vehicleid"].annotation(test_identities=800),
     )
 
@@ -196,11 +196,11 @@ def test_cameras_of_a_flat_folder_come_from_a_pattern(tmp_path):
     assert [item.camera for item in read("folder", tmp_path, pattern=pattern).items] == ["c1", "c2"]
     assert [item.camera for item in read("folder", tmp_path).items] == [UNKNOWN, UNKNOWN]
     layouts.picture(tmp_path / "x" / "c.jpg", 1)
-    with pytest.raises(DataError, match=r"x/c.jpg: `data.own.pattern` .* finds no camera"):
+    with pytest.raises(DataError, match=r"x/c.jpg: `data.custom.pattern` .* finds no camera"):
         read("folder", tmp_path, pattern=pattern)
     for wrong, why in (("(", "no regular expression"), ("c", "must have a group")):
         with pytest.raises(ValidationError, match=why):
-            Own(table="t", pattern=wrong, test=0.5)
+            Custom(table="t", pattern=wrong, test=0.5)
 
 
 def test_a_folder_of_splits_is_no_folder_of_identities(tmp_path):
@@ -249,5 +249,5 @@ def test_a_table_of_another_form_is_refused(tmp_path, text, message):
 
 
 def test_a_missing_table_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=re.escape("cars.csv is missing; `data.own.table`")):
+    with pytest.raises(FileNotFoundError, match=re.escape("cars.csv is missing; `data.custom.table`")):
         read("csv", tmp_path, table="cars.csv")

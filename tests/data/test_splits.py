@@ -162,7 +162,7 @@ def test_given_splits_are_left_alone():
         ("loo", [("1", "a", "query"), ("1", "a", "gallery"), ("2", "a", "query")], "1 are in a gallery"),
         ("market", [("1", "a", "query"), ("2", "b", "query")], "needs a gallery, and there is none; set .* to loo"),
         ("market", [("1", "a", "query"), ("1", "b", "gallery")], "of 1 identities, and 1 of them ask; two .* cameras"),
-        ("market", [("1", "a", "gallery"), ("2", "b", "gallery")], "0 of them ask; .* raise `data.own.test`"),
+        ("market", [("1", "a", "gallery"), ("2", "b", "gallery")], "0 of them ask; .* raise `data.custom.test`"),
         ("loo", [], "has 0 images of 0 identities"),
         ("market", [("1", "a", "query"), ("2", "unknown", "gallery")], "needs the camera of every test image, and 1"),
     ],

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 
-from pipeline.config import Gates
+from pipeline.config import Limits
 from pipeline.export.metadata import Metadata, finish
 from pipeline.export.parity import Probe
 from pipeline.export.to_onnx import to_onnx
@@ -47,8 +47,8 @@ def reference(net: RetrievalNet) -> np.ndarray:
 def probe() -> Callable[..., Probe]:
     """Makes probes of all pictures; what is given replaces the default."""
 
-    def make(score: Callable[[np.ndarray], float] = lambda _: 0.5, **gates: float) -> Probe:
-        bounds = Gates(**{"min_cosine": 0.99999, "map_difference": 1e-4, "int8_map_loss": 0.005} | gates)
+    def make(score: Callable[[np.ndarray], float] = lambda _: 0.5, **limits: float) -> Probe:
+        bounds = Limits(**{"min_cosine": 0.99999, "map_difference": 1e-4, "int8_map_loss": 0.005} | limits)
         return Probe(Pictures(), np.arange(12), 2, MEAN, STD, score, bounds)
 
     return make

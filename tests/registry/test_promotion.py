@@ -45,16 +45,16 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
 
 def params(source: str = "folder", seed: int = 0, share: float = 0.5) -> Params:
     found = load_preset(ROOT, "smoke")
-    own = found.data.own.model_copy(update={"test": share})
-    data = found.data.model_copy(update={"source": source, "own": own})
-    gate = found.tracking.gate.model_copy(update={"margin": 1.0})
+    custom = found.data.custom.model_copy(update={"test": share})
+    data = found.data.model_copy(update={"source": source, "custom": custom})
+    gate = found.tracking.promotion.model_copy(update={"margin": 1.0})
     tracking = found.tracking.model_copy(update={"gate": gate})
     return found.model_copy(update={"seed": seed, "data": data, "tracking": tracking})
 
 
 def drawn(items: list[Item], settings: Params) -> list[Item]:
     """The split of data of one's own."""
-    return split_test(items, settings.data.own.test, settings.seed, settings.data.protocol)
+    return split_test(items, settings.data.custom.test, settings.seed, settings.data.protocol)
 
 
 def listed(*tested: int) -> Rule:

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -137,13 +138,17 @@ def test_a_missing_file_names_the_remedy(path: Path) -> None:
 
 
 def with_old_names(text: str) -> str:
-    return text.replace("  near: ", "  closeness: ").replace("  gates:", "  bounds:").replace("min_cosine:", "cos:")
+    return (
+        text.replace("  near_duplicate_bits: ", "  closeness: ")
+        .replace("  limits:", "  bounds:")
+        .replace("min_cosine:", "cos:")
+    )
 
 
 OLD_NAMES = {
-    "data.closeness": "data.near",
-    "export.bounds": "export.gates",
-    "export.gates.cos": "export.gates.min_cosine",
+    "data.closeness": "data.near_duplicate_bits",
+    "export.bounds": "export.limits",
+    "export.limits.cos": "export.limits.min_cosine",
 }
 
 
@@ -159,18 +164,27 @@ def test_old_names_are_read_and_the_new_ones_named(
     ]
 
 
+def test_a_file_of_the_last_version_is_read(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = SMOKE
+    for old, new in params_file.RENAMED.items():
+        text = re.sub(rf"^(\s+){new.rpartition('.')[2]}:", rf"\1{old.rpartition('.')[2]}:", text, flags=re.MULTILINE)
+    path.write_text(text)
+    assert load(path) == load_preset(ROOT, "smoke")
+    assert len(caplog.records) == len(params_file.RENAMED)
+
+
 def test_a_value_under_an_old_name_is_refused_with_its_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(params_file, "RENAMED", OLD_NAMES)
     text = with_old_names(SMOKE).replace("closeness: 4", "closeness: 40")
     (line,) = complaints(path, text)
-    assert line == f"`data.near` must be at most 16, got 40 (line {line_of(text, 'closeness')})"
+    assert line == f"`data.near_duplicate_bits` must be at most 16, got 40 (line {line_of(text, 'closeness')})"
 
 
 def test_an_old_name_beside_the_new_one_is_unknown(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(params_file, "RENAMED", {"data.nears": "data.near"})
-    text = SMOKE.replace("  near: 4", "  nears: 3\n  near: 4")
+    monkeypatch.setattr(params_file, "RENAMED", {"data.nears": "data.near_duplicate_bits"})
+    text = SMOKE.replace("  near_duplicate_bits: 4", "  nears: 3\n  near_duplicate_bits: 4")
     (line,) = complaints(path, text)
-    assert line == f"`data.nears` is unknown; nearest: `data.near` (line {line_of(text, 'nears')})"
+    assert line == f"`data.nears` is unknown; nearest: `data.near_duplicate_bits` (line {line_of(text, 'nears')})"
 
 
 def test_renamed_keys_stay_in_their_section_and_exist() -> None:
@@ -198,7 +212,9 @@ def test_keys_are_all_of_the_schema_and_no_more() -> None:
     assert set(Params.model_fields) <= set(keys())
 
 
-@pytest.mark.parametrize("table", [{}, {"data.closeness": "data.near"}], ids=["no old names", "old names"])
+@pytest.mark.parametrize(
+    "table", [{}, {"data.closeness": "data.near_duplicate_bits"}], ids=["no old names", "old names"]
+)
 @pytest.mark.parametrize("content", ["? [a, b]\n: 1\n", "data:\n  ? [a]\n  : 1\n", "data: [1]\n", "1: 2\n", "data:\n"])
 def test_keys_that_are_no_names_are_refused(
     path: Path, monkeypatch: pytest.MonkeyPatch, content: str, table: dict[str, str]

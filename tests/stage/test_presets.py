@@ -70,7 +70,7 @@ def test_a_preset_is_written_whole_with_its_own_head_and_all_comments(name: str,
 
 def test_a_changed_value_is_no_preset(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
-    for text in (TEXT.replace("seed: 0 ", "seed: 1 "), TEXT.replace("seed: 0 ", ""), TEXT + "own: 1\n"):
+    for text in (TEXT.replace("seed: 0 ", "seed: 1 "), TEXT.replace("seed: 0 ", ""), TEXT + "custom: 1\n"):
         path.write_text(text)
         assert not is_preset(ROOT, path)
 
@@ -148,9 +148,9 @@ def without(text: str, key: str) -> str:
 
 @pytest.mark.parametrize(
     "key",
-    ["data", "data.source", "data.protocol", "data.own", "data.own.test", "teacher", "teacher.losses",
-     "student.budget.of", "student.distill.mirror", "student.paper.threshold", "export.licence", "runtime.answers_gib",
-     "retrain", "retrain.branch"],
+    ["data", "data.source", "data.protocol", "data.custom", "data.custom.test", "teacher", "teacher.losses",
+     "student.budget.of", "student.distill.flip_average", "student.paper.threshold", "export.licence",
+     "runtime.teacher_cache_gib", "retrain", "retrain.branch"],
 )  # fmt: skip
 def test_a_missing_key_or_section_comes_back_where_it_belongs_with_its_comments(path: Path, key: str) -> None:
     text, changes = upgraded(path, without(TEXT, key))
@@ -184,7 +184,7 @@ data:
                        # and the south gate
    # for folders
    source: folder
-   own:
+   custom:
      pattern: '_(?P<camera>c[0-9]+)_' # ours
 
 # the seed comes last
@@ -216,8 +216,10 @@ def test_values_comments_and_order_of_ones_own_stay(path: Path, end: str, last: 
 
 
 def test_values_of_another_type_stay_and_are_left_to_load(path: Path) -> None:
-    text = TEXT.replace("  near: 4 ", "  near: many ").replace("seed: 0 ", "seed: {a: 1} ")
-    text = without(without(text, "data.vehicles"), "data.cache").replace("  own: ", "  vehicles: 7\n  own: ")
+    text = TEXT.replace("  near_duplicate_bits: 4 ", "  near_duplicate_bits: many ").replace(
+        "seed: 0 ", "seed: {a: 1} "
+    )
+    text = without(without(text, "data.vehicles"), "data.cache").replace("  custom: ", "  vehicles: 7\n  custom: ")
     text = text.replace("    test_identities: 800 ", "    # test_identities: 800 ")  # leaves `vehicleid:` empty
     found, changes = upgraded(path, text)
     assert changes == ["added `data.cache: true`"]
@@ -226,7 +228,7 @@ def test_values_of_another_type_stay_and_are_left_to_load(path: Path) -> None:
     with pytest.raises(ParamsError) as caught:
         load(path)
     assert [line.split(" (")[0] for line in caught.value.complaints[1:]] == [
-        "`data.near` must be a whole number, got the text 'many'",
+        "`data.near_duplicate_bits` must be a whole number, got the text 'many'",
         "`data.vehicles` must be a section with keys of its own, got 7",
         "`data.vehicleid` must be a section with keys of its own, got nothing",
     ]
@@ -241,11 +243,11 @@ LICENCE, SITES, AUGMENT = "export.licence", "student.sites", "student.augment"
     [
         (SITES, "sites:\n  - conv1\n  - stream", "student.channel_multiple"),
         (SITES, "sites: [conv1,\n    stream]", "student.channel_multiple"),
-        (LICENCE, "licence: |\n    Mine.\n    All of it.", "export.gates"),
-        (LICENCE, "licence: >-\n    Mine.\n\n    All of it.\n", "export.gates"),
-        (LICENCE, "licence: All of it\n    is mine.", "export.gates"),
-        (LICENCE, '"licence": "All of it\\\n    is mine."', "export.gates"),
-        (LICENCE, "licence:", "export.gates"),
+        (LICENCE, "licence: |\n    Mine.\n    All of it.", "export.limits"),
+        (LICENCE, "licence: >-\n    Mine.\n\n    All of it.\n", "export.limits"),
+        (LICENCE, "licence: All of it\n    is mine.", "export.limits"),
+        (LICENCE, '"licence": "All of it\\\n    is mine."', "export.limits"),
+        (LICENCE, "licence:", "export.limits"),
         (AUGMENT, "augment: *augment", "student.optimizer"),
         (AUGMENT, "augment: {flip: 0.5, pad: 6, erase: 0.5, erase_area: 0.2}", "student.optimizer"),
     ],
@@ -265,15 +267,15 @@ def test_lines_are_inserted_behind_values_of_any_form(path: Path, key: str, form
 @pytest.mark.parametrize(
     ("section", "complaints"),
     [
-        ("own: {table: mine.csv, pattern: ''}", ["data.own.test: 0.5"]),
-        ("own: {}", ['data.own.table: "images.csv"', 'data.own.pattern: ""', "data.own.test: 0.5"]),
-        ("own:\n    <<: {table: mine.csv}\n    pattern: ''", ["data.own.test: 0.5"]),
+        ("custom: {table: mine.csv, pattern: ''}", ["data.custom.test: 0.5"]),
+        ("custom: {}", ['data.custom.table: "images.csv"', 'data.custom.pattern: ""', "data.custom.test: 0.5"]),
+        ("custom:\n    <<: {table: mine.csv}\n    pattern: ''", ["data.custom.test: 0.5"]),
     ],
 )
 def test_sections_of_another_form_are_left_alone_and_their_keys_named(
     path: Path, section: str, complaints: list[str]
 ) -> None:
-    text = without(TEXT, "data.own").replace("  near: 4 ", f"  {section}\n  near: 4 ")
+    text = without(TEXT, "data.custom").replace("  near_duplicate_bits: 4 ", f"  {section}\n  near_duplicate_bits: 4 ")
     path.write_text(text)
     with pytest.raises(ParamsError) as caught:
         upgrade(ROOT, path)
@@ -285,19 +287,21 @@ def test_sections_of_another_form_are_left_alone_and_their_keys_named(
 
 def test_old_names_are_replaced_and_all_else_stays(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = {
-        "data.closeness": "data.near",
-        "export.bounds": "export.gates",
-        "export.gates.cos": "export.gates.min_cosine",
+        "data.closeness": "data.near_duplicate_bits",
+        "export.bounds": "export.limits",
+        "export.limits.cos": "export.limits.min_cosine",
     }
     monkeypatch.setattr(params_file, "RENAMED", table)
     own = (
-        TEXT.replace("  near: 4", "  closeness:  7")
-        .replace("  gates:", "  'bounds':", 1)
+        TEXT.replace("  near_duplicate_bits: 4", "  closeness:  7")
+        .replace("  limits:", "  'bounds':", 1)
         .replace("min_cosine:", "cos :")
     )
     text, changes = upgraded(path, without(own, "data.cache"))
     assert changes == [*(f"renamed `{old}` to `{new}`" for old, new in table.items()), "added `data.cache: true`"]
-    assert text == TEXT.replace("  near: 4", "  near:  7").replace("min_cosine:", "min_cosine :")
+    assert text == TEXT.replace("  near_duplicate_bits: 4", "  near_duplicate_bits:  7").replace(
+        "min_cosine:", "min_cosine :"
+    )
 
 
 def test_a_key_that_two_sections_share_by_reference_is_added_once(path: Path) -> None:
@@ -336,7 +340,7 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(path: Path, monkeypatch: 
 def test_whatever_is_missing_is_added_and_nothing_else_changes(
     tmp_path_factory: pytest.TempPathFactory, missing: set[str]
 ) -> None:
-    own = TEXT.replace("near: 4 ", "near: 7 ").replace("#", "# my notes:")
+    own = TEXT.replace("near_duplicate_bits: 4 ", "near_duplicate_bits: 7 ").replace("#", "# my notes:")
     for key in sorted(missing):
         *sections, name = key.split(".")
         section = reduce(lambda content, part: content.get(part, {}), sections, values(own))

@@ -279,7 +279,7 @@ def a_killed_student_ends_with_the_same_bytes(
 
 
 def test_a_teacher_that_looks_twice_teaches_the_mean(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
-    distill = params.student.distill.model_copy(update={"embedding": 10.0, "mirror": True})
+    distill = params.student.distill.model_copy(update={"embedding": 10.0, "flip_average": True})
     params = change(params, "student", distill=distill.model_dump())
     task, _, _ = prepared(params, teacher, tmp_path)
     images, labels, _ = next(RandomImages().epoch(0))
@@ -296,7 +296,7 @@ def test_a_teacher_that_looks_twice_teaches_the_mean(params: Params, teacher: Re
 def test_what_the_teacher_said_before_teaches_the_same(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
     digests, asked = [], []
     for number, gib in enumerate((0.0, 1.0, 1.0)):
-        params = change(params, "runtime", answers_gib=gib)
+        params = change(params, "runtime", teacher_cache_gib=gib)
         task, fit, _ = prepared(params, teacher, tmp_path / str(number), tmp_path / "answers")
         asked.append(0)
 
@@ -335,7 +335,7 @@ def test_a_gate_is_not_scored_by_what_its_own_stage_lacks_of_the_teacher() -> No
 def test_the_head_keeps_the_teachers_statistics_where_asked(
     params: Params, teacher: RetrievalNet, tmp_path: Path, method: str, share: float, kept: bool
 ) -> None:
-    params = change(params, "student", settle=1.0, settle_head=share, method=method)
+    params = change(params, "student", freeze_norms_at=1.0, freeze_head_norms_at=share, method=method)
     task, fit, _ = prepared(params, teacher, tmp_path)
     net = fit.run(lambda: fresh_student(params, teacher, task.compression))
     if method == "budget":
@@ -351,7 +351,7 @@ def test_all_norms_keep_their_statistics_for_the_last_steps(
     params: Params, teacher: RetrievalNet, tmp_path: Path, share: float
 ) -> None:
     """They move until then, whatever the method; the weights go on."""
-    params = change(params, "student", settle=share, settle_head=1.0, method="none")
+    params = change(params, "student", freeze_norms_at=share, freeze_head_norms_at=1.0, method="none")
     task, fit, _ = prepared(params, teacher, tmp_path)
     statistics, weights = [], []
     for state in fit.states(lambda: fresh_student(params, teacher, task.compression)):
