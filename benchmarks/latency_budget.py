@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from benchmarks.short import Noise, preset, train
-from pipeline.compress.surgery import operate
+from pipeline.compress.surgery import run_surgery
 from pipeline.export.metadata import serialise
 from pipeline.export.to_onnx import to_onnx
 from pipeline.inference.latency_model import kept_share, latency_model
@@ -41,7 +41,7 @@ def main() -> None:
                 noise = Noise(3, 12, size)
                 task, net = train(params, noise, counted)
                 probe = task.calibration[:2]
-                small = operate(net, task.teacher.spec, params.surgery, probe).net
+                small = run_surgery(net, task.teacher.spec, params.surgery, probe).net
                 bare = convert(task.teacher, task.teacher.spec.model_copy(update={"identities": 0}))
                 files[str(asked)] = Path(folder) / f"{asked}.onnx"
                 files[str(asked)].write_bytes(serialise(to_onnx(bare if asked is None else small, size, 18)))

@@ -18,7 +18,7 @@ from pipeline.files import Files
 from pipeline.runtime import launch
 from pipeline.stage.params_file import load
 from pipeline.training.optimizer import build
-from pipeline.training.teacher import TeacherTask, fresh_teacher
+from pipeline.training.teacher import TeacherTask, build_teacher
 
 WORKERS = (0, 1)
 ROUNDS, WARM_UP = 3, 3
@@ -30,7 +30,7 @@ def epoch(workers: int) -> Callable[[int], tuple[list[float], list[float]]]:
     fabric = launch(params.runtime, params.seed)
     manifest, images = open_images(Files.here(), params)
     loader = training_loader(manifest, images, params.teacher, params)
-    net = fresh_teacher(params.teacher, len(manifest.train_identities)).to(memory_format=torch.channels_last).train()
+    net = build_teacher(params.teacher, len(manifest.train_identities)).to(memory_format=torch.channels_last).train()
     optimizer, task = build(net, params.teacher.optimizer), TeacherTask(params.teacher, None)
 
     def run(number: int) -> tuple[list[float], list[float]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.compress.budget import cost_model
-from pipeline.compress.student import StudentTask, fresh_student, student_task
+from pipeline.compress.student import StudentTask, build_student, student_task
 from pipeline.config import Params
 from pipeline.models.cost import CostModel
 from pipeline.models.resnet import RetrievalNet
@@ -17,7 +17,7 @@ from pipeline.runtime import launch
 from pipeline.stage.presets import load_preset
 from pipeline.training.loop import Batch, Fit
 from pipeline.training.state import Checkpoints
-from pipeline.training.teacher import fresh_teacher
+from pipeline.training.teacher import build_teacher
 
 ROOT = Path(__file__).parents[1]
 IDENTITIES = 12
@@ -72,13 +72,13 @@ def preset(name: str, **changes: Any) -> Params:
 def prepared(params: Params, noise: Noise, budgeted: CostModel | None = None) -> tuple[StudentTask, RetrievalNet]:
     """A student's task and first network; the teacher knows nothing."""
     fabric = launch(params.runtime, params.seed)
-    teacher = fresh_teacher(params.teacher, IDENTITIES).eval()
+    teacher = build_teacher(params.teacher, IDENTITIES).eval()
     size = (params.data.image_size[0], params.data.image_size[1])
     steps = len(noise) * params.student.epochs
     calibration = scaled(next(noise.epoch(99))[0])
     counted = budgeted or cost_model(teacher.spec, params.student, size)
     task = student_task(fabric, params, teacher, counted, steps, calibration, None)
-    return task, fresh_student(params, teacher, task.compression)
+    return task, build_student(params, teacher, task.compression)
 
 
 def train(params: Params, noise: Noise, budgeted: CostModel | None = None) -> tuple[StudentTask, RetrievalNet]:

@@ -83,9 +83,9 @@ class Files(NamedTuple):
         return self.artifacts("prepare") / "manifest.csv"
 
     @property
-    def remarks(self) -> Path:
+    def warnings(self) -> Path:
         """What is odd about images, and copies that look alike."""
-        return self.artifacts("remarks.csv")
+        return self.artifacts("warnings.csv")
 
     @property
     def quarantine(self) -> Path:

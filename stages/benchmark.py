@@ -60,7 +60,7 @@ def benchmark(run: Run) -> BenchmarkRecord:
     write_csv(timings, run.out / "latency.csv")
 
     manifest, images = open_images(files, params)
-    rows = np.concatenate([manifest.rows("query"), manifest.rows("gallery")])
+    rows = np.concatenate([manifest.indices("query"), manifest.indices("gallery")])
     specs = {
         name: checkpoint.load_spec(files.artifacts(stage))
         for name, stage in ((TEACHER, "teacher"), (STUDENT, "surgery"))

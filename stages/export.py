@@ -13,7 +13,7 @@ from pipeline.data.sources import LAYOUTS
 from pipeline.export import int8, sample
 from pipeline.export.card import Entry, card
 from pipeline.export.embed import Embeddings, normalised
-from pipeline.export.files import Workshop
+from pipeline.export.files import OnnxExporter
 from pipeline.export.metadata import Metadata, params_digest
 from pipeline.export.parity import Probe
 from pipeline.export.release import ALL_IN_ONE, INT8, STUDENT, TEACHER, sha256, write_release
@@ -37,7 +37,7 @@ def export(run: Run) -> ExportRecord:
     fabric = launch(params.runtime.alone(), params.seed)
     manifest, images = open_images(run.files, params)
     height, width = params.data.image_size
-    queries, gallery = manifest.rows("query"), manifest.rows("gallery")
+    queries, gallery = manifest.indices("query"), manifest.indices("gallery")
     rows = np.concatenate([queries, gallery])
     protocol = params.data.protocol
 
@@ -64,9 +64,9 @@ def export(run: Run) -> ExportRecord:
     def by_torch(net: RetrievalNet) -> Embeddings:
         return embed(net.to(fabric.device), images, rows, normalise, fabric.device)
 
-    seen = manifest.rows("train")
+    seen = manifest.indices("train")
     seen = seen[np.linspace(0, len(seen) - 1, min(int8.CALIBRATED, len(seen))).astype(int)]
-    workshop = Workshop(
+    workshop = OnnxExporter(
         image_size=(height, width),
         settings=params.export,
         probe=Probe(images, rows, len(queries), MEAN, STD, score, params.export.limits),

@@ -1,7 +1,7 @@
 """Stage `prepare`: from raw images to a manifest that later stages can trust.
 
 Reads   data.root (source `vehicles` renders its own images)
-Writes  artifacts/prepare/, artifacts/remarks.csv, metrics/prepare.json
+Writes  artifacts/prepare/, artifacts/warnings.csv, metrics/prepare.json
 """
 
 import logging
@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.data.images import build_cache, data_root
-from pipeline.data.inspection import changed, inspect, leaks, near_duplicates, refuse, settled, twins
+from pipeline.data.inspection import changed, deduplicate, inspect, leaks, near_duplicates, refuse, twins
 from pipeline.data.layout import UNKNOWN
 from pipeline.data.manifest import DataError, Manifest, some
 from pipeline.data.sources import read_source
-from pipeline.data.splits import complain_about_test, split_test, split_validation
+from pipeline.data.splits import check_test_set, split_test, split_validation
 from pipeline.files import csv_text, write_text
 from pipeline.records import PrepareRecord
 from pipeline.stage.run import Run, run_stage
@@ -37,23 +37,25 @@ def prepare(run: Run) -> PrepareRecord:
         run.timing("render", time.monotonic() - started)
     source = read_source(data, root)
     found = inspect(source.items, root)
-    found = settled(replace(found, good=split_test(found.good, data.custom.test, seed, data.protocol)))
+    found = deduplicate(replace(found, good=split_test(found.good, data.custom.test, seed, data.protocol)))
     copies = leaks(found)
     alike = near_duplicates(found, data.near_duplicate_bits)
     asked_twice = [] if data.protocol.startswith("market") else twins(found)  # which leaves copies out
-    remarks = [
-        *source.remarks,
-        *found.remarks,
+    warnings = [
+        *source.warnings,
+        *found.warnings,
         *((test, f"has the pixels of training image {train}") for train, test in copies),
         *((other, f"has the pixels of {one}, a test image too") for one, other in asked_twice),
         *((test, f"looks like training image {train} ({bits} of 64 bits differ)") for train, test, bits in alike),
     ]
     _list(files.quarantine, "reason", found.quarantined)
-    _list(files.remarks, "remark", remarks)
-    if remarks:
-        log.warning("%d remarks about images, such as %s; all are in remarks.csv", len(remarks), ": ".join(remarks[0]))
+    _list(files.warnings, "warning", warnings)
+    if warnings:
+        log.warning(
+            "%d warnings about images, such as %s; all are in warnings.csv", len(warnings), ": ".join(warnings[0])
+        )
     refuse(found, len(source.items), data.max_quarantined, data.max_leaked)
-    complain_about_test(found.good, data.protocol)
+    check_test_set(found.good, data.protocol)
     manifest = Manifest(split_validation(found.good, data.validation, seed, data.protocol), root)
     if data.cache:
         height, width = data.image_size
@@ -65,10 +67,10 @@ def prepare(run: Run) -> PrepareRecord:
         images=len(manifest),
         identities=len({item.identity for item in manifest.items}),
         cameras=len({item.camera for item in manifest.items} - {UNKNOWN}),
-        train=len(manifest.rows("train")),
-        validation=len(manifest.rows("validation-query", "validation-gallery")),
-        query=len(manifest.rows("query")),
-        gallery=len(manifest.rows("gallery")),
+        train=len(manifest.indices("train")),
+        validation=len(manifest.indices("validation-query", "validation-gallery")),
+        query=len(manifest.indices("query")),
+        gallery=len(manifest.indices("gallery")),
         quarantined=len(found.quarantined),
         leaked=len(copies),
         near_duplicates=len(alike),

@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 
 from pipeline import checkpoint
 from pipeline.compress.budget import cost_model
-from pipeline.compress.student import CALIBRATION, fresh_student, remaining_spec, spread, student_task
+from pipeline.compress.student import CALIBRATION, build_student, remaining_spec, spread, student_task
 from pipeline.data.augment import as_tensor, normalise
 from pipeline.data.images import open_images
 from pipeline.data.loader import training_loader
@@ -57,11 +57,11 @@ def student(run: Run) -> StudentRecord:
 
     budgeted = cost_model(teacher.spec, config, size, measure)
     validate = validation(manifest, images, params.data.protocol, normalise, fabric.device)
-    calibration = normalise(as_tensor(images.batch(spread(manifest.rows("train"), CALIBRATION))).to(fabric.device))
+    calibration = normalise(as_tensor(images.batch(spread(manifest.indices("train"), CALIBRATION))).to(fabric.device))
     steps = len(loader) * config.epochs
     task = student_task(fabric, params, teacher, budgeted, steps, calibration, validate, run.files.answers)
     fit = Fit(fabric, config, task, loader, normalise, checkpoints, run.curve)
-    net = fit.run(lambda: fresh_student(params, teacher, task.compression))
+    net = fit.run(lambda: build_student(params, teacher, task.compression))
     task.check(net)
     task.plan().write(run.out)
     checkpoint.save(run.out, net)

@@ -5,7 +5,7 @@ Writes  artifacts/surgery/, metrics/surgery.json
 """
 
 from pipeline import checkpoint
-from pipeline.compress.surgery import SurgeryPlan, operate
+from pipeline.compress.surgery import SurgeryPlan, run_surgery
 from pipeline.data.augment import as_tensor, normalise
 from pipeline.data.images import open_images
 from pipeline.models import cost
@@ -21,9 +21,9 @@ def surgery(run: Run) -> SurgeryRecord:
     params = run.params
     fabric = launch(params.runtime.alone(), params.seed)
     manifest, images = open_images(run.files, params)
-    probe = normalise(as_tensor(images.batch(manifest.rows("query", "gallery")[:8])))
+    probe = normalise(as_tensor(images.batch(manifest.indices("query", "gallery")[:8])))
     full = checkpoint.load_spec(run.files.artifacts("teacher"))
-    operation = operate(checkpoint.load(run.files.artifacts("student")), full, params.surgery, probe)
+    operation = run_surgery(checkpoint.load(run.files.artifacts("student")), full, params.surgery, probe)
     operation.plan.after(SurgeryPlan.read(run.files.artifacts("student"))).write(run.out)
     checkpoint.save(run.out, operation.net)
     net = operation.net.to(fabric.device)

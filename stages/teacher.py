@@ -15,7 +15,7 @@ from pipeline.retrieval.scoring import scores
 from pipeline.runtime import launch
 from pipeline.stage.run import Run, run_stage
 from pipeline.training.loop import Fit
-from pipeline.training.teacher import TeacherTask, fresh_teacher, validation
+from pipeline.training.teacher import TeacherTask, build_teacher, validation
 
 
 def teacher(run: Run) -> TeacherRecord:
@@ -26,7 +26,7 @@ def teacher(run: Run) -> TeacherRecord:
     loader = training_loader(manifest, images, params.teacher, params, fabric.global_rank, fabric.world_size)
     task = TeacherTask(params.teacher, validation(manifest, images, params.data.protocol, normalise, fabric.device))
     fit = Fit(fabric, params.teacher, task, loader, normalise, run.checkpoints("data", "teacher"), run.curve)
-    net = fit.run(lambda: fresh_teacher(params.teacher, len(manifest.train_identities)))
+    net = fit.run(lambda: build_teacher(params.teacher, len(manifest.train_identities)))
     checkpoint.save(run.out, net)
     protocol = params.data.protocol
     found = evaluate(net, manifest, images, "query", "gallery", protocol, normalise, fabric.device)

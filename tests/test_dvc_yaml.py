@@ -84,7 +84,7 @@ def test_a_stage_reads_only_what_it_depends_on(stage: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_writes_its_artifacts_metrics_and_curves(stage: str) -> None:
-    assert STAGES[stage]["outs"] == [f"artifacts/{stage}", *(["artifacts/remarks.csv"] if stage == "prepare" else [])]
+    assert STAGES[stage]["outs"] == [f"artifacts/{stage}", *(["artifacts/warnings.csv"] if stage == "prepare" else [])]
     assert STAGES[stage]["metrics"] == [{f"metrics/{stage}.json": {"cache": False}}]
     plots = [name for plot in STAGES[stage].get("plots", []) for name in plot]
     assert plots == ([f"plots/{stage}.csv"] if stage in ("teacher", "student") else [])

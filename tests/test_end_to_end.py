@@ -28,7 +28,7 @@ ARTIFACTS = {
     "prepare/images.npy",
     "prepare/manifest.csv",
     "prepare/quarantine.csv",
-    "remarks.csv",
+    "warnings.csv",
     "teacher/spec.json",
     "teacher/weights.safetensors",
     "student/plan.json",

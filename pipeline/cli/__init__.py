@@ -16,13 +16,13 @@ def main() -> None:
 def _retrain() -> int:
     """Take the flow's lock before anything heavy is imported: a second caller is refused within a second."""
     from pipeline.files import Files
-    from pipeline.system.locks import Busy, retraining
+    from pipeline.system.locks import BusyError, retraining
 
     try:
         with retraining(Files.here()):
             from pipeline.cli.commands import run
 
             return run()
-    except Busy as error:
+    except BusyError as error:
         print(f"smaller-student: {error}", file=sys.stderr)
         return error.exit_code

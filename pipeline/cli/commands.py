@@ -2,11 +2,11 @@
 
 from pipeline.cli import training, models, search  # isort: skip
 from pipeline.cli.app import app
-from pipeline.stage.run import guarded
+from pipeline.stage.run import run_guarded
 
 __all__ = ["app", "models", "run", "search", "training"]
 
 
 def run() -> int:
     """Do what the command line asks for, and return the exit code."""
-    return guarded("smaller-student", app)
+    return run_guarded("smaller-student", app)

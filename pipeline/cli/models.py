@@ -45,7 +45,7 @@ def publish(folder: Annotated[Path, RELEASE] = Path("artifacts/export")) -> None
     log_to_stderr("publish")
     files = Files.here()
     found = run(files, load(files.params), folder)
-    if not found.verdict.passed:
+    if not found.decision.passed:
         raise Rejection(found.sentence)
     typer.echo(found.sentence)
 

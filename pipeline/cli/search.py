@@ -73,9 +73,9 @@ def serve(
     import uvicorn
 
     from pipeline.search.index import open_index
-    from pipeline.search.page import application, callable_by, listen
+    from pipeline.search.page import allowed_hosts, application, listen
 
-    hosts = callable_by(host, name or [])
+    hosts = allowed_hosts(host, name or [])
     indexes = [open_index(folder) for folder in index]
     for folder in sorted({str(asked.gallery) for asked in indexes}):
         typer.echo(f"images of {folder} are shown")

@@ -85,7 +85,7 @@ def removed_sites(net: RetrievalNet, tolerance: float = 0.0) -> set[str]:
         net: Network with indicators.
         tolerance: Largest row norm that counts as zero.
     """
-    living, state = alive(net, tolerance), net.state_dict()
+    living, state = living_channels(net, tolerance), net.state_dict()
     found: set[str] = set()
     for block in filter(net.spec.has, net.spec.removable):
         norm = last_norm(block)
@@ -95,7 +95,7 @@ def removed_sites(net: RetrievalNet, tolerance: float = 0.0) -> set[str]:
     return found
 
 
-def alive(net: RetrievalNet, tolerance: float = 0.0) -> dict[str, Tensor]:
+def living_channels(net: RetrievalNet, tolerance: float = 0.0) -> dict[str, Tensor]:
     """Channels that a compactor or gate still lets through.
 
     Args:

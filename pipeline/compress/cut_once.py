@@ -8,7 +8,7 @@ import torch
 
 from pipeline.compress.budget import least_widths, narrowest_widths, shrinking_sites
 from pipeline.compress.final_widths import final_widths
-from pipeline.compress.importance import magnitudes
+from pipeline.compress.importance import magnitude_scores
 from pipeline.compress.surgery import SurgeryPlan
 from pipeline.compress.width_allocation import WidthAllocation
 from pipeline.config import Student
@@ -27,7 +27,7 @@ def by_magnitude(net: RetrievalNet, config: Student, cost: CostModel) -> tuple[S
         BudgetError: If no widths keep to the budget.
     """
     sites = shrinking_sites(net.spec, config)
-    scores = {site: score.detach().cpu() for site, score in magnitudes(net, sites).items()}
+    scores = {site: score.detach().cpu() for site, score in magnitude_scores(net, sites).items()}
 
     def choose(cost: CostModel) -> dict[str, int]:
         allocation = WidthAllocation.of(net.spec, config, cost, {site: score.numpy() for site, score in scores.items()})

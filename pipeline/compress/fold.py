@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from pipeline.compress.compactor import by_row, row_norms
+from pipeline.models.feature_hooks import FeatureHooks
 from pipeline.models.resnet import RetrievalNet, convert
 from pipeline.models.spec import Layer, indicator_of, is_inner
-from pipeline.models.taps import Taps
 
 EPS = 1e-5
 """Epsilon of torch's batch norms."""
@@ -84,7 +84,7 @@ def recentre(net: RetrievalNet, sites: Iterable[str], images: Tensor) -> None:
         images: Normalised images (B, 3, H, W).
     """
     norms = {layer.name: layer.norm for layer in net.spec.layers() if layer.target in set(sites)}
-    with Taps(net, norms, lambda output: torch.stack(torch.var_mean(output, dim=(0, 2, 3)))) as taps:
+    with FeatureHooks(net, norms, lambda output: torch.stack(torch.var_mean(output, dim=(0, 2, 3)))) as taps:
         net(images)
         statistics = taps.read()
     state = net.state_dict()

@@ -8,7 +8,7 @@ from torch import Tensor
 from pipeline.models.resnet import Indicator, RetrievalNet
 
 
-def taylor(indicator: Indicator, level: Tensor) -> Tensor:
+def taylor_scores(indicator: Indicator, level: Tensor) -> Tensor:
     """First-order estimate of what the training loss would change, squared, if a row were zero.
 
     The gradient is that of the whole loss, retrieval and distillation, after the backward pass and before masked rows
@@ -30,7 +30,7 @@ def taylor(indicator: Indicator, level: Tensor) -> Tensor:
     return (effect / level).square()
 
 
-def magnitudes(net: RetrievalNet, sites: Iterable[str]) -> dict[str, Tensor]:
+def magnitude_scores(net: RetrievalNet, sites: Iterable[str]) -> dict[str, Tensor]:
     """Scales of the batch norms in front of each site, (C,); their mean where several layers write to it.
 
     Source: Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV 2017.
@@ -42,6 +42,6 @@ def magnitudes(net: RetrievalNet, sites: Iterable[str]) -> dict[str, Tensor]:
     return found
 
 
-def chances(width: int, seed: int) -> Tensor:
+def random_scores(width: int, seed: int) -> Tensor:
     """Random numbers, (width,)."""
     return torch.rand(width, generator=torch.Generator().manual_seed(seed))

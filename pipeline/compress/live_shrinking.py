@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pipeline.compress.compactor import alive, attach, removed_sites, scale_rows
+from pipeline.compress.compactor import attach, living_channels, removed_sites, scale_rows
 from pipeline.compress.fold import fold, recentre
-from pipeline.compress.shrinker import Capacity
+from pipeline.compress.shrinker import Shrinker
 from pipeline.compress.surgery import SurgeryPlan, cut, slices, take
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import is_inner
@@ -22,10 +22,10 @@ Carry = Callable[[str, Tensor], Tensor]
 """From a parameter's name and a tensor of its old shape to the new shape."""
 
 
-def cut_dead(net: RetrievalNet, capacity: Capacity, images: Tensor) -> tuple[RetrievalNet, Carry] | None:
+def cut_dead(net: RetrievalNet, capacity: Shrinker, images: Tensor) -> tuple[RetrievalNet, Carry] | None:
     """Cut out the rows that are zero, with fresh compactors there; gates are only shortened.
 
-    Rows on their way out are folded at full length and go on fading in the fresh compactor.
+    Indices on their way out are folded at full length and go on fading in the fresh compactor.
 
     Args:
         net: The student, in evaluation mode; not changed.
@@ -36,7 +36,9 @@ def cut_dead(net: RetrievalNet, capacity: Capacity, images: Tensor) -> tuple[Ret
         The narrower network and what happens to tensors of the old shapes, or None where no row has died.
     """
     removed = removed_sites(net)
-    dying = {site: tuple(rows.tolist()) for site, rows in alive(net).items() if len(rows) < net.spec.widths[site]}
+    dying = {
+        site: tuple(rows.tolist()) for site, rows in living_channels(net).items() if len(rows) < net.spec.widths[site]
+    }
     plan = SurgeryPlan({site: rows for site, rows in dying.items() if rows or site in removed})
     if not plan.kept:
         return None

@@ -4,8 +4,8 @@ import torch
 
 from pipeline.compress import cut_once
 from pipeline.compress.compression import Compression
-from pipeline.compress.paper import PaperCapacity
-from pipeline.compress.shrinker import Capacity
+from pipeline.compress.paper import PaperMethod
+from pipeline.compress.shrinker import Shrinker
 from pipeline.compress.surgery import SurgeryPlan
 from pipeline.config import Student
 from pipeline.models.cost import CostModel
@@ -22,9 +22,9 @@ def compression(
     """
     spec = teacher.spec
     if config.method == "budget":
-        return Capacity(spec, config, cost, steps, seed, device)
+        return Shrinker(spec, config, cost, steps, seed, device)
     if config.method == "paper":
-        return PaperCapacity(spec, config, cost, steps, device)
+        return PaperMethod(spec, config, cost, steps, device)
     plan = SurgeryPlan({})
     if config.method == "static-magnitude":
         plan, cost = cut_once.by_magnitude(teacher, config, cost)

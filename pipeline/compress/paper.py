@@ -1,4 +1,4 @@
-"""Capacity dynamic distillation as published: a memory of teacher features, masks that only grow, and a group lasso.
+"""Shrinker dynamic distillation as published: a memory of teacher features, masks that only grow, and a group lasso.
 
 For each image, the teacher's nearest neighbours in the memory say which channels their match needs. A channel that is
 among the least contributing ones for all images and all neighbours of a batch is unimportant: from then on retrieval
@@ -83,7 +83,7 @@ class PaperSite:
         self.seen += len(features)
 
 
-class PaperCapacity(Compression):
+class PaperMethod(Compression):
     """Masks and lasso of the published method; nothing is cut out before surgery, and no reduction is promised."""
 
     def __init__(self, spec: ArchSpec, config: Student, cost: CostModel, steps: int, device: torch.device) -> None:

@@ -1,6 +1,6 @@
 """Method `budget`: the student gives channels up while it learns, until a budget is kept.
 
-Capacity dynamic distillation (Xie et al., "Towards a Smaller Student", CVPR 2023) with a budget in the place of the
+Shrinker dynamic distillation (Xie et al., "Towards a Smaller Student", CVPR 2023) with a budget in the place of the
 lasso's weight. In every step: channels are scored by the gradients of the whole loss; every few steps `Schedule` says
 how much must be masked, `WidthAllocation` how many channels that leaves each site, and `ChannelMasks` which ones these
 are; masked channels lose their gradient (section 3.3) and shrink by the proximal step. `BlockRemoval` does the same
@@ -18,7 +18,7 @@ from pipeline.compress.budget import WINDOW, BudgetMissedError, droppable, narro
 from pipeline.compress.compactor import last_norm, reset_gradients
 from pipeline.compress.compression import Compression
 from pipeline.compress.final_widths import final_widths
-from pipeline.compress.importance import chances, magnitudes, taylor
+from pipeline.compress.importance import magnitude_scores, random_scores, taylor_scores
 from pipeline.compress.masks import ChannelMasks
 from pipeline.compress.schedule import Schedule
 from pipeline.compress.width_allocation import WidthAllocation
@@ -28,7 +28,7 @@ from pipeline.models.resnet import Indicator, RetrievalNet
 from pipeline.models.spec import ArchSpec
 
 
-class Capacity(Compression):
+class Shrinker(Compression):
     """Chooses the channels that must go and drives them to zero.
 
     Raises:
@@ -48,7 +48,7 @@ class Capacity(Compression):
         self.finalized = False
         if config.resetting.importance == "random":
             for number, masks in enumerate(self.masks.values()):
-                masks.score = chances(len(masks.score), seed + number).to(device)
+                masks.score = random_scores(len(masks.score), seed + number).to(device)
         # The same search as at the end, with equal scores: what cannot be reached is refused before any training.
         _, self.cost = self._final_widths({site: np.ones(spec.widths[site]) for site in sites})
 
@@ -92,13 +92,13 @@ class Capacity(Compression):
         block_levels = self.blocks.levels(self.masks, self.schedule.fade_steps)
         for site, indicator, masks in self._present(net):
             level = masks.level(indicator.matrix) * block_levels.get(site, 1.0)
-            masks.score = torch.lerp(taylor(indicator, level), masks.score, resetting.momentum)
+            masks.score = torch.lerp(taylor_scores(indicator, level), masks.score, resetting.momentum)
 
     @torch.no_grad()
     def revise(self, net: RetrievalNet, step: int) -> None:
         """Choose anew which channels are masked; the last choice, at the end of the schedule, is final."""
         if self.config.resetting.importance == "magnitude":
-            for site, values in magnitudes(net, net.indicators()).items():
+            for site, values in magnitude_scores(net, net.indicators()).items():
                 self.masks[site].score = values.detach().clone()
         free = {site: masks.score.cpu()[~masks.committed].numpy() for site, masks in self.masks.items()}
         if step >= self.schedule.final_step:

@@ -1,6 +1,6 @@
 """What the student learns: the teacher's lessons, and to do with less while it learns them.
 
-Capacity dynamic distillation (Xie et al., CVPR 2023) with compactors on both sides of each 3x3, a budget, masks that
+Shrinker dynamic distillation (Xie et al., CVPR 2023) with compactors on both sides of each 3x3, a budget, masks that
 can be revised, and proximal shrinking; or one of the methods that it is compared with.
 """
 
@@ -17,24 +17,24 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from pipeline.compress.budget import WINDOW
-from pipeline.compress.compactor import alive, attach
+from pipeline.compress.compactor import attach, living_channels
 from pipeline.compress.compression import Compression
 from pipeline.compress.live_shrinking import cut_dead
 from pipeline.compress.methods import compression, plan_of
-from pipeline.compress.shrinker import Capacity
+from pipeline.compress.shrinker import Shrinker
 from pipeline.compress.surgery import SurgeryPlan, cut, cut_spec
-from pipeline.compress.teacher_cache import GIB, Answers
+from pipeline.compress.teacher_cache import GIB, TeacherCache
 from pipeline.config import Params, Student
 from pipeline.losses import distill
 from pipeline.models import cost
 from pipeline.models.cost import CostModel
+from pipeline.models.feature_hooks import FeatureHooks, pooled
 from pipeline.models.head import freeze_norms
-from pipeline.models.resnet import Gate, Output, RetrievalNet, convert
+from pipeline.models.resnet import ChannelGate, Output, RetrievalNet, convert
 from pipeline.models.spec import ArchSpec, indicator_of, is_inner
-from pipeline.models.taps import Taps, pooled
-from pipeline.retrieval.evaluate import Rows
+from pipeline.retrieval.evaluate import Indices
 from pipeline.training.loop import Forward, Reshaped, Task
-from pipeline.training.teacher import Validate, fresh_teacher, retrieval_losses
+from pipeline.training.teacher import Validate, build_teacher, retrieval_losses
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class StudentTask(Task):
     compression: Compression
     calibration: Tensor
     validate: Validate | None
-    answers: Answers | None = None
+    answers: TeacherCache | None = None
 
     def losses(
         self, net: RetrievalNet, forward: Forward, images: Tensor, labels: Tensor, progress: float
@@ -78,7 +78,7 @@ class StudentTask(Task):
         elif self._starts_as_teacher and progress >= self.config.freeze_head_norms_at:
             freeze_norms(net.head)
         taught = self._ask(images) if self.answers is None else self.answers(images, partial(self._ask, images))
-        with Taps(net, self.compared.values(), pooled) as taps:
+        with FeatureHooks(net, self.compared.values(), pooled) as taps:
             output = forward(images)
             features = taps.read()
         student = {place: _unscaled(net, place, features[module]) for place, module in self.compared.items()}
@@ -109,7 +109,7 @@ class StudentTask(Task):
     @torch.no_grad()
     def _ask(self, images: Tensor) -> dict[str, Tensor]:
         """The teacher's pooled features (B, C) by module, its ``embedding`` (B, D) and ``logits`` (B, identities)."""
-        with self.fabric.autocast(), Taps(self.teacher, self.compared.values(), pooled) as taps:
+        with self.fabric.autocast(), FeatureHooks(self.teacher, self.compared.values(), pooled) as taps:
             said: Output = self.teacher(images)
             features = taps.read()
             if self.config.distill.flip_average:
@@ -126,13 +126,13 @@ class StudentTask(Task):
 
     def reshape(self, net: RetrievalNet) -> Reshaped | None:
         """Cut out what died in this epoch, where that is wanted."""
-        if not isinstance(self.compression, Capacity) or self.config.shrink == "off":
+        if not isinstance(self.compression, Shrinker) or self.config.shrink == "off":
             return None
         narrower = cut_dead(net, self.compression, self.calibration)
         return None if narrower is None else Reshaped(*narrower)
 
     def measure(self, net: RetrievalNet, progress: float, validate: bool) -> dict[str, float]:
-        """Capacity that is left once all that has been given up is gone, and mAP on held-out identities."""
+        """Shrinker that is left once all that has been given up is gone, and mAP on held-out identities."""
         full = self.teacher.spec
         small = full.model_copy(update={"widths": self.compression.remaining(net)})
         row = {
@@ -210,7 +210,7 @@ def _unscaled(net: RetrievalNet, place: str, features: Tensor) -> Tensor:
     though a channel that is gone is not compared any more; what the stage's later blocks make of it still counts.
     """
     gate = net.indicators().get(place)
-    if not isinstance(gate, Gate):
+    if not isinstance(gate, ChannelGate):
         return features
     factor = torch.where(gate.weight == 0, 1.0, gate.weight)
     return features * (factor.detach() / factor)
@@ -221,12 +221,12 @@ def observed(site: str) -> str:
     return indicator_of(site) if is_inner(site) else "maxpool" if site == "conv1" else site
 
 
-def spread(rows: Rows, count: int) -> Rows:
+def spread(rows: Indices, count: int) -> Indices:
     """At most `count` of the rows, evenly spaced."""
     return rows[:: max(1, math.ceil(len(rows) / count))]
 
 
-def fresh_student(params: Params, teacher: RetrievalNet, chosen: Compression) -> RetrievalNet:
+def build_student(params: Params, teacher: RetrievalNet, chosen: Compression) -> RetrievalNet:
     """Build a student before its first epoch: as heavy as the teacher, with indicators, or cut already."""
     config = params.student
     if config.method == "static-random":
@@ -237,7 +237,7 @@ def fresh_student(params: Params, teacher: RetrievalNet, chosen: Compression) ->
         net = convert(teacher, teacher.spec)
     else:
         weights = "imagenet" if config.init == "imagenet" else "none"
-        net = fresh_teacher(params.teacher.model_copy(update={"weights": weights}), teacher.spec.identities)
+        net = build_teacher(params.teacher.model_copy(update={"weights": weights}), teacher.spec.identities)
     return attach(net, chosen.kept)
 
 
@@ -268,11 +268,11 @@ def student_task(
     if answers is not None and kept:
         computed = f"{params.runtime.precision} on {fabric.device.type}, torch {torch.__version__}"
         asked = f"{sorted(task.compared.values())}, flip average {config.distill.flip_average}, {computed}"
-        task.answers = Answers(answers, params.runtime.teacher_cache_gib * GIB, teacher, asked)
+        task.answers = TeacherCache(answers, params.runtime.teacher_cache_gib * GIB, teacher, asked)
     return task
 
 
 def remaining_spec(net: RetrievalNet) -> ArchSpec:
     """What is left of a student after folding its compactors and cutting dead channels, without the classifier."""
-    plan = SurgeryPlan({site: tuple(rows.tolist()) for site, rows in alive(net).items()})
+    plan = SurgeryPlan({site: tuple(rows.tolist()) for site, rows in living_channels(net).items()})
     return cut_spec(net.spec, plan).model_copy(update={"indicators": (), "identities": 0})

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.compress.compactor import alive, removed_sites
+from pipeline.compress.compactor import living_channels, removed_sites
 from pipeline.compress.fold import EPS, fold
 from pipeline.config import Surgery
 from pipeline.files import read_json, write_text
@@ -59,7 +59,7 @@ class SurgeryPlan:
 
 
 @dataclass(frozen=True)
-class Operation:
+class SurgeryResult:
     """What surgery leaves.
 
     Attributes:
@@ -73,7 +73,7 @@ class Operation:
     max_abs_diff: float
 
 
-def operate(net: RetrievalNet, full: ArchSpec, config: Surgery, probe: Tensor) -> Operation:
+def run_surgery(net: RetrievalNet, full: ArchSpec, config: Surgery, probe: Tensor) -> SurgeryResult:
     """Plan, fold, cut, and verify that the function is the same.
 
     Args:
@@ -95,7 +95,7 @@ def operate(net: RetrievalNet, full: ArchSpec, config: Surgery, probe: Tensor) -
             f"zero were cut: lower `surgery.tolerance` ({config.tolerance:g})"
         )
     bare = convert(narrow, narrow.spec.model_copy(update={"identities": 0})).float()
-    return Operation(bare, plan, difference)
+    return SurgeryResult(bare, plan, difference)
 
 
 def plan_cut(net: RetrievalNet, tolerance: float, multiple: int, full: ArchSpec) -> SurgeryPlan:
@@ -111,7 +111,7 @@ def plan_cut(net: RetrievalNet, tolerance: float, multiple: int, full: ArchSpec)
         SurgeryError: If a width would be none in a block that is needed, or no whole multiple.
     """
     removed = removed_sites(net, tolerance)
-    kept = {site: tuple(rows.tolist()) for site, rows in alive(net, tolerance).items()}
+    kept = {site: tuple(rows.tolist()) for site, rows in living_channels(net, tolerance).items()}
     for site, rows in kept.items():
         if not rows and site not in removed:
             raise SurgeryError(

@@ -1,8 +1,7 @@
 """What the teacher says about a batch, kept on disk for other students that see the same one.
 
 A frozen teacher is a function of its images, and images derive from (seed, epoch, sample): students that differ in
-budget, method or schedule ask it the same questions. Answers are known by the images' bytes, so that nothing else must
-agree.
+budget, method or schedule need the same outputs. They are found by the images' bytes, so nothing else has to agree.
 """
 
 import hashlib
@@ -25,7 +24,7 @@ log = logging.getLogger(__name__)
 GIB = 2**30
 
 
-class Answers:
+class TeacherCache:
     """A teacher's answers on disk.
 
     Args:

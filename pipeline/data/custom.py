@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.config import Data
 from pipeline.data.layout import UNKNOWN, Listing, layout
-from pipeline.data.manifest import DataError, Item, Remark
+from pipeline.data.manifest import DataError, ImageWarning, Item
 
 UNSPLIT = "unsplit"
 """Split of images that nobody has put into one yet."""
@@ -44,11 +44,11 @@ def folder(root: Path, data: Data) -> Listing:
         raise FileNotFoundError(f"{root} is missing; `data.root` must hold one folder an identity")
     pattern = data.custom.pattern
     form = re.compile(pattern) if pattern else None
-    items, remarks = list[Item](), list[Remark]()
+    items, warnings = list[Item](), list[ImageWarning]()
     for path, why in walk(root, ""):
         parts = path.split("/")
         if why or len(parts) < 2:
-            remarks.append((path, why or "lies in no identity's folder, left out"))
+            warnings.append((path, why or "lies in no identity's folder, left out"))
             continue
         camera = parts[1] if len(parts) > 2 else UNKNOWN
         if len(parts) == 2 and form is not None:
@@ -64,7 +64,7 @@ def folder(root: Path, data: Data) -> Listing:
             f"{root} has a folder `{min(split)}`: source folder takes folders for identities and splits itself; let "
             "`data.root` name what is inside, or use source csv with a column split"
         )
-    return Listing(items, remarks)
+    return Listing(items, warnings)
 
 
 def walk(root: Path, inside: str) -> Iterator[tuple[str, str]]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image, ImageCms, ImageOps
 
 from pipeline.config import Params
-from pipeline.data.manifest import DataError, Manifest, Rows
+from pipeline.data.manifest import DataError, Indices, Manifest
 from pipeline.data.parallel import in_threads
 from pipeline.files import Files, write_atomically
 from pipeline.progress import track
@@ -139,7 +139,7 @@ class Images:
     def __len__(self) -> int:
         return len(self.manifest)
 
-    def batch(self, rows: Rows | Sequence[int]) -> Pixels:
+    def batch(self, rows: Indices | Sequence[int]) -> Pixels:
         """Images (n, height, width, 3) uint8, a copy."""
         if self.cache is not None:
             if self._array is None:

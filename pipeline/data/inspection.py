@@ -12,16 +12,16 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pipeline.data.images import opened, upright_rgb
-from pipeline.data.manifest import TEST, DataError, Item, Remark, some
+from pipeline.data.manifest import TEST, DataError, ImageWarning, Item, some
 from pipeline.data.parallel import in_threads
 from pipeline.progress import track
 
 STRIP = 256
-"""Rows of pixels that are copied at a time."""
+"""Indices of pixels that are copied at a time."""
 
 
 @dataclass(frozen=True)
-class Look:
+class DecodedImage:
     """What one image is.
 
     Attributes:
@@ -50,11 +50,11 @@ class Inspection:
     """
 
     good: list[Item]
-    looks: list[Look]
-    quarantined: list[Remark]
+    looks: list[DecodedImage]
+    quarantined: list[ImageWarning]
 
     @property
-    def remarks(self) -> list[Remark]:
+    def warnings(self) -> list[ImageWarning]:
         """(path, remark) of images that are odd, but usable."""
         return [(item.path, look.remark) for item, look in zip(self.good, self.looks, strict=True) if look.remark]
 
@@ -63,7 +63,7 @@ def inspect(items: Sequence[Item], root: Path) -> Inspection:
     """Decode every image to its end: `Image.verify` misses truncated files. Links out of `root` are refused."""
     inside = root.resolve()
 
-    def look(item: Item) -> Look | str:
+    def look(item: Item) -> DecodedImage | str:
         try:
             return _look(_regular(root / item.path, inside))
         except Exception as error:
@@ -91,7 +91,7 @@ def _regular(path: Path, inside: Path) -> Path:
     return end
 
 
-def _look(path: Path) -> Look:
+def _look(path: Path) -> DecodedImage:
     """Decode one file.
 
     Raises:
@@ -108,15 +108,15 @@ def _look(path: Path) -> Look:
         small = rgb.convert("L").resize((32, 32), Image.Resampling.LANCZOS)  # as the hash does it
         del rgb
     hashes = (_hash(small), _hash(ImageOps.mirror(small)))
-    remarks = []
+    warnings = []
     expected = Image.registered_extensions().get(path.suffix.lower())
     if expected != kind:
-        remarks.append(f"is {kind}, whatever its name says")
+        warnings.append(f"is {kind}, whatever its name says")
     if frames > 1:
-        remarks.append(f"has {frames} frames, of which the first is taken")
+        warnings.append(f"has {frames} frames, of which the first is taken")
     if flat:
-        remarks.append("is of one colour")
-    return Look(pixels.hexdigest(), hashes, before, flat, "; ".join(remarks))
+        warnings.append("is of one colour")
+    return DecodedImage(pixels.hexdigest(), hashes, before, flat, "; ".join(warnings))
 
 
 def _state(path: Path) -> tuple[int, int] | None:
@@ -149,7 +149,7 @@ def leaks(found: Inspection) -> list[tuple[str, str]]:
     return [(trained[look.pixels], item.path) for item, look in pairs if item.split in TEST and look.pixels in trained]
 
 
-def settled(found: Inspection) -> Inspection:
+def deduplicate(found: Inspection) -> Inspection:
     """The same without training images that two identities claim; those of a test set are kept, with a remark.
 
     A benchmark's test set is what it is: without some of it mAP would be another one.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Data
-from pipeline.data.manifest import Item, Remark
+from pipeline.data.manifest import ImageWarning, Item
 
 UNKNOWN = "unknown"
 """Camera of images whose camera is unknown."""
@@ -17,11 +17,11 @@ class Listing:
 
     Attributes:
         items: In the order in which they are listed; custom data may have no split yet.
-        remarks: Files that are left out, and why.
+        warnings: Files that are left out, and why.
     """
 
     items: list[Item]
-    remarks: list[Remark]
+    warnings: list[ImageWarning]
 
 
 Counts = Mapping[str, int]

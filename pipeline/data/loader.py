@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.config import Augment, Batch, Params, Training
 from pipeline.data.augment import as_tensor, augment
 from pipeline.data.images import Images
-from pipeline.data.manifest import Manifest, Rows
+from pipeline.data.manifest import Indices, Manifest
 from pipeline.data.sampler import IdentitySampler, Sample
 
 Loaded = tuple[Tensor, Tensor, Tensor]
@@ -19,7 +19,7 @@ Loaded = tuple[Tensor, Tensor, Tensor]
 class _AugmentedBatches(Dataset[Loaded]):
     """Augmented images by (epoch, index); stateless, so a worker needs not know which epoch it is."""
 
-    def __init__(self, images: Images, rows: Rows, labels: Rows, augment: Augment, seed: int) -> None:
+    def __init__(self, images: Images, rows: Indices, labels: Indices, augment: Augment, seed: int) -> None:
         self.images, self.rows, self.labels, self.augment, self.seed = images, rows, labels, augment, seed
 
     def __getitem__(self, samples: list[Sample]) -> Loaded:
@@ -49,8 +49,8 @@ class TrainLoader:
     def __init__(
         self,
         images: Images,
-        rows: Rows,
-        labels: Rows,
+        rows: Indices,
+        labels: Indices,
         batch: Batch,
         augment: Augment,
         seed: int,
@@ -82,7 +82,7 @@ def training_loader(
     manifest: Manifest, images: Images, training: Training, params: Params, rank: int = 0, world: int = 1
 ) -> TrainLoader:
     """The loader of split `train`; the class number of an identity is its place in `manifest.train_identities`."""
-    rows = manifest.rows("train")
+    rows = manifest.indices("train")
     labels = np.searchsorted(np.array(manifest.train_identities), manifest.identities(rows))
     return TrainLoader(
         images, rows, labels, training.batch, training.augment, params.seed, params.runtime.workers, rank, world

@@ -25,10 +25,10 @@ TEST = ("query", "gallery")
 SPLITS = TRAINING + TEST
 COLUMNS = ("path", "identity", "camera", "split")
 
-Remark = tuple[str, str]
+ImageWarning = tuple[str, str]
 """Path and what is to be said about it."""
 
-Rows = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.int64]
 Names = npt.NDArray[np.str_]
 
 
@@ -103,8 +103,8 @@ class Manifest:
     def __len__(self) -> int:
         return len(self.items)
 
-    def rows(self, *splits: str) -> Rows:
-        """Rows (n,) int64 of the splits, ascending.
+    def indices(self, *splits: str) -> Indices:
+        """Indices (n,) int64 of the splits, ascending.
 
         Raises:
             KeyError: If there is no such split.
@@ -114,11 +114,11 @@ class Manifest:
                 raise KeyError(f"there is no split {split!r}; it is one of {', '.join(SPLITS)}")
         return np.flatnonzero(np.isin(self._splits, splits))
 
-    def identities(self, rows: Rows) -> Names:
+    def identities(self, rows: Indices) -> Names:
         """Identities (n,) str of the rows."""
         return self._identities[rows]
 
-    def cameras(self, rows: Rows) -> Names:
+    def cameras(self, rows: Indices) -> Names:
         """Cameras (n,) str of the rows."""
         return self._cameras[rows]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from pipeline.config import Batch
-from pipeline.data.manifest import Rows
+from pipeline.data.manifest import Indices
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class IdentitySampler:
         ValueError: If there are fewer than P identities.
     """
 
-    def __init__(self, labels: Rows, batch: Batch, seed: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, labels: Indices, batch: Batch, seed: int, rank: int = 0, world: int = 1) -> None:
         self._batch, self._seed, self._rank, self._world, self._epoch = batch, seed, rank, world, 0
         _, place = np.unique(labels, return_inverse=True)
         sizes = np.bincount(place)
@@ -62,7 +62,7 @@ class IdentitySampler:
         epoch = self._epoch
         return ([(epoch, index) for index in batch.tolist()] for batch in self.batches(epoch))
 
-    def batches(self, epoch: int) -> list[Rows]:
+    def batches(self, epoch: int) -> list[Indices]:
         """Indices (P * K,) into `labels` for each batch, the images of an identity side by side."""
         rng = np.random.default_rng([self._seed, epoch])
         shuffled = [rng.permutation(images) for images in self._images]
@@ -78,7 +78,7 @@ class IdentitySampler:
             batches.append(np.concatenate(indices))
         return batches[self._rank :: self._world]
 
-    def _identities(self, rng: np.random.Generator) -> list[Rows]:
+    def _identities(self, rng: np.random.Generator) -> list[Indices]:
         """P different identities for each batch of all processes; each comes about as often as it has chunks."""
         size, batches = self._batch.identities, self._steps * self._world
         due = np.minimum(self._chunks, batches)

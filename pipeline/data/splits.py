@@ -87,7 +87,7 @@ def _drawn(names: Iterable[str], share: float, seed: int) -> set[str]:
     return {name for name in names if place(name) < share}
 
 
-def complain_about_test(items: Sequence[Item], protocol: str) -> None:
+def check_test_set(items: Sequence[Item], protocol: str) -> None:
     """Refuse a test set that cannot be asked under a protocol.
 
     Raises:

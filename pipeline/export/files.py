@@ -46,7 +46,7 @@ class File:
 
 
 @dataclass(frozen=True)
-class Workshop:
+class OnnxExporter:
     """What files are made and judged with.
 
     Attributes:
@@ -67,7 +67,7 @@ class Workshop:
     calibration: Sequence[int8.Inputs]
     originals: Iterable[Pixels]
 
-    def files(self, student: RetrievalNet, teacher: RetrievalNet) -> tuple[dict[str, File], int8.Verdict | None]:
+    def files(self, student: RetrievalNet, teacher: RetrievalNet) -> tuple[dict[str, File], int8.Int8Result | None]:
         """All files of a release by name, the one to begin with first; and what became of int8, where it is asked for.
 
         Raises:
@@ -96,7 +96,7 @@ class Workshop:
         verify_batches(name, content, reference, self.probe)
         return File(what, content, metadata, parity.embeddings, parity.min_cosine)
 
-    def _judged(self, net: RetrievalNet, model: onnx.ModelProto, core: File) -> tuple[int8.Verdict, File | None]:
+    def _judged(self, net: RetrievalNet, model: onnx.ModelProto, core: File) -> tuple[int8.Int8Result, File | None]:
         """Whether an int8 file is worth it, and it if it is."""
         tried: list[Embeddings] = []
 

@@ -55,7 +55,7 @@ overflow. A file may run on another processor than it was made on.
 
 
 @dataclass(frozen=True)
-class Trial:
+class Candidate:
     """What a recipe led to.
 
     Attributes:
@@ -79,7 +79,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Int8Result:
     """Whether there is an int8 file.
 
     Attributes:
@@ -93,7 +93,7 @@ class Verdict:
     model: onnx.ModelProto | None
     map: float | None
     reason: str
-    trials: tuple[Trial, ...]
+    trials: tuple[Candidate, ...]
     saturates: bool
 
     @property
@@ -118,7 +118,7 @@ def choose(
     largest_loss: float,
     score: Callable[[bytes], float],
     gains: Callable[[Mapping[str, bytes]], Mapping[str, Gain]],
-) -> Verdict:
+) -> Int8Result:
     """Quantise by each recipe; take the fastest that is faster than floats and loses little.
 
     Args:
@@ -137,7 +137,7 @@ def choose(
     for name in sorted(files, key=lambda name: -found[name].ratio):
         speed = found[name]
         quality = score(contents[name]) if speed.low > 1 and chosen is None else None
-        trials.append(Trial(name, speed.ratio, speed.low, quality, len(contents[name])))
+        trials.append(Candidate(name, speed.ratio, speed.low, quality, len(contents[name])))
         if speed.low <= 1:
             reasons.append(
                 f"{name} is not faster than floats for sure ({speed.ratio:.2f} times, at least {speed.low:.2f})"
@@ -147,10 +147,10 @@ def choose(
         elif quality is not None:
             chosen = (name, quality)
     if chosen is None:
-        return Verdict(None, None, "; ".join(reasons), tuple(trials), wrong_sums)
+        return Int8Result(None, None, "; ".join(reasons), tuple(trials), wrong_sums)
     name, quality = chosen
     reason = f"{name}: {found[name].ratio:.2f} times as fast as floats on one image, mAP {quality - reference:+.4f}"
-    return Verdict(files[name], quality, reason, tuple(trials), wrong_sums)
+    return Int8Result(files[name], quality, reason, tuple(trials), wrong_sums)
 
 
 def quantise(model: onnx.ModelProto, inputs: Sequence[Inputs], recipe: Recipe) -> onnx.ModelProto:

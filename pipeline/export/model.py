@@ -61,7 +61,7 @@ def load_model(name: str, content: bytes) -> Model:
     Raises:
         ReleaseError: If it is no file that this package writes.
     """
-    vet(name, content)
+    check_graph(name, content)
     session = open_session(content)
     try:
         metadata = Metadata.parse(session.get_modelmeta().custom_metadata_map)
@@ -70,7 +70,7 @@ def load_model(name: str, content: bytes) -> Model:
     return Model(name, sha256(content), metadata, session)
 
 
-def vet(name: str, content: bytes) -> None:
+def check_graph(name: str, content: bytes) -> None:
     """Refuse what could do more than compute.
 
     Raises:

@@ -126,7 +126,7 @@ def verify_batches(name: str, content: bytes, reference: Reference, probe: Probe
 
 
 def probed(images: int) -> slice:
-    """Rows of test images, queries first, that are run at each batch size: spread over all of them."""
+    """Indices of test images, queries first, that are run at each batch size: spread over all of them."""
     step = -(-images // PROBED)
     if step > 1:
         log.info("batches of %s are tried with one in %d of %d test images", BATCHES, step, images)
@@ -176,7 +176,7 @@ def neighbours(embeddings: Embeddings, queries: int) -> tuple[npt.NDArray[np.int
         queries: How many ask the others; where all do, each asks all others.
 
     Returns:
-        Rows (queries,) of the nearest; similarity (queries,) less that of the second, infinite where there is none.
+        Indices (queries,) of the nearest; similarity (queries,) less that of the second, infinite where there is none.
     """
     alone = queries == len(embeddings)
     asked = embeddings if alone else embeddings[queries:]

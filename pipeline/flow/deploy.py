@@ -24,7 +24,7 @@ from prefect.settings import get_current_settings
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from pipeline.stage.run import guarded, log_to_stderr
+from pipeline.stage.run import log_to_stderr, run_guarded
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ def _watch_for_zombies(client: SyncPrefectClient) -> None:
 def main() -> None:
     """Entry point of `make deploy`."""
     log_to_stderr("deploy")
-    sys.exit(guarded("deploy", deploy))
+    sys.exit(run_guarded("deploy", deploy))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from pipeline.files import Files
-from pipeline.system.locks import Busy, retraining, running_stage
+from pipeline.system.locks import BusyError, retraining, running_stage
 from pipeline.tracking.execution import runs_dvc
 
 
@@ -41,7 +41,7 @@ def release_dead(files: Files) -> list[str]:
         What was wrong, one sentence each; empty where there was nothing to do.
 
     Raises:
-        Busy: If somebody works in this checkout.
+        BusyError: If somebody works in this checkout.
     """
     if not defects(files):
         return []
@@ -81,5 +81,5 @@ def _at_rest(files: Files) -> Iterator[None]:
             for name in ("lock", "rwlock.lock"):
                 held.enter_context(make_lock(str(folder / name), tmp_dir=str(folder), hardlink_lock=hardlink))
         except LockError as error:
-            raise Busy("busy: a dvc works in this checkout; wait for it or end it") from error
+            raise BusyError("busy: a dvc works in this checkout; wait for it or end it") from error
         yield

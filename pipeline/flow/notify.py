@@ -43,21 +43,21 @@ TOLD = 5.0
 
 
 @contextmanager
-def _harmless(what: str) -> Iterator[None]:
+def _best_effort(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of a server that is gone, whatever it is
         log.warning("Prefect was not told %s (%s)", what, str(error).splitlines()[0] if str(error) else error)
 
 
-def overtake(now: datetime) -> None:
+def skip_stale_runs(now: datetime) -> None:
     """End the runs of this deployment that were due before now and still wait, such as fifty after a holiday.
 
     Each would end by itself as soon as it began, but a worker takes seconds for each.
     """
     if not deployment.id:
         return
-    with _harmless("what was overtaken"), get_client(sync_client=True) as client:
+    with _best_effort("what was overtaken"), get_client(sync_client=True) as client:
         waiting = client.read_flow_runs(
             flow_run_filter=FlowRunFilter(
                 deployment_id=FlowRunFilterDeploymentId(any_=[UUID(deployment.id)]),
@@ -69,7 +69,7 @@ def overtake(now: datetime) -> None:
             if run.parameters.get("force"):
                 continue
             client.set_flow_run_state(
-                run.id, Cancelled(name="Overtaken", message=f"a run that began at {now:%H:%M} did it")
+                run.id, Cancelled(name="Skipped", message=f"a run that began at {now:%H:%M} did it")
             )
 
 
@@ -98,7 +98,7 @@ class Progress:
 
     def _tell(self) -> None:
         self._told = time.monotonic()
-        with _harmless("how far it is"):
+        with _best_effort("how far it is"):
             if self._artifact is None:
                 made = create_progress_artifact(self._share, description=f"Stage {self._stage}")
                 self._artifact = made if isinstance(made, UUID) else None
@@ -108,7 +108,7 @@ class Progress:
 
 def results(files: Files) -> None:
     """What each stage led to, as a table; mAP against MACs, as a picture."""
-    with _harmless("the results"):
+    with _best_effort("the results"):
         create_table_artifact(table=metrics.table(files), key="result", description="What each stage led to.")
         picture = files.report / "pareto.png"
         if picture.is_file():
@@ -116,11 +116,11 @@ def results(files: Files) -> None:
             create_image_artifact(f"data:image/png;base64,{content}", key="pareto", description="mAP and cost.")
 
 
-def verdict(files: Files, params: Params, found: Published) -> None:
+def promotion(files: Files, params: Params, found: Published) -> None:
     """What the gate said, as Markdown, and as an event that automations can wait for."""
-    outcome = "promoted" if found.verdict.passed else "rejected"
+    outcome = "promoted" if found.decision.passed else "rejected"
     name = params.tracking.model_name
-    with _harmless("the verdict"):
+    with _best_effort("the decision"):
         rows = metrics.table(files)
         lines = ["| " + " | ".join(row) + " |" for row in ([*rows[0]], ["---"] * len(rows[0]), *map(dict.values, rows))]
         text = (
@@ -131,5 +131,5 @@ def verdict(files: Files, params: Params, found: Published) -> None:
         emit_event(
             event=f"model.{outcome}",
             resource={"prefect.resource.id": f"smaller-student.model.{name}", "prefect.resource.name": name},
-            payload={"version": found.version, "reason": found.verdict.reason, "digest": found.digest},
+            payload={"version": found.version, "reason": found.decision.reason, "digest": found.digest},
         )

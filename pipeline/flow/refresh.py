@@ -14,7 +14,7 @@ from pipeline.config import Params
 from pipeline.data import custom
 from pipeline.data.manifest import DataError, is_inside
 from pipeline.files import Files, csv_text, sync_folder, write_atomically, write_text
-from pipeline.system.process import Overtime, running
+from pipeline.system.process import TimeLimitError, running
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def _run(command: str, hours: float) -> None:
                     last = line
                     log.info(line)
             code = process.wait()
-    except Overtime as error:
+    except TimeLimitError as error:
         raise RefusedError(f"`retrain.refresh`: {error} (`retrain.limit_hours`)") from error
     if code:
         raise RefreshError(f"`retrain.refresh` ended with {code}: {last}")

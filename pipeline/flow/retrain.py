@@ -28,8 +28,8 @@ from pipeline.registry.model_registry import RegistryError
 from pipeline.registry.publish import Published
 from pipeline.stage import params_file
 from pipeline.system import git_cli
-from pipeline.system.locks import Busy, note_retraining, retraining, retraining_began
-from pipeline.system.process import Overtime, die_with_parent
+from pipeline.system.locks import BusyError, note_retraining, retraining, retraining_began
+from pipeline.system.process import TimeLimitError, die_with_parent
 from pipeline.tracking import recorder
 from pipeline.tracking.execution import VARIABLE, Execution
 from pipeline.tracking.store import TrackingError, check_uri, tracking_uri
@@ -62,7 +62,7 @@ def retrain(force: bool = False) -> State[None]:
 
     Returns:
         Completed, under the name Promoted or Rejected where something was published, NoChange where there was nothing
-        to do; Cancelled, under the name Busy or Overtaken, where another run does it or has done it; Failed, with the
+        to do; Cancelled, under the name Busy or Skipped, where another run does it or has done it; Failed, with the
         reason as message.
     """
     if ENGINE in os.environ:
@@ -74,16 +74,16 @@ def retrain(force: bool = False) -> State[None]:
             state = _retrain(files, force)
             if state.is_completed():  # else what waits must still be done
                 note_retraining(files, now)
-                notify.overtake(now)
+                notify.skip_stale_runs(now)
             return state
-    except Busy as error:
+    except BusyError as error:
         return Cancelled(name="Busy", message=str(error))
     except ERRORS as error:  # raised, they would be tracebacks
         return Failed(name=type(error).__name__.removesuffix("Error"), message=str(error))
 
 
 def _retrain(files: Files, force: bool) -> State[None]:
-    with suppress(Busy):  # somebody works here by hand: DVC says so
+    with suppress(BusyError):  # somebody works here by hand: DVC says so
         for line in dvc_rwlock.release_dead(files):
             get_run_logger().info(line)
     checked = params_file.load(files.params)
@@ -91,7 +91,7 @@ def _retrain(files: Files, force: bool) -> State[None]:
     check_incoming(files, checked)
     due, began = flow_run.scheduled_start_time, retraining_began(files)
     if began is not None and due is not None and due < began and not force:
-        return Cancelled(name="Overtaken", message=f"was due before the last retraining began ({began:%Y-%m-%d %H:%M})")
+        return Cancelled(name="Skipped", message=f"was due before the last retraining began ({began:%Y-%m-%d %H:%M})")
     if checked.retrain.refresh or checked.retrain.incoming:
         _ended(refresh(files, checked, return_state=True), RefreshError)
     changed = changes()
@@ -107,8 +107,8 @@ def _retrain(files: Files, force: bool) -> State[None]:
     message, name = f"ran {', '.join(changed) or 'nothing anew'}", "Completed"
     if checked.retrain.publish:
         found = _published(files, checked)
-        notify.verdict(files, checked, found)
-        message, name = found.sentence, "Promoted" if found.verdict.passed else "Rejected"
+        notify.promotion(files, checked, found)
+        message, name = found.sentence, "Promoted" if found.decision.passed else "Rejected"
     _commit(files, checked, message)
     return Completed(name=name, message=message)
 
@@ -144,7 +144,7 @@ def _synchronise(files: Files) -> None:
         return
     try:
         _, notices = sync(files)
-    except (TrackingError, Busy) as error:
+    except (TrackingError, BusyError) as error:
         notices = [str(error)]
     for notice in notices:
         get_run_logger().warning(notice)
@@ -194,7 +194,7 @@ def reproduce(stage: str, owner: str, hours: float) -> State[None]:
                 if found := ENDED.search(line):
                     code = int(found[1])
             ended = process.wait()
-    except Overtime as error:
+    except TimeLimitError as error:
         return Failed(
             name=FINAL, message=f"stage {stage}: {error} (`retrain.limit_hours`); the next run goes on from there"
         )
@@ -219,7 +219,7 @@ def publish(files: Files, checked: Params) -> State[None]:
     """Register the release, and let it become champion if the gate lets it pass."""
     try:
         found = publishing.publish(files, checked, files.artifacts("export"))
-    except (TrackingError, Busy) as error:
+    except (TrackingError, BusyError) as error:
         return Failed(message=f"{error}; the release lies in {files.artifacts('export')}, the next run publishes it")
     except (RegistryError, ReleaseError) as error:  # somebody must act first
         return Failed(name=FINAL, message=str(error))

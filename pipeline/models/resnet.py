@@ -49,7 +49,7 @@ class Compactor(nn.Conv2d):
         return self.weight[:, :, 0, 0]
 
 
-class Gate(nn.Module):
+class ChannelGate(nn.Module):
     """A factor on each channel of a stage's stream, shared by all that write to it; it starts at 1.
 
     Where it is zero, the channel is zero throughout the stage, since the block's input is non-negative.
@@ -81,7 +81,7 @@ class Ungated(nn.Module):
         return cast(Tensor, norm(x))
 
 
-Indicator = Compactor | Gate
+Indicator = Compactor | ChannelGate
 """What tells by its rows which channels are needed: ``weight`` (C, ...) and ``matrix`` (C, n)."""
 
 
@@ -166,7 +166,7 @@ class RetrievalNet(nn.Module):
             self.add_module(f"layer{index + 1}", stage)
         present = set(spec.indicators)
         self.gates = nn.ModuleDict(
-            {name: Gate(spec.widths[name]) if name in present else Ungated() for name in spec.stream}
+            {name: ChannelGate(spec.widths[name]) if name in present else Ungated() for name in spec.stream}
         )
         self.head = EmbeddingHead(spec.widths["layer4"], spec.embedding_dim)
         self.classifier = Classifier(spec.embedding_dim, spec.identities, spec.cosine) if spec.identities else None
@@ -183,7 +183,7 @@ class RetrievalNet(nn.Module):
     def indicators(self) -> dict[str, Indicator]:
         """Compactors and gates by site."""
         found = {site: self.get_submodule(indicator_of(site)) for site in self.spec.indicators}
-        return {site: module for site, module in found.items() if isinstance(module, Compactor | Gate)}
+        return {site: module for site, module in found.items() if isinstance(module, Compactor | ChannelGate)}
 
     def load_backbone(self, state: Mapping[str, Tensor], origin: str) -> None:
         """Load a torchvision state dict into everything but head and classifier.

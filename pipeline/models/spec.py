@@ -89,7 +89,7 @@ class ArchSpec(BaseModel):
         depth: Key of `BLOCKS`.
         last_stride: Stride of the last stage.
         embedding_dim: Length of the embedding.
-        identities: Rows of the classifier, 0 for none.
+        identities: Indices of the classifier, 0 for none.
         cosine: Whether the classifier compares directions (cosines) or takes inner products.
         indicators: Sites with a compactor or gate.
         widths: Channels by dimension name.
@@ -122,7 +122,7 @@ class ArchSpec(BaseModel):
             width: Channels of the stem and planes of the first stage (64 gives torchvision's network).
             embedding_dim: Length of the embedding.
             last_stride: Stride of the last stage.
-            identities: Rows of the classifier, 0 for none.
+            identities: Indices of the classifier, 0 for none.
             cosine: Kind of classifier.
         """
         widths = {} if depth in BASIC else {"conv1": width}

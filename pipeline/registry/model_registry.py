@@ -36,8 +36,8 @@ from pipeline.registry.lineage import (
     Lineage,
     Promotion,
 )
-from pipeline.registry.policy import Verdict
-from pipeline.system.locks import Busy
+from pipeline.registry.policy import Decision
+from pipeline.system.locks import BusyError
 from pipeline.tracking import store
 
 log = logging.getLogger(__name__)
@@ -49,9 +49,11 @@ ATTEMPTS = 5
 DIGEST = "release_digest"
 """Tag of versions and runs: SHA-256 of the release's SHA256SUMS."""
 
-Judge = Callable[[str | None, str | None], tuple[Verdict, bool]]
-"""Compares a challenger with champion and best (versions, None where there is none): the verdict, and whether it is the
-best now."""
+Decide = Callable[[str | None, str | None], tuple[Decision, bool]]
+"""Compares a challenger with champion and best (versions, None where there is none).
+
+Returns the decision, and whether the challenger is the best now.
+"""
 
 
 class RegistryError(RuntimeError):
@@ -162,7 +164,9 @@ class Registry:
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
-    def publish(self, folder: Path, run: Callable[[], str], tags: dict[str, str], judge: Judge) -> tuple[str, Verdict]:
+    def publish(
+        self, folder: Path, run: Callable[[], str], tags: dict[str, str], decide: Decide
+    ) -> tuple[str, Decision]:
         """Compare a release with the champion, and register it as `challenger`, or as `champion` if it passes.
 
         Files that are registered already get a second version only if it is that which promotes them.
@@ -171,14 +175,14 @@ class Registry:
             folder: The release on this machine.
             run: Returns the id of a run that has it among its artifacts.
             tags: Further tags of the version.
-            judge: Compares it.
+            decide: Compares it.
 
         Returns:
-            The version, and the verdict.
+            The version, and the decision.
 
         Raises:
             RegistryError: If something was deleted or moved in MLflow; nothing is registered then.
-            Busy: If others were promoted again and again meanwhile.
+            BusyError: If others were promoted again and again meanwhile.
         """
         with contextlib.suppress(MlflowException):  # it exists
             text = "ONNX files for image retrieval; `champion` is in use, `challenger` was published last."
@@ -190,30 +194,30 @@ class Registry:
             same = [name for name, one in found.versions.items() if one.tags.get(DIGEST) == tags[DIGEST]]
             if now is not None and now.version in same:
                 self.show(now.number)
-                return now.version, Verdict(True, "it is the champion already")
+                return now.version, Decision(True, "it is the champion already")
             if found.withdrawn.intersection(same):
-                return same[-1], Verdict(False, "it was taken back by `rollback`")
-            verdict, better = judge(now.version if now else None, now.best if now else None)
-            tags |= {GATE: PASSED if verdict.passed else "failed", REASON: verdict.reason, REPLACES: last}
+                return same[-1], Decision(False, "it was taken back by `rollback`")
+            decision, better = decide(now.version if now else None, now.best if now else None)
+            tags |= {GATE: PASSED if decision.passed else "failed", REASON: decision.reason, REPLACES: last}
             tags[BEST] = ITSELF if now is None or better else now.best
-            if verdict.passed or not same:
+            if decision.passed or not same:
                 if same:
                     source, holder = found.versions[same[-1]].source, found.versions[same[-1]].run_id
                 else:
                     holder = run()
                     source = f"{self.client.get_run(holder).info.artifact_uri}/{ARTIFACTS}"
-                version = self._create(source or "", holder, tags, f"Gate: {verdict.reason}.")
+                version = self._create(source or "", holder, tags, f"PromotionPolicy: {decision.reason}.")
             elif (version := same[-1]) not in [one.number for one in found.promotions]:  # those keep what they passed
                 for name in (GATE, REASON):
                     self.client.set_model_version_tag(self.name, version, name, tags[name])
             self.client.set_registered_model_alias(self.name, CHALLENGER, version)
-            if not verdict.passed:
-                return version, verdict
+            if not decision.passed:
+                return version, decision
             self.show(version)
             if version in [one.number for one in self.lineage().promotions]:
-                return version, verdict
+                return version, decision
             log.info("another promotion came between: version %s is compared again", version)
-        raise Busy(f"others promoted {ATTEMPTS} times meanwhile; try again")
+        raise BusyError(f"others promoted {ATTEMPTS} times meanwhile; try again")
 
     def roll_back(self, to: str | None = None) -> tuple[list[str], str]:
         """Make an earlier version champion, whatever else is promoted at the same time.
@@ -267,7 +271,7 @@ def release_digest(folder: Path) -> str:
         raise ReleaseError(f"{folder / SUMS} is missing; a folder without it is no release") from None
 
 
-def facts(folder: Path) -> dict[str, str]:
+def version_tags(folder: Path) -> dict[str, str]:
     """Tags for people who look at a version in MLflow."""
     about = open_model(folder / STUDENT).metadata
     return {"mAP": f"{about.map:.4f} ({about.protocol})", "MACs": f"{about.macs:,}", "commit": about.git_commit[:12]}

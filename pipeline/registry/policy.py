@@ -69,7 +69,7 @@ def interval(gains: npt.NDArray[np.float64], seed: int = 0) -> Difference:
 
 
 @dataclass(frozen=True)
-class Rival:
+class Comparison:
     """How a challenger stands beside a network that is or was in use.
 
     Attributes:
@@ -84,7 +84,7 @@ class Rival:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Decision:
     """What the gate says.
 
     Attributes:
@@ -96,7 +96,7 @@ class Verdict:
     reason: str
 
 
-def judge(rivals: Mapping[str, Rival], margin: float, larger: float, slower: float) -> Verdict:
+def decide(rivals: Mapping[str, Comparison], margin: float, larger: float, slower: float) -> Decision:
     """Let a challenger pass if it is surely not worse by the margin, nor larger or slower than is allowed.
 
     Args:
@@ -117,11 +117,11 @@ def judge(rivals: Mapping[str, Rival], margin: float, larger: float, slower: flo
         if rival.latency is not None and rival.latency > slower:
             complaints.append(f"it takes {rival.latency:.2f} times as long as {name} ({slower:g} is allowed)")
     if complaints:
-        return Verdict(False, "; ".join(complaints))
+        return Decision(False, "; ".join(complaints))
     if not rivals:
-        return Verdict(True, "there was none before it")
+        return Decision(True, "there was none before it")
     found = ", ".join(
         f"{rival.map.mean:+.4f} against {name} ({rival.map.low:+.4f} to {rival.map.high:+.4f})"
         for name, rival in rivals.items()
     )
-    return Verdict(True, f"mAP {found}")
+    return Decision(True, f"mAP {found}")

@@ -20,7 +20,7 @@ from pipeline.files import Files
 from pipeline.inference.timing import gains
 from pipeline.protocols import JUNK
 from pipeline.registry.model_registry import Registry, RegistryError
-from pipeline.registry.policy import Rival, Verdict, difference, judge
+from pipeline.registry.policy import Comparison, Decision, decide, difference
 from pipeline.retrieval import scoring
 from pipeline.retrieval.evaluate import sides
 from pipeline.retrieval.metrics import Retrieval
@@ -31,7 +31,7 @@ TEST_SET, SPLIT = "test_set", "split"
 """Tags of a version: digests of the test set that it was compared on, and of what kept that apart from its training."""
 
 
-class Gate:
+class PromotionPolicy:
     """Compares one challenger.
 
     Args:
@@ -55,8 +55,8 @@ class Gate:
                 "here; run `dvc repro`, or publish it from the checkout that made it"
             )
 
-    def __call__(self, champion: str | None, best: str | None) -> tuple[Verdict, bool]:
-        """The verdict, and whether the challenger is the best now.
+    def __call__(self, champion: str | None, best: str | None) -> tuple[Decision, bool]:
+        """The decision, and whether the challenger is the best now.
 
         Args:
             champion: Version that is in use; None where there is none.
@@ -72,14 +72,14 @@ class Gate:
             self._refuse_trained_on_test(version)
         rivals = {name: self._rival(version, timed=version == champion) for name, version in names.items()}
         limits = self._params.tracking.promotion
-        verdict = judge(rivals, limits.margin, limits.max_size_ratio, limits.max_latency_ratio)
+        decision = decide(rivals, limits.margin, limits.max_size_ratio, limits.max_latency_ratio)
         beaten = rivals.get("the best there was") or rivals.get("the champion")
-        return verdict, beaten is None or beaten.map.mean > 0
+        return decision, beaten is None or beaten.map.mean > 0
 
-    def _rival(self, version: str, timed: bool) -> Rival:
+    def _rival(self, version: str, timed: bool) -> Comparison:
         folder = self._registry.fetched(version, self._files.tracking / "models")
         ours, theirs = open_model(self._folder / STUDENT), open_model(folder / STUDENT)
-        queries = len(self._manifest.rows("query"))
+        queries = len(self._manifest.indices("query"))
         gap = difference(self._score("", ours), self._score(version, theirs), queries)
         size = (self._folder / STUDENT).stat().st_size / (folder / STUDENT).stat().st_size
         latency = None
@@ -91,12 +91,12 @@ class Gate:
             gain = gains(contents, "champion", ours.metadata.image_size)["challenger"]
             latency = 1 / gain.high  # as slow as it surely is
         log.info("against version %s: mAP %+.4f (%+.4f to %+.4f)", version, gap.mean, gap.low, gap.high)
-        return Rival(gap, size, latency)
+        return Comparison(gap, size, latency)
 
     def _score(self, version: str, model: Model) -> Retrieval:
         """Evaluate a model once; images come from the files, since input sizes may differ."""
         if version not in self._scores:
-            rows = np.concatenate([self._manifest.rows(split) for split in TEST])
+            rows = np.concatenate([self._manifest.indices(split) for split in TEST])
             images = Images(self._manifest, model.metadata.image_size, None)
             vectors = embed(model.session, images, rows, model.metadata.mean, model.metadata.std)
             protocol = self._params.data.protocol
@@ -123,7 +123,7 @@ class Gate:
 
     def _test_set(self) -> str:
         """Digest of queries and gallery: images, labels and protocol."""
-        items = (self._manifest.items[row] for row in self._manifest.rows(*TEST))
+        items = (self._manifest.items[row] for row in self._manifest.indices(*TEST))
         return _digest(self._params.data.protocol, *(f"{i.split} {i.path} {i.identity} {i.camera}" for i in items))
 
     def _split(self) -> str:

@@ -10,9 +10,9 @@ from pipeline.config import Params
 from pipeline.export.release import ReleaseError
 from pipeline.export.sample import check_release
 from pipeline.files import Files, read_json, write_json
-from pipeline.registry.model_registry import Registry, facts, release_digest, uploaded
-from pipeline.registry.policy import Verdict
-from pipeline.registry.promotion import Gate
+from pipeline.registry.model_registry import Registry, release_digest, uploaded, version_tags
+from pipeline.registry.policy import Decision
+from pipeline.registry.promotion import PromotionPolicy
 from pipeline.system.locks import locked
 from pipeline.tracking.store import connected, tracking_uri
 from pipeline.tracking.sync import sync
@@ -20,17 +20,17 @@ from pipeline.tracking.sync import sync
 
 @dataclass(frozen=True)
 class Published:
-    """What became of a release: its `release_digest`, its version in the registry, and the verdict of the gate."""
+    """What became of a release: its `release_digest`, its version in the registry, and the decision of the gate."""
 
     digest: str
     version: str
-    verdict: Verdict
+    decision: Decision
 
     @property
     def sentence(self) -> str:
         """The outcome, for people."""
-        became = "is champion" if self.verdict.passed else "stays challenger"
-        return f"version {self.version} {became}: {self.verdict.reason}"
+        became = "is champion" if self.decision.passed else "stays challenger"
+        return f"version {self.version} {became}: {self.decision.reason}"
 
 
 @contextmanager
@@ -55,9 +55,10 @@ def publish(files: Files, params: Params, folder: Path) -> Published:
     check_release(folder)
     sync(files)
     with registry(files, params) as known, locked(files.tracking / "publish.lock", "publishing"):
-        gate = Gate(files, params, known, folder)
+        policy = PromotionPolicy(files, params, known, folder)
         made_by = partial(uploaded, known.client, files, folder, params.tracking.experiment)
-        found = Published(release_digest(folder), *known.publish(folder, made_by, {**facts(folder), **gate.tags}, gate))
+        tags = {**version_tags(folder), **policy.tags}
+        found = Published(release_digest(folder), *known.publish(folder, made_by, tags, policy))
         known.prune(files.tracking / "models")
     write_json(_memory(files), {**_place(files, params), **asdict(found)})
     return found
@@ -67,8 +68,8 @@ def remembered(files: Files, params: Params) -> Published | None:
     """The outcome of what lies in artifacts/export now, if it was published to this registry before."""
     try:
         said = read_json(_memory(files))
-        verdict = Verdict(bool(said["verdict"]["passed"]), str(said["verdict"]["reason"]))
-        found = Published(str(said["digest"]), str(said["version"]), verdict)
+        decision = Decision(bool(said["decision"]["passed"]), str(said["decision"]["reason"]))
+        found = Published(str(said["digest"]), str(said["version"]), decision)
         here = {name: said[name] for name in _place(files, params)} == _place(files, params)
         return found if here and found.digest == release_digest(files.artifacts("export")) else None
     except (OSError, ValueError, KeyError, TypeError, ReleaseError):

@@ -14,7 +14,7 @@ from pipeline.protocols import PROTOCOLS
 from pipeline.records import BenchmarkRecord, ExportRecord, PrepareRecord, StudentRecord, SurgeryRecord, TeacherRecord
 from pipeline.report.curves import Curves, capacity, training
 from pipeline.report.latency import HEADLINE, STUDENT, TEACHER, gains, setting
-from pipeline.report.panels import Choice, Ranking, choose, describe, panel, rank
+from pipeline.report.panels import PanelQuery, Ranking, choose, describe, panel, rank
 from pipeline.report.pareto import Point, pareto
 from pipeline.report.render import render
 from pipeline.report.style import save
@@ -121,7 +121,7 @@ def _panels(folder: Path, run: RunResults, retrievals: Mapping[str, Retrieval]) 
     ap = {name: retrieval.ap_of(run.prepare.query) for name, retrieval in retrievals.items()}
     pictures = []
     for number, choice in enumerate(choose(ap[TEACHER], ap[STUDENT], run.panels), start=1):
-        row = run.manifest.rows("query")[[choice.query]]
+        row = run.manifest.indices("query")[[choice.query]]
         rankings = [_ranking(run, name, choice, ap[name]) for name in (TEACHER, STUDENT)]
         file = f"panel-{number:02d}.png"
         save(panel(run.images.batch(row)[0], rankings), folder / file)
@@ -134,11 +134,11 @@ def _panels(folder: Path, run: RunResults, retrievals: Mapping[str, Retrieval]) 
     return pictures
 
 
-def _ranking(run: RunResults, name: str, choice: Choice, ap: npt.NDArray[np.float64]) -> Ranking:
-    rows = run.manifest.rows("gallery")
+def _ranking(run: RunResults, name: str, choice: PanelQuery, ap: npt.NDArray[np.float64]) -> Ranking:
+    rows = run.manifest.indices("gallery")
     query, gallery = sides(run.embeddings[name], run.manifest, "query", "gallery", run.protocol)
     if gallery is None:  # all images are queries of each other, also where the scores come from random galleries
-        rows, gallery = run.manifest.rows("query"), query
+        rows, gallery = run.manifest.indices("query"), query
     right, left_out = positives(PROTOCOLS[run.protocol], query, choice.query, gallery)
     top = rank(query.vectors[choice.query], gallery.vectors, right, left_out)
     return Ranking(name, run.images.batch(rows[top]), float(ap[choice.query]), right[top])

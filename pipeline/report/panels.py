@@ -20,7 +20,7 @@ GAP = 0.14
 
 
 @dataclass(frozen=True)
-class Choice:
+class PanelQuery:
     """A query to show: its place among the queries, and the rule that picked it."""
 
     query: int
@@ -44,7 +44,7 @@ class Ranking:
     right: npt.NDArray[np.bool_] | None = None
 
 
-def choose(teacher: npt.NDArray[np.float64], student: npt.NDArray[np.float64], count: int) -> list[Choice]:
+def choose(teacher: npt.NDArray[np.float64], student: npt.NDArray[np.float64], count: int) -> list[PanelQuery]:
     """Pick queries by rule, so that nobody picks the pretty ones.
 
     Half (rounded down) are those on which the two differ most; the others are spread evenly over the rest, ordered by
@@ -65,8 +65,8 @@ def choose(teacher: npt.NDArray[np.float64], student: npt.NDArray[np.float64], c
     by_ap = rest[np.argsort(-(teacher + student)[rest], kind="stable")]
     places = count - len(differing)
     spread = by_ap[((np.arange(places) + 0.5) / max(places, 1) * len(by_ap)).astype(int)]
-    return [Choice(int(row), "spread over the range of AP") for row in spread] + [
-        Choice(int(row), "teacher and student differ most") for row in differing
+    return [PanelQuery(int(row), "spread over the range of AP") for row in spread] + [
+        PanelQuery(int(row), "teacher and student differ most") for row in differing
     ]
 
 

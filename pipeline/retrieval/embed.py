@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.progress import track
-from pipeline.retrieval.evaluate import Images, Manifest, Rows, evaluate_embedder
+from pipeline.retrieval.evaluate import Images, Indices, Manifest, evaluate_embedder
 from pipeline.retrieval.metrics import Retrieval
 
 
 def embed(
     net: nn.Module,
     images: Images,
-    rows: Rows,
+    rows: Indices,
     preprocess: Callable[[Tensor], Tensor],
     device: torch.device | str = "cpu",
     batch: int = 128,
@@ -62,7 +62,7 @@ def evaluate(
         ValueError: If an embedding is not finite, naming its image, or no query has a match.
     """
 
-    def embedder(rows: Rows) -> npt.NDArray[np.float32]:
+    def embedder(rows: Indices) -> npt.NDArray[np.float32]:
         return embed(net, images, rows, preprocess, device, batch)
 
     return evaluate_embedder(embedder, manifest, query_split, gallery_split, protocol)

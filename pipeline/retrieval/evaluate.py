@@ -11,17 +11,17 @@ from pipeline.retrieval import scoring
 from pipeline.retrieval.metrics import Retrieval
 from pipeline.retrieval.scoring import Side
 
-Rows = npt.NDArray[np.int64]
-"""Rows of the manifest, (n,)."""
+Indices = npt.NDArray[np.int64]
+"""Indices of the manifest, (n,)."""
 
-Embedder = Callable[[Rows], npt.NDArray[np.float32]]
+Embedder = Callable[[Indices], npt.NDArray[np.float32]]
 """Embeddings (n, D) of the images in these rows, whatever runs the network."""
 
 
 class Images(Protocol):
     """Pictures by their row in the manifest."""
 
-    def batch(self, rows: Rows) -> npt.NDArray[np.uint8]:
+    def batch(self, rows: Indices) -> npt.NDArray[np.uint8]:
         """Images (n, h, w, 3) of these rows, RGB."""
 
 
@@ -32,13 +32,13 @@ class Manifest(Protocol):
     def items(self) -> Sequence[Any]:
         """The images, in the order of their rows."""
 
-    def rows(self, *splits: str) -> Rows:
-        """Rows of these splits."""
+    def indices(self, *splits: str) -> Indices:
+        """Indices of these splits."""
 
-    def identities(self, rows: Rows) -> npt.NDArray[np.str_]:
+    def identities(self, rows: Indices) -> npt.NDArray[np.str_]:
         """Identities (n,) of these rows."""
 
-    def cameras(self, rows: Rows) -> npt.NDArray[np.str_]:
+    def cameras(self, rows: Indices) -> npt.NDArray[np.str_]:
         """Cameras (n,) of these rows."""
 
 
@@ -52,7 +52,7 @@ def evaluate_embedder(
     Raises:
         ValueError: If an embedding is not finite, naming its image, or no query has a match.
     """
-    query, gallery = manifest.rows(query_split), manifest.rows(gallery_split)
+    query, gallery = manifest.indices(query_split), manifest.indices(gallery_split)
     embeddings = embedder(np.concatenate([query, gallery]))
     broken = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
     if len(broken):
@@ -75,7 +75,7 @@ def sides(
         gallery_split: Of the gallery's.
         protocol: Name in `PROTOCOLS`.
     """
-    query, gallery = manifest.rows(query_split), manifest.rows(gallery_split)
+    query, gallery = manifest.indices(query_split), manifest.indices(gallery_split)
     asking, asked = (
         Side(found, manifest.identities(rows), manifest.cameras(rows))
         for found, rows in ((embeddings[: len(query)], query), (embeddings[len(query) :], gallery))

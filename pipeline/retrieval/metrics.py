@@ -11,12 +11,12 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.retrieval.similarity import Rows, Similarity
+from pipeline.retrieval.similarity import Indices, Similarity
 
 Ties = Literal["negatives first", "positives first"]
 """Which of equally similar images come first: the rule is pessimistic, the other gives an optimistic bound."""
 
-Groups = Callable[[int], tuple[Rows, Rows]]
+Groups = Callable[[int], tuple[Indices, Indices]]
 """For a query: the places of its positives, and of all that are no negatives (the positives, and what is left out)."""
 
 
@@ -33,10 +33,10 @@ class Retrieval:
     """
 
     ap: npt.NDArray[np.float64]
-    first_rank: Rows
+    first_rank: Indices
     inp: npt.NDArray[np.float64]
-    query: Rows
-    draw: Rows
+    query: Indices
+    draw: Indices
 
     @property
     def draws(self) -> int:
@@ -115,7 +115,7 @@ def retrieve(
     return Retrieval(ap, first_rank, inp, np.arange(queries), np.zeros(queries, np.int64))
 
 
-def positive_ranks(similarities: npt.NDArray[np.floating], positives: Rows, none: Rows, ties: Ties) -> Rows:
+def positive_ranks(similarities: npt.NDArray[np.floating], positives: Indices, none: Indices, ties: Ties) -> Indices:
     """Ranks of a query's positives, ascending, from 1.
 
     Args:
@@ -132,7 +132,7 @@ def positive_ranks(similarities: npt.NDArray[np.floating], positives: Rows, none
     return len(ahead) - np.searchsorted(ahead, values, side=side) + np.arange(1, len(values) + 1)
 
 
-def average_precision(ranks: Rows, trapezoid: bool) -> float:
+def average_precision(ranks: Indices, trapezoid: bool) -> float:
     """AP of a query whose positives have these ranks (P,), ascending, from 1.
 
     Args:

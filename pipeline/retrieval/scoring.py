@@ -9,7 +9,7 @@ import numpy.typing as npt
 from pipeline.protocols import JUNK, PROTOCOLS, Protocol
 from pipeline.records import Scores
 from pipeline.retrieval.metrics import Groups, Retrieval, Ties, retrieve
-from pipeline.retrieval.similarity import Cosine, Rows, Similarity, Vectors, block_of
+from pipeline.retrieval.similarity import Cosine, Indices, Similarity, Vectors, block_of
 
 DRAWS = 10
 """Random galleries of protocol `vehicleid`."""
@@ -32,7 +32,7 @@ class Side:
     identities: Labels
     cameras: Labels | None = None
 
-    def take(self, rows: Rows) -> "Side":
+    def take(self, rows: Indices) -> "Side":
         """Some of them."""
         cameras = None if self.cameras is None else np.asarray(self.cameras)[rows]
         return Side(np.asarray(self.vectors)[rows], np.asarray(self.identities)[rows], cameras)
@@ -136,8 +136,8 @@ def figures(protocol: str, found: Retrieval) -> dict[str, str | float | int]:
     return {"protocol": protocol, "map": quoted.map, **deviation, "minp": quoted.minp, **shares, **counts}
 
 
-def _galleries(rules: Protocol, gallery: Side, queries: int, seed: int) -> Iterator[tuple[Rows, Side]]:
-    """Rows of the queries, and what they are asked of."""
+def _galleries(rules: Protocol, gallery: Side, queries: int, seed: int) -> Iterator[tuple[Indices, Side]]:
+    """Indices of the queries, and what they are asked of."""
     if rules.gallery != "drawn":
         yield np.arange(queries), gallery
         return
@@ -165,14 +165,14 @@ def _score(
                     rules.trapezoid, ties)  # fmt: skip
 
 
-def _groups(rules: Protocol, query: Side, gallery: Side, order: Rows) -> Groups:
+def _groups(rules: Protocol, query: Side, gallery: Side, order: Indices) -> Groups:
     """Who is right, wrong and left out, by the places of the gallery's rows in `order`."""
     identities = gallery.identities[order]
     by_identity = np.argsort(identities, kind="stable")
     starts, stops = (np.searchsorted(identities[by_identity], query.identities, side) for side in ("left", "right"))
     cameras = _cameras(gallery)[order] if rules.cameras else None
 
-    def groups(row: int) -> tuple[Rows, Rows]:
+    def groups(row: int) -> tuple[Indices, Indices]:
         same = by_identity[starts[row] : stops[row]]
         if cameras is not None:
             return same[cameras[same] != _cameras(query)[row]], same

@@ -13,10 +13,10 @@ LARGEST = 2**26
 last bits of a similarity otherwise, and so orders near ties otherwise."""
 
 CHUNK = 2**16
-"""Rows that are compared at a time."""
+"""Indices that are compared at a time."""
 
 Vectors = npt.NDArray[np.floating]
-Rows = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.int64]
 
 
 class Similarity(Protocol):
@@ -26,7 +26,7 @@ class Similarity(Protocol):
         order: (G,) which row of the gallery each column shows.
     """
 
-    order: Rows
+    order: Indices
 
     def __call__(self, start: int, stop: int) -> npt.NDArray[np.floating]:
         """Similarities (stop - start, G) of these queries; the caller may overwrite them."""
@@ -66,8 +66,8 @@ class _Distinct:
     """
 
     vectors: npt.NDArray[np.float32]
-    copies: Rows
-    order: Rows
+    copies: Indices
+    order: Indices
 
     @classmethod
     def of(cls, unit: npt.NDArray[np.float32]) -> "_Distinct":

@@ -27,7 +27,7 @@ def compatible(files: Files, params: Params, old: Path, new: Path) -> Compatibil
         ReleaseError: If a file is not what was written.
     """
     manifest = Manifest.read(files.manifest, data_root(files, params))
-    rows = np.concatenate([manifest.rows("query"), manifest.rows("gallery")])
+    rows = np.concatenate([manifest.indices("query"), manifest.indices("gallery")])
 
     def embedded(path: Path) -> Embeddings:
         model = open_model(path)

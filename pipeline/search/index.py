@@ -31,7 +31,7 @@ class GalleryError(RuntimeError):
     exit_code = 3
 
 
-class About(BaseModel):
+class IndexInfo(BaseModel):
     """What index.json says.
 
     Attributes:
@@ -129,7 +129,7 @@ class Index:
             GalleryError: If the folder holds something else that was written by this package.
         """
         check_place(folder)
-        about = About(
+        about = IndexInfo(
             model=str(model.resolve()),
             sha256=self.model.sha256,
             gallery=str(self.gallery.resolve()),
@@ -212,7 +212,7 @@ def open_index(folder: Path, model: Path | None = None) -> Index:
             f"{folder} is no index: {SUMS} names {', '.join(content)}; `smaller-student index` makes one"
         )
     try:
-        about = About.model_validate_json(content[ABOUT])
+        about = IndexInfo.model_validate_json(content[ABOUT])
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

@@ -43,7 +43,7 @@ class AddressError(ValueError):
     exit_code = 2
 
 
-def callable_by(host: str, names: Sequence[str]) -> list[str]:
+def allowed_hosts(host: str, names: Sequence[str]) -> list[str]:
     """Host names that the page may be called by.
 
     Args:

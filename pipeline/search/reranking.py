@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from pipeline.retrieval.similarity import Rows, Vectors, block_of, normalise
+from pipeline.retrieval.similarity import Indices, Vectors, block_of, normalise
 
 K1, K2, LAMBDA = 20, 6, 0.3
 """Neighbours that must be mutual, neighbours that are averaged over, and the weight of the original distance."""
@@ -53,7 +53,7 @@ class Reranked:
         found = 2 - 2 * (self._unit[start:stop] @ self._unit.T).astype(np.float64)
         return np.maximum(found, 0) / self._farthest[start:stop, None]
 
-    def _look(self, k1: int) -> tuple[Rows, npt.NDArray[np.float64]]:
+    def _look(self, k1: int) -> tuple[Indices, npt.NDArray[np.float64]]:
         """Nearest images (N, k1 + 1) of each, itself first, and its largest squared distance (N,)."""
         count = len(self._unit)
         kept = min(k1 + 1, count)
@@ -69,7 +69,7 @@ class Reranked:
             neighbours[start:stop] = np.take_along_axis(near, order, axis=1)
         return neighbours, farthest
 
-    def _encode(self, neighbours: Rows, k1: int) -> sparse.csr_array:
+    def _encode(self, neighbours: Indices, k1: int) -> sparse.csr_array:
         """Each image as weights of its mutual neighbours and of theirs, (N, N)."""
         half = neighbours[:, : round(k1 / 2) + 1]
         mutual = [_mutual(neighbours, image) for image in range(len(neighbours))]
@@ -100,7 +100,7 @@ class Reranked:
         return 1 - common / (2 - common)
 
 
-def _mutual(neighbours: Rows, image: int) -> Rows:
+def _mutual(neighbours: Indices, image: int) -> Indices:
     """Those of an image's neighbours that have it among theirs."""
     forward = neighbours[image]
     return forward[(neighbours[forward] == image).any(axis=1)]

@@ -182,10 +182,10 @@ def run_stage(function: Callable[[Run], Record]) -> NoReturn:
     stage = function.__name__
     log_to_stderr(stage)
     die_with_parent()
-    sys.exit(guarded(stage, lambda: _run(stage, function)))
+    sys.exit(run_guarded(stage, lambda: _run(stage, function)))
 
 
-def guarded(what: str, work: Callable[[], object]) -> int:
+def run_guarded(what: str, work: Callable[[], object]) -> int:
     """Do `work` and return an exit code; errors become one line, unless a traceback is asked for.
 
     Args:
@@ -224,7 +224,7 @@ def _sentence(error: Exception) -> str:
 def _run(stage: str, function: Callable[[Run], Record]) -> None:
     files = Files.here()
     params = params_file.load(files.params)
-    if not leads():
+    if not is_main_process():
         with tempfile.TemporaryDirectory() as scratch:
             function(Run(stage, params, files, Path(scratch)))
         return
@@ -235,7 +235,7 @@ def _run(stage: str, function: Callable[[Run], Record]) -> None:
         run.write(record, time.monotonic() - started)
 
 
-def leads() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one of its training that writes and records (Fabric starts the others)."""
     return all(int(os.environ.get(rank, "0")) == 0 for rank in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK"))
 

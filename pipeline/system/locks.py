@@ -18,7 +18,7 @@ _POLL = 0.02
 """Seconds between two attempts to get a lock."""
 
 
-class Busy(RuntimeError):
+class BusyError(RuntimeError):
     """Another process does this already."""
 
     exit_code = 75
@@ -34,7 +34,7 @@ def locked(path: Path, what: str, patience: float = 0) -> Iterator[None]:
         patience: Seconds to wait for the lock; for ever where negative.
 
     Raises:
-        Busy: Naming the holder's process, host and since when.
+        BusyError: Naming the holder's process, host and since when.
         OSError: If the file system has no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def locked(path: Path, what: str, patience: float = 0) -> Iterator[None]:
     try:
         lock.acquire(timeout=patience, poll_interval=_POLL)
     except Timeout:
-        raise Busy(f"busy: {what} runs already ({holder(path)}); wait for it or end it") from None
+        raise BusyError(f"busy: {what} runs already ({holder(path)}); wait for it or end it") from None
     try:
         if lock.lock_counter == 1:
             _sign(path)

@@ -70,7 +70,7 @@ def peak_memory() -> int:
 # --- programs below this one ------------------------------------------------------------------------------------------
 
 
-class Overtime(RuntimeError):
+class TimeLimitError(RuntimeError):
     """A program did not end in the time that it had, and was ended."""
 
 
@@ -86,7 +86,7 @@ def running(*words: str, hours: float = 1000, **extra: str) -> Iterator["subproc
         extra: Environment beside what is there.
 
     Raises:
-        Overtime: At the end of the block, if it did not end in time.
+        TimeLimitError: At the end of the block, if it did not end in time.
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     guard = () if os.name == "nt" else (sys.executable, "-P", str(Path(__file__)))
@@ -113,7 +113,7 @@ def running(*words: str, hours: float = 1000, **extra: str) -> Iterator["subproc
     try:
         yield process
         if late.is_set():
-            raise Overtime(f"it did not end within {hours:g} hours")
+            raise TimeLimitError(f"it did not end within {hours:g} hours")
         done = process.poll() is not None
     finally:
         watch.cancel()

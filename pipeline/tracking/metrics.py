@@ -52,12 +52,12 @@ def record(files: Files, stage: str) -> dict[str, float]:
     return RECORDS[stage].model_validate(read_json(files.metrics(stage))).flat()
 
 
-def finals(files: Files, stage: str) -> dict[str, float]:
+def final_metrics(files: Files, stage: str) -> dict[str, float]:
     """Final figures of a stage by metric key; widths are left to the plan.
 
     The benchmark times the exported file, so it carries that file's figures beside its own.
     """
-    figures = finals(files, "export") if stage == "benchmark" and files.metrics("export").is_file() else {}
+    figures = final_metrics(files, "export") if stage == "benchmark" and files.metrics("export").is_file() else {}
     figures = {key: value for key, value in figures.items() if key.startswith(("eval/", "model/"))}
     if stage == "teacher":
         figures |= {"model/params_reduction": 0.0, "model/flops_reduction": 0.0}
@@ -74,9 +74,9 @@ def summary(files: Files) -> dict[str, float]:
     for stage in ("student", "surgery", "export", "benchmark"):
         if files.metrics(stage).is_file():
             shared = ("eval/", "model/", "latency/")
-            figures |= {key: value for key, value in finals(files, stage).items() if key.startswith(shared)}
+            figures |= {key: value for key, value in final_metrics(files, stage).items() if key.startswith(shared)}
     if files.metrics("teacher").is_file():
-        teacher = finals(files, "teacher")
+        teacher = final_metrics(files, "teacher")
         kept = ("eval/mAP", "model/params", "model/macs")
         figures |= {f"teacher/{key.partition('/')[2]}": teacher[key] for key in kept}
     return figures
@@ -88,7 +88,7 @@ def curve(row: Mapping[str, float]) -> dict[str, float]:
 
 
 def curves(path: Path) -> list[dict[str, float]]:
-    """Rows of plots/<stage>.csv; a cell that is empty is left out."""
+    """Indices of plots/<stage>.csv; a cell that is empty is left out."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as file:
@@ -113,7 +113,7 @@ def table(files: Files) -> list[dict[str, str]]:
     rows = []
     for stage in ("teacher", "student", "surgery", "export"):
         if files.metrics(stage).is_file():
-            figures = finals(files, stage)
+            figures = final_metrics(files, stage)
             cells = {
                 title: form.format(figures[key] / unit) if key in figures else ""
                 for key, (title, form, unit) in COLUMNS.items()

@@ -175,7 +175,9 @@ class Recorder:
         if record.stage == "export" and sums.is_file():
             tags[RELEASE_DIGEST] = _sha256(sums)
         digest = _sha256(self._files.metrics(record.stage))
-        return record.changed(figures={**metrics.finals(self._files, record.stage), **more}, digest=digest, tags=tags)
+        return record.changed(
+            figures={**metrics.final_metrics(self._files, record.stage), **more}, digest=digest, tags=tags
+        )
 
     def _record_cached(self, stage: str) -> None:
         """Record a stage that did not run in this execution, from the files that it left."""

@@ -94,7 +94,7 @@ def open_store(files: Files) -> "MlflowClient":
 
     Raises:
         UriError: If its address cannot work.
-        Busy: If another process needs more than a minute to make the tables.
+        BusyError: If another process needs more than a minute to make the tables.
         Exception: Whatever MLflow raises.
     """
     uri = tracking_uri(files)

@@ -24,7 +24,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, RunTag, ViewType
 
 from pipeline.files import Files, write_text
-from pipeline.system.locks import Busy, locked
+from pipeline.system.locks import BusyError, locked
 from pipeline.tracking import store
 from pipeline.tracking.run_record import EXECUTION, Records, RunRecord, executions
 from pipeline.tracking.store import TrackingError
@@ -69,13 +69,13 @@ class Sync:
 
         Raises:
             TrackingError: If the store cannot be reached; what was written until then is remembered.
-            Busy: If another process needed longer than `patience` for one of them; the others are done.
+            BusyError: If another process needed longer than `patience` for one of them; the others are done.
         """
         every, busy = list(executions(self.files)), None
         for records in every:
             try:
                 self.one(records)
-            except Busy as error:
+            except BusyError as error:
                 busy = error
         for records in every[:-KEPT]:
             if (whole := records.whole()) and whole.ended is not None and not records.pending(self.uri):
@@ -88,7 +88,7 @@ class Sync:
 
         Raises:
             TrackingError: If the store cannot be reached.
-            Busy: If another process does it, and goes on longer than `patience`.
+            BusyError: If another process does it, and goes on longer than `patience`.
         """
         again, new = self._again, False
         records.end_dead()
@@ -243,7 +243,7 @@ def sync(files: Files, again: bool = False) -> tuple[int, list[str]]:
 
     Raises:
         TrackingError: If the store cannot be reached.
-        Busy: If another process needs too long.
+        BusyError: If another process needs too long.
     """
     work = Sync(files, PATIENCE, again)
     work.all()
@@ -269,7 +269,7 @@ def main() -> None:
         last = ended.is_set()
         work = Sync(files)
         try:
-            with suppress(Busy):
+            with suppress(BusyError):
                 work.one(records)
             if not last:
                 work.all()

@@ -75,7 +75,7 @@ def validation(
     manifest: Manifest, images: Images, protocol: str, preprocess: Callable[[Tensor], Tensor], device: torch.device
 ) -> Validate | None:
     """Scores networks on the held-out training identities, never on the test set; None where none are held out."""
-    if not len(manifest.rows("validation-query")):
+    if not len(manifest.indices("validation-query")):
         return None
 
     def validate(net: RetrievalNet) -> float:
@@ -85,7 +85,7 @@ def validation(
     return validate
 
 
-def fresh_teacher(config: Teacher, identities: int) -> RetrievalNet:
+def build_teacher(config: Teacher, identities: int) -> RetrievalNet:
     """Build a teacher before its first epoch.
 
     Raises:

@@ -10,7 +10,7 @@ from pipeline.compress import final_widths as search
 from pipeline.compress.budget import WINDOW, BudgetError, BudgetMissedError, cost_model
 from pipeline.compress.final_widths import ATTEMPTS
 from pipeline.compress.methods import compression
-from pipeline.compress.shrinker import Capacity
+from pipeline.compress.shrinker import Shrinker
 from pipeline.models.cost import CostModel, macs_model, params_model
 from pipeline.models.resnet import RetrievalNet
 from tests.compress.test_capacity import SPEC, STEPS, capacity, section, student
@@ -41,7 +41,7 @@ def chosen(
     model, savings = timed(share)
     config = section(reduction=reduction).model_copy(update={"method": method})
     made = compression(config, RetrievalNet(SPEC), model, STEPS, 0, torch.device("cpu"))
-    if isinstance(made, Capacity):
+    if isinstance(made, Shrinker):
         for site in made.masks.values():
             site.score = torch.rand(len(site.score), generator=torch.Generator().manual_seed(0))
         savings.clear()
@@ -115,7 +115,7 @@ def choose(cost: CostModel, asked: float) -> dict[str, int]:
 def test_a_latency_budget_that_no_timed_network_keeps_is_refused_before_training() -> None:
     model, savings = timed(lambda widths: 1 - 0.3 * predicted(widths))
     with pytest.raises(BudgetError, match=r"0\.4 of the latency cannot be reached: of \d networks .* saves 0\.19\d+;"):
-        Capacity(SPEC, section(), model, STEPS, 0, torch.device("cpu"))
+        Shrinker(SPEC, section(), model, STEPS, 0, torch.device("cpu"))
     assert savings
 
 
@@ -126,10 +126,10 @@ def test_a_network_that_is_timed_as_slower_than_the_full_one_is_refused() -> Non
 
 def test_the_correction_is_known_from_the_first_step_and_restored() -> None:
     model, _ = timed(SHARES["saves less"])
-    trained = Capacity(SPEC, section(), model, STEPS, 0, torch.device("cpu"))
+    trained = Shrinker(SPEC, section(), model, STEPS, 0, torch.device("cpu"))
     assert trained.cost.correction < 0.95
     trained.revise(student(), STEPS)
-    resumed = Capacity(SPEC, section(), model, STEPS, 0, torch.device("cpu"))
+    resumed = Shrinker(SPEC, section(), model, STEPS, 0, torch.device("cpu"))
     resumed.load_state_dict(trained.state_dict())
     assert resumed.cost(trained.widths) == trained.cost(trained.widths)
     resumed.check(trained.widths)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.compress.compactor import attach, row_norms
-from pipeline.compress.paper import PaperCapacity, PaperSite, lasso_gradient, unimportant
+from pipeline.compress.paper import PaperMethod, PaperSite, lasso_gradient, unimportant
 from pipeline.compress.surgery import plan_cut
 from pipeline.config import Student
 from pipeline.models.cost import macs_model
@@ -104,7 +104,7 @@ def section(**paper: object) -> Student:
 
 
 def test_masked_rows_get_the_lasso_alone_and_the_others_both() -> None:
-    tested = PaperCapacity(SPEC, section(start=0.0, lasso=0.25), MACS, 10, torch.device("cpu"))
+    tested = PaperMethod(SPEC, section(start=0.0, lasso=0.25), MACS, 10, torch.device("cpu"))
     net = attach(RetrievalNet(SPEC), tested.sites)
     assert all(site.endswith("conv2") for site in net.spec.indicators)
     net(torch.randn(4, 3, 32, 32)).embedding.sum().backward()
@@ -120,7 +120,7 @@ def test_masked_rows_get_the_lasso_alone_and_the_others_both() -> None:
 
 
 def test_before_its_start_nothing_is_masked_or_pulled() -> None:
-    tested = PaperCapacity(SPEC, section(start=0.5), MACS, 10, torch.device("cpu"))
+    tested = PaperMethod(SPEC, section(start=0.5), MACS, 10, torch.device("cpu"))
     net = attach(RetrievalNet(SPEC), tested.sites)
     features = {name: torch.randn(4, len(site.masked)) for name, site in tested.sites.items()}
     for step in range(5):
@@ -136,7 +136,7 @@ def test_before_its_start_nothing_is_masked_or_pulled() -> None:
 
 @pytest.mark.parametrize(("norms", "width"), [([1.0] * 9 + [1e-7] * 7, 16), ([1.0] * 3 + [1e-7] * 13, 8)])
 def test_at_the_end_dead_rows_are_zero_and_widths_are_multiples(norms: list[float], width: int) -> None:
-    tested = PaperCapacity(SPEC, section(), MACS, 10, torch.device("cpu"))
+    tested = PaperMethod(SPEC, section(), MACS, 10, torch.device("cpu"))
     net = attach(RetrievalNet(SPEC), tested.sites)
     site = "layer2.0.conv2"
     with torch.no_grad():
@@ -152,12 +152,12 @@ def test_at_the_end_dead_rows_are_zero_and_widths_are_multiples(norms: list[floa
 
 
 def test_it_survives_its_state_dict() -> None:
-    tested = PaperCapacity(SPEC, section(start=0.0, memory=10), MACS, 10, torch.device("cpu"))
+    tested = PaperMethod(SPEC, section(start=0.0, memory=10), MACS, 10, torch.device("cpu"))
     for _ in range(4):
         features = {name: torch.randn(4, len(site.masked)) for name, site in tested.sites.items()}
         tested.observe(features, features)
         tested.progress += 0.1
-    other = PaperCapacity(SPEC, section(start=0.0, memory=10), MACS, 10, torch.device("cpu"))
+    other = PaperMethod(SPEC, section(start=0.0, memory=10), MACS, 10, torch.device("cpu"))
     other.load_state_dict(tested.state_dict())
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in tested.state_dict().items())
     assert torch.equal(other.sites["layer1.0.conv2"].memory, tested.sites["layer1.0.conv2"].memory)

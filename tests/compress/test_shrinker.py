@@ -5,8 +5,8 @@ import torch
 
 from pipeline.compress.budget import BudgetError, cost_model
 from pipeline.compress.compactor import attach, removed_sites, row_norms, shrink_rows
-from pipeline.compress.importance import magnitudes, taylor
-from pipeline.compress.shrinker import Capacity
+from pipeline.compress.importance import magnitude_scores, taylor_scores
+from pipeline.compress.shrinker import Shrinker
 from pipeline.compress.surgery import fold_and_cut, largest_difference, plan_cut
 from pipeline.config import Student
 from pipeline.models import cost
@@ -26,16 +26,16 @@ def section(**budget: object) -> Student:
     return Student.model_validate(student)
 
 
-def fresh(**budget: object) -> Capacity:
+def fresh(**budget: object) -> Shrinker:
     model = cost.macs_model(SPEC, (32, 32))
-    return Capacity(SPEC, section(**budget), model, STEPS, 0, torch.device("cpu"))
+    return Shrinker(SPEC, section(**budget), model, STEPS, 0, torch.device("cpu"))
 
 
-def reduction(tested: Capacity) -> float:
+def reduction(tested: Shrinker) -> float:
     return 1 - tested.cost(tested.widths) / tested.cost(SPEC.widths)
 
 
-def capacity(**budget: object) -> Capacity:
+def capacity(**budget: object) -> Shrinker:
     made = fresh(**budget)
     generator = torch.Generator().manual_seed(0)
     for site in made.masks.values():
@@ -47,7 +47,7 @@ def student() -> RetrievalNet:
     return attach(RetrievalNet(SPEC), SPEC.sites)
 
 
-def idle(tested: Capacity, net: RetrievalNet) -> None:
+def idle(tested: Shrinker, net: RetrievalNet) -> None:
     """A step in which the optimiser does nothing and no mask is revised."""
     tested.shrink(net, lambda: None)
 
@@ -56,7 +56,7 @@ def test_widths_too_coarse_for_the_window_are_refused_before_training() -> None:
     config = section(reduction=0.1).model_copy(update={"sites": ["stream"], "channel_multiple": 32})
     model = cost_model(SPEC, config, (32, 32))  # the narrowest network would do
     with pytest.raises(BudgetError, match=r"multiples of 32 give a reduction in \[0\.1, 0\.11\]"):
-        Capacity(SPEC, config, model, STEPS, 0, torch.device("cpu"))
+        Shrinker(SPEC, config, model, STEPS, 0, torch.device("cpu"))
 
 
 def test_importance_is_what_the_loss_would_change_to_first_order_squared() -> None:
@@ -64,7 +64,7 @@ def test_importance_is_what_the_loss_would_change_to_first_order_squared() -> No
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     net(images).embedding.sum().backward()
     indicator = net.indicators()["layer2.0.conv2"]
-    scores = taylor(indicator, torch.ones(32, dtype=torch.float64))
+    scores = taylor_scores(indicator, torch.ones(32, dtype=torch.float64))
     before = net(images).embedding.sum()
     for row in (0, 7, 31):
         with torch.no_grad():
@@ -83,7 +83,7 @@ def test_a_fading_row_is_scored_at_full_length() -> None:
     with torch.no_grad():
         indicator.weight *= level[:, None, None, None]
     net(images).embedding.sum().backward()
-    found = taylor(indicator, level)
+    found = taylor_scores(indicator, level)
     torch.testing.assert_close(found, (indicator.weight.grad * torch.eye(128)[:, :, None, None]).sum((1, 2, 3)) ** 2)
 
 
@@ -93,7 +93,7 @@ def test_magnitudes_are_scales_of_the_norms_in_front() -> None:
         net.layer1[0].bn1.weight.copy_(torch.linspace(-1, 1, 16))
         net.layer1[0].bn3.weight.fill_(3.0)
         net.layer1[0].downsample[1].weight.fill_(-1.0)
-    found = magnitudes(net, ["layer1.0.conv1", "layer1"])
+    found = magnitude_scores(net, ["layer1.0.conv1", "layer1"])
     torch.testing.assert_close(found["layer1.0.conv1"], torch.linspace(-1, 1, 16).abs())
     torch.testing.assert_close(found["layer1"], torch.full((64,), (3 + 1 + 1) / 3))  # the second block's is 1
 

@@ -9,15 +9,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline import checkpoint
-from pipeline.compress.compactor import alive, attach, last_norm
+from pipeline.compress.compactor import attach, last_norm, living_channels
 from pipeline.compress.fold import fold, recentre
 from pipeline.compress.surgery import (
     SurgeryError,
     SurgeryPlan,
     fold_and_cut,
     largest_difference,
-    operate,
     plan_cut,
+    run_surgery,
     slices,
     take,
 )
@@ -73,12 +73,12 @@ def test_surgery_refuses_when_a_living_channel_would_go(dying_net: Make) -> None
         net.indicators()["layer4.0.conv2"].weight[:, :, 0, 0] *= 1e-3
     loose = Surgery(tolerance=1e-2, channel_multiple=1)
     with pytest.raises(SurgeryError):
-        operate(net.float(), net.spec, loose, IMAGES)
+        run_surgery(net.float(), net.spec, loose, IMAGES)
 
 
 def test_surgery_drops_compactors_and_classifier_and_tells_the_difference(dying_net: Make) -> None:
     net = dying_net(identities=5).float()
-    operation = operate(net, net.spec, CONFIG, IMAGES.float())
+    operation = run_surgery(net, net.spec, CONFIG, IMAGES.float())
     assert operation.max_abs_diff <= 1e-10
     assert operation.net.classifier is None
     assert operation.net.conv1.weight.dtype == torch.float32
@@ -160,7 +160,9 @@ def test_weights_that_do_not_fit_the_spec_are_refused(dying_net: Make, tmp_path:
 def test_fresh_compactors_change_nothing(dying_net: Make) -> None:
     net = fold_and_cut(dying := dying_net(), plan_cut(dying, 0.0, 8, dying.spec))
     assert largest_difference(net, attach(net, net.spec.widths), IMAGES) == 0.0
-    assert all(len(rows) == net.spec.widths[site] for site, rows in alive(attach(net, net.spec.widths)).items())
+    assert all(
+        len(rows) == net.spec.widths[site] for site, rows in living_channels(attach(net, net.spec.widths)).items()
+    )
 
 
 def test_a_block_that_still_adds_a_constant_is_not_dropped(dying_net: Make) -> None:

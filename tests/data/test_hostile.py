@@ -10,7 +10,7 @@ from tests.data import hostile
 
 def verdicts_of(root, expected):
     found = inspect([Item(path, "1", "c1", "train") for path in expected], root)
-    odd = dict(found.remarks)
+    odd = dict(found.warnings)
     verdicts = {item.path: hostile.ODD if item.path in odd else hostile.GOOD for item in found.good}
     return verdicts | {path: hostile.BAD for path, _ in found.quarantined}, dict(found.quarantined)
 

@@ -5,7 +5,7 @@ import os
 import numpy as np
 from PIL import Image, ImageOps
 
-from pipeline.data.inspection import changed, inspect, leaks, near_duplicates, settled, twins
+from pipeline.data.inspection import changed, deduplicate, inspect, leaks, near_duplicates, twins
 from pipeline.data.manifest import Item
 from tests import layouts
 
@@ -75,13 +75,13 @@ def test_training_images_that_two_identities_claim_go_and_test_images_stay(tmp_p
     for number, (identity, split) in enumerate((("1", "train"), ("2", "train"), ("3", "query"), ("4", "gallery"))):
         picture(tmp_path / f"{number}.png", number // 2)
         items.append(Item(f"{number}.png", identity, "c1", split))
-    found = settled(inspect(items, tmp_path))
+    found = deduplicate(inspect(items, tmp_path))
     assert [item.path for item in found.good] == ["2.png", "3.png"]
     assert found.quarantined == [
         ("0.png", "identities 2 claim the same pixels"),
         ("1.png", "identities 1 claim the same pixels"),
     ]
-    assert found.remarks == [
+    assert found.warnings == [
         ("2.png", "identities 4 claim the same pixels"),
         ("3.png", "identities 3 claim the same pixels"),
     ]
@@ -93,7 +93,7 @@ def test_odd_but_usable_images_get_a_remark(tmp_path, picture):
     frames = [Image.new("L", (9, 9), level) for level in (10, 200)]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     found = inspect([Item(name, "1", "c1", "train") for name in ("plain.JPG", "moving.gif")], tmp_path)
-    assert found.remarks == [
+    assert found.warnings == [
         ("plain.JPG", "is PNG, whatever its name says"),
         ("moving.gif", "has 2 frames, of which the first is taken; is of one colour"),
     ]

@@ -23,13 +23,13 @@ GOOD = (
 
 def test_rows_identities_and_cameras_belong_to_the_splits_that_are_asked_for():
     manifest = Manifest(GOOD, Path())
-    rows = manifest.rows("query", "train")
+    rows = manifest.indices("query", "train")
     assert rows.dtype == np.int64 and rows.tolist() == [0, 1, 4]
     assert manifest.identities(rows).tolist() == ["007", "8", "10"]
-    assert manifest.cameras(manifest.rows("validation-gallery")).tolist() == ["c002"]
+    assert manifest.cameras(manifest.indices("validation-gallery")).tolist() == ["c002"]
     assert manifest.train_identities == ("007", "8")
     with pytest.raises(KeyError, match="no split"):
-        manifest.rows("test")
+        manifest.indices("test")
 
 
 def test_writing_and_reading_keeps_leading_zeros_and_the_digest(tmp_path):

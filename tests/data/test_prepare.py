@@ -58,10 +58,10 @@ def test_the_default_set_is_rendered_split_and_cached(tmp_path):
     }
     outs = {path.relative_to(tmp_path / "artifacts") for path in (tmp_path / "artifacts").glob("*/*")}
     assert {path.name for path in outs} == {"vehicles", "manifest.csv", "images.npy", "quarantine.csv"}
-    assert (tmp_path / "artifacts" / "remarks.csv").read_text().startswith("path,remark\n")
+    assert (tmp_path / "artifacts" / "warnings.csv").read_text().startswith("path,remark\n")
     manifest, images = open_images(run.files, run.params)
-    assert images.batch(manifest.rows("query")).shape == (4, 20, 16, 3)
-    assert len(manifest.rows("validation-query")) == 12
+    assert images.batch(manifest.indices("query")).shape == (4, 20, 16, 3)
+    assert len(manifest.indices("validation-query")) == 12
     assert "render" in run.seconds
 
 
@@ -103,9 +103,9 @@ def test_a_test_image_that_is_a_training_image_stops_everything(veri):
     assert not Files(veri, veri).manifest.exists()
     record = prepare(Run(veri, source="veri776", max_leaked=0.5))
     assert (record.leaked, record.gallery) == (1, 3)
-    with Files(veri, veri).remarks.open() as file:
-        remarks = {row["path"]: row["remark"] for row in csv.DictReader(file)}
-    assert remarks["image_test/0003_c002_00000000_0.jpg"].startswith(
+    with Files(veri, veri).warnings.open() as file:
+        warnings = {row["path"]: row["remark"] for row in csv.DictReader(file)}
+    assert warnings["image_test/0003_c002_00000000_0.jpg"].startswith(
         "has the pixels of training image image_train/0002"
     )
 

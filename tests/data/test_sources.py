@@ -183,7 +183,7 @@ def test_a_folder_leaves_out_what_is_no_image_of_anyone_and_says_so(tmp_path):
     (tmp_path / "thing 1" / "loop").symlink_to(tmp_path)
     found = read("folder", tmp_path)
     assert len(found.items) == 18
-    assert dict(found.remarks).keys() == {
+    assert dict(found.warnings).keys() == {
         *("readme.txt", ".git", "thing 1/Thumbs.db", "thing 1/cam1/._0.png", "thing 1/link.png", "thing 1/loop"),
         *("thing 1/labels.json", "thing 1/more.zip", "thing 1/\\udcff.png"),
     }

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.custom import UNDEALT, UNSPLIT
 from pipeline.data.manifest import DataError, Item
-from pipeline.data.splits import complain_about_test, split_test, split_validation
+from pipeline.data.splits import check_test_set, split_test, split_validation
 from pipeline.protocols import PROTOCOLS
 
 NAMES = ("market", "query-gallery", "loo", "vehicleid")
@@ -142,7 +142,7 @@ def test_junk_is_asked_of_and_asks_nothing():
     for seed in range(5):
         assert split_test(items, 0.5, seed, "market")[-1].split == "gallery"
     with pytest.raises(DataError, match="junk, which asks nothing"):
-        complain_about_test(split_test(items, 0.99, 0, "loo"), "loo")
+        check_test_set(split_test(items, 0.99, 0, "loo"), "loo")
 
 
 def test_a_given_test_half_is_dealt_out_and_training_stays():
@@ -170,4 +170,4 @@ def test_given_splits_are_left_alone():
 def test_a_test_set_that_cannot_be_asked_is_refused_with_a_remedy(protocol, test, message):
     items = [Item(f"{n}.jpg", *what) for n, what in enumerate(test)]
     with pytest.raises(DataError, match=message):
-        complain_about_test(items, protocol)
+        check_test_set(items, protocol)

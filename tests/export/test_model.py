@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 
 from pipeline.export import model as module
 from pipeline.export import sample
-from pipeline.export.model import load_model, open_model, vet
+from pipeline.export.model import check_graph, load_model, open_model
 from pipeline.export.release import ReleaseError, read_release, write_release
 from tests.export.tiny_network import SIZE, Pictures
 
@@ -44,7 +44,7 @@ def test_a_flipped_byte_anywhere_is_refused_before_anything_is_parsed(release, t
     def parsed(*_):
         raise AssertionError("it was parsed")
 
-    for name in ("vet", "open_session"):
+    for name in ("check_graph", "open_session"):
         monkeypatch.setattr(module, name, parsed)
     monkeypatch.setattr(sample.Image, "open", parsed)
     monkeypatch.setattr(sample.json, "loads", parsed)
@@ -200,9 +200,9 @@ def test_what_this_package_does_not_write_is_refused(content, why):
 def test_what_protobuf_cannot_hold_is_refused_unparsed(monkeypatch):
     monkeypatch.setattr(module, "LARGEST", 10)
     with pytest.raises(ReleaseError, match="11 bytes"):
-        vet("model.onnx", b"x" * 11)
+        check_graph("model.onnx", b"x" * 11)
 
 
 def test_files_of_all_operators_that_are_written_pass(content):
-    vet("model.onnx", content)
+    check_graph("model.onnx", content)
     assert {node.domain for node in onnx.load_from_string(content).graph.node} <= {"", "ai.onnx"}

@@ -18,7 +18,7 @@ from pipeline.files import Files
 from pipeline.flow import doctor
 from pipeline.flow.doctor import Check
 from pipeline.flow.dvc_rwlock import release_dead
-from pipeline.system.locks import Busy, retraining
+from pipeline.system.locks import BusyError, retraining
 from pipeline.tracking.store import LIMITS
 from tests.fake_stages import Start
 
@@ -111,7 +111,7 @@ def test_nothing_is_taken_from_those_who_work_here_unseen(
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     (found, *_) = bad(doctor.dvc_locks(pipeline))
     assert found.fix is not None
-    with pytest.raises(Busy, match="wait for it or end it"):
+    with pytest.raises(BusyError, match="wait for it or end it"):
         found.fix()
     assert rwlock.read_text() == before
     holder.kill()
@@ -132,7 +132,7 @@ def test_locks_that_dvc_makes_for_shared_file_systems_are_heeded(
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     (found,) = bad(doctor.dvc_locks(pipeline))
     assert found.fix is not None
-    with pytest.raises(Busy):
+    with pytest.raises(BusyError):
         found.fix()
     holder.kill()
     holder.wait()

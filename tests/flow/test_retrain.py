@@ -219,7 +219,7 @@ def test_what_was_due_before_the_last_one_began_has_nothing_left_to_do(pipeline:
     _, err = process.communicate()
     assert process.returncode == 1
     assert "smaller-student: was due before the last retraining began" in err
-    assert flow_runs(pipeline) == [("CANCELLED", "Overtaken")]
+    assert flow_runs(pipeline) == [("CANCELLED", "Skipped")]
     assert not pipeline.metrics("prepare").exists()
 
 

@@ -6,9 +6,9 @@ import torchvision
 from torch import nn
 
 from pipeline.models import cost
+from pipeline.models.feature_hooks import FeatureHooks
 from pipeline.models.resnet import RetrievalNet, convert
 from pipeline.models.spec import ArchSpec
-from pipeline.models.taps import Taps
 
 
 def counted_macs(net: nn.Module, size: tuple[int, int]) -> int:
@@ -34,7 +34,7 @@ def test_torchvision_weights_give_torchvision_features(depth: int) -> None:
     ours.load_backbone(state, "torchvision")  # with and without the counts that old files lack
     theirs.fc = nn.Identity()
     image = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), Taps(ours, ["layer4"]) as taps:
+    with torch.no_grad(), FeatureHooks(ours, ["layer4"]) as taps:
         ours(image)
         torch.testing.assert_close(taps.read()["layer4"].mean(dim=(2, 3)), theirs(image))
 
@@ -85,7 +85,7 @@ def test_converting_without_a_weight_names_it() -> None:
 
 def test_taps_are_empty_once_read_and_silent_once_closed() -> None:
     net = RetrievalNet(ArchSpec.full(14, 8, 16)).eval()
-    with Taps(net, ["layer1.0.compactor1", "layer2"]) as taps:
+    with FeatureHooks(net, ["layer1.0.compactor1", "layer2"]) as taps:
         net(torch.zeros(1, 3, 32, 32))
         assert set(taps.read()) == {"layer1.0.compactor1", "layer2"}
         assert taps.read() == {}

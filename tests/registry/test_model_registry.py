@@ -12,8 +12,8 @@ from mlflow import MlflowClient
 
 from pipeline.files import Files
 from pipeline.registry.lineage import BEST, CHALLENGER, CHAMPION
-from pipeline.registry.model_registry import DIGEST, Judge, Registry, RegistryError, uploaded
-from pipeline.registry.policy import Verdict
+from pipeline.registry.model_registry import DIGEST, Decide, Registry, RegistryError, uploaded
+from pipeline.registry.policy import Decision
 
 NAMES = (f"model{number}" for number in itertools.count())
 
@@ -47,14 +47,14 @@ def quality(registry: Registry, version: str) -> float:
     return float(registry.client.get_model_version(registry.name, version).tags["quality"])
 
 
-def gate(registry: Registry, own: float) -> Judge:
+def gate(registry: Registry, own: float) -> Decide:
     """Passes what is not more than 1 worse than the champion and the best."""
 
-    def judge(champion: str | None, best: str | None) -> tuple[Verdict, bool]:
+    def decide(champion: str | None, best: str | None) -> tuple[Decision, bool]:
         rivals = [quality(registry, of) for of in (champion, best) if of is not None]
-        return Verdict(all(own > rival - 1 for rival in rivals), "by quality"), own > max(rivals, default=-1)
+        return Decision(all(own > rival - 1 for rival in rivals), "by quality"), own > max(rivals, default=-1)
 
-    return judge
+    return decide
 
 
 def publish(registry: Registry, run: str, folder: Path, own: float) -> tuple[str, bool]:
@@ -399,8 +399,8 @@ def test_a_version_that_was_compared_with_a_champion_taken_back_meanwhile_is_com
         publish(real, run, tmp_path / "first", own)
     turns, errors = Turns(seed, 2), []
 
-    def judge(champion: str | None, best: str | None) -> tuple[Verdict, bool]:
-        return Verdict(champion == "2", "by rival"), False
+    def decide(champion: str | None, best: str | None) -> tuple[Decision, bool]:
+        return Decision(champion == "2", "by rival"), False
 
     def worker(number: int) -> None:
         mine = Registry(Slow(client, turns, number), real.name)  # type: ignore[arg-type]
@@ -408,7 +408,7 @@ def test_a_version_that_was_compared_with_a_champion_taken_back_meanwhile_is_com
             if number:
                 mine.roll_back()
             else:
-                mine.publish(release(tmp_path / "second", 7.0), lambda: run, {}, judge)
+                mine.publish(release(tmp_path / "second", 7.0), lambda: run, {}, decide)
         except Died:
             pass
         except BaseException as error:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.registry.policy import CONFIDENCE, RESAMPLES, Difference, Rival, difference, interval, judge
+from pipeline.registry.policy import CONFIDENCE, RESAMPLES, Comparison, Difference, decide, difference, interval
 from pipeline.retrieval.metrics import Retrieval
 
 MARGIN = 0.005
@@ -38,8 +38,8 @@ def promoted(worse_by: float, seed: int, queries: int = 300) -> bool:
     """Does a network pass whose true mAP lies so much below; AP differs by query as it does on the default data."""
     random = np.random.default_rng(seed)
     gains = random.normal(0, 0.12, queries) * random.integers(0, 2, queries)  # half of the queries are the same to both
-    rival = Rival(interval(gains - worse_by, seed), 1.0)
-    return judge({"the champion": rival}, MARGIN, 1.1, 1.1).passed
+    rival = Comparison(interval(gains - worse_by, seed), 1.0)
+    return decide({"the champion": rival}, MARGIN, 1.1, 1.1).passed
 
 
 def test_few_that_are_worse_by_the_margin_pass_and_some_that_are_better_do() -> None:
@@ -52,24 +52,24 @@ def test_few_that_are_worse_by_the_margin_pass_and_some_that_are_better_do() -> 
 @pytest.mark.parametrize(
     ("rival", "told"),
     [
-        (Rival(Difference(0.0, -0.006, 0.006), 1.0), "mAP may be 0.0060 below the champion's"),
-        (Rival(Difference(0.0, -0.001, 0.006), 1.2), "1.20 times the bytes of the champion"),
-        (Rival(Difference(0.0, -0.001, 0.006), 1.0, 1.3), "1.30 times as long as the champion"),
+        (Comparison(Difference(0.0, -0.006, 0.006), 1.0), "mAP may be 0.0060 below the champion's"),
+        (Comparison(Difference(0.0, -0.001, 0.006), 1.2), "1.20 times the bytes of the champion"),
+        (Comparison(Difference(0.0, -0.001, 0.006), 1.0, 1.3), "1.30 times as long as the champion"),
     ],
 )
-def test_who_is_refused_is_told_why(rival: Rival, told: str) -> None:
-    verdict = judge({"the champion": rival}, MARGIN, 1.1, 1.1)
+def test_who_is_refused_is_told_why(rival: Comparison, told: str) -> None:
+    verdict = decide({"the champion": rival}, MARGIN, 1.1, 1.1)
     assert not verdict.passed
     assert told in verdict.reason
 
 
 def test_small_losses_do_not_add_up() -> None:
     """Each step loses less than the margin against the champion; the best there was remembers."""
-    step = Rival(Difference(-0.002, -0.004, 0.0), 1.0)
-    best = Rival(Difference(-0.006, -0.008, -0.004), 1.0)
-    assert judge({"the champion": step}, MARGIN, 1.1, 1.1).passed
-    assert not judge({"the champion": step, "the best there was": best}, MARGIN, 1.1, 1.1).passed
+    step = Comparison(Difference(-0.002, -0.004, 0.0), 1.0)
+    best = Comparison(Difference(-0.006, -0.008, -0.004), 1.0)
+    assert decide({"the champion": step}, MARGIN, 1.1, 1.1).passed
+    assert not decide({"the champion": step, "the best there was": best}, MARGIN, 1.1, 1.1).passed
 
 
 def test_the_first_model_passes() -> None:
-    assert judge({}, MARGIN, 1.1, 1.1).passed
+    assert decide({}, MARGIN, 1.1, 1.1).passed

@@ -18,8 +18,8 @@ from pipeline.export.to_onnx import to_onnx
 from pipeline.files import Files
 from pipeline.registry.lineage import CHAMPION
 from pipeline.registry.model_registry import RegistryError, uploaded
-from pipeline.registry.policy import Verdict
-from pipeline.registry.promotion import SPLIT, TEST_SET, Gate
+from pipeline.registry.policy import Decision
+from pipeline.registry.promotion import SPLIT, TEST_SET, PromotionPolicy
 from pipeline.registry.publish import registry
 from pipeline.stage.presets import load_preset
 from tests import layouts
@@ -94,9 +94,9 @@ def trained(folder: Path, networks: dict[int, bytes], seed: int, manifest: Manif
     return folder
 
 
-def publish(files: Files, settings: Params, folder: Path) -> tuple[str, Verdict]:
+def publish(files: Files, settings: Params, folder: Path) -> tuple[str, Decision]:
     with registry(files, settings) as known:
-        gate = Gate(files, settings, known, folder)
+        gate = PromotionPolicy(files, settings, known, folder)
         return known.publish(folder, lambda: uploaded(known.client, files, folder, "e"), gate.tags, gate)
 
 
@@ -110,7 +110,7 @@ def test_a_grown_test_set_of_the_same_split_is_compared_and_downloads_are_pruned
 ) -> None:
     settings = params()
     first = publish(files, settings, trained(files.root / "one", networks, 0, prepare(files, settings, 20)))
-    assert first == ("1", Verdict(True, "there was none before it"))
+    assert first == ("1", Decision(True, "there was none before it"))
     version, verdict = publish(files, settings, trained(files.root / "two", networks, 1, prepare(files, settings, 26)))
     assert verdict.passed and " against the champion (" in verdict.reason
     assert champion(files, settings) == version == "2"
@@ -164,7 +164,7 @@ def test_the_rendered_set_is_known_by_how_it_was_rendered(files: Files, networks
         sizes = settings.data.vehicles.model_copy(update={"train_identities": train, "test_identities": test})
         data = settings.data.model_copy(update={"vehicles": sizes})
         with registry(files, params()) as known:
-            tags.append(Gate(files, settings.model_copy(update={"data": data}), known, folder).tags[SPLIT])
+            tags.append(PromotionPolicy(files, settings.model_copy(update={"data": data}), known, folder).tags[SPLIT])
     assert tags[0] == tags[1]
     assert len(set(tags)) == 3
 

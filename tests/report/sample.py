@@ -42,7 +42,7 @@ class Pictures:
 
 
 def embeddings(noise):
-    """Rows: queries, then gallery; without noise every query finds its identity first."""
+    """Indices: queries, then gallery; without noise every query finds its identity first."""
     rows = np.concatenate([Manifest().rows("query"), Manifest().rows("gallery")])
     identity = np.eye(IDENTITIES)[rows // CAMERAS]
     found = identity + noise * np.random.default_rng(0).normal(size=identity.shape)

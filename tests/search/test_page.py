@@ -148,15 +148,15 @@ def test_a_foreign_page_cannot_search_here(client, origin, code):
 
 
 def test_names_that_the_page_may_be_called_by():
-    assert page.callable_by("127.0.0.1", []) == ["localhost", "127.0.0.1"]
-    assert page.callable_by("10.0.0.7", []) == ["localhost", "127.0.0.1", "10.0.0.7"]
-    assert page.callable_by("0.0.0.0", ["box.lan"]) == ["localhost", "127.0.0.1", "box.lan"]
+    assert page.allowed_hosts("127.0.0.1", []) == ["localhost", "127.0.0.1"]
+    assert page.allowed_hosts("10.0.0.7", []) == ["localhost", "127.0.0.1", "10.0.0.7"]
+    assert page.allowed_hosts("0.0.0.0", ["box.lan"]) == ["localhost", "127.0.0.1", "box.lan"]
     for host in ("0.0.0.0", "::", "", "fe80::1"):
         with pytest.raises(page.AddressError, match="is called by a name; give it by `--name`"):
-            page.callable_by(host, [])
+            page.allowed_hosts(host, [])
     for name in ("*", "*.lan", "http://box", "box:8000", ""):
         with pytest.raises(page.AddressError, match="is no host name"):
-            page.callable_by("0.0.0.0", [name])
+            page.allowed_hosts("0.0.0.0", [name])
 
 
 def test_a_name_of_somebody_elses_is_refused(client):

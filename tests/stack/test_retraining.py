@@ -270,7 +270,7 @@ def test_fifty_late_runs_end_in_one_at_most(stack: Stack, server: SyncPrefectCli
     worker.resume()
     found = Counter(ended(server, run).state_name for run in late)
     assert found["NoChange"] <= 1
-    assert set(found) <= {"NoChange", "Cancelled", "Overtaken"}
+    assert set(found) <= {"NoChange", "Cancelled", "Skipped"}
     assert found.total() == 50
 
 

@@ -14,7 +14,7 @@ import pytest
 from pipeline.files import Files, write_text
 from pipeline.records import Record, TeacherRecord
 from pipeline.stage.params_file import load
-from pipeline.stage.run import Run, exit_code, guarded, table
+from pipeline.stage.run import Run, exit_code, run_guarded, table
 from tests.fake_stages import NUMBERS, OFF, Start
 
 TEACHER = ("-m", "stages.teacher")
@@ -153,7 +153,7 @@ def test_errors_become_one_line(error: Exception, code: int, line: str, capsys: 
     def work() -> None:
         raise error
 
-    assert guarded("here", work) == code == exit_code(error)
+    assert run_guarded("here", work) == code == exit_code(error)
     assert capsys.readouterr().err.splitlines()[0] == f"here: {line}".rstrip() or line.endswith(": ")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.system.locks import Busy, is_held, locked
+from pipeline.system.locks import BusyError, is_held, locked
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -29,7 +29,7 @@ def test_who_comes_second_hears_at_once_who_is_first(tmp_path: Path) -> None:
     )  # fmt: skip
     assert first.stdout is not None and first.stdout.readline() == "holds\n"
     message = rf"^busy: training runs already \(pid {first.pid} on \S+ since 20"
-    with pytest.raises(Busy, match=message) as caught, locked(path, "training"):
+    with pytest.raises(BusyError, match=message) as caught, locked(path, "training"):
         pass
     assert caught.value.exit_code == 75
     first.kill()  # even then the lock is free at once
@@ -79,7 +79,7 @@ def test_patience_waits_until_the_other_has_ended(tmp_path: Path) -> None:
             order.append("first")
         second.result()
     assert order == ["first", "second"]
-    refused = pytest.raises(Busy, match=r"^busy: counting runs already")
+    refused = pytest.raises(BusyError, match=r"^busy: counting runs already")
     with locked(path, "counting"), ThreadPoolExecutor(1) as pool, refused:
         pool.submit(_second, path, order, patience=0.1).result()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.system.process import Overtime, running
+from pipeline.system.process import TimeLimitError, running
 
 STUBBORN = """
 import signal, subprocess, sys, time
@@ -45,7 +45,7 @@ def test_a_program_does_not_outlive_its_parent(number: signal.Signals) -> None:
 def test_what_a_program_started_ends_with_it_when_its_time_is_over() -> None:
     """Its first process ends at once, the second one ignores signals and holds the output that is read."""
     began = time.monotonic()
-    with pytest.raises(Overtime), running(sys.executable, "-c", STUBBORN, hours=3 / 3600) as process:
+    with pytest.raises(TimeLimitError), running(sys.executable, "-c", STUBBORN, hours=3 / 3600) as process:
         assert process.stdout is not None
         child = psutil.Process(int(process.stdout.readline()))
         assert process.stdout.readline() == "up\n"

@@ -11,18 +11,18 @@ from pipeline.tracking import metrics
 def test_the_same_quantity_has_the_same_key_in_every_stage(reported: Files) -> None:
     shared = {"eval/mAP", "model/params", "model/macs", "model/params_reduction", "model/flops_reduction"}
     for stage in ("teacher", "student", "surgery", "export", "benchmark"):
-        assert shared <= metrics.finals(reported, stage).keys(), stage
+        assert shared <= metrics.final_metrics(reported, stage).keys(), stage
     for stage in ("teacher", "student", "surgery"):
-        assert {"eval/rank1", "eval/rank5", "eval/rank10", "eval/mINP"} <= metrics.finals(reported, stage).keys()
+        assert {"eval/rank1", "eval/rank5", "eval/rank10", "eval/mINP"} <= metrics.final_metrics(reported, stage).keys()
 
 
 def test_a_teacher_gives_up_nothing(reported: Files) -> None:
-    teacher = metrics.finals(reported, "teacher")
+    teacher = metrics.final_metrics(reported, "teacher")
     assert teacher["model/params_reduction"] == teacher["model/flops_reduction"] == 0
 
 
 def test_the_benchmark_carries_the_figures_of_the_file_that_it_times(reported: Files) -> None:
-    found = metrics.finals(reported, "benchmark")
+    found = metrics.final_metrics(reported, "benchmark")
     assert found["eval/mAP"] == 0.59
     assert found["latency/speedup"] == 2.0
     assert found["latency/student_batch1_threadsall_p50"] == 2.0
@@ -31,7 +31,7 @@ def test_the_benchmark_carries_the_figures_of_the_file_that_it_times(reported: F
 @pytest.mark.parametrize("stage", RECORDS)
 def test_every_number_but_the_widths_gets_a_key_with_a_section(reported: Files, stage: str) -> None:
     record = {name for name in metrics.record(reported, stage) if not name.startswith("widths.")}
-    found = metrics.finals(reported, stage)
+    found = metrics.final_metrics(reported, stage)
     assert len(found) >= len(record)
     assert all(key.count("/") == 1 for key in found)
 
@@ -71,7 +71,7 @@ def test_empty_cells_of_a_curve_are_left_out(tmp_path: Path) -> None:
 def test_a_metrics_file_of_another_shape_is_refused(reported: Files) -> None:
     write_json(reported.metrics("prepare"), {"images": 3})
     with pytest.raises(ValueError, match="identities"):
-        metrics.finals(reported, "prepare")
+        metrics.final_metrics(reported, "prepare")
 
 
 def test_the_table_has_a_row_for_each_network_that_there_is(reported: Files) -> None:

@@ -123,7 +123,7 @@ def test_curves_have_steps_and_final_figures_are_single_points_however_often_mlf
     assert [run.info.run_id for run in runs(here)] == before
     run = children(here)["student"]
     assert points(run, "train/kl") == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
-    for key in metrics.finals(here, "student"):
+    for key in metrics.final_metrics(here, "student"):
         assert len(points(run, key)) == 1, key
     assert run.data.metrics["time/total"] == 1.5
     assert (run.info.status, run.info.end_time) == ("FINISHED", int(ended * 1000))

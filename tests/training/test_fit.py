@@ -15,23 +15,23 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from pipeline.compress.budget import BudgetMissedError, cost_model
-from pipeline.compress.compactor import alive, attach, row_norms
-from pipeline.compress.shrinker import Capacity
-from pipeline.compress.student import StudentTask, _unscaled, fresh_student, remaining_spec, spread, student_task
-from pipeline.compress.surgery import largest_difference, operate
+from pipeline.compress.compactor import attach, living_channels, row_norms
+from pipeline.compress.shrinker import Shrinker
+from pipeline.compress.student import StudentTask, _unscaled, build_student, remaining_spec, spread, student_task
+from pipeline.compress.surgery import largest_difference, run_surgery
 from pipeline.config import Params
 from pipeline.models import cost
 from pipeline.models.cost import CostModel
+from pipeline.models.feature_hooks import FeatureHooks, pooled
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
-from pipeline.models.taps import Taps, pooled
 from pipeline.runtime import launch
 from pipeline.stage.presets import load_preset
 from pipeline.training import loop
 from pipeline.training.loop import Batch, DivergedError, Fit
 from pipeline.training.optimizer import build, learning_rate, load_state_tensors, state_tensors
 from pipeline.training.state import Checkpoints
-from pipeline.training.teacher import TeacherTask, fresh_teacher, pretrained
+from pipeline.training.teacher import TeacherTask, build_teacher, pretrained
 
 ROOT = Path(__file__).parents[2]
 IDENTITIES, PER_IDENTITY, STEPS = 4, 2, 6
@@ -78,7 +78,7 @@ def change(params: Params, stage: str, **values: object) -> Params:
 @pytest.fixture(scope="module")
 def teacher(params: Params) -> RetrievalNet:
     torch.manual_seed(0)
-    return fresh_teacher(params.teacher, IDENTITIES).eval()
+    return build_teacher(params.teacher, IDENTITIES).eval()
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
@@ -115,7 +115,7 @@ def test_a_student_hits_its_budget_exactly_and_leaves_its_teacher_alone(
     params = change(params, "student", shrink=shrink)
     before = digest(teacher.state_dict())
     task, fit, rows = prepared(params, teacher, tmp_path)
-    net = fit.run(lambda: fresh_student(params, teacher, task.compression))
+    net = fit.run(lambda: build_student(params, teacher, task.compression))
     small = remaining_spec(net)
     reduction = 1 - cost.macs(small, (32, 32)) / cost.macs(teacher.spec, (32, 32))
     assert 0.4 <= reduction <= 0.41
@@ -133,15 +133,15 @@ def test_a_student_hits_its_budget_exactly_and_leaves_its_teacher_alone(
         assert net.spec.widths == teacher.spec.widths
         masked = task.compression.masks["layer4.0.conv1"].masked
         assert torch.equal(row_norms(net.indicators()["layer4.0.conv1"].matrix.detach()) == 0, masked)
-    operation = operate(net, teacher.spec, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
+    operation = run_surgery(net, teacher.spec, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
     assert operation.net.spec == small
     assert operation.max_abs_diff <= 1e-10
 
 
 def test_a_live_cut_leaves_fading_rows_at_their_level(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
     task, _, _ = prepared(params, teacher, tmp_path)
-    assert isinstance(task.compression, Capacity)
-    net = fresh_student(params, teacher, task.compression).eval()
+    assert isinstance(task.compression, Shrinker)
+    net = build_student(params, teacher, task.compression).eval()
     site = task.compression.masks["layer4.0.conv1"]
     norms = torch.linspace(0.1, 2.0, len(site.kept))
     norms[3:8] = 0.0
@@ -164,8 +164,8 @@ def test_norms_of_a_live_cut_are_measured_behind_the_faded_rows(
     params: Params, teacher: RetrievalNet, tmp_path: Path
 ) -> None:
     task, _, _ = prepared(params, teacher, tmp_path)
-    assert isinstance(task.compression, Capacity)
-    net = fresh_student(params, teacher, task.compression).eval()
+    assert isinstance(task.compression, Shrinker)
+    net = build_student(params, teacher, task.compression).eval()
     for name, dead in (("layer4.0.conv1", 0), ("layer4.0.conv2", 8)):
         task.compression.masks[name].masked[:16] = True
         task.compression.masks[name].full_norm[:16] = 1.0
@@ -175,7 +175,7 @@ def test_norms_of_a_live_cut_are_measured_behind_the_faded_rows(
     reshaped = task.reshape(net)
     assert reshaped is not None
     narrow = reshaped.net
-    with Taps(narrow, ["layer4.0.conv2"]) as taps, torch.no_grad():
+    with FeatureHooks(narrow, ["layer4.0.conv2"]) as taps, torch.no_grad():
         narrow(task.calibration)
         variance, mean = torch.var_mean(taps.read()["layer4.0.conv2"], dim=(0, 2, 3))
     torch.testing.assert_close(narrow.layer4[0].bn2.running_mean, mean)
@@ -189,9 +189,9 @@ def test_rows_that_fade_across_the_end_of_an_epoch_are_gone_in_time(
     content = params.model_dump()
     content["student"]["budget"] |= {"start": 0.0, "end": 0.7, "fade": 0.3, "every": 1}
     task, fit, _ = prepared(Params.model_validate(content), teacher, tmp_path)
-    net = fit.run(lambda: fresh_student(params, teacher, task.compression))
+    net = fit.run(lambda: build_student(params, teacher, task.compression))
     task.check(net)
-    assert isinstance(task.compression, Capacity)
+    assert isinstance(task.compression, Shrinker)
     assert not any(site.masked.any() for site in task.compression.masks.values())
     assert net.spec.widths == remaining_spec(net).widths
 
@@ -240,7 +240,7 @@ def test_basic_blocks_shrink_too(params: Params, tmp_path: Path) -> None:
     content["student"]["sites"] = ["conv1"]
     params = Params.model_validate(content)
     torch.manual_seed(0)
-    teacher = fresh_teacher(params.teacher, IDENTITIES).eval()
+    teacher = build_teacher(params.teacher, IDENTITIES).eval()
     test_a_student_hits_its_budget_exactly_and_leaves_its_teacher_alone(params, teacher, tmp_path, "live")
 
 
@@ -255,7 +255,7 @@ def a_killed_student_ends_with_the_same_bytes(
     params: Params, teacher: RetrievalNet, tmp_path: Path, killed_after: int
 ) -> ArchSpec:
     task, whole, whole_rows = prepared(params, teacher, tmp_path / "whole")
-    expected = whole.run(lambda: fresh_student(params, teacher, task.compression))
+    expected = whole.run(lambda: build_student(params, teacher, task.compression))
 
     def dying(row: dict[str, float]) -> None:
         if row["epoch"] == killed_after:
@@ -264,7 +264,7 @@ def a_killed_student_ends_with_the_same_bytes(
     task, first, _ = prepared(params, teacher, tmp_path / "killed")
     with pytest.raises(Killed):
         Fit(first.fabric, first.config, task, first.loader, preprocess, first.checkpoints, dying).run(
-            lambda: fresh_student(params, teacher, task.compression)
+            lambda: build_student(params, teacher, task.compression)
         )
     task, second, rows = prepared(params, teacher, tmp_path / "killed")
 
@@ -304,7 +304,7 @@ def test_what_the_teacher_said_before_teaches_the_same(params: Params, teacher: 
             asked[-1] += 1
 
         handle = task.teacher.register_forward_hook(count)
-        digests.append(digest(fit.run(partial(fresh_student, params, teacher, task.compression)).state_dict()))
+        digests.append(digest(fit.run(partial(build_student, params, teacher, task.compression)).state_dict()))
         handle.remove()
     assert asked[0] == asked[1] >= STEPS * params.student.epochs
     assert asked[2] == 0
@@ -317,7 +317,7 @@ def test_a_gate_is_not_scored_by_what_its_own_stage_lacks_of_the_teacher() -> No
     with torch.no_grad():
         net.gates["layer2"].weight.uniform_(0.5, 2.0)
         net.gates["layer2"].weight[3] = 0.0
-    with Taps(net, ["layer2"], pooled) as taps:
+    with FeatureHooks(net, ["layer2"], pooled) as taps:
         net(torch.randn(4, 3, 32, 32))
         features = taps.read()["layer2"]
     found = _unscaled(net, "layer2", features)
@@ -337,11 +337,11 @@ def test_the_head_keeps_the_teachers_statistics_where_asked(
 ) -> None:
     params = change(params, "student", freeze_norms_at=1.0, freeze_head_norms_at=share, method=method)
     task, fit, _ = prepared(params, teacher, tmp_path)
-    net = fit.run(lambda: fresh_student(params, teacher, task.compression))
+    net = fit.run(lambda: build_student(params, teacher, task.compression))
     if method == "budget":
         assert net.spec.widths != teacher.spec.widths  # it was cut meanwhile
     if method == "static-magnitude":
-        teacher = fresh_student(params, teacher, task.compression)
+        teacher = build_student(params, teacher, task.compression)
     assert torch.equal(net.head.bn1.running_var, teacher.head.bn1.running_var) is kept
     assert torch.equal(net.head.bn2.running_var, teacher.head.bn2.running_var) is kept
 
@@ -354,7 +354,7 @@ def test_all_norms_keep_their_statistics_for_the_last_steps(
     params = change(params, "student", freeze_norms_at=share, freeze_head_norms_at=1.0, method="none")
     task, fit, _ = prepared(params, teacher, tmp_path)
     statistics, weights = [], []
-    for state in fit.states(lambda: fresh_student(params, teacher, task.compression)):
+    for state in fit.states(lambda: build_student(params, teacher, task.compression)):
         statistics.append(digest({name: value for name, value in state.net.named_buffers() if "running" in name}))
         weights.append(digest(dict(state.net.named_parameters())))
     moved = [before != after for before, after in pairwise(statistics)]
@@ -365,7 +365,7 @@ def test_all_norms_keep_their_statistics_for_the_last_steps(
 def test_a_student_that_misses_its_budget_is_refused(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
     task, _, _ = prepared(params, teacher, tmp_path)
     with pytest.raises(BudgetMissedError, match=r"ended at a reduction of 0\.0000, not in \[0\.4, 0\.41\]"):
-        task.check(fresh_student(params, teacher, task.compression))
+        task.check(build_student(params, teacher, task.compression))
 
 
 @pytest.mark.parametrize(("correction", "warns"), [(1.0, False), (1.5, True)])
@@ -379,7 +379,7 @@ def test_a_student_that_saves_more_than_asked_is_named(
 ) -> None:
     task, _, _ = prepared(change(params, "student", method="static-magnitude"), teacher, tmp_path)
     task.compression.cost = task.compression.cost.corrected(teacher.spec.widths, correction)
-    task.check(fresh_student(change(params, "student", method="static-magnitude"), teacher, task.compression))
+    task.check(build_student(change(params, "student", method="static-magnitude"), teacher, task.compression))
     assert ("more than the 40.0 % asked" in caplog.text) == warns
 
 
@@ -390,18 +390,18 @@ def test_a_budget_that_ends_with_the_last_step_is_still_chosen(
     content["student"]["epochs"] = 1
     content["student"]["budget"] |= {"end": 0.97, "fade": 0.01, "every": 4}
     task, fit, _ = prepared(Params.model_validate(content), teacher, tmp_path)
-    fit.run(lambda: fresh_student(params, teacher, task.compression))
-    assert isinstance(task.compression, Capacity)
+    fit.run(lambda: build_student(params, teacher, task.compression))
+    assert isinstance(task.compression, Shrinker)
     assert task.compression.finalized
 
 
 def test_a_damaged_generation_is_passed_over(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
     task, fit, _ = prepared(params, teacher, tmp_path)
-    expected = fit.run(lambda: fresh_student(params, teacher, task.compression))
+    expected = fit.run(lambda: build_student(params, teacher, task.compression))
     newest = tmp_path / "epoch-00004.safetensors"
     newest.write_bytes(newest.read_bytes()[:1000])
     task, again, rows = prepared(params, teacher, tmp_path)
-    assert digest(again.run(lambda: fresh_student(params, teacher, task.compression)).state_dict()) == digest(
+    assert digest(again.run(lambda: build_student(params, teacher, task.compression)).state_dict()) == digest(
         expected.state_dict()
     )
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
@@ -409,7 +409,7 @@ def test_a_damaged_generation_is_passed_over(params: Params, teacher: RetrievalN
 
 def test_live_shrinking_carries_the_optimiser(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
     task, _, _ = prepared(params, teacher, tmp_path)
-    net = fresh_student(params, teacher, task.compression)
+    net = build_student(params, teacher, task.compression)
     optimizer = build(net, params.student.optimizer)
     net(preprocess(next(RandomImages().epoch(0))[0])).embedding.square().sum().backward()
     optimizer.step()
@@ -438,9 +438,9 @@ def test_live_shrinking_carries_the_optimiser(params: Params, teacher: Retrieval
 def test_nothing_shrinks_without_a_capacity(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
     params = change(params, "student", method="none", epochs=1)
     task, fit, _ = prepared(params, teacher, tmp_path)
-    net = fit.run(lambda: fresh_student(params, teacher, task.compression))
+    net = fit.run(lambda: build_student(params, teacher, task.compression))
     assert net.spec == teacher.spec
-    assert alive(net) == {}
+    assert living_channels(net) == {}
 
 
 def two_devices(folder: Path, params: Path) -> tuple[str, str]:
@@ -472,17 +472,17 @@ def test_a_static_student_is_narrow_from_the_first_step_and_keeps_to_the_budget(
 ) -> None:
     params = change(params, "student", method=method, epochs=1, sites=["conv1", "conv2", "stream"])
     task, fit, rows = prepared(params, teacher, tmp_path)
-    first = fresh_student(params, teacher, task.compression)
+    first = build_student(params, teacher, task.compression)
     net = fit.run(lambda: first)
     assert net.spec.widths == first.spec.widths
     assert 0.4 <= rows[0]["macs_reduction"] <= 0.41
     kept = task.plan().kept["layer3.1.conv1"]
     if method == "static-magnitude":
         weight = teacher.layer3[1].conv1.weight[list(kept)][:, list(task.plan().kept["layer3"])]
-        assert torch.equal(fresh_student(params, teacher, task.compression).layer3[1].conv1.weight, weight)
+        assert torch.equal(build_student(params, teacher, task.compression).layer3[1].conv1.weight, weight)
     else:
         assert kept == tuple(range(len(kept)))
-    operation = operate(net, teacher.spec, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
+    operation = run_surgery(net, teacher.spec, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
     assert operation.net.spec.widths == net.spec.widths
 
 
@@ -494,13 +494,13 @@ def test_the_published_method_leaves_zeros_in_whole_groups_and_surgery_cuts_them
     content["student"]["optimizer"] |= {"name": "sgd", "lr": 0.01}
     content["student"]["paper"] |= {"start": 0.2, "lasso": 5.0, "ratio": 0.9, "threshold": 0.5}
     task, fit, rows = prepared(Params.model_validate(content), teacher, tmp_path)
-    net = fit.run(lambda: fresh_student(params, teacher, task.compression))
+    net = fit.run(lambda: build_student(params, teacher, task.compression))
     small = remaining_spec(net)
     assert net.spec.widths == teacher.spec.widths
     assert rows[0]["macs_reduction"] == 0.0
     assert rows[-1]["macs_reduction"] == 1 - cost.macs(small, (32, 32)) / cost.macs(teacher.spec, (32, 32)) > 0.1
     assert all(width % 8 == 0 for width in small.widths.values())
-    operation = operate(net, teacher.spec, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
+    operation = run_surgery(net, teacher.spec, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
     assert operation.net.spec.widths == small.widths
 
 
@@ -509,13 +509,13 @@ def test_whole_blocks_go_where_that_is_allowed(params: Params, teacher: Retrieva
     content["student"]["budget"] |= {"reduction": 0.66, "allow_block_removal": True}
     params = Params.model_validate(content)
     task, fit, _ = prepared(params, teacher, tmp_path)
-    net = fit.run(lambda: fresh_student(params, teacher, task.compression))
+    net = fit.run(lambda: build_student(params, teacher, task.compression))
     task.check(net)
     gone = [block.name for block in net.spec.blocks() if not net.spec.has(block)]
     assert gone
     assert all(f"{name}.conv1.weight" not in net.state_dict() for name in gone)
     assert 0.66 <= 1 - cost.macs(net.spec, (32, 32)) / cost.macs(teacher.spec, (32, 32)) <= 0.67
-    operation = operate(net, teacher.spec, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
+    operation = run_surgery(net, teacher.spec, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
     assert operation.net.spec.widths == net.spec.widths
 
 
@@ -531,14 +531,14 @@ def test_a_teacher_learns_under_both_recipes(params: Params, tmp_path: Path, rec
     fabric, rows = launch(params.runtime, 0), []
     fit = Fit(fabric, params.teacher, TeacherTask(params.teacher, None), RandomImages(), preprocess,
               Checkpoints(tmp_path), rows.append)  # fmt: skip
-    fit.run(lambda: fresh_teacher(params.teacher, IDENTITIES))
+    fit.run(lambda: build_teacher(params.teacher, IDENTITIES))
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert rows[0]["loss"] == pytest.approx(rows[0]["identity"] + rows[0]["triplet"])
 
 
 def test_a_diverging_loss_stops_with_epoch_and_steps(params: Params, tmp_path: Path) -> None:
     fabric = launch(params.runtime, 0)
-    net = fresh_teacher(params.teacher, IDENTITIES)
+    net = build_teacher(params.teacher, IDENTITIES)
     with torch.no_grad():
         net.head.fc.weight.fill_(torch.nan)
     fit = Fit(fabric, params.teacher, TeacherTask(params.teacher, None), RandomImages(), preprocess,
@@ -563,7 +563,7 @@ def test_a_loss_that_diverges_later_is_found_within_some_steps_and_the_last_good
     fit = Fit(launch(params.runtime, 0), params.teacher, Diverging(params.teacher, None), RandomImages(), preprocess,
               Checkpoints(tmp_path), lambda row: None)  # fmt: skip
     with pytest.raises(DivergedError, match="in epoch 2, steps 5 to 6"):
-        fit.run(lambda: fresh_teacher(params.teacher, IDENTITIES))
+        fit.run(lambda: build_teacher(params.teacher, IDENTITIES))
     assert [path.name for path in tmp_path.iterdir()] == ["epoch-00001.safetensors"]
 
 
@@ -579,7 +579,7 @@ def test_the_curve_holds_the_mean_of_each_loss(params: Params, tmp_path: Path) -
     rows: list[dict[str, float]] = []
     fit = Fit(launch(params.runtime, 0), params.teacher, Listening(params.teacher, None), RandomImages(), preprocess,
               Checkpoints(tmp_path), rows.append)  # fmt: skip
-    fit.run(lambda: fresh_teacher(params.teacher, IDENTITIES))
+    fit.run(lambda: build_teacher(params.teacher, IDENTITIES))
     for name in ("loss", "identity", "triplet"):
         total = 0.0
         for values in seen:
@@ -606,7 +606,7 @@ def test_a_teacher_starts_from_a_file_of_torchvision_weights(params: Params, tmp
     path = tmp_path / "weights.safetensors"
     save_file(state, path)
     config = params.teacher.model_copy(update={"depth": 18, "width": 64, "weights": str(path)})
-    net = fresh_teacher(config, IDENTITIES)
+    net = build_teacher(config, IDENTITIES)
     assert torch.equal(net.layer3[1].conv2.weight, state["layer3.1.conv2.weight"])
     assert net.classifier.weight.shape == (IDENTITIES, 16)
 

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import torch
 
-from pipeline.compress.student import fresh_student, student_task
+from pipeline.compress.student import build_student, student_task
 from pipeline.config import Params
 from pipeline.runtime import launch
 from pipeline.training.loop import Fit
 from pipeline.training.state import Checkpoints
-from pipeline.training.teacher import fresh_teacher
+from pipeline.training.teacher import build_teacher
 from tests.training.test_fit import IDENTITIES, STEPS, RandomImages, cost_of, digest, preprocess
 
 if __name__ == "__main__":
     folder, content = Path(sys.argv[1]), Path(sys.argv[2]).read_text()
     params = Params.model_validate_json(content)
     fabric = launch(params.runtime, params.seed)
-    teacher = fresh_teacher(params.teacher, IDENTITIES).eval()
+    teacher = build_teacher(params.teacher, IDENTITIES).eval()
     calibration = preprocess(next(RandomImages().epoch(99))[0])
     steps = STEPS * params.student.epochs
     task = student_task(fabric, params, teacher, cost_of(params, teacher), steps, calibration, None)
@@ -28,7 +28,7 @@ if __name__ == "__main__":
     own = folder / str(fabric.global_rank)  # as on two nodes that share no folder
     epochs: list[str] = []
     fit = Fit(fabric, params.student, task, loader, preprocess, Checkpoints(own), lambda row: None)
-    for state in fit.states(lambda: fresh_student(params, teacher, task.compression)):
+    for state in fit.states(lambda: build_student(params, teacher, task.compression)):
         epochs.append(str(state.epoch))
     task.check(state.net)
     ended = {**state.net.state_dict(), **task.state_dict()}

@@ -17,7 +17,7 @@ def pooled(output: Tensor) -> Tensor:
     return output.mean(dim=(2, 3))
 
 
-class Taps:
+class FeatureHooks:
     """Catches what named modules put out; reading empties it, so that nothing outlives its batch.
 
     Args:
