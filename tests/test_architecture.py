@@ -35,7 +35,7 @@ EDGES = {
     "system": BASE,
     "tracking": BASE | {"system"},
     "registry": BASE | {"system", "tracking", "data", "export", "inference", "retrieval"},
-    "stage": BASE | {"system", "tracking", "data", "models", "compress", "training"},
+    "stage": BASE | {"system", "tracking", "data", "models", "losses", "compress", "training"},
     "flow": BASE | {"system", "tracking", "registry", "stage", "data", "export"},
 }
 """Rooms that each connect the library to one tool."""

@@ -26,6 +26,7 @@ from pipeline.compress.surgery import SurgeryPlan, cut, cut_spec
 from pipeline.compress.teacher_cache import GIB, TeacherCache
 from pipeline.config import Params, Student
 from pipeline.losses import distill
+from pipeline.losses.registry import extra_losses
 from pipeline.models import cost
 from pipeline.models.cost import CostModel
 from pipeline.models.feature_hooks import FeatureHooks, pooled
@@ -94,6 +95,8 @@ class StudentTask(Task):
         ]
         losses["feature"] = self.config.distill.feature * torch.stack(distances).sum()
         losses["embedding"] = self.config.distill.embedding * distill.embeddings(output.embedding, taught["embedding"])
+        for name, settings in self.config.distill.extra_losses.items():
+            losses[name] = extra_losses()[name](output.embedding, taught["embedding"], labels, settings)
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
     @property

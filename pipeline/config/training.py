@@ -150,6 +150,9 @@ class Distill(Section):
     embedding: Annotated[float, Field(ge=0, le=1000)]
     """Weight of the cosine distance between embeddings (Budnik and Avrithis, CVPR 2021); 0 in the paper. A teacher that
     has much left to learn is better not followed that closely."""
+    extra_losses: dict[str, dict[str, float]]
+    """Further losses on the embeddings by name, each with its `weight` and settings, such as
+    `asymmetric_triplet: {weight: 1.0, margin: 0.1}`; the files in pipeline/losses/ register them."""
     flip_average: bool
     """Whether the teacher looks at each image's mirror image too and the student learns the mean of both answers. It is
     better than one of them; the price is one more forward pass of the teacher."""

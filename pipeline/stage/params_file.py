@@ -142,7 +142,7 @@ def check(document: Document) -> Params:
     Raises:
         ParamsError: Listing all complaints.
     """
-    complaints = list(_data_complaints(document))
+    complaints = [*_data_complaints(document), *_loss_complaints(document)]
     try:
         params = Params.model_validate(document.content)
         if not complaints:
@@ -168,6 +168,29 @@ def _data_complaints(document: Document) -> Iterator[str]:
     possible = LAYOUTS[source].protocols if source in LAYOUTS else ()
     if possible and protocol in PROTOCOLS and protocol not in possible:
         yield f"`data.protocol` is {protocol}, but source {source} can be scored by {' or '.join(possible)} only"
+
+
+def _loss_complaints(document: Document) -> Iterator[str]:
+    """Compare extra losses and their settings with the registered ones."""
+    section: Any = document.content
+    for name in ("student", "distill", "extra_losses"):
+        section = section.get(name) if isinstance(section, dict) else None
+    if not isinstance(section, dict) or not section:
+        return
+    from pipeline.losses.registry import extra_losses  # imports torch
+
+    known = extra_losses()
+    for name, settings in section.items():
+        location = ("student", "distill", "extra_losses", name)
+        if name not in known:
+            where = f" (line {_line(document.root, location)})"
+            yield f"`{dotted(location)}` is unknown; there are {', '.join(known)}{where}"
+            continue
+        try:
+            known[name].settings.model_validate(settings)
+        except ValidationError as error:
+            for detail in error.errors():
+                yield from _complaints({**detail, "loc": (*location, *detail["loc"])}, document.root)
 
 
 def _either(names: Iterable[str]) -> str:

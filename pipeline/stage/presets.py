@@ -140,7 +140,7 @@ def upgrade(root: Path, path: Path) -> list[str]:
 def _missing(mine: Mapping[str, Any], complete: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """Dotted name and value of each key that `mine` lacks; values of another type are left to `load`."""
     for name, value in complete.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:  # an empty one is a value
             if isinstance(section := mine.get(name, {}), Mapping):
                 yield from _missing(section, value, f"{prefix}{name}.")
         elif name not in mine:

@@ -181,10 +181,13 @@ def test_a_value_under_an_old_name_is_refused_with_its_line(path: Path, monkeypa
 
 
 def test_an_old_name_beside_the_new_one_is_unknown(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(params_file, "RENAMED", {"data.nears": "data.near_duplicate_bits"})
-    text = SMOKE.replace("  near_duplicate_bits: 4", "  nears: 3\n  near_duplicate_bits: 4")
+    monkeypatch.setattr(params_file, "RENAMED", {"data.near_duplicates": "data.near_duplicate_bits"})
+    text = SMOKE.replace("  near_duplicate_bits: 4", "  near_duplicates: 3\n  near_duplicate_bits: 4")
     (line,) = complaints(path, text)
-    assert line == f"`data.nears` is unknown; nearest: `data.near_duplicate_bits` (line {line_of(text, 'nears')})"
+    assert (
+        line
+        == f"`data.near_duplicates` is unknown; nearest: `data.near_duplicate_bits` (line {line_of(text, 'near_duplicates')})"
+    )
 
 
 def test_renamed_keys_stay_in_their_section_and_exist() -> None:

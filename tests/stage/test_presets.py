@@ -30,7 +30,8 @@ def values(text: str) -> Any:
 def leaves(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found = {}
     for name, value in content.items():
-        found |= leaves(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        section = isinstance(value, Mapping) and value  # an empty one is a value
+        found |= leaves(value, f"{prefix}{name}.") if section else {f"{prefix}{name}": value}
     return found
 
 
@@ -224,7 +225,11 @@ def test_values_of_another_type_stay_and_are_left_to_load(path: Path) -> None:
     found, changes = upgraded(path, text)
     assert changes == ["added `data.cache: true`"]
     content = values(found)
-    assert (content["seed"], content["data"]["near"], content["data"]["vehicles"]) == ({"a": 1}, "many", 7)
+    assert (content["seed"], content["data"]["near_duplicate_bits"], content["data"]["vehicles"]) == (
+        {"a": 1},
+        "many",
+        7,
+    )
     with pytest.raises(ParamsError) as caught:
         load(path)
     assert [line.split(" (")[0] for line in caught.value.complaints[1:]] == [

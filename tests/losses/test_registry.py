@@ -1,0 +1,72 @@
+"""Further losses: one file each, named and checked in params.yaml."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import pipeline.losses
+from pipeline.losses.asymmetric_triplet import asymmetric_triplet
+from pipeline.losses.registry import extra_losses
+from pipeline.stage.params_file import ParamsError, load
+from pipeline.stage.presets import preset_text
+from tests.imports import ROOT
+from tests.losses.test_losses import DTYPES, batch, cosine
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_asymmetric_triplets_compare_student_anchors_with_teacher_embeddings(dtype: torch.dtype) -> None:
+    student, labels = batch(dtype)
+    teacher = student.flip(0) + 0.5
+    total = 0.0
+    for i in range(8):
+        positive = min(cosine(student[i], teacher[j]) for j in range(8) if labels[j] == labels[i])
+        negative = max(cosine(student[i], teacher[j]) for j in range(8) if labels[j] != labels[i])
+        total += max(0.0, negative - positive + 0.3)
+    assert float(asymmetric_triplet(student, teacher, labels, margin=0.3)) == pytest.approx(total / 8, rel=1e-4)
+
+
+@pytest.fixture
+def params(tmp_path: Path) -> Path:
+    return tmp_path / "params.yaml"
+
+
+def write(path: Path, losses: str) -> Path:
+    text = preset_text(ROOT, "smoke")
+    assert "    extra_losses: {} " in text
+    path.write_text(text.replace("    extra_losses: {} ", f"    extra_losses: {losses} "))
+    return path
+
+
+def test_a_registered_loss_may_be_named_with_its_settings(params: Path) -> None:
+    found = load(write(params, "{asymmetric_triplet: {weight: 2, margin: 0.1}}"))
+    settings = found.student.distill.extra_losses["asymmetric_triplet"]
+    student, labels = batch(torch.float32)
+    weighted = extra_losses()["asymmetric_triplet"](student, student, labels, settings)
+    assert weighted == 2 * asymmetric_triplet(student, student, labels, margin=0.1)
+
+
+@pytest.mark.parametrize(
+    ("losses", "complaint"),
+    [
+        ("{rank: {weight: 1.0}}", r"`student.distill.extra_losses.rank` is unknown; there are asymmetric_triplet"),
+        ("{asymmetric_triplet: {weight: 1.0}}", r"asymmetric_triplet.margin` is missing"),
+        ("{asymmetric_triplet: {weight: 1.0, margin: 3.0}}", r"margin` must be at most 2, got 3.0 \(line \d+\)"),
+        ("{asymmetric_triplet: {weight: 0.0, margin: 0.1}}", r"weight` must be greater than 0, got 0.0"),
+        ("{asymmetric_triplet: {weight: 1.0, margin: 0.1, scale: 1.0}}", r"scale` is unknown"),
+    ],
+)
+def test_unknown_losses_and_settings_are_refused_by_name(params: Path, losses: str, complaint: str) -> None:
+    with pytest.raises(ParamsError, match=complaint):
+        load(write(params, losses))
+
+
+def test_a_new_loss_is_one_file(tmp_path: Path, params: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "length.py").write_text(
+        "from pipeline.losses.registry import extra_loss\n\n\n"
+        "@extra_loss\ndef length(student, teacher, labels, *, power: float):\n"
+        "    return (student.norm(dim=1) - teacher.norm(dim=1)).abs().pow(power).mean()\n"
+    )
+    monkeypatch.setattr(pipeline.losses, "__path__", [*pipeline.losses.__path__, str(tmp_path)])
+    found = load(write(params, "{length: {weight: 1.0, power: 2.0}}"))
+    assert found.student.distill.extra_losses == {"length": {"weight": 1.0, "power": 2.0}}
