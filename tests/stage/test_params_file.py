@@ -184,10 +184,8 @@ def test_an_old_name_beside_the_new_one_is_unknown(path: Path, monkeypatch: pyte
     monkeypatch.setattr(params_file, "RENAMED", {"data.near_duplicates": "data.near_duplicate_bits"})
     text = SMOKE.replace("  near_duplicate_bits: 4", "  near_duplicates: 3\n  near_duplicate_bits: 4")
     (line,) = complaints(path, text)
-    assert (
-        line
-        == f"`data.near_duplicates` is unknown; nearest: `data.near_duplicate_bits` (line {line_of(text, 'near_duplicates')})"
-    )
+    where = line_of(text, "near_duplicates")
+    assert line == f"`data.near_duplicates` is unknown; nearest: `data.near_duplicate_bits` (line {where})"
 
 
 def test_renamed_keys_stay_in_their_section_and_exist() -> None:
