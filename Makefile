@@ -9,7 +9,7 @@ export DO_NOT_TRACK := true
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: setup demo evidence test test-stack lint deploy stack up down ui lock clean
+.PHONY: setup demo evidence test test-stack lint docs docs-pictures deploy stack up down ui lock clean
 
 # The environment, and this checkout's own command in it (a shared one may hold another clone's). The lock is whole, so
 # pip resolves nothing (older ones take an unlocked, newer release for a package that another wants with an extra).
@@ -46,6 +46,13 @@ lint: setup
 	python -m mypy
 	hadolint docker/Dockerfile
 	check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml docker/compose.gpu.yaml
+
+docs: setup
+	python -m docs.make_params
+
+# From real runs, in a temporary copy of this checkout; minutes if `make demo` has run, since DVC's cache is shared.
+docs-pictures: setup
+	python -m docs.make_pictures
 
 # Work pool, schedules and the automation for lost runs, at the server that PREFECT_API_URL names.
 deploy: setup

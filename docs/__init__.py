@@ -1,0 +1,1 @@
+"""Scripts that make the pages and pictures of this folder."""
