@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.stage.presets import preset_text
 from tests.imports import ROOT
 from tests.test_end_to_end import checkout
 
@@ -42,9 +41,6 @@ def commands(page: Path) -> list[str]:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Git checkout with the smoke preset, all stages of which have run."""
     root = checkout(tmp_path_factory.mktemp("docs"))
-    (root / "params.yaml").write_text(preset_text(ROOT, "smoke"))
-    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "Start"]):
-        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=root, check=True)
     assert run(root, "dvc repro")[0] == 0
     query = next((root / "artifacts/prepare/vehicles/image_query").glob("*.jpg"))
     shutil.copy(query, root / "query.jpg")
