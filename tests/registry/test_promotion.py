@@ -47,8 +47,8 @@ def params(source: str = "folder", seed: int = 0, share: float = 0.5) -> Params:
     found = load_preset(ROOT, "smoke")
     custom = found.data.custom.model_copy(update={"test": share})
     data = found.data.model_copy(update={"source": source, "custom": custom})
-    gate = found.tracking.promotion.model_copy(update={"margin": 1.0})
-    tracking = found.tracking.model_copy(update={"gate": gate})
+    promotion = found.tracking.promotion.model_copy(update={"margin": 1.0})
+    tracking = found.tracking.model_copy(update={"promotion": promotion})
     return found.model_copy(update={"seed": seed, "data": data, "tracking": tracking})
 
 

@@ -24,7 +24,7 @@ class Manifest:
 
     items = tuple(SimpleNamespace(path=f"{identity}_{camera}.jpg") for identity, camera in LABELS)
 
-    def rows(self, *splits):
+    def indices(self, *splits):
         return np.array([row for row, split in enumerate(SPLITS) if split in splits])
 
     def identities(self, rows):
