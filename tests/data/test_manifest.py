@@ -64,9 +64,9 @@ def test_the_digest_changes_with_any_field():
         (1, {"identity": "10"}, "in training and in test: 10"),
         (2, {"identity": "10"}, "in training and in test: 10"),
         (1, {"identity": "9"}, "in training and in validation: 9"),
-        (3, {"split": "train", "identity": "8"}, "validation needs a query and"),
+        (3, {"split": "train", "identity": "8"}, "validation must have a gallery if"),
         (4, {"split": "gallery"}, "no images in query"),
-        (5, {"split": "query"}, "validation needs a query and"),
+        (5, {"split": "query"}, "validation must have a gallery if"),
         (0, {"camera": ""}, "is empty in 'a/1.jpg'"),
         (0, {"identity": ""}, "is empty in 'a/1.jpg'"),
         (0, {"path": "a/2.jpg"}, "more than once: a/2.jpg"),
@@ -90,13 +90,13 @@ def test_everything_that_is_wrong_is_said_at_once():
 
 def test_names_that_are_one_file_on_other_systems_are_refused():
     items = [replace(GOOD[0], path="\u00fc.jpg"), replace(GOOD[1], path="u\u0308.jpg"), *GOOD[2:]]
-    with pytest.raises(DataError, match=r"differ in bytes only .*'u\\u0308.jpg', '\\xfc.jpg'; rename one"):
+    with pytest.raises(DataError, match=r"differ only in their Unicode normal form .*'u\\u0308.jpg', '\\xfc.jpg'; rename one"):
         Manifest(items, Path())
 
 
 def test_an_identity_written_in_two_ways_is_refused():
     items = [replace(GOOD[0], identity="Jos\u00e9"), replace(GOOD[1], identity="Jose\u0301"), *GOOD[2:]]
-    with pytest.raises(DataError, match="differ in bytes only"):
+    with pytest.raises(DataError, match="differ only in their Unicode normal form"):
         Manifest(items, Path())
 
 

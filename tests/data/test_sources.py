@@ -71,7 +71,7 @@ def test_a_missing_list_folder_or_image_is_named(veri):
 def test_a_name_of_another_form_is_refused(veri):
     (veri / "name_train.txt").write_text("car7.jpg\n")
     (veri / "image_train" / "car7.jpg").touch()
-    with pytest.raises(DataError, match=r"'car7.jpg' is not in the form"):
+    with pytest.raises(DataError, match=r"'car7.jpg' does not have the form"):
         read("veri776", veri)
 
 
@@ -105,10 +105,9 @@ def test_each_layout_is_read_as_it_unpacks(source, tmp_path, caplog):
     tested = {item.identity for item in found.items if item.split in ("query", "gallery")}
     assert not trained & tested
     assert len(trained | tested - {"-1", "0000"}) == (0 if source in ("folder", "csv") else 7)
-    for split, count in (
-        LAYOUTS[source].published(section(source)).items()
-    ):  # a miniature has fewer: both numbers are told
-        assert f"{COUNTS[source][split]} images in {split}, published are {count}" in caplog.text
+    for split, count in LAYOUTS[source].published(section(source)).items():
+        warning = f"split {split} has {COUNTS[source][split]} images, the published data set has {count}"
+        assert warning in caplog.text
 
 
 def test_cameras_are_those_of_the_names(tmp_path):
@@ -151,10 +150,10 @@ def test_in_shop_may_have_its_images_in_img(tmp_path):
     ("source", "file", "text", "message"),
     [
         ("sop", "Ebay_train.txt", "head\n1 2 3\n", r"Ebay_train.txt, line 2: expected 4 words"),
-        ("inshop", "Eval/list_eval_partition.txt", "1\nhead\na.jpg 1 val\n", "'val' is none of train"),
+        ("inshop", "Eval/list_eval_partition.txt", "1\nhead\na.jpg 1 val\n", "split must be train, query or gallery, got 'val'"),
         ("cub200", "image_class_labels.txt", "1 1\n", "lacks image 2"),
-        ("cub200", "image_class_labels.txt", "1 x\n", "class 'x' is no number"),
-        ("msmt17", "list_train.txt", "a/b.jpg 0\n", r"'a/b.jpg' is not in the form 0000/0000_000_01"),
+        ("cub200", "image_class_labels.txt", "1 x\n", "class 'x' is not a number"),
+        ("msmt17", "list_train.txt", "a/b.jpg 0\n", r"'a/b.jpg' does not have the form 0000/0000_000_01"),
     ],
 )
 def test_lists_of_another_form_are_refused_by_name_and_line(tmp_path, source, file, text, message):
@@ -166,7 +165,7 @@ def test_lists_of_another_form_are_refused_by_name_and_line(tmp_path, source, fi
 
 def test_a_list_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "list.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="no UTF-8"):
+    with pytest.raises(DataError, match="not UTF-8"):
         list(lines(tmp_path / "list.txt", 1))
 
 
@@ -235,7 +234,7 @@ def test_a_table_keeps_text_as_it_is_and_may_give_splits(tmp_path):
         ("path,identity,colour\na,b,c\n", "columns must be path, identity"),
         ("path,identity\na\n", "line 2: expected 2 fields"),
         ("path,identity\na,b,c\n", "line 2: expected 2 fields"),
-        ("path,identity,split\na,b,dev\n", "line 2: 'dev' is none of"),
+        ("path,identity,split\na,b,dev\n", "line 2: split must be train, query, gallery or test, got 'dev'"),
         ("path,identity,split\na,b,train\nc,d,\n", "give all one, or none"),
         ("path,identity,split\na,b,test\nc,d,query\n", "give all one, or none"),
         ("path,identity\n", "lists no images"),
