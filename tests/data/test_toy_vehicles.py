@@ -66,7 +66,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(rendered, tm
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path):
     (tmp_path / "precious.txt").touch()
-    with pytest.raises(FileExistsError, match="move it away"):
+    with pytest.raises(FileExistsError, match="move its files away"):
         render.render(tmp_path, 0, SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 

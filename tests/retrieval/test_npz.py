@@ -55,9 +55,9 @@ def test_all_images_ask_each_other_where_the_protocol_has_no_gallery(tmp_path):
     ("change", "protocol", "message"),
     [
         ({"gallery_cameras": None}, "market", "lacks gallery_cameras, which protocol market needs"),
-        ({"query_ids": np.array([1.0, 7.0])}, "market", "whole numbers or text"),
+        ({"query_ids": np.array([1.0, 7.0])}, "market", "integers or text"),
         ({"query": np.array(["a", "b"])}, "market", "`query` must hold numbers"),
-        ({"query_ids": np.array([{}, {}])}, "market", "no archive of plain arrays"),
+        ({"query_ids": np.array([{}, {}])}, "market", "not an archive of plain arrays"),
         ({}, "voc", "no protocol 'voc'"),
     ],
 )
@@ -70,7 +70,7 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, change, protocol, message):
 
 def test_a_file_that_is_no_archive_is_refused(tmp_path):
     (tmp_path / "text.npz").write_text("hello")
-    with pytest.raises(ArchiveError, match=r"text.npz is no archive"):
+    with pytest.raises(ArchiveError, match=r"text.npz is not an archive"):
         read_archive(tmp_path / "text.npz", "market")
     np.save(tmp_path / "single.npy", np.zeros(3))
     with pytest.raises(ArchiveError, match="single array"):
