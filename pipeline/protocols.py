@@ -53,5 +53,8 @@ PROTOCOLS = {
         Protocol("vehicleid", "ten random galleries with one image per identity", gallery="drawn"),
     )
 }
-"""Protocols by name. Sources: market, Zheng et al., ICCV 2015; query-gallery, Liu et al., CVPR 2016 (In-Shop); loo, Oh Song et
-al., CVPR 2016; vehicleid, Liu et al., CVPR 2016 (Deep Relative Distance Learning)."""
+"""Protocols by name.
+
+Sources: market, Zheng et al., ICCV 2015; query-gallery, Liu et al., CVPR 2016 (In-Shop); loo, Oh Song et al., CVPR
+2016; vehicleid, Liu et al., CVPR 2016 (Deep Relative Distance Learning).
+"""

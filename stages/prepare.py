@@ -38,7 +38,9 @@ def prepare(run: Run) -> PrepareRecord:
         from pipeline.data.toy_vehicles import render  # needs two libraries that nothing else needs
 
         started = time.monotonic()
-        shutil.rmtree(root, ignore_errors=True)  # `dvc repro` removes outputs itself; `python -m stages.prepare` does not
+        shutil.rmtree(
+            root, ignore_errors=True
+        )  # `dvc repro` removes outputs itself; `python -m stages.prepare` does not
         render.render(root, seed, data.vehicles)
         run.timing("render", time.monotonic() - started)
     source = read_source(data, root)
@@ -69,7 +71,9 @@ def prepare(run: Run) -> PrepareRecord:
         height, width = data.image_size
         build_cache(manifest, (height, width), files.image_cache)
     if changed := changed_files(inspection, root):
-        raise DataError(f"{len(changed)} images changed while they were read: {first_few(changed)}; run the stage again")
+        raise DataError(
+            f"{len(changed)} images changed while they were read: {first_few(changed)}; run the stage again"
+        )
     manifest.write(files.manifest)
     return PrepareRecord(
         images=len(manifest),

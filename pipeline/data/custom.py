@@ -68,7 +68,7 @@ def folder(root: Path, data: Data) -> Listing:
 
 
 def walk(root: Path, inside: str) -> Iterator[tuple[str, str]]:
-    """Yield the files below `root / inside`, sorted: path relative to `root`, and the reason if it is skipped, or ""."""
+    """Yield (path relative to `root`, reason to skip it or "") of all files below `root / inside`, sorted."""
     with os.scandir(root / inside) as scan:
         entries = sorted(scan, key=lambda entry: entry.name)
     for entry in entries:
@@ -143,7 +143,9 @@ def read_rows(path: Path) -> tuple[list[str], list[Row]]:
             raise DataError(f"{path}, line {reader.line_num}: path or identity is empty")
         split = row.get("split") or UNASSIGNED
         if split not in ("train", "query", "gallery", UNASSIGNED_TEST, UNASSIGNED):
-            raise DataError(f"{path}, line {reader.line_num}: split must be train, query, gallery or test, got {split!r}")
+            raise DataError(
+                f"{path}, line {reader.line_num}: split must be train, query, gallery or test, got {split!r}"
+            )
         rows.append(row)
     return columns, rows
 

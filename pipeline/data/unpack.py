@@ -113,7 +113,9 @@ class _Header(tarfile.TarInfo):
     """A tar header whose size is checked before tarfile reads its content."""
 
     def _block(self, count: int) -> int:
-        if count < 0 or (count > MAX_HEADER and not self.isreg()):  # below 0: an endless loop before the fix of CVE-2025-8194
+        if count < 0 or (
+            count > MAX_HEADER and not self.isreg()
+        ):  # below 0: an endless loop before the fix of CVE-2025-8194
             raise tarfile.ReadError(f"a header of {count} bytes")
         return super()._block(count)  # type: ignore[misc]
 
@@ -151,7 +153,9 @@ def _check(archive: Path, entries: list[Entry]) -> None:
             raise DataError(f"{archive}: {name!r} {problem}; nothing was unpacked")
         key = unicodedata.normalize("NFC", name).lower()
         if key in files:
-            raise DataError(f"{archive}: {name!r} and another name are the same file on some systems; nothing was unpacked")
+            raise DataError(
+                f"{archive}: {name!r} and another name are the same file on some systems; nothing was unpacked"
+            )
         folders.update(map(str, PurePosixPath(key).parents))
         (folders if key.endswith("/") else files).add(key.rstrip("/"))
     if both := files & folders:

@@ -1,7 +1,7 @@
 """The registry of additional distillation losses, by their names in `student.distill.extra_losses`.
 
-A new loss is one file in this folder with a function under the decorator `extra_loss`. The keyword-only parameters of the
-function are its settings in params.yaml. Nothing else has to be edited.
+A new loss is one file in this folder with a function under the decorator `extra_loss`. The function's keyword-only
+parameters are its settings in params.yaml. Nothing else has to be edited.
 """
 
 import importlib

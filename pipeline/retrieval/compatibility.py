@@ -32,9 +32,8 @@ class Compatibility:
         """The result in one sentence."""
         if self.mixed is None:
             return "embeddings have different dimensions: embed the gallery again"
-        if self.compatible:
-            return f"the gallery can be kept: in it, new queries reach mAP {self.mixed:.4f}, old queries {self.old:.4f}"
-        return f"embed the gallery again: in the old one, new queries reach mAP {self.mixed:.4f}, old queries {self.old:.4f}"
+        advice = "the gallery can be kept" if self.compatible else "embed the gallery again"
+        return f"{advice}: in the old gallery, new queries reach mAP {self.mixed:.4f}, old queries {self.old:.4f}"
 
 
 def compare(protocol: str, old: tuple[Side, Side | None], new: tuple[Side, Side | None]) -> Compatibility:

@@ -1,7 +1,7 @@
 """AP, CMC and INP of every query, exactly as their published definitions.
 
-All three follow from the ranks of the positives, so no ranking is ever sorted completely: similarities are computed for a
-block of queries at a time, and of each query's only those not below the last positive are sorted.
+All three follow from the ranks of the positives, so no ranking is ever sorted completely: similarities are computed for
+a block of queries at a time, and of each query's only those not below the last positive are sorted.
 """
 
 from collections.abc import Callable

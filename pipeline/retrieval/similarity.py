@@ -9,8 +9,8 @@ import numpy.typing as npt
 BLOCK = 256
 """Queries in a matrix product, if its result is not too large."""
 LARGEST = 2**26
-"""Similarities in a block (256 MiB). The shape of the matrix product must follow from the gallery's size alone: products
-of other shapes round the last bits of a similarity differently, and so order near ties differently."""
+"""Similarities in a block (256 MiB). The shape of the matrix product must follow from the gallery's size alone: another
+shape would round the last bits of a similarity differently, and so order near ties differently."""
 
 CHUNK = 2**16
 """Vectors that are compared at a time."""
@@ -29,7 +29,7 @@ class Similarity(Protocol):
     order: Indices
 
     def __call__(self, start: int, stop: int) -> npt.NDArray[np.floating]:
-        """Return the similarities (stop - start, G) of the queries from `start` to `stop`; the caller may overwrite them."""
+        """Return the similarities (stop - start, G) of queries `start` to `stop`; the caller may overwrite them."""
 
 
 def block_size(gallery: int) -> int:
@@ -97,7 +97,7 @@ class Cosine:
         self.order = self._gallery.order
 
     def __call__(self, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Return the similarities (stop - start, G) of the queries from `start` to `stop`."""
+        """Return the similarities (stop - start, G) of queries `start` to `stop`."""
         cosines: npt.NDArray[np.float32] = normalise(self._query[start:stop]) @ self._gallery.vectors.T  # (b, U)
         all_distinct = len(self._gallery.vectors) == len(self.order)
         return cosines if all_distinct else np.repeat(cosines, self._gallery.copies, axis=1)  # (b, G)

@@ -30,7 +30,5 @@ def compatible(files: Files, params: Params, old: Path, new: Path) -> Compatibil
         return embed(model.session, images, indices, model.metadata.mean, model.metadata.std)
 
     protocol = params.data.protocol
-    old_sides, new_sides = (
-        sides(embed_test_set(path), manifest, "query", "gallery", protocol) for path in (old, new)
-    )
+    old_sides, new_sides = (sides(embed_test_set(path), manifest, "query", "gallery", protocol) for path in (old, new))
     return compare(protocol, old_sides, new_sides)

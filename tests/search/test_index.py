@@ -89,9 +89,7 @@ def test_a_damaged_index_is_refused(folder, tmp_path, name):
         open_index(damaged)
 
 
-def test_an_index_may_overwrite_an_index_and_no_other_release(
-    folder, release, gallery, tmp_path, monkeypatch, capsys
-):
+def test_an_index_may_overwrite_an_index_and_no_other_release(folder, release, gallery, tmp_path, monkeypatch, capsys):
     index, mine = tmp_path / "index", tmp_path / "mine"
     shutil.copytree(release, mine)
     words = ("index", "--gallery", gallery, "--out")
