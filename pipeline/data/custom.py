@@ -45,7 +45,7 @@ def folder(root: Path, data: Data) -> Listing:
     pattern = data.custom.pattern
     camera_pattern = re.compile(pattern) if pattern else None
     items, warnings = list[Item](), list[ImageWarning]()
-    for path, skip_reason in walk(root, ""):
+    for path, skip_reason in walk(root):
         parts = path.split("/")
         if skip_reason or len(parts) < 2:
             warnings.append((path, skip_reason or "skipped: not in the folder of an identity"))
@@ -67,7 +67,7 @@ def folder(root: Path, data: Data) -> Listing:
     return Listing(items, warnings)
 
 
-def walk(root: Path, inside: str) -> Iterator[tuple[str, str]]:
+def walk(root: Path, inside: str = "") -> Iterator[tuple[str, str]]:
     """Yield (path relative to `root`, reason to skip it or "") of all files below `root / inside`, sorted."""
     with os.scandir(root / inside) as scan:
         entries = sorted(scan, key=lambda entry: entry.name)

@@ -65,8 +65,8 @@ def market1501(root: Path, data: Data) -> Iterator[Item]:
 def msmt17(root: Path, data: Data) -> Iterator[Item]:
     """Read MSMT17, V1 or V2: train/0000/0000_000_01_0303morning_0008_0.jpg, paths and identities in list_train.txt.
 
-    Test identities are numbered from 0 again, so identities get the prefix `train-` or `test-`. As usual, the images of
-    the validation list are trained on; `split_validation` holds identities out as for other data sets.
+    Test identities are numbered from 0 again, so identities get the prefix `train-` or `test-`. As usual, the
+    validation list is part of the training set; `split_validation` holds identities out as for other data sets.
 
     Source: Wei et al., Person Transfer GAN to Bridge Domain Gap for Person Re-Identification, CVPR 2018.
     """

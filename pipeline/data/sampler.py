@@ -56,7 +56,7 @@ class IdentitySampler:
 
     def __iter__(self) -> Iterator[list[Sample]]:
         """Yield the batches of the epoch that `set_epoch` set."""
-        epoch = self._epoch
+        epoch = self._epoch  # bound now: batches are drawn lazily
         return ([(epoch, index) for index in batch.tolist()] for batch in self.batches(epoch))
 
     def batches(self, epoch: int) -> list[Indices]:

@@ -77,7 +77,7 @@ def split_validation(items: Sequence[Item], share: float, seed: int, protocol: s
 
 
 def _draw_test(names: Iterable[str], share: float, seed: int) -> set[str]:
-    """Draw the identities of the test set, each by a hash of its own name, so that new ones move no other."""
+    """Draw the identities of the test set, each by a hash of its name, so that new identities move no other."""
 
     def uniform(name: str) -> float:
         return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()) / 2**64

@@ -113,9 +113,8 @@ class _Header(tarfile.TarInfo):
     """A tar header whose size is checked before tarfile reads its content."""
 
     def _block(self, count: int) -> int:
-        if count < 0 or (
-            count > MAX_HEADER and not self.isreg()
-        ):  # below 0: an endless loop before the fix of CVE-2025-8194
+        # A negative size made an endless loop before the fix of CVE-2025-8194.
+        if count < 0 or (count > MAX_HEADER and not self.isreg()):
             raise tarfile.ReadError(f"a header of {count} bytes")
         return super()._block(count)  # type: ignore[misc]
 

@@ -56,8 +56,8 @@ def normalise(embeddings: Vectors) -> npt.NDArray[np.float32]:
 class _DistinctVectors:
     """The distinct vectors of a gallery, sorted by their bytes.
 
-    A matrix product may round the same vector differently in another column. With duplicates, or in the order of the
-    gallery's files, that order would break ties between duplicates and decide near ties.
+    A matrix product may round the same vector differently in another column, so the order of the gallery's files would
+    break ties between duplicates and decide near ties. Here, columns follow from the vectors alone.
 
     Attributes:
         vectors: (U, D) float32.

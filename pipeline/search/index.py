@@ -86,7 +86,7 @@ class Index:
         return len(self.paths)
 
     def search(self, embedding: Embeddings, top: int) -> list[Hit]:
-        """Return the `top` nearest images (or all, if there are fewer), best first, ties by their position.
+        """Return the `top` nearest images, best first, equally near ones in the order of the index.
 
         Args:
             embedding: (1, D), by this index's model.
@@ -161,7 +161,7 @@ def build(model: Path, gallery: Path) -> Index:
     loaded = open_model(model)
     if not gallery.is_dir():
         raise GalleryError(f"{gallery} is not a folder; name one with `--gallery`")
-    candidates = [path for path, reason in walk(gallery, "") if not reason]
+    candidates = [path for path, reason in walk(gallery) if not reason]
     size = loaded.metadata.image_size
 
     def read(path: str) -> Pixels | str:

@@ -71,7 +71,7 @@ def long_header(path, size):
 
 
 def negative_size(path):
-    """Write a header whose size leads back to the header itself."""
+    """Write a header whose size leads back to its start."""
     info = tarfile.TarInfo("a.jpg")
     raw = bytearray(info.tobuf())
     raw[124:136] = tarfile.itn(-512, 12, tarfile.GNU_FORMAT)
