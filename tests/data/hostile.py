@@ -15,8 +15,6 @@ from tests import layouts
 GOOD, BAD, UNUSUAL = "good", "quarantined", "warning"
 """Usable; refused, with a reason; usable, with a warning."""
 
-Make = Callable[[Path], None]
-
 
 def encoded(kind: str, size: tuple[int, int] = (48, 48), seed: int = 0, mode: str = "RGB", **options: object) -> bytes:
     """Return the content of an image file with random pixels."""
