@@ -1,28 +1,28 @@
-"""Evaluation protocols by name: an mAP means nothing without the protocol that it was computed by.
+"""Evaluation protocols by name; figures such as mAP are comparable only under the same protocol.
 
-`retrieval` computes them, `data` splits by them, and params.yaml chooses one.
+`pipeline.retrieval` scores by a protocol, `pipeline.data` splits by it, and `data.protocol` selects it.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 JUNK = "-1"
-"""Identity of images that are neither right nor wrong for any query (Market-1501; "0" is a distractor)."""
+"""Identity of images that are ignored for every query (Market-1501); "0" is a distractor, which counts as negative."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What each query is compared with, and which images are left out.
+    """The gallery of each query, the images that are ignored, and the figures that are reported.
 
     Attributes:
-        name: Name in params.yaml and beside every figure.
-        summary: One line for people.
-        cameras: Whether images of the query's identity from its own camera are left out, and junk (identity -1).
-        gallery: `given`: the test set has one; `itself`: the other queries; `drawn`: one image of each identity, at
-            random, ten times.
-        trapezoid: Whether AP is the area under the precision-recall curve by trapezoids.
-        ranks: The k of rank-k or recall@k to report.
-        recall: Whether the figure is called recall@k.
+        name: Value of `data.protocol`.
+        summary: One line for tables and reports.
+        cameras: Whether junk (identity -1) and images with the query's identity and camera are ignored.
+        gallery: `given`: the test set has a gallery; `itself`: the gallery of a query is all other queries; `drawn`:
+            one random image of each identity, ten times.
+        trapezoid: Whether AP is the trapezoidal area under the precision-recall curve.
+        ranks: The k of the reported rank-k or recall@k.
+        recall: Whether the figures are reported as recall@k, not rank-k.
     """
 
     name: str
@@ -35,23 +35,26 @@ class Protocol:
 
     @property
     def all_query(self) -> bool:
-        """Whether every test image is a query, so that the test set has no gallery of its own."""
+        """Whether every test image is a query, so that the test set has no gallery split."""
         return self.gallery != "given"
 
 
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        Protocol("market", "mean of precisions; same identity and camera left out, junk -1 too", cameras=True),
+        Protocol("market", "ignores junk (-1) and images with the query's identity and camera", cameras=True),
         Protocol(
-            "market-trapezoid", "the same, area by trapezoids (Market-1501's script)", cameras=True, trapezoid=True
+            "market-trapezoid", "as market, AP by trapezoids (Market-1501's script)", cameras=True, trapezoid=True
         ),
-        Protocol("query-gallery", "everything counts", ranks=(1, 10, 20, 30), recall=True),
+        Protocol("query-gallery", "all gallery images count", ranks=(1, 10, 20, 30), recall=True),
         Protocol(
             "loo", "every image against all others", gallery="itself", ranks=(1, 2, 4, 8, 10, 100, 1000), recall=True
         ),
-        Protocol("vehicleid", "ten random galleries of one image an identity", gallery="drawn"),
+        Protocol("vehicleid", "ten random galleries with one image per identity", gallery="drawn"),
     )
 }
-"""By name. Sources: market, Zheng et al., ICCV 2015; query-gallery, Liu et al., CVPR 2016 (In-Shop); loo, Oh Song et
-al., CVPR 2016; vehicleid, Liu et al., CVPR 2016 (Deep Relative Distance Learning)."""
+"""Protocols by name.
+
+Sources: market, Zheng et al., ICCV 2015; query-gallery, Liu et al., CVPR 2016 (In-Shop); loo, Oh Song et al., CVPR
+2016; vehicleid, Liu et al., CVPR 2016 (Deep Relative Distance Learning).
+"""

@@ -1,4 +1,4 @@
-"""Stage `prepare`: from raw images to a manifest that later stages can trust.
+"""Stage `prepare`: check and split the raw images, and write the manifest.
 
 Reads   data.root (source `vehicles` renders its own images)
 Writes  artifacts/prepare/, artifacts/warnings.csv, metrics/prepare.json
@@ -7,14 +7,20 @@ Writes  artifacts/prepare/, artifacts/warnings.csv, metrics/prepare.json
 import logging
 import shutil
 import time
-from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 
 from pipeline.data.images import build_cache, data_root
-from pipeline.data.inspection import changed, deduplicate, inspect, leaks, near_duplicates, refuse, twins
+from pipeline.data.inspection import (
+    changed_files,
+    check_limits,
+    deduplicate,
+    duplicates_in_test,
+    find_leaks,
+    inspect,
+    near_duplicates,
+)
 from pipeline.data.layout import UNKNOWN
-from pipeline.data.manifest import DataError, Manifest, some
+from pipeline.data.manifest import DataError, Manifest, first_few
 from pipeline.data.sources import read_source
 from pipeline.data.splits import check_test_set, split_test, split_validation
 from pipeline.files import csv_text, write_text
@@ -25,43 +31,49 @@ log = logging.getLogger(__name__)
 
 
 def prepare(run: Run) -> PrepareRecord:
-    """Render, read, inspect, split, cache."""
+    """Render or read the images, inspect, split and cache them."""
     data, files, seed = run.params.data, run.files, run.params.seed
     root = data_root(files, run.params)
     if data.source == "vehicles":
         from pipeline.data.toy_vehicles import render  # needs two libraries that nothing else needs
 
         started = time.monotonic()
-        shutil.rmtree(root, ignore_errors=True)  # DVC does so before it runs a stage; by hand, an earlier set is there
+        shutil.rmtree(
+            root, ignore_errors=True
+        )  # `dvc repro` removes outputs itself; `python -m stages.prepare` does not
         render.render(root, seed, data.vehicles)
         run.timing("render", time.monotonic() - started)
     source = read_source(data, root)
-    found = inspect(source.items, root)
-    found = deduplicate(replace(found, good=split_test(found.good, data.custom.test, seed, data.protocol)))
-    copies = leaks(found)
-    alike = near_duplicates(found, data.near_duplicate_bits)
-    asked_twice = [] if data.protocol.startswith("market") else twins(found)  # which leaves copies out
+    inspection = inspect(source.items, root)
+    split_items = split_test(inspection.good, data.custom.test, seed, data.protocol)
+    inspection = deduplicate(replace(inspection, good=split_items))
+    leaks = find_leaks(inspection)
+    near = near_duplicates(inspection, data.near_duplicate_bits)
+    # Protocol market leaves such copies out: they have the query's identity and camera.
+    copies = [] if data.protocol.startswith("market") else duplicates_in_test(inspection)
     warnings = [
         *source.warnings,
-        *found.warnings,
-        *((test, f"has the pixels of training image {train}") for train, test in copies),
-        *((other, f"has the pixels of {one}, a test image too") for one, other in asked_twice),
-        *((test, f"looks like training image {train} ({bits} of 64 bits differ)") for train, test, bits in alike),
+        *inspection.warnings,
+        *((test, f"has the same pixels as training image {train}") for train, test in leaks),
+        *((copy, f"has the same pixels as test image {original}") for original, copy in copies),
+        *((test, f"looks like training image {train} ({bits} of 64 bits differ)") for train, test, bits in near),
     ]
-    _list(files.quarantine, "reason", found.quarantined)
-    _list(files.warnings, "warning", warnings)
+    write_text(files.quarantine, csv_text(("path", "reason"), inspection.quarantined))
+    write_text(files.warnings, csv_text(("path", "warning"), warnings))
     if warnings:
         log.warning(
             "%d warnings about images, such as %s; all are in warnings.csv", len(warnings), ": ".join(warnings[0])
         )
-    refuse(found, len(source.items), data.max_quarantined, data.max_leaked)
-    check_test_set(found.good, data.protocol)
-    manifest = Manifest(split_validation(found.good, data.validation, seed, data.protocol), root)
+    check_limits(inspection, len(source.items), data.max_quarantined, data.max_leaked)
+    check_test_set(inspection.good, data.protocol)
+    manifest = Manifest(split_validation(inspection.good, data.validation, seed, data.protocol), root)
     if data.cache:
         height, width = data.image_size
         build_cache(manifest, (height, width), files.image_cache)
-    if touched := changed(found, root):
-        raise DataError(f"{len(touched)} images changed while they were read: {some(touched)}; run the stage again")
+    if changed := changed_files(inspection, root):
+        raise DataError(
+            f"{len(changed)} images changed while they were read: {first_few(changed)}; run the stage again"
+        )
     manifest.write(files.manifest)
     return PrepareRecord(
         images=len(manifest),
@@ -71,15 +83,10 @@ def prepare(run: Run) -> PrepareRecord:
         validation=len(manifest.indices("validation-query", "validation-gallery")),
         query=len(manifest.indices("query")),
         gallery=len(manifest.indices("gallery")),
-        quarantined=len(found.quarantined),
-        leaked=len(copies),
-        near_duplicates=len(alike),
+        quarantined=len(inspection.quarantined),
+        leaked=len(leaks),
+        near_duplicates=len(near),
     )
-
-
-def _list(path: Path, heading: str, rows: Iterable[tuple[str, str]]) -> None:
-    """Write (path, what is said about it)."""
-    write_text(path, csv_text(("path", heading), rows))
 
 
 if __name__ == "__main__":

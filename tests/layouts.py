@@ -1,6 +1,6 @@
-"""Miniatures of published data sets, in the exact layout of their archives, and of data of one's own.
+"""Miniatures of published data sets, in the exact layout of their archives, and of custom data.
 
-Each identity has a colour and a pattern, each camera a tint, each view noise: a network can learn them.
+Each identity has its colours and pattern, each camera its brightness, each view its noise: a network can learn them.
 """
 
 import csv
@@ -12,9 +12,9 @@ from PIL import Image
 
 
 def picture(path: Path, identity: int, camera: int = 0, view: int = 0, size: tuple[int, int] = (40, 40)) -> None:
-    """Draw one (height, width) picture, and write it in the format that its name says."""
-    kind = np.random.default_rng([1, identity])
-    small = kind.integers(0, 256, (5, 5, 3)).astype(np.float64)
+    """Write one random picture of an identity; `size` is (height, width)."""
+    identity_rng = np.random.default_rng([1, identity])
+    small = identity_rng.integers(0, 256, (5, 5, 3)).astype(np.float64)
     noise = np.random.default_rng([2, identity, camera, view])
     large = np.asarray(Image.fromarray(small.astype(np.uint8)).resize(size[::-1], Image.Resampling.BICUBIC), np.float64)
     shifted = np.roll(large, noise.integers(-4, 5, 2), (0, 1)) * (0.8 + 0.08 * camera)
@@ -23,35 +23,35 @@ def picture(path: Path, identity: int, camera: int = 0, view: int = 0, size: tup
     Image.fromarray(pixels).save(path, **({"quality": 95} if path.suffix.lower() in (".jpg", ".jpeg") else {}))
 
 
-def views(first: int, identities: int, cameras: int, each: int) -> Iterator[tuple[int, int, int]]:
-    """Identity, camera and view, all from 1 but views."""
+def views(first: int, identities: int, cameras: int, views_each: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (identity, camera, view); identities begin at `first`, cameras at 1, views at 0."""
     for identity in range(first, first + identities):
         for camera in range(1, cameras + 1):
-            for view in range(each):
+            for view in range(views_each):
                 yield identity, camera, view
 
 
 def veri776(root: Path, train: int, test: int) -> None:
-    """VeRi-776."""
-    for part, seen in {
+    """Write VeRi-776."""
+    for part, keys in {
         "train": list(views(1, train, 3, 2)),
         "query": list(views(train + 1, test, 3, 1)),
         "test": list(views(train + 1, test, 3, 2)),  # queries are in it too
     }.items():
-        names = [f"{identity:04}_c{camera:03}_{view:08}_0.jpg" for identity, camera, view in seen]
-        for name, key in zip(names, seen, strict=True):
+        names = [f"{identity:04}_c{camera:03}_{view:08}_0.jpg" for identity, camera, view in keys]
+        for name, key in zip(names, keys, strict=True):
             picture(root / f"image_{part}" / name, *key)
         (root / f"name_{part}.txt").write_text("\n".join(names) + "\n")
 
 
 def market1501(root: Path, train: int, test: int) -> None:
-    """Market-1501, with junk, distractors and Thumbs.db."""
-    for folder, seen in {
+    """Write Market-1501, with junk, distractors and Thumbs.db."""
+    for folder, keys in {
         "bounding_box_train": list(views(2, train, 3, 2)),
         "query": list(views(train + 2, test, 3, 1)),
         "bounding_box_test": [key for key in views(train + 2, test, 3, 3) if key[2]],
     }.items():
-        for identity, camera, view in seen:
+        for identity, camera, view in keys:
             name = f"{identity:04}_c{camera}s1_{view:06}_00.jpg"
             picture(root / folder / name, identity, camera, view)
         (root / folder / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
@@ -60,17 +60,17 @@ def market1501(root: Path, train: int, test: int) -> None:
 
 
 def msmt17(root: Path, train: int, test: int, version: int = 1) -> None:
-    """MSMT17: identities of train and test both begin at 0."""
+    """Write MSMT17; identities of train and test both begin at 0."""
     names = ("train", "test") if version == 1 else ("mask_train_v2", "mask_test_v2")
     train_views, test_views = list(views(0, train, 3, 2)), list(views(0, test, 3, 2))
-    for name, folder, seen, first in (
+    for name, folder, keys, first in (
         ("list_train.txt", names[0], [key for key in train_views if key[1] < 3], 0),
         ("list_val.txt", names[0], [key for key in train_views if key[1] == 3], 0),
         ("list_query.txt", names[1], [key for key in test_views if not key[2]], train),
         ("list_gallery.txt", names[1], [key for key in test_views if key[2]], train),
     ):
         lines = []
-        for identity, camera, view in seen:
+        for identity, camera, view in keys:
             path = f"{identity:04}/{identity:04}_{view:03}_{camera:02}_0303morning_0008_0.jpg"
             picture(root / folder / path, first + identity, camera, view)
             lines.append(f"{path} {identity}")
@@ -78,7 +78,7 @@ def msmt17(root: Path, train: int, test: int, version: int = 1) -> None:
 
 
 def vehicleid(root: Path, train: int, test: int) -> None:
-    """VehicleID; the three test sets are one and the same here."""
+    """Write VehicleID; its three test lists are the same here."""
     number = 0
     lists: dict[str, list[str]] = {"train_list.txt": [], "test_list_800.txt": []}
     for name, first, count in (("train_list.txt", 1, train), ("test_list_800.txt", train + 1, test)):
@@ -93,7 +93,7 @@ def vehicleid(root: Path, train: int, test: int) -> None:
 
 
 def cub200(root: Path, train: int, test: int) -> None:
-    """CUB-200-2011: classes 1 to 100 train, those from 101 on test."""
+    """Write CUB-200-2011; classes 1 to 100 are for training, the others for test."""
     images, labels, number = [], [], 0
     for label in (*range(1, train + 1), *range(101, 101 + test)):
         for view in range(4):
@@ -107,7 +107,7 @@ def cub200(root: Path, train: int, test: int) -> None:
 
 
 def inshop(root: Path, train: int, test: int) -> None:
-    """In-Shop Clothes Retrieval."""
+    """Write In-Shop Clothes Retrieval."""
     lines = []
     for identity, camera, view in views(1, train + test, 2, 2):
         path = f"img/WOMEN/Dresses/id_{identity:08}/{camera:02}_{view + 1}_front.jpg"
@@ -120,7 +120,7 @@ def inshop(root: Path, train: int, test: int) -> None:
 
 
 def sop(root: Path, train: int, test: int) -> None:
-    """Stanford Online Products."""
+    """Write Stanford Online Products."""
     number = 0
     for name, first, count in (("Ebay_train.txt", 1, train), ("Ebay_test.txt", train + 1, test)):
         lines = ["image_id class_id super_class_id path"]
@@ -133,13 +133,13 @@ def sop(root: Path, train: int, test: int) -> None:
 
 
 def folder(root: Path, train: int, test: int) -> None:
-    """One folder an identity, one folder a camera in it."""
+    """Write custom data: one folder for each identity, and in it one for each camera."""
     for identity, camera, view in views(1, train + test, 3, 2):
         picture(root / f"thing {identity}" / f"cam{camera}" / f"{view}.png", identity, camera, view)
 
 
 def table(root: Path, train: int, test: int) -> None:
-    """A CSV file; cameras known, splits not."""
+    """Write custom data: a CSV file with cameras and without splits."""
     root.mkdir(parents=True, exist_ok=True)
     with (root / "images.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -161,7 +161,7 @@ LAYOUTS: dict[str, Callable[[Path, int, int], None]] = {
     "folder": folder,
     "csv": table,
 }
-"""Writers by source: root, number of training and of test identities."""
+"""Writers by `data.source`; arguments are the root, and the numbers of training and test identities."""
 
 PROTOCOLS = {"vehicleid": "vehicleid", "cub200": "loo", "inshop": "query-gallery", "sop": "loo"}
-"""Of those that are not asked as Market-1501 is."""
+"""Protocols by `data.source`; the others use `market`."""

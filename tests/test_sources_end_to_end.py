@@ -1,4 +1,4 @@
-"""Every layout through DVC: stage `prepare` on a miniature of each, and all six stages on two of them."""
+"""Every layout with DVC: stage `prepare` on a miniature of each, and all six stages on two of them."""
 
 import csv
 import os
@@ -15,8 +15,8 @@ from tests import layouts
 from tests.test_end_to_end import checkout, metrics, repro
 
 TRAIN, TEST = 10, 5
-WHOLE = ("cub200", "csv")
-"""Layouts that all stages run on: one where all images ask each other, one of one's own."""
+ALL_STAGES = ("cub200", "csv")
+"""Layouts that all stages run on: one in which all test images are queries, and custom data."""
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def choose(folder: Path, source: str) -> None:
-    """A miniature in data/, and the params that a user would set."""
+    """Write a miniature to data/, and set its params."""
     shutil.rmtree(folder / "data" / source, ignore_errors=True)
     layouts.LAYOUTS[source](folder / "data" / source, TRAIN, TEST)
     yaml = YAML()
@@ -39,20 +39,20 @@ def test_each_layout_is_prepared(folder: Path, source: str) -> None:
     choose(folder, source)
     done = repro(folder, "prepare")
     assert done.returncode == 0, done.stdout
-    found = metrics(folder, "prepare")
+    counts = metrics(folder, "prepare")
     listed = list(csv.DictReader((folder / "artifacts/prepare/manifest.csv").open()))
-    assert len(listed) == found["images"] == sum(found[name] for name in ("train", "validation", "query", "gallery"))
+    assert len(listed) == counts["images"] == sum(counts[name] for name in ("train", "validation", "query", "gallery"))
     extra = 2 if source == "market1501" else 0  # junk and distractors
-    assert found["identities"] == TRAIN + TEST + extra
-    assert found["validation"] > 0 and found["quarantined"] == found["leaked"] == 0
-    assert bool(found["gallery"]) is (source not in ("vehicleid", "cub200", "sop"))
+    assert counts["identities"] == TRAIN + TEST + extra
+    assert counts["validation"] > 0 and counts["quarantined"] == counts["leaked"] == 0
+    assert bool(counts["gallery"]) is (source not in ("vehicleid", "cub200", "sop"))
 
 
-def test_what_comes_in_with_a_table_is_prepared_too(folder: Path) -> None:
+def test_incoming_images_with_a_table_are_prepared(folder: Path) -> None:
     choose(folder, "csv")
     assert repro(folder, "prepare").returncode == 0
     before = metrics(folder, "prepare")
-    layouts.table(folder / "incoming", TRAIN + 2, TEST)  # lists again what is there
+    layouts.table(folder / "incoming", TRAIN + 2, TEST)  # its rows include the existing ones
     for path in (folder / "incoming").iterdir():
         os.utime(path, (1, 1))
     params = load(folder / "params.yaml")
@@ -60,11 +60,11 @@ def test_what_comes_in_with_a_table_is_prepared_too(folder: Path) -> None:
     assert len(refresh(Files(folder, folder), params)) == 2 * 3 * 2
     done = repro(folder, "prepare")
     assert done.returncode == 0, done.stdout
-    found = metrics(folder, "prepare")
-    assert found["images"] == before["images"] + 2 * 3 * 2 and found["identities"] == before["identities"] + 2
+    after = metrics(folder, "prepare")
+    assert after["images"] == before["images"] + 2 * 3 * 2 and after["identities"] == before["identities"] + 2
 
 
-@pytest.mark.parametrize("source", WHOLE)
+@pytest.mark.parametrize("source", ALL_STAGES)
 def test_all_stages_run(folder: Path, source: str) -> None:
     choose(folder, source)
     done = repro(folder)

@@ -1,1 +1,1 @@
-"""Images and who is on them: sources, manifest, decoded cache, augmentation, sampling."""
+"""Labelled images: data set layouts, manifest, decoded cache, augmentation and P x K sampling."""

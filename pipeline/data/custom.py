@@ -1,4 +1,4 @@
-"""Data of one's own: a folder of identities, or a table."""
+"""Custom data: a folder for each identity, or a CSV table."""
 
 import csv
 import io
@@ -13,97 +13,97 @@ from pipeline.config import Data
 from pipeline.data.layout import UNKNOWN, Listing, layout
 from pipeline.data.manifest import DataError, ImageWarning, Item
 
-UNSPLIT = "unsplit"
-"""Split of images that nobody has put into one yet."""
-UNDEALT = "test"
-"""Split of test images of which nobody has said yet whether they ask or are asked."""
-LITTER = {"thumbs.db", "desktop.ini", "__macosx"}
-"""Files and folders that systems leave behind; hidden ones are left out too."""
+UNASSIGNED = "unsplit"
+"""Split of images that are not in a split yet."""
+UNASSIGNED_TEST = "test"
+"""Split of test images that are not divided into query and gallery yet."""
+SYSTEM_FILES = {"thumbs.db", "desktop.ini", "__macosx"}
+"""Files and folders that operating systems create; they are skipped, as hidden ones are."""
 
-NO_IDENTITIES = {"train", "test", "val", "query", "gallery"}
-"""Folders of other people's splits, which would all become one identity."""
+SPLIT_FOLDERS = {"train", "test", "val", "query", "gallery"}
+"""Folder names that are splits, not identities."""
 
 Row = dict[str, str]
-"""Of a table, by column."""
+"""One row of a table, by column."""
 
 
 @layout("folder")
 def folder(root: Path, data: Data) -> Listing:
-    """List one folder for each identity, in it images or one folder for each camera.
+    """List a data set with one folder for each identity, which holds images or one folder for each camera.
 
-    Where there are no folders for cameras, `data.custom.pattern` finds the camera in a file's name.
+    Without camera folders, `data.custom.pattern` extracts the camera from the file name.
 
     Returns:
-        Items in the order of their paths, and what was left out.
+        Items sorted by path, and the skipped files.
 
     Raises:
-        FileNotFoundError: If there is no such folder.
-        DataError: If a name has no camera where the pattern looks for one, or nothing is there.
+        FileNotFoundError: If the folder does not exist.
+        DataError: If the pattern does not match a file name, a folder is named like a split, or there are no images.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is missing; `data.root` must hold one folder an identity")
+        raise FileNotFoundError(f"{root} is missing; `data.root` must be a folder with one folder for each identity")
     pattern = data.custom.pattern
-    form = re.compile(pattern) if pattern else None
+    camera_pattern = re.compile(pattern) if pattern else None
     items, warnings = list[Item](), list[ImageWarning]()
-    for path, why in walk(root, ""):
+    for path, skip_reason in walk(root):
         parts = path.split("/")
-        if why or len(parts) < 2:
-            warnings.append((path, why or "lies in no identity's folder, left out"))
+        if skip_reason or len(parts) < 2:
+            warnings.append((path, skip_reason or "skipped: not in the folder of an identity"))
             continue
         camera = parts[1] if len(parts) > 2 else UNKNOWN
-        if len(parts) == 2 and form is not None:
-            found = form.search(parts[-1])
-            if found is None:
-                raise DataError(f"{path}: `data.custom.pattern` {pattern!r} finds no camera in this name")
-            camera = found["camera"]
-        items.append(Item(path, parts[0], camera, UNSPLIT))
+        if len(parts) == 2 and camera_pattern is not None:
+            match = camera_pattern.search(parts[-1])
+            if match is None:
+                raise DataError(f"{path}: `data.custom.pattern` {pattern!r} finds no camera in this file name")
+            camera = match["camera"]
+        items.append(Item(path, parts[0], camera, UNASSIGNED))
     if not items:
-        raise DataError(f"{root} holds no images in folders of identities")
-    if split := {item.identity.lower() for item in items} & NO_IDENTITIES:
+        raise DataError(f"{root} has no images in folders of identities")
+    if split := {item.identity.lower() for item in items} & SPLIT_FOLDERS:
         raise DataError(
-            f"{root} has a folder `{min(split)}`: source folder takes folders for identities and splits itself; let "
-            "`data.root` name what is inside, or use source csv with a column split"
+            f"{root} has a folder `{min(split)}`: source folder takes folders for identities and splits them itself; "
+            "point `data.root` at the folder inside it, or use source csv with a column split"
         )
     return Listing(items, warnings)
 
 
-def walk(root: Path, inside: str) -> Iterator[tuple[str, str]]:
-    """Files below a folder, by relative path, sorted; with a reason where one is left out."""
-    with os.scandir(root / inside) as entries:
-        found = sorted(entries, key=lambda entry: entry.name)
-    for entry in found:
+def walk(root: Path, inside: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (path relative to `root`, reason to skip it or "") of all files below `root / inside`, sorted."""
+    with os.scandir(root / inside) as scan:
+        entries = sorted(scan, key=lambda entry: entry.name)
+    for entry in entries:
         path = f"{inside}/{entry.name}" if inside else entry.name
-        if path != (said := path.encode(errors="backslashreplace").decode()):
-            yield said, "its name is no UTF-8, left out"
+        if path != (escaped := path.encode(errors="backslashreplace").decode()):
+            yield escaped, "skipped: its name is not UTF-8"
             continue
-        if entry.name.startswith(".") or entry.name.lower() in LITTER:
-            yield path, "hidden or left behind by a system, left out"
+        if entry.name.startswith(".") or entry.name.lower() in SYSTEM_FILES:
+            yield path, "skipped: hidden, or a file of the operating system"
         elif entry.is_symlink():
-            yield path, "a link, left out: only regular files inside the root are read"
+            yield path, "skipped: a link, and only regular files below the root are read"
         elif entry.is_dir():
             yield from walk(root, path)
         elif entry.is_file():
-            yield path, "" if _may_be_image(entry.name) else "no image by its ending, left out"
+            yield path, "" if _has_image_suffix(entry.name) else "skipped: its suffix is not one of an image"
         else:
-            yield path, "no regular file, left out"
+            yield path, "skipped: not a regular file"
 
 
-def _may_be_image(name: str) -> bool:
-    """Whether a file is worth a look: its ending is one of an image, or it has none."""
-    ending = Path(name).suffix.lower()
-    return not ending or ending in Image.registered_extensions()
+def _has_image_suffix(name: str) -> bool:
+    """Return whether the suffix is one of an image; a name without a suffix passes."""
+    suffix = Path(name).suffix.lower()
+    return not suffix or suffix in Image.registered_extensions()
 
 
 @layout("csv")
 def table(root: Path, data: Data) -> Listing:
-    """Read a CSV file (`data.custom.table`) with columns path and identity, and camera and split where they are known.
+    """List the rows of a CSV file (`data.custom.table`): columns path, identity and, if known, camera and split.
 
-    Splits are train, query, gallery, or test for those that the rule shall deal out; without the column all are. Paths
-    are relative to `root`.
+    Splits are train, query, gallery, or test for images that `split_test` divides into query and gallery. Without the
+    column, `split_test` splits all images. Paths are relative to `root`.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        DataError: If it is no such table.
+        FileNotFoundError: If the file does not exist.
+        DataError: If it is not such a table.
     """
     path = root / data.custom.table
     _, rows = read_rows(path)
@@ -111,24 +111,24 @@ def table(root: Path, data: Data) -> Listing:
         raise DataError(f"{path} lists no images")
     check_splits(path, rows)
     items = [
-        Item(row["path"], row["identity"], row.get("camera") or UNKNOWN, row.get("split") or UNSPLIT) for row in rows
+        Item(row["path"], row["identity"], row.get("camera") or UNKNOWN, row.get("split") or UNASSIGNED) for row in rows
     ]
     return Listing(items, [])
 
 
 def read_rows(path: Path) -> tuple[list[str], list[Row]]:
-    """Read the columns and the rows of such a table.
+    """Read the columns and the rows of a table.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         DataError: If it has other columns, or a row has too few or too many fields, or an unknown split.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is missing; `data.custom.table` names the table of source csv") from error
+        raise FileNotFoundError(f"{path} is missing; `data.custom.table` must name the table of source csv") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no UTF-8 text") from error
+        raise DataError(f"{path} is not UTF-8 text") from error
     reader = csv.DictReader(io.StringIO(text, newline=""))
     columns = list(reader.fieldnames or ())
     if not {"path", "identity"} <= set(columns) <= {"path", "identity", "camera", "split"}:
@@ -141,18 +141,21 @@ def read_rows(path: Path) -> tuple[list[str], list[Row]]:
             raise DataError(f"{path}, line {reader.line_num}: expected {len(columns)} fields")
         if not (row["path"] and row["identity"]):
             raise DataError(f"{path}, line {reader.line_num}: path or identity is empty")
-        if (split := row.get("split") or UNSPLIT) not in ("train", "query", "gallery", UNDEALT, UNSPLIT):
-            raise DataError(f"{path}, line {reader.line_num}: {split!r} is none of train, query, gallery and test")
+        split = row.get("split") or UNASSIGNED
+        if split not in ("train", "query", "gallery", UNASSIGNED_TEST, UNASSIGNED):
+            raise DataError(
+                f"{path}, line {reader.line_num}: split must be train, query, gallery or test, got {split!r}"
+            )
         rows.append(row)
     return columns, rows
 
 
 def check_splits(path: Path, rows: Iterable[Row]) -> None:
-    """Refuse rows of which some have a split and others have none.
+    """Check that all rows have a split or none has, and that `test` does not occur beside `query` or `gallery`.
 
     Raises:
         DataError: Naming the table.
     """
-    splits = {row.get("split") or UNSPLIT for row in rows}
-    if (UNSPLIT in splits and len(splits) > 1) or (UNDEALT in splits and splits & {"query", "gallery"}):
+    splits = {row.get("split") or UNASSIGNED for row in rows}
+    if (UNASSIGNED in splits and len(splits) > 1) or (UNASSIGNED_TEST in splits and splits & {"query", "gallery"}):
         raise DataError(f"{path}: some images have a split and others have none; give all one, or none")

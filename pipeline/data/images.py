@@ -1,6 +1,6 @@
-"""Decoded images: the one way from a file to pixels, and a cache of all of them.
+"""Decode image files, and cache the decoded images of a manifest.
 
-Preprocessing is the same everywhere: EXIF orientation, RGB, antialiased bilinear resize.
+The preprocessing is the same everywhere: EXIF orientation, RGB, antialiased bilinear resize.
 """
 
 import threading
@@ -22,36 +22,36 @@ from pipeline.progress import track
 Pixels = npt.NDArray[np.uint8]
 
 MAX_PIXELS = 50_000_000
-"""Larger images are refused from their header alone: a small file can unpack to gigabytes."""
+"""Images with more pixels are refused by their header: a small file can decompress to gigabytes."""
 MAX_BYTES = 500_000_000
-"""Larger files are refused unread: some readers take them into memory as a whole."""
+"""Larger files are refused unread: some decoders read the whole file into memory."""
 LARGE = 4_000_000
-"""Images of more pixels are decoded one at a time, so that memory holds one of them and not one a processor."""
+"""Images with more pixels are decoded one at a time, so that memory holds one of them, not one per thread."""
 Image.init()
 FORMATS = tuple(sorted({"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"} & set(Image.OPEN)))
-"""What is read, as far as Pillow was built with it. Others start programs (EPS) or decode before their size is known
-(ICO)."""
+"""Supported formats, as far as this Pillow was built with them. Pillow's others start programs (EPS) or decode before
+their size is known (ICO)."""
 
-_ALONE = threading.Lock()
+_LARGE_IMAGE = threading.Lock()
 
 
 PLAIN = ("RGB", "RGBX", "1", "L", "P", "CMYK", "YCbCr", "HSV")
-"""Modes that Pillow converts as they are meant (Adobe's inverted CMYK included), unless something is transparent."""
+"""Modes that Pillow converts to RGB correctly (Adobe's inverted CMYK included), unless they have transparency."""
 DEEP = ("I;16", "I;16L", "I;16B", "I;16N")
-"""Grey with 16 bits: their upper eight count."""
+"""Modes of 16-bit grey; the upper eight bits are used."""
 SHALLOW = 2**12
-"""Deep images without larger values hold fewer bits, of which hardly any would be left."""
+"""A 16-bit image whose values are all smaller was scaled to fewer bits: its upper eight bits would be almost black."""
 WHITE = (255, 255, 255)
-"""What shows through where an image is transparent."""
+"""Background of transparent images."""
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
-    """An image file whose header is judged and whose pixels are not decoded yet; large ones one at a time.
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """Open an image file and check its header, without decoding; large images are opened one at a time.
 
     Raises:
         DataError: If it is too large.
-        OSError: If it is none that is read (`FORMATS`).
+        OSError: If its format is not one of `FORMATS`.
     """
     if (size := path.stat().st_size) > MAX_BYTES:
         raise DataError(f"{size} bytes exceed {MAX_BYTES}")
@@ -59,77 +59,76 @@ def opened(path: Path) -> Iterator[Image.Image]:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise DataError(f"{width} x {height} pixels exceed {MAX_PIXELS}; make it smaller")
-        with _ALONE if width * height > LARGE else nullcontext():
+        with _LARGE_IMAGE if width * height > LARGE else nullcontext():
             yield image
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Decode an image in full, upright and in RGB; of several frames the first. The given one is used up.
+    """Decode the first frame completely, apply its EXIF orientation and convert it to RGB; `image` is modified.
 
     Raises:
-        DataError: If its mode has no plain meaning.
-        OSError: If it cannot be decoded to the end (the decoder may raise others too).
+        DataError: If its mode has no unambiguous conversion to RGB.
+        OSError: If it is truncated or damaged (decoders may raise other exceptions too).
     """
     if not (image.mode in PLAIN or image.mode in DEEP or image.mode == "LAB" or image.has_transparency_data):
-        raise DataError(f"mode {image.mode} has no plain meaning as colours; convert it to 8 bits a channel")
+        raise DataError(f"mode {image.mode} has no defined colours; convert it to 8 bits a channel")
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
     return _rgb(image)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Convert by mode: Pillow alone would drop transparency, and most of the values of deep ones, without a word."""
+    """Convert to RGB by mode: `convert` alone silently drops transparency and clips 16-bit values."""
     if image.mode in DEEP:
         values = np.asarray(image)
         if 0 < values.max() < SHALLOW:
             raise DataError(f"mode {image.mode} with values up to {values.max()} only; scale it to 8 bits a channel")
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "LAB":
-        colours = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(image, *colours, outputMode="RGB")
+        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
         if converted is None:
-            raise DataError("colours of mode LAB cannot be converted; convert it to RGB")
+            raise DataError("mode LAB cannot be converted; convert it to RGB")
         return converted
     if image.has_transparency_data:
-        seen = image.convert("RGBA")
-        ground = Image.new("RGB", seen.size, WHITE)
-        ground.paste(seen, mask=seen.getchannel("A"))
-        return ground
+        rgba = image.convert("RGBA")
+        background = Image.new("RGB", rgba.size, WHITE)
+        background.paste(rgba, mask=rgba.getchannel("A"))
+        return background
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def decode(path: Path, size: tuple[int, int]) -> Pixels:
     """Decode an image and resize it to (height, width); returns (height, width, 3) uint8."""
     height, width = size
-    with opened(path) as image:
-        return np.asarray(upright_rgb(image).resize((width, height), Image.Resampling.BILINEAR))  # antialiases
+    with open_image(path) as image:
+        return np.asarray(upright_rgb(image).resize((width, height), Image.Resampling.BILINEAR))  # antialiased
 
 
 def build_cache(manifest: Manifest, size: tuple[int, int], path: Path) -> None:
-    """Write all images as one array (N, height, width, 3) uint8 to a .npy file; row r is item r of the manifest."""
+    """Write all images as one array (N, height, width, 3) uint8 to a .npy file, in the manifest's order."""
     paths = [manifest.root / item.path for item in manifest.items]
 
     def write(temporary: Path) -> None:
         array = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(paths), *size, 3))
         images = in_threads(lambda image: decode(image, size), paths)
-        for row, image in enumerate(track(images, len(paths), "caching images")):
-            array[row] = image
+        for index, image in enumerate(track(images, len(paths), "caching images")):
+            array[index] = image
         array.flush()
 
     write_atomically(path, write)
 
 
 class Images:
-    """The images of a manifest, by row, from the cache or else from their files.
+    """The decoded images of a manifest, by index, from the cache or from their files.
 
     Args:
-        manifest: Says which row is which image.
-        size: Height and width, pixels.
-        cache: What `build_cache` wrote, or None.
+        size: (height, width), pixels.
+        cache: File written by `build_cache`, or None to decode the files.
 
     Raises:
-        FileNotFoundError: If the cache is not there.
-        DataError: If the cache belongs to other images or another size.
+        FileNotFoundError: If the cache does not exist.
+        DataError: If the cache has another number of images or another size.
     """
 
     def __init__(self, manifest: Manifest, size: tuple[int, int], cache: Path | None) -> None:
@@ -139,20 +138,20 @@ class Images:
     def __len__(self) -> int:
         return len(self.manifest)
 
-    def batch(self, rows: Indices | Sequence[int]) -> Pixels:
-        """Images (n, height, width, 3) uint8, a copy."""
+    def batch(self, indices: Indices | Sequence[int]) -> Pixels:
+        """Return images (n, height, width, 3) uint8, a copy."""
         if self.cache is not None:
             if self._array is None:
                 self._array = self._open(self.cache)
-            return np.asarray(self._array[np.asarray(rows, np.int64)])
-        batch = np.empty((len(rows), *self.size, 3), np.uint8)
-        for place, row in enumerate(rows):
-            batch[place] = decode(self.manifest.root / self.manifest.items[row].path, self.size)
+            return np.asarray(self._array[np.asarray(indices, np.int64)])
+        batch = np.empty((len(indices), *self.size, 3), np.uint8)
+        for position, index in enumerate(indices):
+            batch[position] = decode(self.manifest.root / self.manifest.items[index].path, self.size)
         return batch
 
-    def original(self, row: int) -> Pixels:
-        """Image (h, w, 3) uint8 in its own size, decoded from its file."""
-        with opened(self.manifest.root / self.manifest.items[row].path) as image:
+    def original(self, index: int) -> Pixels:
+        """Decode an image from its file, without resizing; returns (h, w, 3) uint8."""
+        with open_image(self.manifest.root / self.manifest.items[index].path) as image:
             return np.asarray(upright_rgb(image))
 
     def _open(self, cache: Path) -> Pixels:
@@ -166,21 +165,21 @@ class Images:
         return array
 
     def __getstate__(self) -> dict[str, Any]:
-        # A pickled memory map would carry every pixel to the worker; it opens the file itself.
+        # A pickled memory map would copy every pixel to each worker process; the worker opens the file instead.
         return {**self.__dict__, "_array": None}
 
 
 def data_root(files: Files, params: Params) -> Path:
-    """Folder that the paths of the manifest are relative to."""
+    """Return the folder that the paths of the manifest are relative to."""
     return files.vehicles if params.data.source == "vehicles" else files.root / params.data.root
 
 
 def open_images(files: Files, params: Params) -> tuple[Manifest, Images]:
-    """What stage `prepare` left: the manifest and its images.
+    """Open the manifest and the images that stage `prepare` wrote.
 
     Raises:
         FileNotFoundError: If the stage has not run.
-        DataError: If what it left is of another run.
+        DataError: If its outputs do not fit together or do not fit `data.image_size`.
     """
     manifest = Manifest.read(files.manifest, data_root(files, params))
     height, width = params.data.image_size

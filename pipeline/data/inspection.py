@@ -1,4 +1,4 @@
-"""What raw images must survive before anything learns from them: full decoding, and a search for copies."""
+"""Check raw images before they are used: decode each one completely, and search for duplicates."""
 
 import hashlib
 import stat
@@ -11,211 +11,222 @@ import imagehash
 import numpy as np
 from PIL import Image, ImageOps
 
-from pipeline.data.images import opened, upright_rgb
-from pipeline.data.manifest import TEST, DataError, ImageWarning, Item, some
+from pipeline.data.images import open_image, upright_rgb
+from pipeline.data.manifest import TEST, DataError, ImageWarning, Item, first_few
 from pipeline.data.parallel import in_threads
 from pipeline.progress import track
 
 STRIP = 256
-"""Indices of pixels that are copied at a time."""
+"""Rows of pixels that are copied at a time for hashing."""
 
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """What one image is.
+    """Fingerprints of one image.
 
     Attributes:
         pixels: SHA-256 of size and decoded pixels.
-        hashes: Perceptual hashes of it and of its mirror image.
-        state: Size and time of change of the file, in bytes and nanoseconds.
-        flat: Whether it is of one colour, and so looks like all others that are.
-        remark: What is odd about it; empty where nothing is.
+        hashes: Perceptual hashes (64 bits) of the image and of its mirror image.
+        state: Size (bytes) and modification time (ns) of the file before it was decoded.
+        flat: Whether the image has one colour, and so looks like every other flat image.
+        warning: What is unusual about the image, or "".
     """
 
     pixels: str
     hashes: tuple[int, int]
     state: tuple[int, int] | None
     flat: bool
-    remark: str
+    warning: str
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What came of decoding every image.
+    """The result of decoding every image.
 
     Attributes:
-        good: Items that decode, in the given order.
-        looks: What each of them is.
+        good: Items that can be decoded, in their original order.
+        decoded: The fingerprints of `good`, in the same order.
         quarantined: (path, reason) of the others.
     """
 
     good: list[Item]
-    looks: list[DecodedImage]
+    decoded: list[DecodedImage]
     quarantined: list[ImageWarning]
 
     @property
+    def pairs(self) -> list[tuple[Item, DecodedImage]]:
+        """Usable items with their fingerprints."""
+        return list(zip(self.good, self.decoded, strict=True))
+
+    @property
     def warnings(self) -> list[ImageWarning]:
-        """(path, remark) of images that are odd, but usable."""
-        return [(item.path, look.remark) for item, look in zip(self.good, self.looks, strict=True) if look.remark]
+        """(path, warning) of images that are usable but unusual."""
+        return [(item.path, image.warning) for item, image in self.pairs if image.warning]
 
 
 def inspect(items: Sequence[Item], root: Path) -> Inspection:
-    """Decode every image to its end: `Image.verify` misses truncated files. Links out of `root` are refused."""
-    inside = root.resolve()
+    """Decode every image completely (`Image.verify` misses truncated files); links that leave `root` are refused."""
+    resolved_root = root.resolve()
 
-    def look(item: Item) -> DecodedImage | str:
+    def inspect_one(item: Item) -> DecodedImage | str:
         try:
-            return _look(_regular(root / item.path, inside))
+            return _decode(_regular_file(root / item.path, resolved_root))
         except Exception as error:
-            reason = str(error).replace(str(root / item.path), item.path).replace(str(inside), "")
+            reason = str(error).replace(str(root / item.path), item.path).replace(str(resolved_root), "")
             return f"{type(error).__name__}: {reason}"
 
-    good, looks, quarantined = [], [], []
-    found = track(in_threads(look, items), len(items), "inspecting images")
-    for item, seen in zip(items, found, strict=True):
-        if isinstance(seen, str):
-            quarantined.append((item.path, seen))
+    good, decoded, quarantined = [], [], []
+    results = track(in_threads(inspect_one, items), len(items), "inspecting images")
+    for item, result in zip(items, results, strict=True):
+        if isinstance(result, str):
+            quarantined.append((item.path, result))
         else:
             good.append(item)
-            looks.append(seen)
-    return Inspection(good, looks, quarantined)
+            decoded.append(result)
+    return Inspection(good, decoded, quarantined)
 
 
-def _regular(path: Path, inside: Path) -> Path:
-    """Where a path leads to, if that is a file inside of the root: opening a pipe would wait for ever."""
-    end = path.resolve(strict=True)
-    if not end.is_relative_to(inside):
-        raise DataError("leads out of `data.root`")
-    if not stat.S_ISREG(end.stat().st_mode):
-        raise DataError("is no regular file")
-    return end
+def _regular_file(path: Path, root: Path) -> Path:
+    """Resolve a path and check that it is a regular file below `root`: opening a pipe would block for ever."""
+    resolved = path.resolve(strict=True)
+    if not resolved.is_relative_to(root):
+        raise DataError("is outside `data.root`")
+    if not stat.S_ISREG(resolved.stat().st_mode):
+        raise DataError("is not a regular file")
+    return resolved
 
 
-def _look(path: Path) -> DecodedImage:
-    """Decode one file.
-
-    Raises:
-        Exception: Whatever the decoder finds.
-    """
+def _decode(path: Path) -> DecodedImage:
+    """Decode one file; raises whatever the decoder raises."""
     before = _state(path)
-    with opened(path) as image:
-        kind, frames = image.format or "", int(getattr(image, "n_frames", 1))
+    with open_image(path) as image:
+        actual_format, frames = image.format or "", int(getattr(image, "n_frames", 1))
         rgb = upright_rgb(image)
         pixels = hashlib.sha256(repr(rgb.size).encode())
         for top in range(0, rgb.height, STRIP):
             pixels.update(rgb.crop((0, top, rgb.width, min(top + STRIP, rgb.height))).tobytes())
         flat = all(high - low <= 1 for low, high in rgb.getextrema())  # type: ignore[misc]
-        small = rgb.convert("L").resize((32, 32), Image.Resampling.LANCZOS)  # as the hash does it
-        del rgb
-    hashes = (_hash(small), _hash(ImageOps.mirror(small)))
+        small = rgb.convert("L").resize((32, 32), Image.Resampling.LANCZOS)  # the first step of `imagehash.phash`
+        del rgb  # frees the memory of a large image before the next one is decoded
+    hashes = (_perceptual_hash(small), _perceptual_hash(ImageOps.mirror(small)))
     warnings = []
-    expected = Image.registered_extensions().get(path.suffix.lower())
-    if expected != kind:
-        warnings.append(f"is {kind}, whatever its name says")
+    named_format = Image.registered_extensions().get(path.suffix.lower())
+    if named_format != actual_format:
+        warnings.append(f"is {actual_format}, which does not match its suffix")
     if frames > 1:
-        warnings.append(f"has {frames} frames, of which the first is taken")
+        warnings.append(f"has {frames} frames, only the first is used")
     if flat:
-        warnings.append("is of one colour")
+        warnings.append("has only one colour")
     return DecodedImage(pixels.hexdigest(), hashes, before, flat, "; ".join(warnings))
 
 
 def _state(path: Path) -> tuple[int, int] | None:
-    """Size (bytes) and time of change (ns) of a file; None if it is gone."""
+    """Return size (bytes) and modification time (ns) of a file; None if it does not exist."""
     try:
-        found = path.stat()
+        result = path.stat()
     except OSError:
         return None
-    return found.st_size, found.st_mtime_ns
+    return result.st_size, result.st_mtime_ns
 
 
-def _hash(grey: Image.Image) -> int:
+def _perceptual_hash(grey: Image.Image) -> int:
     bits = imagehash.phash(grey).hash.ravel()
     return int.from_bytes(np.packbits(bits).tobytes())
 
 
-def changed(found: Inspection, root: Path) -> list[str]:
-    """Paths of files that are not what they were when they were looked at."""
-    pairs = zip(found.good, found.looks, strict=True)
-    return [item.path for item, look in pairs if _state(root / item.path) != look.state]
+def changed_files(inspection: Inspection, root: Path) -> list[str]:
+    """Return the paths of files whose size or modification time changed since they were inspected."""
+    return [item.path for item, image in inspection.pairs if _state(root / item.path) != image.state]
 
 
-def leaks(found: Inspection) -> list[tuple[str, str]]:
-    """Pairs of paths (training, test) with the same pixels.
+def find_leaks(inspection: Inspection) -> list[tuple[str, str]]:
+    """Return pairs of paths (training image, test image) with the same pixels.
 
-    Duplicates inside of the test set are left alone: VeRi-776's own queries are in its gallery too.
+    Duplicates within the test set are no leaks: VeRi-776's queries are in its gallery too.
     """
-    pairs = list(zip(found.good, found.looks, strict=True))
-    trained = {look.pixels: item.path for item, look in pairs if item.split not in TEST}
-    return [(trained[look.pixels], item.path) for item, look in pairs if item.split in TEST and look.pixels in trained]
+    trained = {image.pixels: item.path for item, image in inspection.pairs if item.split not in TEST}
+    return [
+        (trained[image.pixels], item.path)
+        for item, image in inspection.pairs
+        if item.split in TEST and image.pixels in trained
+    ]
 
 
-def deduplicate(found: Inspection) -> Inspection:
-    """The same without training images that two identities claim; those of a test set are kept, with a remark.
+def deduplicate(inspection: Inspection) -> Inspection:
+    """Quarantine training images whose pixels occur under several identities.
 
-    A benchmark's test set is what it is: without some of it mAP would be another one.
+    Such test images are kept with a warning: without them, mAP would not be comparable with published results.
     """
     claims: dict[tuple[str, bool], set[str]] = defaultdict(set)
-    for item, look in zip(found.good, found.looks, strict=True):
-        claims[look.pixels, item.split in TEST].add(item.identity)
-    good, looks, quarantined = [], [], list(found.quarantined)
-    for item, look in zip(found.good, found.looks, strict=True):
-        tested = item.split in TEST
-        others = claims[look.pixels, tested] - {item.identity}
-        said = f"identities {some(sorted(others))} claim the same pixels" if others else ""
-        if said and not tested:
-            quarantined.append((item.path, said))
+    for item, image in inspection.pairs:
+        claims[image.pixels, item.split in TEST].add(item.identity)
+    good, decoded, quarantined = [], [], list(inspection.quarantined)
+    for item, image in inspection.pairs:
+        is_test = item.split in TEST
+        others = claims[image.pixels, is_test] - {item.identity}
+        warning = f"has the same pixels as an image of identity {first_few(sorted(others))}" if others else ""
+        if warning and not is_test:
+            quarantined.append((item.path, warning))
             continue
         good.append(item)
-        looks.append(replace(look, remark="; ".join(filter(None, (look.remark, said)))))
-    return Inspection(good, looks, quarantined)
+        decoded.append(replace(image, warning="; ".join(filter(None, (image.warning, warning)))))
+    return Inspection(good, decoded, quarantined)
 
 
-def twins(found: Inspection) -> list[tuple[str, str]]:
-    """Pairs of paths of test images with the same pixels: the first that has them, and each other."""
+def duplicates_in_test(inspection: Inspection) -> list[tuple[str, str]]:
+    """Return pairs of paths of test images with the same pixels: the first such image, and each later one."""
     first: dict[str, str] = {}
-    tested = [(item, look) for item, look in zip(found.good, found.looks, strict=True) if item.split in TEST]
-    pairs = [(first.setdefault(look.pixels, item.path), item.path) for item, look in tested]
-    return [(one, other) for one, other in pairs if one != other]
+    tested = [(item, image) for item, image in inspection.pairs if item.split in TEST]
+    pairs = [(first.setdefault(image.pixels, item.path), item.path) for item, image in tested]
+    return [(original, copy) for original, copy in pairs if original != copy]
 
 
-def near_duplicates(found: Inspection, bits: int) -> list[tuple[str, str, int]]:
-    """For each test image that looks like a training image, mirrored or not: the nearest one.
+def near_duplicates(inspection: Inspection, bits: int) -> list[tuple[str, str, int]]:
+    """Find, for each test image, the training image that looks most like it, mirrored or not.
 
-    Images of one colour, and those with the same pixels, are none. Of the 64 bits of the hashes at most `bits` differ
-    (below 0, none are looked for). Returns path of the training image, path of the test image, and differing bits.
+    Flat images and exact duplicates are left out.
+
+    Args:
+        bits: Bits of 64 in which the perceptual hashes of near duplicates may differ; below 0 nothing is searched.
+
+    Returns:
+        Path of the training image, path of the test image, and number of differing bits.
     """
-    told = [(item, look) for item, look in zip(found.good, found.looks, strict=True) if not look.flat]
-    train = [(item, look) for item, look in told if item.split not in TEST]
+    textured = [(item, image) for item, image in inspection.pairs if not image.flat]
+    train = [(item, image) for item, image in textured if item.split not in TEST]
     if bits < 0 or not train:
         return []
-    hashes = np.array([look.hashes[0] for _, look in train], np.uint64)
-    exact = {look.pixels for _, look in train}
+    hashes = np.array([image.hashes[0] for _, image in train], np.uint64)
+    exact = {image.pixels for _, image in train}
     pairs = []
-    for item, look in told:
-        if item.split in TEST and look.pixels not in exact:
-            apart = np.bitwise_count(hashes[:, None] ^ np.array(look.hashes, np.uint64)).min(axis=1)
-            place = int(apart.argmin())
-            if apart[place] <= bits:
-                pairs.append((train[place][0].path, item.path, int(apart[place])))
+    for item, image in textured:
+        if item.split in TEST and image.pixels not in exact:
+            distances = np.bitwise_count(hashes[:, None] ^ np.array(image.hashes, np.uint64)).min(axis=1)
+            nearest = int(distances.argmin())
+            if distances[nearest] <= bits:
+                pairs.append((train[nearest][0].path, item.path, int(distances[nearest])))
     return pairs
 
 
-def refuse(found: Inspection, images: int, max_quarantined: float, max_leaked: float) -> None:
-    """Stop where too much is unreadable, or where too much of the test set would be known from training.
+def check_limits(inspection: Inspection, images: int, max_quarantined: float, max_leaked: float) -> None:
+    """Check the shares of unusable images and of test images that are training images too.
+
+    Args:
+        images: Number of images of the data set, before the inspection.
 
     Raises:
-        DataError: Naming the images, and the limit.
+        DataError: If a share exceeds its limit.
     """
-    bad = [f"{path} ({reason})" for path, reason in found.quarantined]
-    if len(bad) > max_quarantined * images:
+    unusable = [f"{path} ({reason})" for path, reason in inspection.quarantined]
+    if len(unusable) > max_quarantined * images:
         raise DataError(
-            f"{len(bad)} of {images} images are unusable, more than `data.max_quarantined` ({max_quarantined}): "
-            f"{some(bad)}; all are in quarantine.csv: replace them or raise the limit"
+            f"{len(unusable)} of {images} images are unusable, more than `data.max_quarantined` ({max_quarantined}): "
+            f"{first_few(unusable)}; all are in quarantine.csv: replace them or raise the limit"
         )
-    tested = sum(item.split in TEST for item in found.good)
-    pairs = [f"{test} = {train}" for train, test in leaks(found)]
+    tested = sum(item.split in TEST for item in inspection.good)
+    pairs = [f"{test} = {train}" for train, test in find_leaks(inspection)]
     if len(pairs) > max_leaked * tested:
         raise DataError(
             f"{len(pairs)} of {tested} test images are training images too, more than `data.max_leaked` "
-            f"({max_leaked}): {some(pairs)}; remove them from one of the two, or raise the limit"
+            f"({max_leaked}): {first_few(pairs)}; remove them from one of the two, or raise the limit"
         )

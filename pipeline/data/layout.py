@@ -1,4 +1,4 @@
-"""The registry of layouts: how raw data lie on disk, by the name that `data.source` has for it."""
+"""The registry of data set layouts: one reader for each value of `data.source`."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ class Listing:
     """The images of a data set.
 
     Attributes:
-        items: In the order in which they are listed; custom data may have no split yet.
-        warnings: Files that are left out, and why.
+        items: In the order in which they are listed; custom data may not be split yet.
+        warnings: Skipped files and the reasons.
     """
 
     items: list[Item]
@@ -25,19 +25,18 @@ class Listing:
 
 
 Counts = Mapping[str, int]
-"""Images by split."""
+"""Number of images by split."""
 Reader = Callable[[Path, Data], Iterable[Item] | Listing]
-"""From the root of the raw data and section `data` to its images."""
+"""Lists the images below the root folder of the raw data."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One layout.
+    """How one data set lies on disk.
 
     Attributes:
-        read: Lists the images.
-        protocols: Protocols that can score the set; any where empty.
-        published: The numbers of images that the set's authors state.
+        protocols: Evaluation protocols that can score the data set; empty: all of them.
+        published: Image counts stated by the authors of the data set.
     """
 
     read: Reader
@@ -46,7 +45,7 @@ class Layout:
 
 
 LAYOUTS: dict[str, Layout] = {}
-"""By value of `data.source`; `sources` fills it."""
+"""Layouts by value of `data.source`; importing `pipeline.data.sources` fills it."""
 
 
 def layout(
@@ -54,13 +53,7 @@ def layout(
     protocols: tuple[str, ...] = (),
     published: Callable[[Data], Counts] = lambda data: {},
 ) -> Callable[[Reader], Reader]:
-    """Register a function as the layout `name` of `data.source`.
-
-    Args:
-        name: Value of `data.source`.
-        protocols: Protocols that can score the set; any where empty.
-        published: The numbers of images that the set's authors state; other numbers are a warning.
-    """
+    """Register a function as the reader of `data.source: name`; the other arguments are those of `Layout`."""
 
     def register(read: Reader) -> Reader:
         LAYOUTS[name] = Layout(read, protocols, published)

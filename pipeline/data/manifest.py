@@ -1,7 +1,7 @@
-"""The manifest: which image shows which identity, from which camera, in which split.
+"""The manifest: a table with path, identity, camera and split of every image.
 
-A CSV file (path, identity, camera, split) that later stages trust, so everything about it is checked here, both when
-it is made and when it is read. Identities and cameras are text: "007" is not 7.
+Later stages rely on it without further checks, so it is validated completely, both when it is made and when it is
+read. Identities and cameras are text: "007" is not 7.
 """
 
 import csv
@@ -26,14 +26,14 @@ SPLITS = TRAINING + TEST
 COLUMNS = ("path", "identity", "camera", "split")
 
 ImageWarning = tuple[str, str]
-"""Path and what is to be said about it."""
+"""Path of an image, and a warning about it."""
 
 Indices = npt.NDArray[np.int64]
 Names = npt.NDArray[np.str_]
 
 
 class DataError(ValueError):
-    """The data cannot be used as they are."""
+    """The data cannot be used."""
 
     exit_code = 3
 
@@ -44,8 +44,6 @@ class Item:
 
     Attributes:
         path: Relative to the root of the data, with forward slashes.
-        identity: Who or what is seen.
-        camera: What it is seen by.
         split: One of `SPLITS`.
     """
 
@@ -56,29 +54,27 @@ class Item:
 
 
 class Manifest:
-    """A checked table of images; a row is an index into `items`.
+    """A validated table of images, which are addressed by their index in `items`.
 
     Attributes:
-        items: The images.
-        root: Folder that their paths are relative to.
+        root: Folder that the paths of the items are relative to.
 
     Raises:
-        DataError: Naming everything that is wrong with the items.
+        DataError: Listing everything that is wrong with the items.
     """
 
     def __init__(self, items: Iterable[Item], root: Path) -> None:
         self.items = tuple(items)
         self.root = root
-        complaints = list(_complaints(self.items))
-        if complaints:
-            raise DataError("the manifest is not usable: " + "; ".join(complaints))
+        if problems := list(_problems(self.items)):
+            raise DataError("the manifest cannot be used: " + "; ".join(problems))
         self._identities = np.array([item.identity for item in self.items])
         self._cameras = np.array([item.camera for item in self.items])
         self._splits = np.array([item.split for item in self.items])
 
     @classmethod
     def read(cls, path: Path, root: Path) -> "Manifest":
-        """Read what `write` wrote.
+        """Read a manifest that `write` wrote.
 
         Raises:
             FileNotFoundError: If stage `prepare` has not run.
@@ -104,32 +100,32 @@ class Manifest:
         return len(self.items)
 
     def indices(self, *splits: str) -> Indices:
-        """Indices (n,) int64 of the splits, ascending.
+        """Return the indices (n,) int64 of all images in these splits, ascending.
 
         Raises:
             KeyError: If there is no such split.
         """
         for split in splits:
             if split not in SPLITS:
-                raise KeyError(f"there is no split {split!r}; it is one of {', '.join(SPLITS)}")
+                raise KeyError(f"there is no split {split!r}; it must be one of {', '.join(SPLITS)}")
         return np.flatnonzero(np.isin(self._splits, splits))
 
-    def identities(self, rows: Indices) -> Names:
-        """Identities (n,) str of the rows."""
-        return self._identities[rows]
+    def identities(self, indices: Indices) -> Names:
+        """Return the identities (n,) of images."""
+        return self._identities[indices]
 
-    def cameras(self, rows: Indices) -> Names:
-        """Cameras (n,) str of the rows."""
-        return self._cameras[rows]
+    def cameras(self, indices: Indices) -> Names:
+        """Return the cameras (n,) of images."""
+        return self._cameras[indices]
 
     @cached_property
     def train_identities(self) -> tuple[str, ...]:
-        """Sorted identities of split `train`; the place of one is its class number."""
+        """Identities of split `train`, sorted; their positions are the class numbers of the classifier."""
         return tuple(sorted({item.identity for item in self.items if item.split == "train"}))
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the table."""
+        """SHA-256 of the CSV text."""
         return hashlib.sha256(self._csv.encode()).hexdigest()
 
     @cached_property
@@ -137,56 +133,59 @@ class Manifest:
         return csv_text(COLUMNS, map(astuple, self.items))
 
 
-def some(names: Iterable[str], limit: int = 3) -> str:
-    """The first few of many names, for a one-line message."""
+def first_few(names: Iterable[str], limit: int = 3) -> str:
+    """Join the first few of many names, and count the others, for a one-line message."""
     names = list(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _complaints(items: tuple[Item, ...]) -> Iterator[str]:
+def _problems(items: tuple[Item, ...]) -> Iterator[str]:
     unknown = sorted({item.split for item in items} - set(SPLITS))
     if unknown:
-        yield f"unknown splits {some(unknown)}; they are {', '.join(SPLITS)}"
-    nameless = [item.path for item in items if not (item.path and item.identity and item.camera)]
-    if nameless:
-        yield f"path, identity or camera is empty in {some(map(repr, nameless))}"
+        yield f"unknown splits {first_few(unknown)}; a split is one of {', '.join(SPLITS)}"
+    incomplete = [item.path for item in items if not (item.path and item.identity and item.camera)]
+    if incomplete:
+        yield f"path, identity or camera is empty in {first_few(map(repr, incomplete))}"
     returns = [item.path for item in items if "\r" in item.path + item.identity + item.camera]
     if returns:
-        yield f"carriage returns, which do not survive a CSV file, in {some(map(repr, returns))}"
+        yield f"carriage returns, which do not survive a CSV file, in {first_few(map(repr, returns))}"
     outside = [item.path for item in items if item.path and not is_inside(item.path)]
     if outside:
-        yield f"paths must be relative, with forward slashes and without `..`: {some(outside)}"
+        yield f"paths must be relative, with forward slashes and without `..`: {first_few(outside)}"
     twice = [path for path, count in Counter(item.path for item in items).items() if count > 1]
     if twice:
-        yield f"listed more than once: {some(twice)}"
-    written: dict[str, set[str]] = defaultdict(set)
+        yield f"listed more than once: {first_few(twice)}"
+    spellings: dict[str, set[str]] = defaultdict(set)  # by Unicode normal form: macOS does not distinguish them
     for path in {item.path for item in items}:
-        written[unicodedata.normalize("NFC", path)].add(path)
+        spellings[unicodedata.normalize("NFC", path)].add(path)
     for name in {name for item in items for name in (item.identity, item.camera)}:
-        written[unicodedata.normalize("NFC", f"name {name}")].add(name)
-    twins = sorted(path for paths in written.values() if len(paths) > 1 for path in paths)
-    if twins:
-        yield f"names that differ in bytes only and are one file elsewhere: {some(map(ascii, twins))}; rename one"
+        spellings[unicodedata.normalize("NFC", f"name {name}")].add(name)
+    ambiguous = sorted(name for names in spellings.values() if len(names) > 1 for name in names)
+    if ambiguous:
+        yield (
+            "names that differ only in their Unicode normal form, and are the same file on some systems: "
+            f"{first_few(map(ascii, ambiguous))}; rename one"
+        )
 
-    found: dict[str, set[str]] = {split: set() for split in SPLITS}
+    identities: dict[str, set[str]] = {split: set() for split in SPLITS}
     for item in items:
-        found.get(item.split, set()).add(item.identity)
-    empty = [split for split in ("train", "query") if not found[split]]
+        identities.get(item.split, set()).add(item.identity)
+    empty = [split for split in ("train", "query") if not identities[split]]
     if empty:
-        yield f"there are no images in {', '.join(empty)}; look at the source's lists and at quarantine.csv"
-    if found["validation-query"] and bool(found["validation-gallery"]) != bool(found["gallery"]):
-        yield "validation needs a query and a gallery where the test has both"
-    validation = found["validation-query"] | found["validation-gallery"]
-    tested = found["query"] | found["gallery"]
+        yield f"there are no images in {', '.join(empty)}; check the lists of the data set and quarantine.csv"
+    if identities["validation-query"] and bool(identities["validation-gallery"]) != bool(identities["gallery"]):
+        yield "validation must have a gallery if the test set has one, and none otherwise"
+    validation = identities["validation-query"] | identities["validation-gallery"]
+    tested = identities["query"] | identities["gallery"]
     for shared, where in (
-        (found["train"] & validation, "in training and in validation"),
-        ((found["train"] | validation) & tested, "in training and in test"),
+        (identities["train"] & validation, "in training and in validation"),
+        ((identities["train"] | validation) & tested, "in training and in test"),
     ):
         if shared - {JUNK}:
-            yield f"identities {where}: {some(sorted(shared - {JUNK}))}; each must be in one of the two"
+            yield f"identities {where}: {first_few(sorted(shared - {JUNK}))}; each must be in one of the two"
 
 
 def is_inside(path: str) -> bool:
-    """Check that a path is relative, with forward slashes and without `..`."""
+    """Return whether a path is relative, with forward slashes and without `..`."""
     parts = PurePosixPath(path)
     return not parts.is_absolute() and ".." not in parts.parts and "\\" not in path

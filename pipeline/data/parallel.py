@@ -1,4 +1,4 @@
-"""Work spread over the processors that this process may use."""
+"""A thread pool over the processors that this process may use."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +11,6 @@ R = TypeVar("R")
 
 
 def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Map with threads, results in order: for work that releases Python's lock, as Pillow's decoding does."""
+    """Map in threads, results in order; for work that releases the GIL, as Pillow's decoding does."""
     with ThreadPoolExecutor(available_threads()) as pool:
         yield from pool.map(function, items)

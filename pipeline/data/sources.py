@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 from pipeline.config import Data
-from pipeline.data import custom, published  # noqa: F401 - they register their layouts
+from pipeline.data import custom, published  # noqa: F401 - importing them registers their layouts
 from pipeline.data.layout import LAYOUTS, Listing
 
 __all__ = ["LAYOUTS", "read_source"]
@@ -14,17 +14,20 @@ log = logging.getLogger(__name__)
 
 
 def read_source(data: Data, root: Path) -> Listing:
-    """List the images of a data set.
+    """List the images of a data set, and warn if their counts differ from the published ones.
 
     Raises:
         FileNotFoundError: If a list or a folder is missing.
         DataError: If a list or a file name does not have the layout's form.
     """
     layout = LAYOUTS[data.source]
-    read = layout.read(root, data)
-    found = read if isinstance(read, Listing) else Listing(list(read), [])
-    counts = Counter(item.split for item in found.items)
-    for split, count in layout.published(data).items():
-        if counts[split] != count:
-            log.warning("%s: %d images in %s, published are %d", data.source, counts[split], split, count)
-    return found
+    images = layout.read(root, data)
+    listing = images if isinstance(images, Listing) else Listing(list(images), [])
+    counts = Counter(item.split for item in listing.items)
+    for split, published_count in layout.published(data).items():
+        if counts[split] != published_count:
+            log.warning(
+                "%s: split %s has %d images, the published data set has %d",
+                *(data.source, split, counts[split], published_count),
+            )
+    return listing

@@ -1,4 +1,4 @@
-"""Who is trained on, who is validated on, and who asks whom, where the data set does not say."""
+"""Split identities into training, validation and test, and test images into query and gallery."""
 
 import hashlib
 import logging
@@ -8,138 +8,137 @@ from dataclasses import replace
 
 import numpy as np
 
-from pipeline.data.custom import UNDEALT, UNSPLIT
+from pipeline.data.custom import UNASSIGNED, UNASSIGNED_TEST
 from pipeline.data.layout import UNKNOWN
-from pipeline.data.manifest import DataError, Item, some
+from pipeline.data.manifest import DataError, Item, first_few
 from pipeline.protocols import JUNK, PROTOCOLS
 
 log = logging.getLogger(__name__)
 
-Seen = Mapping[str, Sequence[str]]
+PathsByCamera = Mapping[str, Sequence[str]]
 """Paths of one identity's images, by camera."""
 
 
 def split_test(items: Sequence[Item], share: float, seed: int, protocol: str) -> list[Item]:
-    """Put images that have no split into one, identity by identity.
+    """Assign unsplit images to train, query or gallery; all images of an identity are in train or in the test set.
 
-    Whether an identity is tested depends on its name and the seed alone, so that none changes sides when images come or
-    go. One that could not be found (it has one image; under protocol market, one camera) asks nothing. Junk (identity
-    -1) is asked of. Images that have a split keep it, and all keep their order.
+    Whether an identity is in the test set depends on its name and the seed alone, so no identity moves when images are
+    added or removed. An identity without a possible match (it has one image or, under protocol market, one camera) has
+    no query. Junk (identity -1) goes to the gallery. Images that have a split keep it.
 
     Args:
-        items: Of all splits.
-        share: Of the identities that become the test set, in (0, 1).
-        seed: Same seed, same identities.
-        protocol: That the test set is asked under.
+        items: Images of all splits; the order is kept.
+        share: Share of the unsplit identities that become the test set, in (0, 1).
+        protocol: Protocol that the test set is scored by.
     """
-    seen = _seen(item for item in items if item.split in (UNSPLIT, UNDEALT))
-    tested = {item.identity for item in items if item.split == UNDEALT}
-    tested |= _drawn({item.identity for item in items if item.split == UNSPLIT} - {JUNK}, share, seed)
-    asking = {path for name in seen if name in tested for path in _asking(seen[name], protocol)}
+    paths = _group_paths(item for item in items if item.split in (UNASSIGNED, UNASSIGNED_TEST))
+    tested = {item.identity for item in items if item.split == UNASSIGNED_TEST}
+    tested |= _draw_test({item.identity for item in items if item.split == UNASSIGNED} - {JUNK}, share, seed)
+    queries = {path for name in paths if name in tested for path in _query_paths(paths[name], protocol)}
 
-    def place(item: Item) -> Item:
-        if item.split not in (UNSPLIT, UNDEALT):
+    def assign(item: Item) -> Item:
+        if item.split not in (UNASSIGNED, UNASSIGNED_TEST):
             return item
         if item.identity not in tested | {JUNK}:
             return replace(item, split="train")
-        return replace(item, split="query" if item.path in asking or PROTOCOLS[protocol].all_query else "gallery")
+        return replace(item, split="query" if item.path in queries or PROTOCOLS[protocol].all_query else "gallery")
 
-    return [place(item) for item in items]
+    return [assign(item) for item in items]
 
 
 def split_validation(items: Sequence[Item], share: float, seed: int, protocol: str) -> list[Item]:
-    """Hold whole training identities out, to validate on.
+    """Hold out whole training identities for validation.
 
-    Of a held-out identity, under protocol market, the first image of every camera becomes a query and the rest the
-    gallery. Where that would leave queries with nothing to find, as only one camera has a second image, every other
-    camera asks. Under `query-gallery` the first image asks, else all do. An identity that could not be found again
-    stays in training.
+    Under protocol market, the first image of every camera is a query and the other images are the gallery. If fewer
+    than two cameras have a second image, some queries would have no match: then the first image of every other camera
+    is a query. Under `query-gallery` the first image of an identity is a query, under other protocols all are. An
+    identity without a possible match stays in training.
 
     Args:
-        items: With splits `train`, `query` and `gallery`; they keep their order.
-        share: Of the training identities, rounded down.
-        seed: Same seed, same identities.
-        protocol: That is validated under.
+        items: Images with splits `train`, `query` and `gallery`; the order is kept.
+        share: Share of the training identities to hold out, rounded down.
+        protocol: Protocol that the validation set is scored by.
     """
-    seen = _seen(item for item in items if item.split == "train")
-    fit = [name for name in sorted(seen) if _can_be_found(seen[name], protocol) and name != JUNK]
-    wanted = int(share * len(seen))
-    if len(fit) < wanted:
-        why = "were seen by two cameras" if PROTOCOLS[protocol].cameras else "have two images"
-        log.warning("only %d of %d identities %s and can be held out", len(fit), wanted, why)
-    held_out = set(np.random.default_rng(seed).permutation(fit)[:wanted].tolist())
-    asking = {path for name in held_out for path in _asking(seen[name], protocol)}
+    paths = _group_paths(item for item in items if item.split == "train")
+    candidates = [name for name in sorted(paths) if _has_match(paths[name], protocol) and name != JUNK]
+    wanted = int(share * len(paths))
+    if len(candidates) < wanted:
+        requirement = "were seen by two cameras" if PROTOCOLS[protocol].cameras else "have two images"
+        log.warning("only %d of %d identities %s and can be held out", len(candidates), wanted, requirement)
+    held_out = set(np.random.default_rng(seed).permutation(candidates)[:wanted].tolist())
+    queries = {path for name in held_out for path in _query_paths(paths[name], protocol)}
 
-    def place(item: Item) -> Item:
+    def assign(item: Item) -> Item:
         if item.split != "train" or item.identity not in held_out:
             return item
-        return replace(item, split="validation-query" if item.path in asking else "validation-gallery")
+        return replace(item, split="validation-query" if item.path in queries else "validation-gallery")
 
-    return [place(item) for item in items]
+    return [assign(item) for item in items]
 
 
-def _drawn(names: Iterable[str], share: float, seed: int) -> set[str]:
-    """Identities that fall to the test set: each by itself, so that none moves when others come."""
+def _draw_test(names: Iterable[str], share: float, seed: int) -> set[str]:
+    """Draw the identities of the test set, each by a hash of its name, so that new identities move no other."""
 
-    def place(name: str) -> float:
+    def uniform(name: str) -> float:
         return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()) / 2**64
 
-    return {name for name in names if place(name) < share}
+    return {name for name in names if uniform(name) < share}
 
 
 def check_test_set(items: Sequence[Item], protocol: str) -> None:
-    """Refuse a test set that cannot be asked under a protocol.
+    """Check that a test set can be scored under a protocol.
 
     Raises:
-        DataError: Saying what is missing.
+        DataError: Naming what is missing, and the remedy.
     """
     tested = [item for item in items if item.split in ("query", "gallery")]
-    asking = {item.identity for item in tested if item.split == "query"}
+    query_identities = {item.identity for item in tested if item.split == "query"}
     gallery = [item.path for item in tested if item.split == "gallery"]
     identities = {item.identity for item in tested}
-    if len(identities) < 2 or not asking:
+    if len(identities) < 2 or not query_identities:
         raise DataError(
-            f"the test set has {len(tested)} images of {len(identities)} identities, and {len(asking)} of them ask; "
-            "two identities are needed, one of them with two images"
+            f"the test set has {len(tested)} images of {len(identities)} identities, {len(query_identities)} of them "
+            "with a query; two identities are needed, one of them with two images"
             f"{' from two cameras' if protocol.startswith('market') else ''}: raise `data.custom.test`, or add images"
         )
-    if JUNK in asking:
-        raise DataError(f"identity {JUNK} is junk, which asks nothing; under protocol {protocol} give it no place")
+    if JUNK in query_identities:
+        raise DataError(f"identity {JUNK} is junk and cannot be a query; remove it under protocol {protocol}")
     if PROTOCOLS[protocol].all_query and gallery:
         raise DataError(
-            f"under protocol {protocol} all test images ask, but {len(gallery)} are in a gallery, such as "
+            f"under protocol {protocol} all test images are queries, but {len(gallery)} are in a gallery, such as "
             f"{gallery[0]}; set `data.protocol` to query-gallery, or to market if cameras are known"
         )
     if not PROTOCOLS[protocol].all_query and not gallery:
         raise DataError(f"protocol {protocol} needs a gallery, and there is none; set `data.protocol` to loo")
-    unseen = [item.path for item in tested if item.camera == UNKNOWN]
-    if PROTOCOLS[protocol].cameras and unseen:
+    without_camera = [item.path for item in tested if item.camera == UNKNOWN]
+    if PROTOCOLS[protocol].cameras and without_camera:
         raise DataError(
-            f"protocol {protocol} needs the camera of every test image, and {len(unseen)} have none, such as "
-            f"{some(unseen, 1)}; set `data.protocol` to query-gallery"
+            f"protocol {protocol} needs the camera of every test image, and {len(without_camera)} have none, such as "
+            f"{first_few(without_camera, 1)}; set `data.protocol` to query-gallery"
         )
 
 
-def _seen(items: Iterable[Item]) -> dict[str, dict[str, list[str]]]:
-    """Paths by identity and camera."""
-    seen: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+def _group_paths(items: Iterable[Item]) -> dict[str, dict[str, list[str]]]:
+    """Group paths by identity and camera."""
+    paths: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for item in items:
-        seen[item.identity][item.camera].append(item.path)
-    return seen
+        paths[item.identity][item.camera].append(item.path)
+    return paths
 
 
-def _can_be_found(seen: Seen, protocol: str) -> bool:
-    return len(seen.keys() - {UNKNOWN}) > 1 if PROTOCOLS[protocol].cameras else sum(map(len, seen.values())) > 1
+def _has_match(paths: PathsByCamera, protocol: str) -> bool:
+    """Return whether an image of the identity can be a query with another one as its match."""
+    return len(paths.keys() - {UNKNOWN}) > 1 if PROTOCOLS[protocol].cameras else sum(map(len, paths.values())) > 1
 
 
-def _asking(seen: Seen, protocol: str) -> Sequence[str]:
-    """Of one identity's paths by camera, those that ask."""
-    if not _can_be_found(seen, protocol):
+def _query_paths(paths: PathsByCamera, protocol: str) -> Sequence[str]:
+    """Choose which images of one identity are queries."""
+    if not _has_match(paths, protocol):
         return []
     if PROTOCOLS[protocol].cameras:
-        cameras = sorted(seen.keys() - {UNKNOWN})
-        if sum(len(seen[camera]) > 1 for camera in cameras) < 2:
+        cameras = sorted(paths.keys() - {UNKNOWN})
+        if sum(len(paths[camera]) > 1 for camera in cameras) < 2:
             cameras = cameras[::2]
-        return [seen[camera][0] for camera in cameras]
-    everything = [path for camera in sorted(seen) for path in seen[camera]]
-    return everything[:1] if protocol == "query-gallery" else everything
+        return [paths[camera][0] for camera in cameras]
+    all_paths = [path for camera in sorted(paths) for path in paths[camera]]
+    return all_paths[:1] if protocol == "query-gallery" else all_paths

@@ -1,1 +1,1 @@
-"""One loss a file."""
+"""Losses, one kind in each file."""

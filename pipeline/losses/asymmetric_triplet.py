@@ -1,4 +1,4 @@
-"""Triplets whose anchor is the student's and whose positives and negatives are the teacher's."""
+"""Triplet loss with student embeddings as anchors, and teacher embeddings as positives and negatives."""
 
 from typing import Annotated
 
@@ -14,21 +14,21 @@ from pipeline.losses.registry import extra_loss
 def asymmetric_triplet(
     student: Tensor, teacher: Tensor, labels: Tensor, *, margin: Annotated[float, Field(ge=0, le=2)]
 ) -> Tensor:
-    """Batch-hard triplet loss on cosines between student anchors and teacher embeddings.
+    """Compute the batch-hard triplet loss on cosines between student anchors and teacher embeddings.
 
-    An anchor's positives are the teacher's embeddings of the same identity, its own image among them, so that student
-    queries find what they should in a gallery of the teacher.
+    An anchor's positives are the teacher embeddings of the same identity, that of the anchor's image included, so that
+    student queries work with a gallery that the teacher has embedded.
 
     Source: Budnik and Avrithis, "Asymmetric Metric Learning for Knowledge Transfer", CVPR 2021, section 3.2.
 
     Args:
-        student: (B, D), of any length.
-        teacher: (B, D), of the frozen teacher.
-        labels: (B,), identities; at least two different ones.
-        margin: Cosine by which the farthest positive must be nearer than the nearest negative.
+        student: (B, D), not necessarily normalised.
+        teacher: (B, D), not necessarily normalised.
+        labels: (B,) identities, at least two different ones.
+        margin: By how much the smallest cosine with a positive should exceed the largest with a negative, in [0, 2].
 
     Returns:
-        Mean over the anchors, a scalar.
+        Scalar, the mean over the anchors.
     """
     cosines = functional.normalize(student.to(torch.float32)) @ functional.normalize(teacher.to(torch.float32)).T
     same = labels[:, None] == labels[None, :]

@@ -1,7 +1,7 @@
-"""The registry of further distillation losses, by the name that `student.distill.extra_losses` has for them.
+"""The registry of additional distillation losses, by their names in `student.distill.extra_losses`.
 
-A new loss is one file in this folder: a function under the decorator `extra_loss` whose keyword-only parameters are its
-settings in params.yaml. Nothing else has to be edited.
+A new loss is one file in this folder with a function under the decorator `extra_loss`. The function's keyword-only
+parameters are its settings in params.yaml. Nothing else has to be edited.
 """
 
 import importlib
@@ -23,9 +23,9 @@ class ExtraLoss:
     """A registered loss.
 
     Attributes:
-        function: From the student's embeddings (B, D), the teacher's (B, D), identities (B,) and the settings to a
-            scalar, the mean over the batch.
-        settings: Section of params.yaml: `weight` and the function's keyword-only parameters.
+        function: Takes the student's embeddings (B, D), the teacher's (B, D), identities (B,) and, as keywords, the
+            settings; returns a scalar, the mean over the batch.
+        settings: Model of its section of params.yaml: `weight` and the function's keyword-only parameters.
     """
 
     function: Callable[..., Tensor]
@@ -33,15 +33,15 @@ class ExtraLoss:
 
     def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor, settings: Mapping[str, float]) -> Tensor:
         """Compute the weighted loss of a batch."""
-        others = {name: value for name, value in settings.items() if name != "weight"}
-        return settings["weight"] * self.function(student, teacher, labels, **others)
+        keywords = {name: value for name, value in settings.items() if name != "weight"}
+        return settings["weight"] * self.function(student, teacher, labels, **keywords)
 
 
 _LOSSES: dict[str, ExtraLoss] = {}
 
 
 def extra_loss(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Register a function, under its own name, as a loss that `student.distill.extra_losses` may ask for."""
+    """Register a function, under its name, as a loss for `student.distill.extra_losses`."""
     fields: dict[str, Any] = {"weight": (Annotated[float, Field(gt=0, le=1000)], ...)}
     for parameter in inspect.signature(function, eval_str=True).parameters.values():
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
@@ -51,7 +51,7 @@ def extra_loss(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def extra_losses() -> Mapping[str, ExtraLoss]:
-    """Return all registered losses by name."""
+    """Import all modules of this folder, and return the registered losses by name."""
     for module in pkgutil.iter_modules(pipeline.losses.__path__):
         importlib.import_module(f"{pipeline.losses.__name__}.{module.name}")
     return _LOSSES

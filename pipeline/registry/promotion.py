@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import Params
-from pipeline.data.custom import UNSPLIT
+from pipeline.data.custom import UNASSIGNED
 from pipeline.data.images import Images, data_root
 from pipeline.data.manifest import TEST, Item, Manifest
 from pipeline.data.splits import split_test
@@ -141,7 +141,7 @@ class PromotionPolicy:
         if data.source not in ("folder", "csv"):
             return _digest(data.source)
         items = self._manifest.items
-        drawn = split_test([replace(item, split=UNSPLIT) for item in items], data.custom.test, seed, data.protocol)
+        drawn = split_test([replace(item, split=UNASSIGNED) for item in items], data.custom.test, seed, data.protocol)
         if _tested(drawn) == _tested(items):
             return _digest("drawn", seed, data.custom.test)
         return _digest("listed", *sorted(_tested(items)))

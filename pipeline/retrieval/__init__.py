@@ -1,1 +1,1 @@
-"""Embeddings and how well they retrieve."""
+"""Embeddings and their retrieval scores."""

@@ -1,4 +1,4 @@
-"""Whether queries of one network may be asked of a gallery that another has embedded."""
+"""Decide whether a gallery embedded by an old network can be kept for queries of a new network."""
 
 from dataclasses import dataclass
 
@@ -8,14 +8,14 @@ from pipeline.retrieval.scoring import Side
 
 @dataclass(frozen=True)
 class Compatibility:
-    """mAP of queries and gallery by an old network and a new one, under one protocol.
+    """mAP of an old and a new network, and of new queries in the old gallery, under one protocol.
 
-    Source: Shen et al., Towards Backward-Compatible Representation Learning, CVPR 2020.
+    Source: Shen et al., "Towards Backward-Compatible Representation Learning", CVPR 2020.
 
     Attributes:
-        old: Both by the old network: what there is.
-        new: Both by the new one: what embedding the gallery anew would give.
-        mixed: Queries by the new network, gallery by the old; None where their embeddings differ in length.
+        old: Queries and gallery by the old network.
+        new: Queries and gallery by the new network.
+        mixed: Queries by the new network, gallery by the old; None if their embedding dimensions differ.
     """
 
     old: float
@@ -24,31 +24,30 @@ class Compatibility:
 
     @property
     def compatible(self) -> bool:
-        """Whether the old gallery serves new queries at least as well as it served old ones."""
+        """Whether new queries reach at least the mAP of old queries in the old gallery."""
         return self.mixed is not None and self.mixed >= self.old
 
     @property
     def verdict(self) -> str:
-        """In words."""
+        """The result in one sentence."""
         if self.mixed is None:
-            return "embeddings of different lengths: embed the gallery anew"
-        if self.compatible:
-            return f"the gallery may stay: new queries find {self.mixed:.4f} in it, old ones {self.old:.4f}"
-        return f"embed the gallery anew: new queries find {self.mixed:.4f} in the old one, old queries {self.old:.4f}"
+            return "embeddings have different dimensions: embed the gallery again"
+        advice = "the gallery can be kept" if self.compatible else "embed the gallery again"
+        return f"{advice}: in the old gallery, new queries reach mAP {self.mixed:.4f}, old queries {self.old:.4f}"
 
 
 def compare(protocol: str, old: tuple[Side, Side | None], new: tuple[Side, Side | None]) -> Compatibility:
-    """Score two networks, and one's queries in the other's gallery.
+    """Score two networks, and the new network's queries in the old network's gallery.
 
     Args:
         protocol: Name in `PROTOCOLS`.
-        old: Queries and gallery by the old network; no gallery where the protocol has none of its own.
-        new: The same images by the new one.
+        old: Queries and gallery by the old network; gallery None if the protocol takes none.
+        new: The same images by the new network.
     """
 
     def score(query: Side, gallery: Side | None) -> float:
         return scoring.evaluate(protocol, query, gallery).map
 
-    alike = old[0].vectors.shape[1] == new[0].vectors.shape[1]
-    mixed = score(new[0], old[1] if old[1] is not None else old[0]) if alike else None
+    same_dimension = old[0].vectors.shape[1] == new[0].vectors.shape[1]
+    mixed = score(new[0], old[1] if old[1] is not None else old[0]) if same_dimension else None
     return Compatibility(score(*old), score(*new), mixed)

@@ -1,4 +1,4 @@
-"""Embeddings and scores of a network in torch."""
+"""Embed images with a torch network, and score it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,28 +16,25 @@ from pipeline.retrieval.metrics import Retrieval
 def embed(
     net: nn.Module,
     images: Images,
-    rows: Indices,
+    indices: Indices,
     preprocess: Callable[[Tensor], Tensor],
     device: torch.device | str = "cpu",
     batch: int = 128,
 ) -> npt.NDArray[np.float32]:
-    """Embed images with a torch network.
+    """Embed images with a torch network in eval mode; each module is back in its previous mode afterwards.
 
     Args:
-        net: Already on `device`; returns something with `.embedding` (B, D). Every module is in the mode that it was in
-            when this returns.
-        images: Where the pixels come from.
-        rows: (n,) which images.
-        preprocess: From uint8 (B, 3, h, w) to the network's float input.
-        device: Where the network is.
-        batch: Images at a time.
+        net: Network on `device` that returns an object with `.embedding` (B, D).
+        indices: (n,) images to embed.
+        preprocess: Maps uint8 (B, 3, h, w) to the network's float input.
+        batch: Images in a batch.
 
     Returns:
-        (n, D) float32, of length 1.
+        (n, D) float32, L2-normalised.
     """
-    chunks = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+    chunks = [indices[start : start + batch] for start in range(0, len(indices), batch)]
     embeddings = []
-    with _evaluating(net), torch.inference_mode():
+    with _eval_mode(net), torch.inference_mode():
         for chunk in track(chunks, total=len(chunks), label="embedding"):
             pixels = torch.from_numpy(images.batch(chunk)).to(device).permute(0, 3, 1, 2)  # (B, 3, h, w)
             embedding = net(preprocess(pixels).contiguous(memory_format=torch.channels_last)).embedding
@@ -56,21 +53,21 @@ def evaluate(
     device: torch.device | str = "cpu",
     batch: int = 128,
 ) -> Retrieval:
-    """Score a torch network on two splits of the manifest; arguments as in `embed`.
+    """Score a torch network on two splits of the manifest; for the other arguments see `embed`.
 
     Raises:
         ValueError: If an embedding is not finite, naming its image, or no query has a match.
     """
 
-    def embedder(rows: Indices) -> npt.NDArray[np.float32]:
-        return embed(net, images, rows, preprocess, device, batch)
+    def embedder(indices: Indices) -> npt.NDArray[np.float32]:
+        return embed(net, images, indices, preprocess, device, batch)
 
     return evaluate_embedder(embedder, manifest, query_split, gallery_split, protocol)
 
 
 @contextmanager
-def _evaluating(net: nn.Module) -> Iterator[None]:
-    """Put a network in eval mode and each module back into its own: `net.train()` would wake frozen ones."""
+def _eval_mode(net: nn.Module) -> Iterator[None]:
+    """Put a network into eval mode, and restore the mode of each module: `net.train()` would unfreeze frozen norms."""
     training = [module for module in net.modules() if module.training]
     net.eval()
     try:

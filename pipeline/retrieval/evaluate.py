@@ -1,4 +1,4 @@
-"""From embeddings of whatever runs a network to scores."""
+"""Score the embeddings of the manifest's images, whatever runs the network."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -12,51 +12,49 @@ from pipeline.retrieval.metrics import Retrieval
 from pipeline.retrieval.scoring import Side
 
 Indices = npt.NDArray[np.int64]
-"""Indices of the manifest, (n,)."""
+"""Positions of images in the manifest, (n,)."""
 
 Embedder = Callable[[Indices], npt.NDArray[np.float32]]
-"""Embeddings (n, D) of the images in these rows, whatever runs the network."""
+"""Returns the embeddings (n, D) of images."""
 
 
 class Images(Protocol):
-    """Pictures by their row in the manifest."""
+    """Decoded images by index; see `pipeline.data.images.Images`."""
 
-    def batch(self, rows: Indices) -> npt.NDArray[np.uint8]:
-        """Images (n, h, w, 3) of these rows, RGB."""
+    def batch(self, indices: Indices) -> npt.NDArray[np.uint8]:
+        """Return RGB images (n, h, w, 3)."""
 
 
 class Manifest(Protocol):
-    """What is evaluated on: `items[row].path`, rows of splits, and labels of rows."""
+    """Splits and labels of images; see `pipeline.data.manifest.Manifest`."""
 
     @property
     def items(self) -> Sequence[Any]:
-        """The images, in the order of their rows."""
+        """All images, each with a `path`."""
 
     def indices(self, *splits: str) -> Indices:
-        """Indices of these splits."""
+        """Return the indices of all images in these splits."""
 
-    def identities(self, rows: Indices) -> npt.NDArray[np.str_]:
-        """Identities (n,) of these rows."""
+    def identities(self, indices: Indices) -> npt.NDArray[np.str_]:
+        """Return the identities (n,) of images."""
 
-    def cameras(self, rows: Indices) -> npt.NDArray[np.str_]:
-        """Cameras (n,) of these rows."""
+    def cameras(self, indices: Indices) -> npt.NDArray[np.str_]:
+        """Return the cameras (n,) of images."""
 
 
 def evaluate_embedder(
     embedder: Embedder, manifest: Manifest, query_split: str, gallery_split: str, protocol: str
 ) -> Retrieval:
-    """Score whatever turns rows into embeddings on two splits of the manifest.
-
-    Where the protocol has no gallery of its own, all images are in the split of the queries.
+    """Embed and score two splits of the manifest; if the protocol takes no gallery, `gallery_split` must be empty.
 
     Raises:
         ValueError: If an embedding is not finite, naming its image, or no query has a match.
     """
-    query, gallery = manifest.indices(query_split), manifest.indices(gallery_split)
-    embeddings = embedder(np.concatenate([query, gallery]))
+    indices = np.concatenate([manifest.indices(query_split), manifest.indices(gallery_split)])
+    embeddings = embedder(indices)
     broken = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
     if len(broken):
-        path = manifest.items[np.concatenate([query, gallery])[broken[0]]].path
+        path = manifest.items[indices[broken[0]]].path
         raise ValueError(
             f"embedding of {path} is not finite ({len(broken)} of {len(embeddings)} images); the network diverged"
         )
@@ -66,18 +64,18 @@ def evaluate_embedder(
 def sides(
     embeddings: npt.NDArray[np.float32], manifest: Manifest, query_split: str, gallery_split: str, protocol: str
 ) -> tuple[Side, Side | None]:
-    """Queries and gallery for `scoring.evaluate`; no gallery where the protocol has none of its own.
+    """Label embeddings and divide them into queries and gallery (None if the protocol takes none).
 
     Args:
-        embeddings: (query + gallery, D), in the order of the splits' rows.
-        manifest: Knows their labels.
-        query_split: Name of the queries' split.
-        gallery_split: Of the gallery's.
+        embeddings: (query + gallery, D), in the order of `manifest.indices` of the two splits.
         protocol: Name in `PROTOCOLS`.
     """
-    query, gallery = manifest.indices(query_split), manifest.indices(gallery_split)
-    asking, asked = (
-        Side(found, manifest.identities(rows), manifest.cameras(rows))
-        for found, rows in ((embeddings[: len(query)], query), (embeddings[len(query) :], gallery))
+    query_indices, gallery_indices = manifest.indices(query_split), manifest.indices(gallery_split)
+    query, gallery = (
+        Side(vectors, manifest.identities(indices), manifest.cameras(indices))
+        for vectors, indices in (
+            (embeddings[: len(query_indices)], query_indices),
+            (embeddings[len(query_indices) :], gallery_indices),
+        )
     )
-    return asking, asked if PROTOCOLS[protocol].gallery == "given" else None
+    return query, gallery if PROTOCOLS[protocol].gallery == "given" else None

@@ -1,4 +1,4 @@
-"""Embeddings of any origin, as NumPy archives."""
+"""Read labelled embeddings from .npz files, for `smaller-student evaluate`."""
 
 import zlib
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ from pipeline.retrieval.scoring import Side
 
 
 class ArchiveError(ValueError):
-    """A file that holds no embeddings that can be scored."""
+    """A file does not contain embeddings that can be scored."""
 
     exit_code = 2
 
 
 @dataclass(frozen=True)
 class Archive:
-    """What a .npz file holds.
+    """Labelled embeddings from a .npz file.
 
     Attributes:
-        query: Arrays ``query`` (n, D), ``query_ids`` (n,) and, where known, ``query_cameras`` (n,).
-        gallery: The same of ``gallery``; None where there is none.
+        query: Arrays ``query`` (n, D), ``query_ids`` (n,) and, if the protocol needs it, ``query_cameras`` (n,).
+        gallery: The same arrays with ``gallery`` in their names; None if the protocol takes no gallery.
     """
 
     query: Side
@@ -33,19 +33,19 @@ class Archive:
 
 
 def read_archive(path: Path, protocol: str) -> Archive:
-    """Read what a protocol needs of a .npz file.
+    """Read the arrays that a protocol needs from a .npz file.
 
     Raises:
-        ArchiveError: If it is no such file, or arrays are missing or of the wrong kind.
-        FileNotFoundError: If there is no such file.
+        ArchiveError: If it is not a .npz file, or arrays are missing or have the wrong shape or type.
+        FileNotFoundError: If the file does not exist.
     """
     if protocol not in PROTOCOLS:
-        raise ArchiveError(f"there is no protocol {protocol!r}; there are {', '.join(PROTOCOLS)}")
+        raise ArchiveError(f"there is no protocol {protocol!r}; use one of {', '.join(PROTOCOLS)}")
     rules = PROTOCOLS[protocol]
     try:
         file = np.load(path, allow_pickle=False)
         if not isinstance(file, NpzFile):
-            raise ArchiveError(f"{path} is a single array, not an archive; write it with numpy.savez")
+            raise ArchiveError(f"{path} is a single array, not an archive; write the file with numpy.savez")
         with file:
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError as error:
@@ -53,7 +53,7 @@ def read_archive(path: Path, protocol: str) -> Archive:
     except (BadZipFile, ValueError, OSError, EOFError, zlib.error) as error:
         if isinstance(error, ArchiveError):
             raise
-        raise ArchiveError(f"{path} is no archive of plain arrays ({error}); write it with numpy.savez") from error
+        raise ArchiveError(f"{path} is not an archive of plain arrays ({error}); write it with numpy.savez") from error
     names = ["query", *(["gallery"] if rules.gallery == "given" else [])]
     needed = [*names, *(f"{name}_ids" for name in names)]
     if rules.cameras:
@@ -64,11 +64,11 @@ def read_archive(path: Path, protocol: str) -> Archive:
     return Archive(sides[0], sides[1] if len(sides) > 1 else None)
 
 
-def _side(path: Path, name: str, arrays: dict[str, npt.NDArray[np.generic]], seen: bool) -> Side:
+def _side(path: Path, name: str, arrays: dict[str, npt.NDArray[np.generic]], needs_cameras: bool) -> Side:
     vectors = arrays[name]
     if vectors.ndim != 2 or vectors.dtype.kind not in "fiu":
         raise ArchiveError(f"{path}: `{name}` must hold numbers (n, D), got {vectors.dtype} {vectors.shape}")
-    cameras = arrays[f"{name}_cameras"] if seen else None
+    cameras = arrays[f"{name}_cameras"] if needs_cameras else None
     return Side(
         vectors.astype(vectors.dtype if vectors.dtype.kind == "f" else np.float32, copy=False),
         _labels(path, f"{name}_ids", arrays[f"{name}_ids"]),
@@ -77,7 +77,7 @@ def _side(path: Path, name: str, arrays: dict[str, npt.NDArray[np.generic]], see
 
 
 def _labels(path: Path, name: str, labels: npt.NDArray[np.generic]) -> npt.NDArray[np.str_]:
-    """Whole numbers or text, as text: 1.0 and 1 would be two identities."""
+    """Convert integers or text to text; floats are refused, since 1.0 and 1 would be two identities."""
     if labels.ndim != 1 or labels.dtype.kind not in "iuUS":
-        raise ArchiveError(f"{path}: `{name}` must hold whole numbers or text (n,), got {labels.dtype} {labels.shape}")
+        raise ArchiveError(f"{path}: `{name}` must hold integers or text (n,), got {labels.dtype} {labels.shape}")
     return np.char.decode(labels.astype(np.bytes_), "utf-8") if labels.dtype.kind == "S" else labels.astype(np.str_)

@@ -1,4 +1,4 @@
-"""Scores of embeddings under an evaluation protocol."""
+"""Score embeddings under an evaluation protocol."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -9,47 +9,50 @@ import numpy.typing as npt
 from pipeline.protocols import JUNK, PROTOCOLS, Protocol
 from pipeline.records import Scores
 from pipeline.retrieval.metrics import Groups, Retrieval, Ties, retrieve
-from pipeline.retrieval.similarity import Cosine, Indices, Similarity, Vectors, block_of
+from pipeline.retrieval.similarity import Cosine, Indices, Similarity, Vectors, block_size
 
 DRAWS = 10
-"""Random galleries of protocol `vehicleid`."""
+"""Number of random galleries of protocol `vehicleid`."""
 
 Labels = npt.NDArray[np.str_]
-"""Identities or cameras, (n,); strings, so that "007" stays what it is."""
+"""Identities or cameras (n,) as text, so that "007" differs from "7"."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """Queries, or a gallery.
+    """Labelled embeddings of one side of a retrieval: of the queries, or of the gallery.
 
     Attributes:
-        vectors: (n, D) embeddings, of any length; compared by cosine, in float32.
-        identities: (n,), as text.
-        cameras: (n,), as text; None where they are not known.
+        vectors: (n, D) embeddings, not necessarily normalised; compared by cosine in float32.
+        identities: (n,) text.
+        cameras: (n,) text; None if unknown.
     """
 
     vectors: Vectors
     identities: Labels
     cameras: Labels | None = None
 
-    def take(self, rows: Indices) -> "Side":
-        """Some of them."""
-        cameras = None if self.cameras is None else np.asarray(self.cameras)[rows]
-        return Side(np.asarray(self.vectors)[rows], np.asarray(self.identities)[rows], cameras)
+    def take(self, indices: Indices) -> "Side":
+        """Return a subset."""
+        cameras = None if self.cameras is None else np.asarray(self.cameras)[indices]
+        return Side(np.asarray(self.vectors)[indices], np.asarray(self.identities)[indices], cameras)
 
 
 def positives(
-    protocol: Protocol, query: Side, row: int, gallery: Side
+    protocol: Protocol, query: Side, index: int, gallery: Side
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Find the gallery images that are right for one query and those that are left out, (G,) each."""
+    """Return the masks (G,) of the positives of query number `index`, and of the ignored gallery images.
+
+    Under protocols without a gallery, `gallery` is all images, and the query itself is ignored.
+    """
     identities = np.asarray(gallery.identities)
-    same = identities == query.identities[row]
-    out = np.zeros(len(identities), bool)  # a drawn gallery never holds the query: among all, it is left out
+    same = identities == query.identities[index]
+    ignored = np.zeros(len(identities), bool)
     if protocol.cameras:
-        out = (identities == JUNK) | (same & (_cameras(gallery) == _cameras(query)[row]))
+        ignored = (identities == JUNK) | (same & (_cameras(gallery) == _cameras(query)[index]))
     elif protocol.all_query:
-        out[row] = True
-    return same & ~out, out
+        ignored[index] = True
+    return same & ~ignored, ignored
 
 
 def evaluate(
@@ -62,82 +65,79 @@ def evaluate(
     block: int | None = None,
     seed: int = 0,
 ) -> Retrieval:
-    """Score a retrieval.
+    """Score every query under a protocol.
 
-    Of images with equal similarity the negatives come first, so that neither the gallery's order nor a collapsed
-    network is rewarded.
+    Among equally similar images negatives come first by default, so that neither the gallery's order nor a collapsed
+    network improves the score.
 
     Args:
         protocol: Name in `PROTOCOLS`.
-        query: What is asked; all there is where the protocol has no gallery of its own.
-        gallery: What is asked of. Where the protocol has none of its own: the same images as the queries', as another
-            network embeds them; None for the queries themselves.
-        similarity: How alike queries (Q, D) and gallery (G, D) are; `search.reranking.Reranked` is another one, whose
-            near ties at the edge of a neighbourhood do follow the gallery's order.
-        ties: Which of equally similar images come first.
-        block: Queries a matrix product; None for what suits the gallery's size.
-        seed: Of the random galleries.
+        query: All images, if the protocol takes no gallery.
+        gallery: If the protocol takes no gallery, either None, or the query images embedded by another network.
+        similarity: Similarity of queries (Q, D) to gallery (G, D). With `search.reranking.Reranked`, near ties at the
+            edge of a neighbourhood depend on the gallery's order.
+        block: Queries in a matrix product; None chooses by the size of the gallery.
+        seed: Seed of the random galleries.
 
     Raises:
-        ValueError: If the protocol needs what is not there, shapes disagree, an embedding is not finite (naming its
-            row), or no query has a valid match.
+        ValueError: If the protocol needs a gallery or cameras that are missing, shapes disagree, an embedding is not
+            finite, or no query has a match.
     """
     if protocol not in PROTOCOLS:
-        raise ValueError(f"there is no protocol {protocol!r}; there are {', '.join(PROTOCOLS)}")
+        raise ValueError(f"there is no protocol {protocol!r}; use one of {', '.join(PROTOCOLS)}")
     rules = PROTOCOLS[protocol]
     query = _checked("query", query, rules)
     if gallery is None:
         if rules.gallery == "given":
-            raise ValueError(f"protocol {protocol} needs a gallery")
+            raise ValueError(f"protocol {protocol} needs a gallery; use loo without one")
         gallery = query
     gallery = _checked("gallery", gallery, rules, query.vectors.shape[1])
     if rules.gallery != "given" and not np.array_equal(gallery.identities, query.identities):
-        raise ValueError(f"protocol {protocol} takes no gallery, all images are queries")
+        raise ValueError(f"protocol {protocol} takes no gallery: all images must be queries")
     parts = []
-    for draw, (rows, asked) in enumerate(_galleries(rules, gallery, len(query.identities), seed)):
-        asking = query.take(rows) if rules.gallery == "drawn" else query
-        found = _score(rules, asking, asked, similarity, ties, block)
-        parts.append(replace(found, query=rows, draw=np.full(len(rows), draw)))
+    for draw, (indices, drawn_gallery) in enumerate(_galleries(rules, gallery, len(query.identities), seed)):
+        drawn_query = query.take(indices) if rules.gallery == "drawn" else query
+        part = _score(rules, drawn_query, drawn_gallery, similarity, ties, block)
+        parts.append(replace(part, query=indices, draw=np.full(len(indices), draw)))
     names = [field.name for field in fields(Retrieval)]
-    whole = Retrieval(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
-    if not whole.first_rank.any():
+    retrieval = Retrieval(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+    if not retrieval.first_rank.any():
         raise ValueError(
             f"none of {len(query.identities)} queries has a match in the gallery under protocol {protocol}: an image "
             f"of the same identity{' from another camera' if rules.cameras else ''}; check identities and cameras"
         )
-    return whole
+    return retrieval
 
 
-def scores(protocol: str, found: Retrieval) -> Scores:
-    """Means over the queries that have a match."""
+def scores(protocol: str, retrieval: Retrieval) -> Scores:
+    """Return the scores of a stage's metrics file: means over the queries that have a match."""
     rules = PROTOCOLS[protocol]
     return Scores(
-        map=found.map,
-        rank1=found.rank(1),
-        rank5=found.rank(5),
-        rank10=found.rank(10),
-        minp=found.minp,
-        queries=found.queries,
-        dropped=found.dropped,
-        recall={str(k): found.rank(k) for k in rules.ranks} if rules.recall else None,
-        map_deviation=found.map_deviation,
+        map=retrieval.map,
+        rank1=retrieval.rank(1),
+        rank5=retrieval.rank(5),
+        rank10=retrieval.rank(10),
+        minp=retrieval.minp,
+        queries=retrieval.queries,
+        dropped=retrieval.dropped,
+        recall={str(k): retrieval.rank(k) for k in rules.ranks} if rules.recall else None,
+        map_deviation=retrieval.map_deviation,
     )
 
 
-def figures(protocol: str, found: Retrieval) -> dict[str, str | float | int]:
-    """What is quoted, by the names of the field."""
-    quoted = scores(protocol, found)
-    rules = PROTOCOLS[protocol]
-    shares = {f"{'recall@' if rules.recall else 'rank'}{k}": found.rank(k) for k in rules.ranks}
-    deviation = {} if quoted.map_deviation is None else {"map_deviation": quoted.map_deviation}
-    counts: dict[str, float | int] = {"queries": quoted.queries, "dropped": quoted.dropped}
-    if quoted.dropped:
-        counts["map_if_dropped_were_0"] = quoted.map * (1 - quoted.dropped / quoted.queries)
-    return {"protocol": protocol, "map": quoted.map, **deviation, "minp": quoted.minp, **shares, **counts}
+def figures(protocol: str, retrieval: Retrieval) -> dict[str, str | float | int]:
+    """Return the figures that publications report under this protocol, by name."""
+    rules, means = PROTOCOLS[protocol], scores(protocol, retrieval)
+    shares = {f"{'recall@' if rules.recall else 'rank'}{k}": retrieval.rank(k) for k in rules.ranks}
+    deviation = {} if means.map_deviation is None else {"map_deviation": means.map_deviation}
+    counts: dict[str, float | int] = {"queries": means.queries, "dropped": means.dropped}
+    if means.dropped:
+        counts["map_if_dropped_were_0"] = means.map * (1 - means.dropped / means.queries)
+    return {"protocol": protocol, "map": means.map, **deviation, "minp": means.minp, **shares, **counts}
 
 
 def _galleries(rules: Protocol, gallery: Side, queries: int, seed: int) -> Iterator[tuple[Indices, Side]]:
-    """Indices of the queries, and what they are asked of."""
+    """Yield the indices of the queries, and the gallery to search, for each draw."""
     if rules.gallery != "drawn":
         yield np.arange(queries), gallery
         return
@@ -152,43 +152,43 @@ def _score(
     rules: Protocol,
     query: Side,
     gallery: Side,
-    kind: Callable[[Vectors, Vectors], Similarity],
+    similarity_type: Callable[[Vectors, Vectors], Similarity],
     ties: Ties,
     block: int | None,
 ) -> Retrieval:
-    """One gallery."""
+    """Score all queries in one gallery."""
     if rules.cameras and (gallery.identities == JUNK).any():
         gallery = gallery.take(np.flatnonzero(gallery.identities != JUNK))
-    similarity = kind(query.vectors, gallery.vectors)
-    size = block or block_of(len(gallery.identities))
-    return retrieve(len(query.identities), similarity, _groups(rules, query, gallery, similarity.order), size,
-                    rules.trapezoid, ties)  # fmt: skip
+    similarity = similarity_type(query.vectors, gallery.vectors)
+    groups = _groups(rules, query, gallery, similarity.order)
+    size = block or block_size(len(gallery.identities))
+    return retrieve(len(query.identities), similarity, groups, size, rules.trapezoid, ties)
 
 
 def _groups(rules: Protocol, query: Side, gallery: Side, order: Indices) -> Groups:
-    """Who is right, wrong and left out, by the places of the gallery's rows in `order`."""
+    """Build the function that finds positives and non-negatives; columns are positions in `order`."""
     identities = gallery.identities[order]
     by_identity = np.argsort(identities, kind="stable")
     starts, stops = (np.searchsorted(identities[by_identity], query.identities, side) for side in ("left", "right"))
     cameras = _cameras(gallery)[order] if rules.cameras else None
 
-    def groups(row: int) -> tuple[Indices, Indices]:
-        same = by_identity[starts[row] : stops[row]]
+    def groups(index: int) -> tuple[Indices, Indices]:
+        same = by_identity[starts[index] : stops[index]]
         if cameras is not None:
-            return same[cameras[same] != _cameras(query)[row]], same
-        return (same[order[same] != row] if rules.gallery == "itself" else same), same
+            return same[cameras[same] != _cameras(query)[index]], same
+        return (same[order[same] != index] if rules.gallery == "itself" else same), same
 
     return groups
 
 
 def _cameras(side: Side) -> Labels:
     if side.cameras is None:
-        raise ValueError("this protocol needs to know the cameras")
+        raise ValueError("this protocol needs the cameras of all images; without them use query-gallery")
     return side.cameras
 
 
 def _checked(name: str, side: Side, rules: Protocol, dimensions: int | None = None) -> Side:
-    """The same with arrays of text, once it is sure that they fit together."""
+    """Check shapes and values, and convert labels to arrays of text."""
     vectors, identities = np.asarray(side.vectors), np.asarray(side.identities).astype(np.str_)
     cameras = None if side.cameras is None else np.asarray(side.cameras).astype(np.str_)
     if vectors.ndim != 2 or not vectors.size:

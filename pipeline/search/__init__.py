@@ -1,1 +1,1 @@
-"""Galleries that can be searched: by a command, and by a page in the browser."""
+"""Image search in a gallery: index, search page, re-ranking."""

@@ -1,4 +1,4 @@
-"""Two exported models on this checkout's test set: may the gallery stay?"""
+"""Compare two exported models on the test set: can a gallery be kept when the model changes?"""
 
 from pathlib import Path
 
@@ -15,24 +15,20 @@ from pipeline.retrieval.evaluate import sides
 
 
 def compatible(files: Files, params: Params, old: Path, new: Path) -> Compatibility:
-    """Score both, and the new one's queries in the old one's gallery.
-
-    Args:
-        files: Of the checkout; stage `prepare` has run.
-        params: Of the checkout.
-        old: ONNX file of a release.
-        new: Likewise.
+    """Score two ONNX files of releases, and the new model's queries in the old model's gallery.
 
     Raises:
-        ReleaseError: If a file is not what was written.
+        FileNotFoundError: If stage `prepare` has not run.
+        ReleaseError: If the SHA-256 of a file is not that of its release.
     """
     manifest = Manifest.read(files.manifest, data_root(files, params))
-    rows = np.concatenate([manifest.indices("query"), manifest.indices("gallery")])
+    indices = np.concatenate([manifest.indices("query"), manifest.indices("gallery")])
 
-    def embedded(path: Path) -> Embeddings:
+    def embed_test_set(path: Path) -> Embeddings:
         model = open_model(path)
-        images = Images(manifest, model.metadata.image_size, None)  # the sizes may differ: from the files themselves
-        return embed(model.session, images, rows, model.metadata.mean, model.metadata.std)
+        images = Images(manifest, model.metadata.image_size, None)  # no cache: its image size may be another
+        return embed(model.session, images, indices, model.metadata.mean, model.metadata.std)
 
     protocol = params.data.protocol
-    return compare(protocol, *(sides(embedded(path), manifest, "query", "gallery", protocol) for path in (old, new)))
+    old_sides, new_sides = (sides(embed_test_set(path), manifest, "query", "gallery", protocol) for path in (old, new))
+    return compare(protocol, old_sides, new_sides)

@@ -1,4 +1,7 @@
-"""A gallery's embeddings, and which model made them: queries of another would find nothing, and not say so."""
+"""An index of a gallery: its embeddings, and the hash of the model that computed them.
+
+Embeddings of different models are not comparable, so an index refuses queries of another model.
+"""
 
 import io
 import logging
@@ -20,25 +23,25 @@ from pipeline.progress import track
 
 log = logging.getLogger(__name__)
 
-VECTORS, ABOUT = "vectors.npy", "index.json"
+VECTORS, INFO = "vectors.npy", "index.json"
 BATCH, CHUNK = 32, 256
-"""Images that are embedded at a time, and that are decoded at a time: a gallery need not fit into memory."""
+"""Images that are embedded, and images that are decoded at a time: the gallery need not fit into memory."""
 
 
 class GalleryError(RuntimeError):
-    """A gallery cannot be indexed, or an index not be asked."""
+    """A gallery cannot be indexed, or an index cannot be used."""
 
     exit_code = 3
 
 
 class IndexInfo(BaseModel):
-    """What index.json says.
+    """Content of index.json.
 
     Attributes:
-        model: Where the model lay.
-        sha256: Of the model.
+        model: Path of the model when the index was written.
+        sha256: SHA-256 of the model.
         gallery: Folder of the images.
-        paths: Of the images, relative to it.
+        paths: Paths of the images, relative to `gallery`.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -51,12 +54,12 @@ class IndexInfo(BaseModel):
 
 @dataclass(frozen=True)
 class Hit:
-    """An image that was found.
+    """A search result.
 
     Attributes:
-        place: In the index.
-        path: Relative to the gallery.
-        similarity: Cosine.
+        place: Position in the index, from 0.
+        path: Path of the image, relative to the gallery.
+        similarity: Cosine, in [-1, 1].
     """
 
     place: int
@@ -65,71 +68,61 @@ class Hit:
 
 
 class Index:
-    """A gallery that can be searched, exactly.
+    """A gallery for exact nearest-neighbour search.
 
     Args:
-        model: That embeds queries, and has embedded the gallery.
+        model: Embeds queries, and has embedded the gallery.
         gallery: Folder of the images.
-        paths: Of the images, relative to it.
-        vectors: (n, D) of them, in this order.
-
-    Attributes:
-        model: See above.
-        gallery: See above.
-        paths: See above.
+        paths: Paths of the images, relative to `gallery`.
+        vectors: (n, D) L2-normalised embeddings, in the order of `paths`.
     """
 
     def __init__(self, model: Model, gallery: Path, paths: Sequence[str], vectors: Embeddings) -> None:
         self.model, self.gallery, self.paths, self._vectors = model, gallery, list(paths), vectors
-        self._found = faiss.IndexFlatIP(vectors.shape[1])
-        self._found.add(vectors)
+        self._faiss = faiss.IndexFlatIP(vectors.shape[1])
+        self._faiss.add(vectors)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def search(self, embedding: Embeddings, top: int) -> list[Hit]:
-        """Nearest images, best first; of equally near ones that with the smaller place.
+        """Return the `top` nearest images, best first, equally near ones in the order of the index.
 
         Args:
             embedding: (1, D), by this index's model.
-            top: How many; all there are if they are fewer.
         """
-        similarities, places = self._found.search(embedding, min(top, len(self)))
-        found = sorted(zip(-similarities[0], places[0], strict=True))
-        return [Hit(int(place), self.paths[place], -float(similarity)) for similarity, place in found]
+        similarities, places = self._faiss.search(embedding, min(top, len(self)))
+        nearest = sorted(zip(-similarities[0], places[0], strict=True))
+        return [Hit(int(place), self.paths[place], -float(negative)) for negative, place in nearest]
 
     def path(self, place: int) -> Path:
-        """An image of the gallery; an index that came from elsewhere reaches nothing outside of it.
+        """Return the path of an image, which must be in the gallery: an index from elsewhere may name any path.
 
         Raises:
-            GalleryError: If it lies elsewhere, be it by a link.
+            GalleryError: If the path, or a link in it, leads outside the gallery.
         """
         path = (self.gallery / self.paths[place]).resolve()
         if not path.is_relative_to(self.gallery.resolve()):
-            raise GalleryError(f"{self.paths[place]} lies outside of {self.gallery}")
+            raise GalleryError(f"{self.paths[place]} is outside the gallery {self.gallery}; index it again")
         return path
 
     def query(self, picture: Path) -> Pixels:
-        """A picture as the model wants it, (1, h, w, 3).
+        """Decode a picture at the model's input size, (1, h, w, 3).
 
         Raises:
-            DataError: If it is too large, or of a kind that is not read.
+            DataError: If it is too large, or its mode is not supported.
             OSError: If it cannot be decoded.
         """
         return decode(picture, self.model.metadata.image_size)[None]
 
     def save(self, folder: Path, model: Path) -> None:
-        """Write the index.
-
-        Args:
-            folder: Where it goes.
-            model: Where the model lies; the index names it, and its hash.
+        """Write the index to a folder; it stores the path and the hash of its model.
 
         Raises:
-            GalleryError: If the folder holds something else that was written by this package.
+            GalleryError: If the folder contains another release.
         """
         check_place(folder)
-        about = IndexInfo(
+        info = IndexInfo(
             model=str(model.resolve()),
             sha256=self.model.sha256,
             gallery=str(self.gallery.resolve()),
@@ -137,38 +130,38 @@ class Index:
         )
         vectors = io.BytesIO()
         np.save(vectors, self._vectors, allow_pickle=False)
-        write_release(folder, {ABOUT: about.model_dump_json(indent=1).encode(), VECTORS: vectors.getvalue()})
+        write_release(folder, {INFO: info.model_dump_json(indent=1).encode(), VECTORS: vectors.getvalue()})
 
 
 def check_place(folder: Path) -> None:
-    """Refuse to write an index where another release is: its files would go.
+    """Check that a folder contains no release other than an index, whose files would be deleted.
 
     Raises:
-        GalleryError: If there is one.
+        GalleryError: If it does.
     """
     try:
         names = set(read_sums(folder))
-    except ReleaseError:  # none, or no finished one
+    except ReleaseError:  # no release, or an incomplete one
         return
-    if others := sorted(names - {ABOUT, VECTORS}):
-        raise GalleryError(f"{folder} is a release with {', '.join(others)}; name another folder by `--out`")
+    if others := sorted(names - {INFO, VECTORS}):
+        raise GalleryError(f"{folder} is a release with {', '.join(others)}; choose another folder with `--out`")
 
 
 def build(model: Path, gallery: Path) -> Index:
-    """Embed all images below a folder; those that cannot be read are left out and named.
+    """Embed all images below a folder; unreadable images are skipped with a warning.
 
     Args:
         model: ONNX file of a release.
-        gallery: Folder.
+        gallery: Folder of the images, searched recursively.
 
     Raises:
-        ReleaseError: If the model is not what was written.
-        GalleryError: If there is no image.
+        ReleaseError: If the SHA-256 of the model is not that of its release.
+        GalleryError: If there is no readable image.
     """
     loaded = open_model(model)
     if not gallery.is_dir():
-        raise GalleryError(f"{gallery} is no folder")
-    candidates = [path for path, reason in walk(gallery, "") if not reason]
+        raise GalleryError(f"{gallery} is not a folder; name one with `--gallery`")
+    candidates = [path for path, reason in walk(gallery) if not reason]
     size = loaded.metadata.image_size
 
     def read(path: str) -> Pixels | str:
@@ -181,67 +174,66 @@ def build(model: Path, gallery: Path) -> Index:
     embeddings: list[Embeddings] = []
     chunks = [candidates[start : start + CHUNK] for start in range(0, len(candidates), CHUNK)]
     for chunk in track(chunks, len(chunks), "embedding"):
-        read_ones = dict(zip(chunk, in_threads(read, chunk), strict=True))
-        for path, picture in read_ones.items():
-            if isinstance(picture, str):
-                log.warning("%s is left out: %s", path, picture)
-        good = {path: picture for path, picture in read_ones.items() if not isinstance(picture, str)}
-        paths += good
-        pictures = list(good.values())
+        pictures = []
+        for path, result in zip(chunk, in_threads(read, chunk), strict=True):
+            if isinstance(result, str):
+                log.warning("%s is skipped: %s", path, result)
+            else:
+                paths.append(path)
+                pictures.append(result)
         for start in range(0, len(pictures), BATCH):
             embeddings.append(loaded.embed(np.stack(pictures[start : start + BATCH])))
     if not paths:
-        raise GalleryError(f"{gallery} holds no image that can be read ({len(candidates)} files were looked at)")
+        raise GalleryError(f"{gallery} has no readable image ({len(candidates)} files were tried)")
     return Index(loaded, gallery, paths, np.concatenate(embeddings))
 
 
 def open_index(folder: Path, model: Path | None = None) -> Index:
-    """Read an index, and the model that made it.
+    """Read an index and load its model.
 
     Args:
-        folder: Where it was written.
-        model: Where the model lies now; None for where it lay.
+        model: Path of the model; None for its path when the index was written.
 
     Raises:
-        ReleaseError: If index or model are not what was written.
-        GalleryError: If it is no index, or the model another than that which embedded the gallery.
+        ReleaseError: If the SHA-256 of a file of the index or of the model is wrong.
+        GalleryError: If the folder is not an index, or the gallery was embedded by another model.
     """
     content = read_release(folder)
-    if set(content) != {ABOUT, VECTORS}:
+    if set(content) != {INFO, VECTORS}:
         raise GalleryError(
-            f"{folder} is no index: {SUMS} names {', '.join(content)}; `smaller-student index` makes one"
+            f"{folder} is not an index: {SUMS} names {', '.join(content)}; `smaller-student index` writes one"
         )
     try:
-        about = IndexInfo.model_validate_json(content[ABOUT])
+        info = IndexInfo.model_validate_json(content[INFO])
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise GalleryError(f"{folder / ABOUT} is not what this package writes: {where} {first['msg']}") from None
-    path = model or Path(about.model)
+        key = ".".join(map(str, first["loc"]))
+        raise GalleryError(f"{folder / INFO} is invalid: {key}: {first['msg']}; index the gallery again") from None
+    path = model or Path(info.model)
     loaded = open_model(path)
-    if loaded.sha256 != about.sha256:
+    if loaded.sha256 != info.sha256:
         raise GalleryError(
-            f"{folder} was embedded by a model with SHA-256 {about.sha256[:12]}..., {path} has "
-            f"{loaded.sha256[:12]}...; its queries would find nothing there: index the gallery anew, or name the model "
-            "by `--model`"
+            f"{folder} was embedded by a model with SHA-256 {info.sha256[:12]}..., but that of {path} is "
+            f"{loaded.sha256[:12]}..., so its queries do not fit: index the gallery again, or choose the right model "
+            "with `--model`"
         )
-    vectors = _vectors(folder / VECTORS, content[VECTORS], (len(about.paths), loaded.metadata.embedding_dim))
-    return Index(loaded, Path(about.gallery), about.paths, vectors)
+    vectors = _vectors(folder / VECTORS, content[VECTORS], (len(info.paths), loaded.metadata.embedding_dim))
+    return Index(loaded, Path(info.gallery), info.paths, vectors)
 
 
 def _vectors(path: Path, content: bytes, shape: tuple[int, int]) -> Embeddings:
-    """Embeddings as NumPy wrote them.
+    """Read embeddings from the content of a .npy file.
 
     Raises:
-        GalleryError: If they are of another shape or kind, or not finite.
+        GalleryError: If their shape or type is wrong, or they are not finite.
     """
     try:
-        found = np.load(io.BytesIO(content), allow_pickle=False)
+        vectors = np.load(io.BytesIO(content), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise GalleryError(f"{path} is no array of NumPy's ({error})") from None
-    if not isinstance(found, np.ndarray) or (found.shape, found.dtype) != (shape, np.float32):
-        what = f"{found.dtype} {found.shape}" if isinstance(found, np.ndarray) else "an archive"
-        raise GalleryError(f"{path} holds {what}; float32 {shape} belong to the images")
-    if not np.isfinite(found).all():
-        raise GalleryError(f"{path} holds numbers that are not finite; index the gallery anew")
-    return np.ascontiguousarray(found)
+        raise GalleryError(f"{path} is not a NumPy array ({error}); index the gallery again") from None
+    if not isinstance(vectors, np.ndarray) or (vectors.shape, vectors.dtype) != (shape, np.float32):
+        actual = f"{vectors.dtype} {vectors.shape}" if isinstance(vectors, np.ndarray) else "an archive"
+        raise GalleryError(f"{path} holds {actual}, not float32 {shape}; index the gallery again")
+    if not np.isfinite(vectors).all():
+        raise GalleryError(f"{path} holds numbers that are not finite; index the gallery again")
+    return np.ascontiguousarray(vectors)

@@ -1,36 +1,36 @@
-"""Ranking again: images that have neighbours in common are alike.
+"""Re-ranking by k-reciprocal encoding: images with common mutual neighbours are similar.
 
 Source: Zhong et al., "Re-ranking Person Re-identification with k-reciprocal Encoding", CVPR 2017, and its public code.
-Distances of all images to all are looked at a block at a time; only each image's neighbours are kept.
+The distances between all images are computed a block at a time; only the nearest neighbours of each image are kept.
 """
 
 import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from pipeline.retrieval.similarity import Indices, Vectors, block_of, normalise
+from pipeline.retrieval.similarity import Indices, Vectors, block_size, normalise
 
 K1, K2, LAMBDA = 20, 6, 0.3
-"""Neighbours that must be mutual, neighbours that are averaged over, and the weight of the original distance."""
+"""Defaults of the paper; see `Reranked`."""
 
 
 class Reranked:
-    """Likeness by k-reciprocal neighbours.
+    """Similarity by k-reciprocal neighbours; a `pipeline.retrieval.similarity.Similarity`.
 
     Args:
-        query: (Q, D), of any length.
-        gallery: (G, D), of any length; the same object where images are asked of each other.
-        k1: Neighbours that must be mutual.
-        k2: Neighbours that are averaged over.
-        weight: Of the original distance, in [0, 1].
+        query: (Q, D), not necessarily normalised.
+        gallery: (G, D), not necessarily normalised; the same object as `query` if all images are both.
+        k1: Number of neighbours among which two images must have each other.
+        k2: Number of neighbours whose encodings are averaged (local query expansion).
+        weight: Weight of the original distance, in [0, 1].
     """
 
     def __init__(self, query: Vectors, gallery: Vectors, k1: int = K1, k2: int = K2, weight: float = LAMBDA) -> None:
         self._unit = normalise(query if query is gallery else np.concatenate([query, gallery]))
-        self._first = 0 if query is gallery else len(query)  # of the gallery
+        self._gallery_start = 0 if query is gallery else len(query)
         self._weight = weight
         self.order = np.arange(len(gallery))
-        neighbours, self._farthest = self._look(k1)
+        neighbours, self._farthest = self._nearest(k1)
         encoded = self._encode(neighbours, k1)
         near = neighbours[:, :k2]
         count, width = near.shape
@@ -41,24 +41,24 @@ class Reranked:
         self._columns = self._rows.tocsc()
 
     def __call__(self, start: int, stop: int) -> npt.NDArray[np.float64]:
-        """What is left of 1 after the mixed distance, (stop - start, G), of these queries."""
-        distances = self._distances(start, stop)[:, self._first :]
-        found = np.empty(distances.shape)
+        """Return 1 - the weighted distance (stop - start, G) of the queries from `start` to `stop`."""
+        distances = self._distances(start, stop)[:, self._gallery_start :]
+        jaccard = np.empty(distances.shape)
         for row, query in enumerate(range(start, stop)):
-            found[row] = self._jaccard(query)[self._first :]
-        return 1 - (1 - self._weight) * found - self._weight * distances
+            jaccard[row] = self._jaccard(query)[self._gallery_start :]
+        return 1 - (1 - self._weight) * jaccard - self._weight * distances
 
     def _distances(self, start: int, stop: int) -> npt.NDArray[np.float64]:
-        """Squared distances (stop - start, N) to all images, as shares of the largest."""
-        found = 2 - 2 * (self._unit[start:stop] @ self._unit.T).astype(np.float64)
-        return np.maximum(found, 0) / self._farthest[start:stop, None]
+        """Return squared distances (stop - start, N) to all images, divided by the largest of each image."""
+        squared = 2 - 2 * (self._unit[start:stop] @ self._unit.T).astype(np.float64)
+        return np.maximum(squared, 0) / self._farthest[start:stop, None]
 
-    def _look(self, k1: int) -> tuple[Indices, npt.NDArray[np.float64]]:
-        """Nearest images (N, k1 + 1) of each, itself first, and its largest squared distance (N,)."""
+    def _nearest(self, k1: int) -> tuple[Indices, npt.NDArray[np.float64]]:
+        """Return the nearest images (N, k1 + 1) of each image, itself first, and its largest squared distance (N,)."""
         count = len(self._unit)
         kept = min(k1 + 1, count)
         neighbours, farthest = np.empty((count, kept), np.int64), np.empty(count)
-        size = block_of(count)
+        size = block_size(count)
         for start in range(0, count, size):
             stop = min(start + size, count)
             similarity = self._unit[start:stop] @ self._unit.T
@@ -70,37 +70,37 @@ class Reranked:
         return neighbours, farthest
 
     def _encode(self, neighbours: Indices, k1: int) -> sparse.csr_array:
-        """Each image as weights of its mutual neighbours and of theirs, (N, N)."""
+        """Encode each image (N, N) as weights of its mutual neighbours, and of theirs if most of those are shared."""
         half = neighbours[:, : round(k1 / 2) + 1]
         mutual = [_mutual(neighbours, image) for image in range(len(neighbours))]
         mutual_half = [_mutual(half, image) for image in range(len(neighbours))]
         indices, values, ends = [], [], [0]
-        for image, found in enumerate(mutual):
-            wider = [found]
-            for candidate in found:
+        for image, reciprocal in enumerate(mutual):
+            expansion = [reciprocal]
+            for candidate in reciprocal:
                 theirs = mutual_half[candidate]
-                if np.isin(theirs, found).sum() > 2 / 3 * len(theirs):
-                    wider.append(theirs)
-            place = np.unique(np.concatenate(wider))
-            distances = np.maximum(2 - 2 * (self._unit[place] @ self._unit[image]).astype(np.float64), 0)
+                if np.isin(theirs, reciprocal).sum() > 2 / 3 * len(theirs):
+                    expansion.append(theirs)
+            columns = np.unique(np.concatenate(expansion))
+            distances = np.maximum(2 - 2 * (self._unit[columns] @ self._unit[image]).astype(np.float64), 0)
             weights = np.exp(-distances / self._farthest[image])
-            indices.append(place)
+            indices.append(columns)
             values.append(weights / weights.sum())
-            ends.append(ends[-1] + len(place))
+            ends.append(ends[-1] + len(columns))
         shape = (len(neighbours), len(neighbours))
         return sparse.csr_array((np.concatenate(values), np.concatenate(indices), np.array(ends)), shape)
 
     def _jaccard(self, query: int) -> npt.NDArray[np.float64]:
-        """Jaccard distances (N,) of an encoded image to all."""
-        own = slice(self._rows.indptr[query], self._rows.indptr[query + 1])
-        shared = self._columns[:, self._rows.indices[own]]
-        weights = np.repeat(self._rows.data[own], np.diff(shared.indptr))
-        least = np.minimum(shared.data, weights)
-        common = np.bincount(shared.indices, weights=least, minlength=len(self._unit))
+        """Return the Jaccard distances (N,) of an image's encoding to those of all images."""
+        row = slice(self._rows.indptr[query], self._rows.indptr[query + 1])
+        shared = self._columns[:, self._rows.indices[row]]
+        weights = np.repeat(self._rows.data[row], np.diff(shared.indptr))
+        minimum = np.minimum(shared.data, weights)
+        common = np.bincount(shared.indices, weights=minimum, minlength=len(self._unit))
         return 1 - common / (2 - common)
 
 
 def _mutual(neighbours: Indices, image: int) -> Indices:
-    """Those of an image's neighbours that have it among theirs."""
+    """Return the neighbours of an image that have it among their own neighbours."""
     forward = neighbours[image]
     return forward[(neighbours[forward] == image).any(axis=1)]

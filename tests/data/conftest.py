@@ -1,4 +1,4 @@
-"""Images for the tests of this room."""
+"""Random images, and a small manifest."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ from pipeline.data.manifest import Item, Manifest
 
 @pytest.fixture
 def picture() -> Callable[..., None]:
-    """Writes random pixels in the format that the name says."""
+    """Return a function that writes random pixels, in the format of the file's suffix."""
 
     def write(path: Path, seed: int, size: tuple[int, int] = (20, 30)) -> None:
         pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Files that people and systems leave in data sets, and what must become of each."""
+"""Damaged, malicious and unusual files of data sets, and how each must be treated."""
 
 import io
 import os
@@ -12,14 +12,12 @@ from PIL import Image, PngImagePlugin
 
 from tests import layouts
 
-GOOD, BAD, ODD = "good", "quarantined", "remark"
-"""Verdicts: usable; refused, with a reason; usable, with a remark."""
-
-Make = Callable[[Path], None]
+GOOD, BAD, UNUSUAL = "good", "quarantined", "warning"
+"""Usable; refused, with a reason; usable, with a warning."""
 
 
 def encoded(kind: str, size: tuple[int, int] = (48, 48), seed: int = 0, mode: str = "RGB", **options: object) -> bytes:
-    """A picture of some colours as a file's content."""
+    """Return the content of an image file with random pixels."""
     rng = np.random.default_rng(seed)
     image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).convert(mode)
     sink = io.BytesIO()
@@ -32,7 +30,7 @@ def chunk(name: bytes, content: bytes) -> bytes:
 
 
 def png(width: int, height: int, rows: bytes = b"", *, depth: int = 8, colour: int = 2) -> bytes:
-    """A PNG with this header, whatever follows it."""
+    """Return a PNG with this header and any content."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
@@ -43,22 +41,22 @@ def large_text() -> bytes:
     return encoded("PNG", pnginfo=text)
 
 
-def turned(orientation: int) -> bytes:
+def rotated(orientation: int) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
     return encoded("JPEG", exif=exif)
 
 
-def several(kind: str) -> bytes:
+def multi_frame(kind: str) -> bytes:
     frames = [Image.fromarray(np.random.default_rng(n).integers(0, 256, (20, 20, 3), dtype=np.uint8)) for n in range(3)]
     sink = io.BytesIO()
     frames[0].save(sink, kind, save_all=True, append_images=frames[1:])
     return sink.getvalue()
 
 
-def spoilt(content: bytes, at: float, by: bytes = b"\xff" * 8) -> bytes:
-    place = int(at * len(content))
-    return content[:place] + by + content[place + len(by) :]
+def corrupt(content: bytes, at: float, by: bytes = b"\xff" * 8) -> bytes:
+    start = int(at * len(content))
+    return content[:start] + by + content[start + len(by) :]
 
 
 def array(values: np.ndarray, kind: str) -> bytes:
@@ -77,7 +75,7 @@ CONTENTS: dict[str, tuple[Callable[[], bytes], str]] = {
     "cut.gif": (lambda: encoded("GIF")[:-200], BAD),
     "cut.tif": (lambda: encoded("TIFF")[:-400], BAD),
     "cut.bmp": (lambda: encoded("BMP")[:-400], BAD),
-    "spoilt check sum.png": (lambda: spoilt(encoded("PNG"), 0.5), BAD),
+    "wrong checksum.png": (lambda: corrupt(encoded("PNG"), 0.5), BAD),
     "zeros.jpg": (lambda: bytes(5000), BAD),
     "page.jpg": (lambda: b"<!DOCTYPE html><title>404</title>", BAD),
     "json.png": (lambda: b'{"error": "not found"}', BAD),
@@ -103,30 +101,30 @@ CONTENTS: dict[str, tuple[Callable[[], bytes], str]] = {
     "grey, 16 bits.png": (lambda: array(np.arange(0, 64_000, 160, dtype=np.uint16).reshape(20, 20), "PNG"), GOOD),
     "transparent.png": (lambda: encoded("PNG", mode="RGBA"), GOOD),
     "printed.jpg": (lambda: encoded("JPEG", mode="CMYK"), GOOD),
-    "turned.jpg": (lambda: turned(6), GOOD),
-    "turned by nonsense.jpg": (lambda: turned(99), GOOD),
+    "rotated.jpg": (lambda: rotated(6), GOOD),
+    "invalid orientation.jpg": (lambda: rotated(99), GOOD),
     "progressive.jpg": (lambda: encoded("JPEG", progressive=True), GOOD),
     "with profile.jpg": (lambda: encoded("JPEG", icc_profile=os.urandom(200_000)), GOOD),
     "with a tail.jpg": (lambda: encoded("JPEG") + bytes(5000), GOOD),
     "narrow.png": (lambda: encoded("PNG", (400, 1)), GOOD),
     "CAPITALS.JPG": (lambda: encoded("JPEG"), GOOD),
-    "one pixel.png": (lambda: encoded("PNG", (1, 1)), ODD),
-    "black.png": (lambda: array(np.zeros((30, 30, 3), np.uint8), "PNG"), ODD),
-    "png.jpg": (lambda: encoded("PNG"), ODD),
-    "webp.jpeg": (lambda: encoded("WEBP"), ODD),
-    "no ending": (lambda: encoded("JPEG"), ODD),
-    "wrong ending.txt": (lambda: encoded("JPEG"), ODD),
-    "moving.gif": (lambda: several("GIF"), ODD),
-    "moving.webp": (lambda: several("WEBP"), ODD),
-    "moving.png": (lambda: several("PNG"), ODD),
-    "pages.tif": (lambda: several("TIFF"), ODD),
-    "pair.mpo": (lambda: several("MPO"), ODD),
+    "one pixel.png": (lambda: encoded("PNG", (1, 1)), UNUSUAL),
+    "black.png": (lambda: array(np.zeros((30, 30, 3), np.uint8), "PNG"), UNUSUAL),
+    "png.jpg": (lambda: encoded("PNG"), UNUSUAL),
+    "webp.jpeg": (lambda: encoded("WEBP"), UNUSUAL),
+    "no ending": (lambda: encoded("JPEG"), UNUSUAL),
+    "wrong ending.txt": (lambda: encoded("JPEG"), UNUSUAL),
+    "moving.gif": (lambda: multi_frame("GIF"), UNUSUAL),
+    "moving.webp": (lambda: multi_frame("WEBP"), UNUSUAL),
+    "moving.png": (lambda: multi_frame("PNG"), UNUSUAL),
+    "pages.tif": (lambda: multi_frame("TIFF"), UNUSUAL),
+    "pair.mpo": (lambda: multi_frame("MPO"), UNUSUAL),
 }
-"""Content and verdict by name."""
+"""Content and expected treatment by file name."""
 
 
 def write(root: Path) -> dict[str, str]:
-    """Write all of them, links and pipes too, and name the verdicts by path."""
+    """Write all files, and links and pipes; returns the expected treatment by path."""
     root.mkdir()
     for name, (make, _) in CONTENTS.items():
         (root / name).write_bytes(make())
@@ -140,7 +138,7 @@ def write(root: Path) -> dict[str, str]:
     os.mkfifo(root / "pipe.png")
     layouts.picture(root / "-dash \u00fc\u4e16 \n.png", 4)
     layouts.picture(root / f"{'n' * 251}.png", 5)
-    verdicts = {name: verdict for name, (_, verdict) in CONTENTS.items()}
-    verdicts |= dict.fromkeys(("link out.png", "loop.png", "nowhere.png", "folder.png", "pipe.png", "gone.png"), BAD)
-    verdicts |= dict.fromkeys(("inside.png", "link in.png", "-dash \u00fc\u4e16 \n.png", f"{'n' * 251}.png"), GOOD)
-    return verdicts
+    expected = {name: treatment for name, (_, treatment) in CONTENTS.items()}
+    expected |= dict.fromkeys(("link out.png", "loop.png", "nowhere.png", "folder.png", "pipe.png", "gone.png"), BAD)
+    expected |= dict.fromkeys(("inside.png", "link in.png", "-dash \u00fc\u4e16 \n.png", f"{'n' * 251}.png"), GOOD)
+    return expected

@@ -1,4 +1,4 @@
-"""The table that later stages trust."""
+"""The manifest: validation, reading and writing."""
 
 import csv
 from dataclasses import replace
@@ -21,11 +21,11 @@ GOOD = (
 )
 
 
-def test_rows_identities_and_cameras_belong_to_the_splits_that_are_asked_for():
+def test_indices_identities_and_cameras_are_those_of_the_given_splits():
     manifest = Manifest(GOOD, Path())
-    rows = manifest.indices("query", "train")
-    assert rows.dtype == np.int64 and rows.tolist() == [0, 1, 4]
-    assert manifest.identities(rows).tolist() == ["007", "8", "10"]
+    indices = manifest.indices("query", "train")
+    assert indices.dtype == np.int64 and indices.tolist() == [0, 1, 4]
+    assert manifest.identities(indices).tolist() == ["007", "8", "10"]
     assert manifest.cameras(manifest.indices("validation-gallery")).tolist() == ["c002"]
     assert manifest.train_identities == ("007", "8")
     with pytest.raises(KeyError, match="no split"):
@@ -58,15 +58,15 @@ def test_the_digest_changes_with_any_field():
 
 
 @pytest.mark.parametrize(
-    ("row", "change", "complaint"),
+    ("index", "change", "problem"),
     [
         (0, {"split": "training"}, "unknown splits training"),
         (1, {"identity": "10"}, "in training and in test: 10"),
         (2, {"identity": "10"}, "in training and in test: 10"),
         (1, {"identity": "9"}, "in training and in validation: 9"),
-        (3, {"split": "train", "identity": "8"}, "validation needs a query and"),
+        (3, {"split": "train", "identity": "8"}, "validation must have a gallery if"),
         (4, {"split": "gallery"}, "no images in query"),
-        (5, {"split": "query"}, "validation needs a query and"),
+        (5, {"split": "query"}, "validation must have a gallery if"),
         (0, {"camera": ""}, "is empty in 'a/1.jpg'"),
         (0, {"identity": ""}, "is empty in 'a/1.jpg'"),
         (0, {"path": "a/2.jpg"}, "more than once: a/2.jpg"),
@@ -76,51 +76,53 @@ def test_the_digest_changes_with_any_field():
         (0, {"identity": "7\r"}, "carriage returns"),
     ],
 )
-def test_what_is_wrong_is_named(row, change, complaint):
-    items = [replace(item, **change) if number == row else item for number, item in enumerate(GOOD)]
-    with pytest.raises(DataError, match=complaint) as error:
+def test_invalid_items_are_refused(index, change, problem):
+    items = [replace(item, **change) if number == index else item for number, item in enumerate(GOOD)]
+    with pytest.raises(DataError, match=problem) as error:
         Manifest(items, Path())
     assert error.value.exit_code == 3
 
 
-def test_everything_that_is_wrong_is_said_at_once():
+def test_all_problems_are_listed_in_one_error():
     with pytest.raises(DataError, match=r"more than once: a/1.jpg; there are no images in query"):
         Manifest([GOOD[0], GOOD[0]], Path())
 
 
-def test_names_that_are_one_file_on_other_systems_are_refused():
+def test_names_that_are_the_same_file_on_other_systems_are_refused():
     items = [replace(GOOD[0], path="\u00fc.jpg"), replace(GOOD[1], path="u\u0308.jpg"), *GOOD[2:]]
-    with pytest.raises(DataError, match=r"differ in bytes only .*'u\\u0308.jpg', '\\xfc.jpg'; rename one"):
+    with pytest.raises(
+        DataError, match=r"differ only in their Unicode normal form, .*'u\\u0308.jpg', '\\xfc.jpg'; rename one"
+    ):
         Manifest(items, Path())
 
 
-def test_an_identity_written_in_two_ways_is_refused():
+def test_an_identity_in_two_unicode_normal_forms_is_refused():
     items = [replace(GOOD[0], identity="Jos\u00e9"), replace(GOOD[1], identity="Jose\u0301"), *GOOD[2:]]
-    with pytest.raises(DataError, match="differ in bytes only"):
+    with pytest.raises(DataError, match="differ only in their Unicode normal form"):
         Manifest(items, Path())
 
 
-def test_all_test_images_may_ask():
-    asking = [replace(item, split=item.split.replace("gallery", "query")) for item in GOOD]
-    assert len(Manifest(asking, Path()).rows("query")) == 2
+def test_all_test_images_may_be_queries():
+    queries = [replace(item, split=item.split.replace("gallery", "query")) for item in GOOD]
+    assert len(Manifest(queries, Path()).indices("query")) == 2
 
 
-def test_junk_may_be_anywhere():
+def test_junk_may_be_in_training_and_test():
     junk = [Item(f"{split}.jpg", "-1", "c001", split) for split in ("train", "gallery")]
     assert len(Manifest([*GOOD, *junk], Path())) == 8
 
 
-def test_a_file_that_is_no_manifest_is_refused(tmp_path):
+def test_a_file_that_is_not_a_manifest_is_refused(tmp_path):
     path = tmp_path / "m.csv"
     with pytest.raises(FileNotFoundError, match="dvc repro prepare"):
         Manifest.read(path, tmp_path)
-    for text, complaint in (
+    for text, problem in (
         ("", "first line"),
         ("a,b\n", "first line"),
         ("path,identity,camera,split\nx,1\n", "row 2"),
     ):
         path.write_text(text)
-        with pytest.raises(DataError, match=complaint):
+        with pytest.raises(DataError, match=problem):
             Manifest.read(path, tmp_path)
 
 

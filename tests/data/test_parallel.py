@@ -1,4 +1,4 @@
-"""Work spread over processors."""
+"""The thread pool."""
 
 import threading
 
@@ -11,7 +11,7 @@ def test_results_keep_the_order_of_the_items(monkeypatch):
     assert list(in_threads(str, range(50))) == [str(n) for n in range(50)]
 
 
-def test_no_more_threads_work_than_this_process_may_use(monkeypatch):
+def test_threads_are_limited_to_the_available_processors(monkeypatch):
     monkeypatch.setattr(parallel, "available_threads", lambda: 2)
-    both = threading.Barrier(2, timeout=60)
-    assert len(set(in_threads(lambda _: (both.wait(), threading.get_ident())[1], range(50)))) == 2
+    barrier = threading.Barrier(2, timeout=60)
+    assert len(set(in_threads(lambda _: (barrier.wait(), threading.get_ident())[1], range(50)))) == 2

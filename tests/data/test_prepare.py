@@ -1,4 +1,4 @@
-"""Stage `prepare`, in one process and without its surroundings."""
+"""Stage `prepare`, called as a function."""
 
 import csv
 from types import SimpleNamespace
@@ -15,14 +15,17 @@ from tests import layouts
 
 
 class Run(SimpleNamespace):
-    """What a stage needs of a run."""
+    """The attributes of a run that the stage uses."""
 
     def __init__(self, root, **data):
         size = Vehicles(train_identities=4, test_identities=2, views=2, size=16)
         defaults = {"source": "vehicles", "root": "data", "image_size": [20, 16], "cache": True, "validation": 0.5}
-        limits = {"max_quarantined": 0.0, "max_leaked": 0.0, "near": 4}
-        own = {"vehicleid": VehicleId(test_identities=800), "custom": Custom(table="images.csv", pattern="", test=0.5)}
-        settings = Data(**{**defaults, "protocol": "market", **limits, "vehicles": size, **own, **data})
+        limits = {"max_quarantined": 0.0, "max_leaked": 0.0, "near_duplicate_bits": 4}
+        sources = {
+            "vehicleid": VehicleId(test_identities=800),
+            "custom": Custom(table="images.csv", pattern="", test=0.5),
+        }
+        settings = Data(**{**defaults, "protocol": "market", **limits, "vehicles": size, **sources, **data})
         files = Files(root, root)
         super().__init__(params=SimpleNamespace(seed=0, data=settings), files=files, seconds={})
 
@@ -32,7 +35,7 @@ class Run(SimpleNamespace):
 
 @pytest.fixture
 def veri(tmp_path, picture):
-    """Two identities to train on, two to test with, in the layout of VeRi-776."""
+    """Two training and two test identities in the layout of VeRi-776."""
     names = {
         "train": [
             f"000{identity}_c00{camera}_0000000{view}_0.jpg" for identity in "12" for camera in "12" for view in "01"
@@ -50,30 +53,29 @@ def veri(tmp_path, picture):
 
 def test_the_default_set_is_rendered_split_and_cached(tmp_path):
     run = Run(tmp_path)
-    record = prepare(run)
-    counted = record.model_dump()
-    assert counted == {
+    counts = prepare(run).model_dump()
+    assert counts == {
         **{"images": 72, "identities": 6, "cameras": 6, "train": 24, "validation": 24},
-        **{"query": 4, "gallery": 20, "quarantined": 0, "leaked": 0, "near_duplicates": counted["near_duplicates"]},
+        **{"query": 4, "gallery": 20, "quarantined": 0, "leaked": 0, "near_duplicates": counts["near_duplicates"]},
     }
     outs = {path.relative_to(tmp_path / "artifacts") for path in (tmp_path / "artifacts").glob("*/*")}
     assert {path.name for path in outs} == {"vehicles", "manifest.csv", "images.npy", "quarantine.csv"}
-    assert (tmp_path / "artifacts" / "warnings.csv").read_text().startswith("path,remark\n")
+    assert (tmp_path / "artifacts" / "warnings.csv").read_text().startswith("path,warning\n")
     manifest, images = open_images(run.files, run.params)
     assert images.batch(manifest.indices("query")).shape == (4, 20, 16, 3)
     assert len(manifest.indices("validation-query")) == 12
     assert "render" in run.seconds
 
 
-def test_the_default_set_of_an_earlier_run_is_replaced(tmp_path):
+def test_the_rendered_set_of_an_earlier_run_is_replaced(tmp_path):
     prepare(Run(tmp_path, vehicles=Vehicles(train_identities=4, test_identities=3, views=3, size=16)))
     (tmp_path / "artifacts/prepare/vehicles/image_train/0001_c001_00000000_0.jpg").write_bytes(b"half")
     assert prepare(Run(tmp_path)).images == 72
-    found = [path for path in (tmp_path / "artifacts/prepare/vehicles").rglob("*") if path.is_file()]
-    assert len(found) == 72 + 3  # no image of a test identity or of a view that is gone
+    files = [path for path in (tmp_path / "artifacts/prepare/vehicles").rglob("*") if path.is_file()]
+    assert len(files) == 72 + 3  # none of the third test identity, and none of the third view
 
 
-def test_own_images_are_read_where_they_are(veri):
+def test_raw_images_are_read_from_data_root(veri):
     run = Run(veri, source="veri776", cache=False)
     assert prepare(run).train == 4
     manifest, images = open_images(run.files, run.params)
@@ -81,7 +83,7 @@ def test_own_images_are_read_where_they_are(veri):
     assert images.batch(np.arange(12)).shape == (12, 20, 16, 3)
 
 
-def test_unreadable_images_are_left_out_up_to_the_limit_and_listed(veri):
+def test_unreadable_images_are_listed_and_skipped_up_to_the_limit(veri):
     broken = veri / "data" / "image_train" / "0001_c001_00000000_0.jpg"
     broken.write_bytes(broken.read_bytes()[:400])
     with pytest.raises(DataError, match=r"1 of 12 images .*max_quarantined.*0001_c001_00000000_0.jpg") as error:
@@ -93,7 +95,7 @@ def test_unreadable_images_are_left_out_up_to_the_limit_and_listed(veri):
     assert prepare(Run(veri, source="veri776", max_quarantined=0.1)).quarantined == 1
 
 
-def test_a_test_image_that_is_a_training_image_stops_everything(veri):
+def test_a_test_image_that_is_a_training_image_stops_the_stage(veri):
     source = veri / "data" / "image_train" / "0002_c002_00000001_0.jpg"
     (veri / "data" / "image_test" / "0003_c002_00000000_0.jpg").write_bytes(source.read_bytes())
     with pytest.raises(
@@ -104,35 +106,35 @@ def test_a_test_image_that_is_a_training_image_stops_everything(veri):
     record = prepare(Run(veri, source="veri776", max_leaked=0.5))
     assert (record.leaked, record.gallery) == (1, 3)
     with Files(veri, veri).warnings.open() as file:
-        warnings = {row["path"]: row["remark"] for row in csv.DictReader(file)}
+        warnings = {row["path"]: row["warning"] for row in csv.DictReader(file)}
     assert warnings["image_test/0003_c002_00000000_0.jpg"].startswith(
-        "has the pixels of training image image_train/0002"
+        "has the same pixels as training image image_train/0002"
     )
 
 
-def test_an_image_that_changes_while_it_is_read_stops_everything(veri, monkeypatch):
-    def cached(manifest, *_):
+def test_an_image_that_changes_while_it_is_read_stops_the_stage(veri, monkeypatch):
+    def modify_an_image(manifest, *_):
         path = manifest.root / manifest.items[3].path
         path.write_bytes(path.read_bytes() + b" ")
 
-    monkeypatch.setattr("stages.prepare.build_cache", cached)
+    monkeypatch.setattr("stages.prepare.build_cache", modify_an_image)
     with pytest.raises(DataError, match=r"1 images changed while they were read: image_train/.*; run the stage again"):
         prepare(Run(veri, source="veri776"))
     assert not Files(veri, veri).manifest.exists()
 
 
-def test_own_data_are_split_where_the_data_do_not_say(tmp_path):
+def test_custom_data_without_splits_are_split(tmp_path):
     layouts.folder(tmp_path / "data", 12, 0)
     record = prepare(Run(tmp_path, source="folder", validation=0.2))
     assert record.train + record.validation + record.query + record.gallery == record.images == 72
     assert record.query == record.gallery > 0  # two views in each of three cameras
-    everyone = prepare(Run(tmp_path, source="folder", protocol="loo", validation=0.2))
-    assert (everyone.gallery, everyone.query) == (0, record.query + record.gallery)
+    all_queries = prepare(Run(tmp_path, source="folder", protocol="loo", validation=0.2))
+    assert (all_queries.gallery, all_queries.query) == (0, record.query + record.gallery)
 
 
-def test_images_under_two_identities_are_unusable(tmp_path):
+def test_equal_images_of_two_identities_are_unusable(tmp_path):
     layouts.folder(tmp_path / "data", 8, 0)
     for thing in ("thing 1", "thing 2"):
         layouts.picture(tmp_path / "data" / thing / "cam1" / "same.png", 99)
-    with pytest.raises(DataError, match=r"2 of 50 images are unusable.*claim the same pixels"):
+    with pytest.raises(DataError, match=r"2 of 50 images are unusable.*has the same pixels as"):
         prepare(Run(tmp_path, source="folder", custom=Custom(table="images.csv", pattern="", test=0.01)))

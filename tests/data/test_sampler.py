@@ -1,4 +1,4 @@
-"""P x K batches."""
+"""P x K sampling."""
 
 import logging
 from collections import Counter
@@ -50,19 +50,19 @@ def test_an_epoch_shows_each_image_about_once(sizes, p, k):
     sampler = IdentitySampler(labels, Batch(identities=p, instances=k), 0)
     shown = Counter(np.concatenate(sampler.batches(0)).tolist())
     chunks = {label: -(-count // k) for label, count in Counter(labels.tolist()).items()}
-    if max(chunks.values()) <= len(sampler):  # else one identity would have to be in a batch twice
+    if max(chunks.values()) <= len(sampler):  # otherwise one identity would be in a batch twice
         assert set(shown) == set(range(len(labels)))
     assert sum(shown.values()) < sum(chunks.values()) * k + p * k
 
 
-def test_where_it_comes_out_even_each_image_is_shown_exactly_once():
+def test_an_epoch_shows_each_image_once_if_the_chunks_divide_evenly():
     sampler = IdentitySampler(labels_of([12] * 30), Batch(identities=10, instances=4), 7)
     for epoch in range(3):
         assert len(sampler) == 9
         assert sorted(np.concatenate(sampler.batches(epoch))) == list(range(360))
 
 
-def test_an_identity_with_more_chunks_than_batches_is_in_every_batch_and_displaces_nobody():
+def test_an_identity_with_more_chunks_than_batches_is_in_every_batch_and_displaces_no_other():
     labels = np.repeat(np.arange(9), [60, *[4] * 8])
     sampler = IdentitySampler(labels, Batch(identities=2, instances=4), 0)
     assert len(sampler) == 12  # (15 + 8) chunks / 2, rounded up
@@ -72,35 +72,35 @@ def test_an_identity_with_more_chunks_than_batches_is_in_every_batch_and_displac
         assert set(range(60, 92)) <= set(np.concatenate(batches).tolist())
 
 
-def test_batches_follow_from_seed_and_epoch():
+def test_batches_depend_on_seed_and_epoch_alone():
     labels, batch = labels_of([9, 5, 12, 4, 8, 3]), Batch(identities=3, instances=4)
 
     def drawn(seed, epoch):
         return np.concatenate(IdentitySampler(labels, batch, seed).batches(epoch)).tolist()
 
     sampler = IdentitySampler(labels, batch, 0)
-    sampler.batches(5)  # no state: epochs may be drawn in any order
+    sampler.batches(5)  # no state: epochs can be drawn in any order
     assert np.concatenate(sampler.batches(1)).tolist() == drawn(0, 1)
     assert len({str(drawn(seed, epoch)) for seed in range(2) for epoch in range(3)}) == 6
 
 
-def test_the_processes_share_the_batches_of_one():
+def test_processes_divide_the_batches_of_one_process():
     labels, batch = labels_of([8] * 12), Batch(identities=4, instances=4)
-    whole = IdentitySampler(labels, batch, 0).batches(3)
+    all_batches = IdentitySampler(labels, batch, 0).batches(3)
     halves = [IdentitySampler(labels, batch, 0, rank, 2).batches(3) for rank in range(2)]
     assert len(halves[0]) == len(halves[1]) == 3
-    for number, expected in enumerate(whole):
+    for number, expected in enumerate(all_batches):
         np.testing.assert_array_equal(halves[number % 2][number // 2], expected)
 
 
-def test_identities_meet_others_from_batch_to_batch():
+def test_every_batch_has_another_set_of_identities():
     labels = labels_of([12] * 40)
     sampler = IdentitySampler(labels, Batch(identities=10, instances=4), 0)
-    together = {frozenset(labels[batch].tolist()) for batch in sampler.batches(0)}
-    assert len(together) == len(sampler)
+    sets = {frozenset(labels[batch].tolist()) for batch in sampler.batches(0)}
+    assert len(sets) == len(sampler)
 
 
-def test_identities_with_few_images_repeat_them_and_are_counted_once(caplog):
+def test_identities_with_few_images_are_logged_once(caplog):
     with caplog.at_level(logging.INFO):
         sampler = IdentitySampler(labels_of([1, 2, 8]), Batch(identities=3, instances=4), 0)
         sampler.batches(0)

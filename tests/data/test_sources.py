@@ -1,4 +1,4 @@
-"""Raw layouts: published ones, and data of one's own."""
+"""Data set layouts: published data sets and custom data."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from pipeline.config import Custom, Data
 from pipeline.data import custom
-from pipeline.data.custom import UNSPLIT
+from pipeline.data.custom import UNASSIGNED
 from pipeline.data.layout import LAYOUTS, UNKNOWN
 from pipeline.data.manifest import DataError, Item
 from pipeline.data.published import lines
@@ -48,7 +48,7 @@ def veri(tmp_path):
     return tmp_path
 
 
-def test_veri776_is_read_in_the_order_of_its_lists(veri):
+def test_veri776_is_listed_in_the_order_of_its_lists(veri):
     assert read("veri776", veri).items == [
         Item("image_train/0002_c003_00016450_0.jpg", "0002", "c003", "train"),
         Item("image_train/0001_c001_00000001_1.JPG", "0001", "c001", "train"),
@@ -59,7 +59,7 @@ def test_veri776_is_read_in_the_order_of_its_lists(veri):
     assert read("vehicles", veri) == read("veri776", veri)
 
 
-def test_a_missing_list_folder_or_image_is_named(veri):
+def test_a_missing_list_or_image_is_named(veri):
     (veri / "image_test" / NAMES["test"][0]).unlink()
     with pytest.raises(FileNotFoundError, match=r"0776_c020_00000007_0\.jpg"):
         read("veri776", veri)
@@ -68,14 +68,14 @@ def test_a_missing_list_folder_or_image_is_named(veri):
         read("veri776", veri)
 
 
-def test_a_name_of_another_form_is_refused(veri):
+def test_a_file_name_of_another_form_is_refused(veri):
     (veri / "name_train.txt").write_text("car7.jpg\n")
     (veri / "image_train" / "car7.jpg").touch()
-    with pytest.raises(DataError, match=r"'car7.jpg' is not in the form"):
+    with pytest.raises(DataError, match=r"'car7.jpg' does not have the form"):
         read("veri776", veri)
 
 
-def test_files_that_no_list_names_are_left_out_and_counted(veri, caplog):
+def test_files_that_are_in_no_list_are_skipped_with_a_warning(veri, caplog):
     (veri / "image_train" / "Thumbs.db").touch()
     with caplog.at_level(logging.WARNING):
         assert len(read("veri776", veri).items) == 5
@@ -90,25 +90,24 @@ COUNTS = {
     "cub200": {"train": 20, "query": 8},
     "inshop": {"train": 20, "query": 4, "gallery": 4},
     "sop": {"train": 20, "query": 8},
-    "folder": {UNSPLIT: 42},
-    "csv": {UNSPLIT: 42},
+    "folder": {UNASSIGNED: 42},
+    "csv": {UNASSIGNED: 42},
 }
 
 
 @pytest.mark.parametrize("source", layouts.LAYOUTS)
-def test_each_layout_is_read_as_it_unpacks(source, tmp_path, caplog):
+def test_each_layout_is_read_as_its_archive_unpacks(source, tmp_path, caplog):
     layouts.LAYOUTS[source](tmp_path, 5, 2)
-    found = read(source, tmp_path)
-    assert Counter(item.split for item in found.items) == COUNTS[source]
-    assert all((tmp_path / item.path).is_file() for item in found.items)
-    trained = {item.identity for item in found.items if item.split == "train"}
-    tested = {item.identity for item in found.items if item.split in ("query", "gallery")}
+    listing = read(source, tmp_path)
+    assert Counter(item.split for item in listing.items) == COUNTS[source]
+    assert all((tmp_path / item.path).is_file() for item in listing.items)
+    trained = {item.identity for item in listing.items if item.split == "train"}
+    tested = {item.identity for item in listing.items if item.split in ("query", "gallery")}
     assert not trained & tested
     assert len(trained | tested - {"-1", "0000"}) == (0 if source in ("folder", "csv") else 7)
-    for split, count in (
-        LAYOUTS[source].published(section(source)).items()
-    ):  # a miniature has fewer: both numbers are told
-        assert f"{COUNTS[source][split]} images in {split}, published are {count}" in caplog.text
+    for split, count in LAYOUTS[source].published(section(source)).items():
+        warning = f"split {split} has {COUNTS[source][split]} images, the published data set has {count}"
+        assert warning in caplog.text
 
 
 def test_cameras_are_those_of_the_names(tmp_path):
@@ -124,23 +123,23 @@ def test_cameras_are_those_of_the_names(tmp_path):
         assert {item.camera for item in read(source, tmp_path / source).items} == cameras
 
 
-def test_both_versions_of_msmt17_are_known(tmp_path):
+def test_both_versions_of_msmt17_are_read(tmp_path):
     layouts.msmt17(tmp_path, 2, 1, version=2)
-    found = read("msmt17", tmp_path).items
-    assert {item.path.split("/")[0] for item in found} == {"mask_train_v2", "mask_test_v2"}
-    assert {item.identity for item in found} == {"train-0", "train-1", "test-0"}
+    items = read("msmt17", tmp_path).items
+    assert {item.path.split("/")[0] for item in items} == {"mask_train_v2", "mask_test_v2"}
+    assert {item.identity for item in items} == {"train-0", "train-1", "test-0"}
     with pytest.raises(FileNotFoundError, match="neither train nor mask_train_v2"):
         read("msmt17", tmp_path / "mask_train_v2")
 
 
-def test_a_full_set_is_silent_about_its_counts(tmp_path, monkeypatch, caplog):
+def test_a_complete_data_set_gets_no_warning(tmp_path, monkeypatch, caplog):
     layouts.cub200(tmp_path, 2, 2)
     monkeypatch.setitem(LAYOUTS, "cub200", replace(LAYOUTS["cub200"], published=lambda _: {"train": 8, "query": 8}))
     read("cub200", tmp_path)
-    assert "published" not in caplog.text
+    assert "the published data set has" not in caplog.text
 
 
-def test_in_shop_may_have_its_images_in_img(tmp_path):
+def test_in_shop_images_may_be_in_the_folder_img(tmp_path):
     layouts.inshop(tmp_path, 2, 1)
     (tmp_path / "Img").mkdir()
     (tmp_path / "img").rename(tmp_path / "Img" / "img")
@@ -151,26 +150,31 @@ def test_in_shop_may_have_its_images_in_img(tmp_path):
     ("source", "file", "text", "message"),
     [
         ("sop", "Ebay_train.txt", "head\n1 2 3\n", r"Ebay_train.txt, line 2: expected 4 words"),
-        ("inshop", "Eval/list_eval_partition.txt", "1\nhead\na.jpg 1 val\n", "'val' is none of train"),
+        (
+            "inshop",
+            "Eval/list_eval_partition.txt",
+            "1\nhead\na.jpg 1 val\n",
+            "split must be train, query or gallery, got 'val'",
+        ),
         ("cub200", "image_class_labels.txt", "1 1\n", "lacks image 2"),
-        ("cub200", "image_class_labels.txt", "1 x\n", "class 'x' is no number"),
-        ("msmt17", "list_train.txt", "a/b.jpg 0\n", r"'a/b.jpg' is not in the form 0000/0000_000_01"),
+        ("cub200", "image_class_labels.txt", "1 x\n", "class 'x' is not a number"),
+        ("msmt17", "list_train.txt", "a/b.jpg 0\n", r"'a/b.jpg' does not have the form 0000/0000_000_01"),
     ],
 )
-def test_lists_of_another_form_are_refused_by_name_and_line(tmp_path, source, file, text, message):
+def test_malformed_lists_are_refused_with_name_and_line(tmp_path, source, file, text, message):
     layouts.LAYOUTS[source](tmp_path, 2, 1)
     (tmp_path / file).write_text(text)
     with pytest.raises(DataError, match=message):
         read(source, tmp_path)
 
 
-def test_a_list_that_is_no_text_is_refused(tmp_path):
+def test_a_list_that_is_not_text_is_refused(tmp_path):
     (tmp_path / "list.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="no UTF-8"):
+    with pytest.raises(DataError, match="not UTF-8"):
         list(lines(tmp_path / "list.txt", 1))
 
 
-def test_a_folder_leaves_out_what_is_no_image_of_anyone_and_says_so(tmp_path):
+def test_files_that_are_not_images_of_an_identity_are_skipped_with_a_warning(tmp_path):
     layouts.folder(tmp_path, 2, 1)
     (tmp_path / "readme.txt").touch()
     (tmp_path / "thing 1" / "labels.json").touch()
@@ -181,15 +185,15 @@ def test_a_folder_leaves_out_what_is_no_image_of_anyone_and_says_so(tmp_path):
     (tmp_path / "thing 1" / "cam1" / "._0.png").touch()
     (tmp_path / "thing 1" / "link.png").symlink_to(tmp_path / "thing 2" / "cam1" / "0.png")
     (tmp_path / "thing 1" / "loop").symlink_to(tmp_path)
-    found = read("folder", tmp_path)
-    assert len(found.items) == 18
-    assert dict(found.warnings).keys() == {
+    listing = read("folder", tmp_path)
+    assert len(listing.items) == 18
+    assert dict(listing.warnings).keys() == {
         *("readme.txt", ".git", "thing 1/Thumbs.db", "thing 1/cam1/._0.png", "thing 1/link.png", "thing 1/loop"),
         *("thing 1/labels.json", "thing 1/more.zip", "thing 1/\\udcff.png"),
     }
 
 
-def test_cameras_of_a_flat_folder_come_from_a_pattern(tmp_path):
+def test_cameras_of_a_flat_folder_come_from_the_pattern(tmp_path):
     for name in ("a_c1_0.jpg", "b_c2_0.jpg"):
         layouts.picture(tmp_path / "x" / name, 1)
     pattern = r"_(?P<camera>c\d+)_"
@@ -198,12 +202,12 @@ def test_cameras_of_a_flat_folder_come_from_a_pattern(tmp_path):
     layouts.picture(tmp_path / "x" / "c.jpg", 1)
     with pytest.raises(DataError, match=r"x/c.jpg: `data.custom.pattern` .* finds no camera"):
         read("folder", tmp_path, pattern=pattern)
-    for wrong, why in (("(", "no regular expression"), ("c", "must have a group")):
-        with pytest.raises(ValidationError, match=why):
-            Custom(table="t", pattern=wrong, test=0.5)
+    for invalid, message in (("(", "no regular expression"), ("c", "must have a group")):
+        with pytest.raises(ValidationError, match=message):
+            Custom(table="t", pattern=invalid, test=0.5)
 
 
-def test_a_folder_of_splits_is_no_folder_of_identities(tmp_path):
+def test_folders_named_like_splits_are_refused(tmp_path):
     for part in ("train", "Test"):
         layouts.folder(tmp_path / part, 1, 1)
     with pytest.raises(DataError, match=r"has a folder `test`: source folder takes folders for identities"):
@@ -213,11 +217,11 @@ def test_a_folder_of_splits_is_no_folder_of_identities(tmp_path):
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(DataError, match="no images in folders"):
         read("folder", tmp_path)
-    with pytest.raises(FileNotFoundError, match="must hold one folder an identity"):
+    with pytest.raises(FileNotFoundError, match="with one folder for each identity"):
         read("folder", tmp_path / "gone")
 
 
-def test_a_table_keeps_text_as_it_is_and_may_give_splits(tmp_path):
+def test_a_table_keeps_text_unchanged_and_may_have_splits(tmp_path):
     (tmp_path / "images.csv").write_text(
         '\ufeffpath,identity,split\n"a, b.jpg",007,train\nü.jpg,7,query\nc.jpg,7,gallery\n', encoding="utf-8"
     )
@@ -235,14 +239,14 @@ def test_a_table_keeps_text_as_it_is_and_may_give_splits(tmp_path):
         ("path,identity,colour\na,b,c\n", "columns must be path, identity"),
         ("path,identity\na\n", "line 2: expected 2 fields"),
         ("path,identity\na,b,c\n", "line 2: expected 2 fields"),
-        ("path,identity,split\na,b,dev\n", "line 2: 'dev' is none of"),
+        ("path,identity,split\na,b,dev\n", "line 2: split must be train, query, gallery or test, got 'dev'"),
         ("path,identity,split\na,b,train\nc,d,\n", "give all one, or none"),
         ("path,identity,split\na,b,test\nc,d,query\n", "give all one, or none"),
         ("path,identity\n", "lists no images"),
         ("", "columns must be"),
     ],
 )
-def test_a_table_of_another_form_is_refused(tmp_path, text, message):
+def test_a_malformed_table_is_refused(tmp_path, text, message):
     (tmp_path / "images.csv").write_text(text)
     with pytest.raises(DataError, match=message):
         custom.table(tmp_path, section("csv"))

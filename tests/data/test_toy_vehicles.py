@@ -1,4 +1,4 @@
-"""The default data set."""
+"""The default data set of rendered toy vehicles."""
 
 import dataclasses
 import hashlib
@@ -17,7 +17,7 @@ SMALL = Vehicles(train_identities=3, test_identities=2, views=2, size=24)
 
 
 def digests(folder):
-    """SHA-256 of every file of a set."""
+    """Return the SHA-256 of every file of a data set."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -29,8 +29,8 @@ def rendered(tmp_path_factory):
     return folder
 
 
-def test_the_set_is_read_as_veri776_is(rendered):
-    items = list(veri776(rendered))
+def test_the_data_set_is_read_like_veri776(rendered):
+    items = list(veri776(rendered, None))
     assert Counter(item.split for item in items) == {"train": 3 * 6 * 2, "query": 2 * 2, "gallery": 2 * (6 * 2 - 2)}
     assert {item.identity for item in items if item.split == "train"} == {"0001", "0002", "0003"}
     assert {item.identity for item in items if item.split != "train"} == {"0004", "0005"}
@@ -38,15 +38,15 @@ def test_the_set_is_read_as_veri776_is(rendered):
     assert items[0].path == "image_train/0001_c001_00000000_0.jpg"
 
 
-def test_queries_are_first_images_of_every_third_camera_and_in_no_gallery(rendered):
-    items = list(veri776(rendered))
+def test_queries_are_first_images_of_every_third_camera_and_not_in_the_gallery(rendered):
+    items = list(veri776(rendered, None))
     queries = {(item.identity, item.camera) for item in items if item.split == "query"}
     assert queries == {("0004", "c001"), ("0004", "c004"), ("0005", "c002"), ("0005", "c005")}
     names = [item.path.split("/")[1] for item in items]
     assert len(set(names)) == len(names)
 
 
-def test_images_are_jpeg_of_the_size_asked_for_and_all_different(rendered):
+def test_images_are_jpeg_files_of_the_given_size_and_all_different(rendered):
     paths = sorted(rendered.rglob("*.jpg"))
     for path in paths:
         with Image.open(path) as image:
@@ -55,34 +55,34 @@ def test_images_are_jpeg_of_the_size_asked_for_and_all_different(rendered):
     assert len({path.read_bytes() for path in paths}) == len(paths) == 5 * 12
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(rendered, tmp_path):
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_bytes(rendered, tmp_path):
     render.render(tmp_path / "again", 0, SMALL)
     assert digests(tmp_path / "again") == digests(rendered)
     render.render(tmp_path / "other", 1, SMALL)
-    here, there = digests(rendered), digests(tmp_path / "other")
-    assert here.keys() == there.keys()
-    assert not any(here[name] == there[name] for name in here if name.endswith(".jpg"))
+    first, second = digests(rendered), digests(tmp_path / "other")
+    assert first.keys() == second.keys()
+    assert not any(first[name] == second[name] for name in first if name.endswith(".jpg"))
 
 
-def test_a_folder_with_something_else_is_left_alone(tmp_path):
+def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     (tmp_path / "precious.txt").touch()
-    with pytest.raises(FileExistsError, match="move it away"):
+    with pytest.raises(FileExistsError, match="move its files away"):
         render.render(tmp_path, 0, SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 
 
-def test_cameras_differ_in_everything_that_tells_cameras_apart():
+def test_cameras_differ_in_all_settings():
     for seed in range(5):
-        found = render.cameras(seed)
-        assert len(found) == 6
-        for name, apart in (("pitch", 20), ("field_of_view", 10), ("blur", 0.4), ("noise", 0.01)):
-            values = [getattr(camera, name) for camera in found]
-            assert len(set(values)) == 6 and max(values) - min(values) > apart
-        assert all(np.linalg.norm(camera.sun) == pytest.approx(1) and camera.sun[2] > 0 for camera in found)
+        cameras = render.cameras(seed)
+        assert len(cameras) == 6
+        for name, minimal_range in (("pitch", 20), ("field_of_view", 10), ("blur", 0.4), ("noise", 0.01)):
+            values = [getattr(camera, name) for camera in cameras]
+            assert len(set(values)) == 6 and max(values) - min(values) > minimal_range
+        assert all(np.linalg.norm(camera.sun) == pytest.approx(1) and camera.sun[2] > 0 for camera in cameras)
 
 
-def test_light_shade_and_shadow_are_where_the_sun_puts_them():
-    """A white block of 4 x 2 x 2 m on the road, the sun in front of it at 45 degrees."""
+def test_lighting_and_shadows_follow_the_sun():
+    """Trace a white block of 4 x 2 x 2 m on the road, with the sun in front of it at 45 degrees."""
     block = trimesh.creation.box((4, 2, 2))
     block.apply_translation((0, 0, 1))
     sun = np.array([1.0, 0.0, 1.0]) / 2**0.5
@@ -104,21 +104,21 @@ def test_light_shade_and_shadow_are_where_the_sun_puts_them():
 @pytest.mark.parametrize("kind", bodies.KINDS)
 def test_a_body_stands_on_the_road_and_its_solids_face_outwards(kind, monkeypatch):
     monkeypatch.setattr(bodies, "KINDS", {kind: bodies.KINDS[kind]})
-    looks = set()
+    shapes = set()
     for number in range(20):
         model = bodies.vehicle(np.random.default_rng(number))
         low, high = model.mesh.bounds
         assert abs(low[2]) < 0.08 and 1.2 < high[2] < 4 and 3.4 <= high[0] - low[0] < 6.6
-        assert abs(low[1] + high[1]) < 1e-6  # left as right
+        assert abs(low[1] + high[1]) < 1e-6  # symmetric
         assert len(model.colours) == len(model.mesh.faces) and 0 <= model.colours.min() <= model.colours.max() <= 1
         for solid in np.split(model.mesh.triangles, _ends(model.mesh)):
             assert np.linalg.det(solid).sum() > 0  # six times the volume, which is negative inside out
-        looks.add(model.mesh.vertices.tobytes())
-    assert len(looks) == 20
+        shapes.add(model.mesh.vertices.tobytes())
+    assert len(shapes) == 20
 
 
 def _ends(mesh):
-    """Where in the list of faces the next solid begins: it shares no vertex with those before."""
+    """Return where in the list of faces each next solid begins: it shares no vertex with earlier faces."""
     lowest, highest = mesh.faces.min(1), np.maximum.accumulate(mesh.faces.max(1))
     later = np.minimum.accumulate(lowest[::-1])[::-1]
     return np.flatnonzero(later[1:] > highest[:-1]) + 1

@@ -25,7 +25,7 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_hard_triplets_are_the_farthest_positive_and_the_nearest_negative(dtype: torch.dtype) -> None:
+def test_hard_triplet_loss_takes_the_farthest_positive_and_the_nearest_negative(dtype: torch.dtype) -> None:
     embedding, labels = batch(dtype)
     total = 0.0
     for i in range(8):
@@ -36,7 +36,7 @@ def test_hard_triplets_are_the_farthest_positive_and_the_nearest_negative(dtype:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_soft_triplets_compare_cosine_distances(dtype: torch.dtype) -> None:
+def test_soft_triplet_loss_compares_cosine_distances(dtype: torch.dtype) -> None:
     embedding, labels = batch(dtype)
     total = 0.0
     for i in range(8):
@@ -52,7 +52,7 @@ def test_identical_embeddings_have_a_finite_gradient() -> None:
     assert torch.isfinite(embedding.grad).all()
 
 
-def test_the_margin_lowers_the_true_identity_only() -> None:
+def test_the_cosine_margin_is_subtracted_from_the_true_identity_only() -> None:
     cosines, labels = torch.tensor([[0.5, 0.1, -0.2], [0.3, 0.9, 0.0]]), torch.tensor([0, 1])
     total = 0.0
     for row, label in zip(cosines.tolist(), labels.tolist(), strict=True):
@@ -61,14 +61,14 @@ def test_the_margin_lowers_the_true_identity_only() -> None:
     assert float(identity.cosine_margin(cosines, labels, 16.0, 0.2)) == pytest.approx(total / 2, rel=1e-5)
 
 
-def test_smoothing_spreads_probability_over_all_identities() -> None:
+def test_label_smoothing_spreads_probability_over_all_identities() -> None:
     logits, labels = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([0])
     log_sum = math.log(math.exp(2) + 1 + math.exp(-1))
     expected = sum(w * (log_sum - x) for w, x in zip([0.9 + 0.1 / 3, 0.1 / 3, 0.1 / 3], [2.0, 0.0, -1.0], strict=True))
     assert float(identity.smoothed(logits, labels, 0.1)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_soft_targets_are_the_divergence_times_the_squared_temperature() -> None:
+def test_soft_targets_are_the_kl_divergence_times_the_squared_temperature() -> None:
     student, teacher = torch.tensor([[1.0, -1.0]]), torch.tensor([[0.0, 2.0]])
     p = [math.exp(x / 2) / (math.exp(0) + math.exp(1)) for x in (0.0, 2.0)]
     q = [math.exp(x / 2) / (math.exp(0.5) + math.exp(-0.5)) for x in (1.0, -1.0)]
@@ -77,14 +77,14 @@ def test_soft_targets_are_the_divergence_times_the_squared_temperature() -> None
     assert float(distill.soft_targets(teacher, teacher, 2.0)) == pytest.approx(0, abs=1e-6)
 
 
-def test_features_are_compared_by_their_distance() -> None:
+def test_features_are_compared_by_their_l2_distance() -> None:
     student, teacher = torch.zeros(2, 2), torch.tensor([[3.0, 4.0], [0.0, 2.0]])
     assert float(distill.features(student, teacher)) == pytest.approx((5 + 2) / 2)
     second = torch.tensor([False, True])
     assert float(distill.features(student, teacher, second)) == pytest.approx((4 + 2) / 2)
 
 
-def test_embeddings_are_compared_by_their_angle() -> None:
+def test_embeddings_are_compared_by_their_cosine() -> None:
     student = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
     teacher = torch.tensor([[0.0, 5.0], [0.0, 0.1]])
     assert float(distill.embeddings(student, teacher)) == pytest.approx(((1 - 0.8) + 0) / 2, abs=1e-6)

@@ -1,4 +1,4 @@
-"""Further losses: one file each, named and checked in params.yaml."""
+"""Additional distillation losses: one file each, selected and validated in params.yaml."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tests.losses.test_losses import DTYPES, batch, cosine
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_asymmetric_triplets_compare_student_anchors_with_teacher_embeddings(dtype: torch.dtype) -> None:
+def test_asymmetric_triplet_loss_compares_student_anchors_with_teacher_embeddings(dtype: torch.dtype) -> None:
     student, labels = batch(dtype)
     teacher = student.flip(0) + 0.5
     total = 0.0
@@ -38,9 +38,9 @@ def write(path: Path, losses: str) -> Path:
     return path
 
 
-def test_a_registered_loss_may_be_named_with_its_settings(params: Path) -> None:
-    found = load(write(params, "{asymmetric_triplet: {weight: 2, margin: 0.1}}"))
-    settings = found.student.distill.extra_losses["asymmetric_triplet"]
+def test_a_registered_loss_can_be_selected_with_its_settings(params: Path) -> None:
+    loaded = load(write(params, "{asymmetric_triplet: {weight: 2, margin: 0.1}}"))
+    settings = loaded.student.distill.extra_losses["asymmetric_triplet"]
     student, labels = batch(torch.float32)
     weighted = extra_losses()["asymmetric_triplet"](student, student, labels, settings)
     assert weighted == 2 * asymmetric_triplet(student, student, labels, margin=0.1)
@@ -68,5 +68,5 @@ def test_a_new_loss_is_one_file(tmp_path: Path, params: Path, monkeypatch: pytes
         "    return (student.norm(dim=1) - teacher.norm(dim=1)).abs().pow(power).mean()\n"
     )
     monkeypatch.setattr(pipeline.losses, "__path__", [*pipeline.losses.__path__, str(tmp_path)])
-    found = load(write(params, "{length: {weight: 1.0, power: 2.0}}"))
-    assert found.student.distill.extra_losses == {"length": {"weight": 1.0, "power": 2.0}}
+    loaded = load(write(params, "{length: {weight: 1.0, power: 2.0}}"))
+    assert loaded.student.distill.extra_losses == {"length": {"weight": 1.0, "power": 2.0}}

@@ -8,7 +8,7 @@ import onnx
 import pytest
 
 from pipeline.config import Params
-from pipeline.data.custom import UNSPLIT
+from pipeline.data.custom import UNASSIGNED
 from pipeline.data.manifest import Item, Manifest
 from pipeline.data.splits import split_test
 from pipeline.export.metadata import finish
@@ -76,7 +76,7 @@ def prepare(files: Files, settings: Params, identities: int, rule: Rule = drawn)
     items = []
     for identity, camera, view in layouts.views(1, identities, 2, 1):
         path = f"{identity}/{camera}/{view}.png"
-        items.append(Item(path, str(identity), str(camera), UNSPLIT))
+        items.append(Item(path, str(identity), str(camera), UNASSIGNED))
         if not (files.root / "data" / path).exists():
             layouts.picture(files.root / "data" / path, identity, camera, view)
     manifest = Manifest(rule(items, settings), files.root / "data")

@@ -1,4 +1,4 @@
-"""Images to embeddings to scores."""
+"""Embed images with a torch network, and score the embeddings."""
 
 from types import SimpleNamespace
 
@@ -19,27 +19,27 @@ class Pictures:
 
     pixels = np.random.default_rng(0).integers(0, 256, size=(5, 6, 4, 3), dtype=np.uint8)
 
-    def batch(self, rows):
-        return self.pixels[rows]
+    def batch(self, indices):
+        return self.pixels[indices]
 
 
-class Table:
-    """A manifest of five rows."""
+class FakeManifest:
+    """A manifest of five images."""
 
-    items = tuple(SimpleNamespace(path=f"{row}.jpg") for row in range(5))
+    items = tuple(SimpleNamespace(path=f"{index}.jpg") for index in range(5))
 
-    def rows(self, *splits):
-        return np.array([row for row, split in enumerate(SPLITS) if split in splits])
+    def indices(self, *splits):
+        return np.array([index for index, split in enumerate(SPLITS) if split in splits])
 
-    def identities(self, rows):
-        return IDENTITIES[rows]
+    def identities(self, indices):
+        return IDENTITIES[indices]
 
-    def cameras(self, rows):
-        return CAMERAS[rows]
+    def cameras(self, indices):
+        return CAMERAS[indices]
 
 
 class Net(nn.Module):
-    """Batch norm with a frozen twin over the mean colour; in train mode it would depend on the batch."""
+    """A batch norm and a frozen batch norm over the mean colour; in train mode the output depends on the batch."""
 
     def __init__(self):
         super().__init__()
@@ -53,13 +53,13 @@ def preprocess(pixels):
     return pixels.float() / 255
 
 
-def test_embeddings_have_length_one_and_do_not_depend_on_the_batch():
-    rows = np.array([3, 0, 4, 1, 2])
-    mean = Pictures.pixels[rows].mean(axis=(1, 2))
+def test_embeddings_are_normalised_and_do_not_depend_on_the_batch():
+    indices = np.array([3, 0, 4, 1, 2])
+    mean = Pictures.pixels[indices].mean(axis=(1, 2))
     for batch in (1, 2, 5, 128):
-        found = embed(Net(), Pictures(), rows, preprocess, batch=batch)
-        assert found.dtype == np.float32
-        np.testing.assert_allclose(found, mean / np.linalg.norm(mean, axis=1, keepdims=True), rtol=1e-5)
+        embeddings = embed(Net(), Pictures(), indices, preprocess, batch=batch)
+        assert embeddings.dtype == np.float32
+        np.testing.assert_allclose(embeddings, mean / np.linalg.norm(mean, axis=1, keepdims=True), rtol=1e-5)
 
 
 def test_every_module_keeps_its_mode():
@@ -70,15 +70,17 @@ def test_every_module_keeps_its_mode():
     assert torch.equal(net.norm.running_mean, torch.zeros(3))
 
 
-def test_scores_come_from_the_splits_that_are_asked_for():
-    vectors = np.array([[9, 9], [1, 0], [1, 0.5], [1, 0.2], [1, 0]], dtype=np.float32)  # the nearest is left out
-    found = evaluate_embedder(vectors.__getitem__, Table(), "query", "gallery", "market")
-    assert (found.map, len(found.ap)) == (1 / 2, 1)
-    assert len(evaluate(Net(), Table(), Pictures(), "query", "gallery", "market", preprocess).ap) == 1
+def test_scores_come_from_the_given_splits():
+    vectors = np.array(
+        [[9, 9], [1, 0], [1, 0.5], [1, 0.2], [1, 0]], dtype=np.float32
+    )  # the nearest is ignored: same camera
+    result = evaluate_embedder(vectors.__getitem__, FakeManifest(), "query", "gallery", "market")
+    assert (result.map, len(result.ap)) == (1 / 2, 1)
+    assert len(evaluate(Net(), FakeManifest(), Pictures(), "query", "gallery", "market", preprocess).ap) == 1
 
 
-def test_the_image_is_named_whose_embedding_is_not_finite():
+def test_an_embedding_that_is_not_finite_raises_with_the_path_of_its_image():
     vectors = np.ones((5, 2), dtype=np.float32)
     vectors[3, 1] = np.inf
     with pytest.raises(ValueError, match=r"3\.jpg"):
-        evaluate_embedder(vectors.__getitem__, Table(), "query", "gallery", "market")
+        evaluate_embedder(vectors.__getitem__, FakeManifest(), "query", "gallery", "market")

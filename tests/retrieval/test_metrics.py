@@ -1,4 +1,4 @@
-"""Protocol `market` against a slow, literal reading of the definition, and against every trap public code fell into."""
+"""Protocol `market` against a slow, literal implementation, and known mistakes of public evaluation code."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from pipeline.records import Scores
 from pipeline.retrieval.metrics import Retrieval
 from pipeline.retrieval.scoring import Side, evaluate, scores
 
-DIM = 16  # vectors of +-1 have length 4: cosines are whole sixteenths, exact in float32, and full of ties
+DIM = 16  # vectors of +-1 have length 4: cosines are multiples of 1/16, exact in float32, with many ties
 
 
 def market(query, gallery, query_ids, gallery_ids, query_cameras, gallery_cameras, **options) -> Retrieval:
@@ -19,7 +19,7 @@ def market(query, gallery, query_ids, gallery_ids, query_cameras, gallery_camera
 
 
 def literal(query, gallery, query_ids, gallery_ids, query_cameras, gallery_cameras):
-    """AP, first rank and INP of each query, by walking down its ranked list."""
+    """Return AP, first rank and INP of each query, by walking down its ranked list."""
     results = []
     for vector, identity, camera in zip(query, query_ids, query_cameras, strict=True):
         ranked = []
@@ -64,7 +64,7 @@ def agrees(result: Retrieval, arrays) -> None:
 
 @settings(deadline=None)
 @given(retrievals(), st.integers(1, 10))
-def test_it_agrees_with_the_definition_for_every_size_of_block(arrays, block):
+def test_scores_agree_with_the_definition_for_every_block_size(arrays, block):
     if not literal(*arrays)[1].any():
         with pytest.raises(ValueError, match="has a match"):
             market(*arrays, block=block)
@@ -83,9 +83,9 @@ def test_scores_do_not_depend_on_the_order_of_a_gallery_full_of_ties(arrays, ran
     np.testing.assert_array_equal(shuffled.ap, market(*arrays).ap)
 
 
-def test_duplicates_tie_wherever_they_stand_in_the_gallery():
-    # BLAS rounds equal columns differently by their position: without care a copy of the positive under another
-    # identity is now before it, now behind it.
+def test_duplicates_tie_at_any_position_in_the_gallery():
+    # BLAS rounds equal columns differently by their position: a copy of the positive under another identity would be
+    # sometimes before it, sometimes behind it.
     count = 103
     rng = np.random.default_rng(0)
     query, images = rng.normal(size=(count, 512)), rng.normal(size=(count, 512))
@@ -98,13 +98,13 @@ def test_duplicates_tie_wherever_they_stand_in_the_gallery():
     for seed in range(4):
         order = np.random.default_rng(seed).permutation(3 * count)
         result = market(query, gallery[order], identities, ids[order], np.full(count, "c1"), cameras[order])
-        assert (result.first_rank % 3 == 0).all()  # every image is there three times, the positive after its copies
+        assert (result.first_rank % 3 == 0).all()  # every image occurs three times, the positive after its copies
         results.append(result.ap)
-    assert all(np.array_equal(results[0], other) for other in results[1:])
+    assert all(np.array_equal(results[0], result) for result in results[1:])
 
 
 def line(*gallery: tuple[str, str]) -> Scores:
-    """Score one query (identity 1, camera c1) whose gallery, (identity, camera), stands in the order of similarity."""
+    """Score one query (identity 1, camera c1) in a gallery of (identity, camera), sorted by similarity."""
     angles = np.linspace(0.1, 1.5, len(gallery))
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     ids, cameras = (np.array(column) for column in zip(*gallery, strict=True))
@@ -112,18 +112,18 @@ def line(*gallery: tuple[str, str]) -> Scores:
 
 
 def test_average_precision_is_the_mean_of_precisions_at_the_positives():
-    found = line(("2", "c1"), ("1", "c2"), ("1", "c3"), ("3", "c2"), ("1", "c2"))
-    assert found.map == pytest.approx((1 / 2 + 2 / 3 + 3 / 5) / 3, abs=1e-15)
-    assert found.minp == pytest.approx(3 / 5, abs=1e-15)
-    assert (found.rank1, found.rank5, found.queries, found.dropped) == (0.0, 1.0, 1, 0)
+    result = line(("2", "c1"), ("1", "c2"), ("1", "c3"), ("3", "c2"), ("1", "c2"))
+    assert result.map == pytest.approx((1 / 2 + 2 / 3 + 3 / 5) / 3, abs=1e-15)
+    assert result.minp == pytest.approx(3 / 5, abs=1e-15)
+    assert (result.rank1, result.rank5, result.queries, result.dropped) == (0.0, 1.0, 1, 0)
 
 
-def test_same_identity_and_camera_is_left_out_but_the_rest_of_the_camera_is_not():
+def test_images_of_the_same_identity_and_camera_are_ignored_and_others_of_the_camera_are_not():
     assert line(("1", "c1"), ("1", "c2")).map == 1.0
     assert line(("2", "c1"), ("1", "c2")).map == 1 / 2
 
 
-def test_junk_is_left_out_and_identity_zero_is_a_distractor():
+def test_junk_is_ignored_and_identity_zero_is_a_distractor():
     assert line(("-1", "c2"), ("1", "c2")).map == 1.0
     assert line(("0", "c2"), ("1", "c2")).map == 1 / 2
 
@@ -132,11 +132,11 @@ def test_identities_are_strings():
     assert line(("01", "c2"), ("1", "c2")).map == 1 / 2
 
 
-def test_a_gallery_smaller_than_ten_still_has_a_rank_ten():
+def test_a_gallery_smaller_than_ten_has_a_rank_ten():
     assert line(("2", "c2"), ("1", "c2")).rank10 == 1.0
 
 
-def test_an_identity_behind_its_query_by_index_is_not_taken_for_the_query_itself():
+def test_a_gallery_image_with_the_index_of_the_query_is_not_ignored():
     assert line(("1", "c2"), ("2", "c2"), ("1", "c3")).map == pytest.approx((1 + 2 / 3) / 2)
 
 
@@ -153,7 +153,7 @@ def test_near_duplicates_do_not_tie():
     assert result.rank(1) == 1.0
 
 
-def test_a_collapsed_network_gets_the_worst_score_not_the_best():
+def test_a_collapsed_network_gets_the_worst_score():
     assert market(
         np.zeros((1, 4)),
         np.zeros((4, 4)),
@@ -164,7 +164,7 @@ def test_a_collapsed_network_gets_the_worst_score_not_the_best():
     ).ap == pytest.approx([1 / 4])
 
 
-def test_queries_without_a_match_are_out_of_the_mean_but_counted():
+def test_queries_without_a_match_are_not_in_the_mean_but_are_counted():
     gallery = np.array([[1.0, 0.0], [0.0, 1.0]])
     result = market(
         np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]),
@@ -174,12 +174,12 @@ def test_queries_without_a_match_are_out_of_the_mean_but_counted():
         np.array(["c1", "c1", "c2"]),
         np.array(["c2", "c2"]),
     )
-    found = scores("market", result)
-    assert (found.map, found.rank1, found.queries, found.dropped) == (1.0, 1.0, 3, 2)
+    means = scores("market", result)
+    assert (means.map, means.rank1, means.queries, means.dropped) == (1.0, 1.0, 3, 2)
 
 
 @pytest.mark.parametrize("which", ["query", "gallery"])
-def test_an_embedding_that_is_not_finite_is_named_by_its_row(which):
+def test_an_embedding_that_is_not_finite_raises_with_its_row(which):
     arrays = {"query": np.ones((3, 2)), "gallery": np.ones((3, 2))}
     arrays[which][2, 1] = np.nan
     labels = np.array(["1", "2", "3"])

@@ -1,4 +1,4 @@
-"""Files of embeddings, and the command that scores them."""
+"""Files of embeddings, and the command `evaluate`."""
 
 import json
 
@@ -21,33 +21,33 @@ ARRAYS = {
 
 @pytest.fixture
 def file(tmp_path):
-    np.savez(tmp_path / "found.npz", **ARRAYS)
-    return tmp_path / "found.npz"
+    np.savez(tmp_path / "embeddings.npz", **ARRAYS)
+    return tmp_path / "embeddings.npz"
 
 
 def run(*arguments):
     return CliRunner().invoke(app, ["evaluate", *map(str, arguments)], catch_exceptions=False)
 
 
-def test_figures_are_json_with_the_protocols_name(file):
-    found = json.loads(run(file, "--protocol", "market", "--json").stdout)
-    assert found.pop("seconds") >= 0
-    assert found == {
+def test_evaluate_prints_json_with_the_protocol(file):
+    result = json.loads(run(file, "--protocol", "market", "--json").stdout)
+    assert result.pop("seconds") >= 0
+    assert result == {
         **{"protocol": "market", "map": 1 / 2, "minp": 1 / 2, "rank1": 0.0, "rank5": 1.0, "rank10": 1.0},
         **{"queries": 2, "dropped": 1, "map_if_dropped_were_0": 1 / 4},
     }
     assert json.loads(run(file, "--protocol", "query-gallery", "--json").stdout)["map"] == (1 / 2 + 2 / 3) / 2
 
 
-def test_figures_are_a_table_for_people(file):
-    shown = run(file, "--protocol", "query-gallery").stdout
-    assert "query-gallery" in shown and "recall@30" in shown and "0.5833" in shown
+def test_evaluate_prints_a_table_by_default(file):
+    output = run(file, "--protocol", "query-gallery").stdout
+    assert "query-gallery" in output and "recall@30" in output and "0.5833" in output
 
 
-def test_all_images_ask_each_other_where_the_protocol_has_no_gallery(tmp_path):
+def test_all_images_are_queries_and_gallery_if_the_protocol_takes_no_gallery(tmp_path):
     np.savez(tmp_path / "all.npz", query=ARRAYS["gallery"], query_ids=ARRAYS["gallery_ids"])
-    found = json.loads(run(tmp_path / "all.npz", "--protocol", "loo", "--json").stdout)
-    assert (found["queries"], found["dropped"], found["recall@1000"]) == (3, 1, 1.0)
+    result = json.loads(run(tmp_path / "all.npz", "--protocol", "loo", "--json").stdout)
+    assert (result["queries"], result["dropped"], result["recall@1000"]) == (3, 1, 1.0)
     assert json.loads(run(tmp_path / "all.npz", "--protocol", "loo", "--json", "--rerank").stdout)["queries"] == 3
 
 
@@ -55,22 +55,22 @@ def test_all_images_ask_each_other_where_the_protocol_has_no_gallery(tmp_path):
     ("change", "protocol", "message"),
     [
         ({"gallery_cameras": None}, "market", "lacks gallery_cameras, which protocol market needs"),
-        ({"query_ids": np.array([1.0, 7.0])}, "market", "whole numbers or text"),
+        ({"query_ids": np.array([1.0, 7.0])}, "market", "integers or text"),
         ({"query": np.array(["a", "b"])}, "market", "`query` must hold numbers"),
-        ({"query_ids": np.array([{}, {}])}, "market", "no archive of plain arrays"),
+        ({"query_ids": np.array([{}, {}])}, "market", "not an archive of plain arrays"),
         ({}, "voc", "no protocol 'voc'"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said(tmp_path, change, protocol, message):
+def test_missing_and_invalid_arrays_are_refused(tmp_path, change, protocol, message):
     arrays = {name: array for name, array in (ARRAYS | change).items() if array is not None}
     np.savez(tmp_path / "broken.npz", **arrays)
     with pytest.raises(ArchiveError, match=message):
         read_archive(tmp_path / "broken.npz", protocol)
 
 
-def test_a_file_that_is_no_archive_is_refused(tmp_path):
+def test_a_file_that_is_not_an_archive_is_refused(tmp_path):
     (tmp_path / "text.npz").write_text("hello")
-    with pytest.raises(ArchiveError, match=r"text.npz is no archive"):
+    with pytest.raises(ArchiveError, match=r"text.npz is not an archive"):
         read_archive(tmp_path / "text.npz", "market")
     np.save(tmp_path / "single.npy", np.zeros(3))
     with pytest.raises(ArchiveError, match="single array"):

@@ -1,4 +1,4 @@
-"""The named protocols against slow, literal readings of their definitions."""
+"""All protocols against slow, literal implementations of their definitions."""
 
 import numpy as np
 import pytest
@@ -11,66 +11,66 @@ from pipeline.retrieval.metrics import average_precision
 from pipeline.retrieval.scoring import DRAWS, Side, evaluate, positives, scores
 from pipeline.search.reranking import Reranked
 
-DIM = 16  # vectors of +-1 have length 4: cosines are whole sixteenths, exact in float32, and full of ties
+DIM = 16  # vectors of +-1 have length 4: cosines are multiples of 1/16, exact in float32, with many ties
 
 
 def walk(ranked, trapezoid):
-    """AP, first rank and INP by walking down (right, left out) pairs, best first."""
-    ranked = [right for right, out in ranked if not out]
+    """Return AP, first rank and INP by walking down (positive, ignored) pairs, best first."""
+    ranked = [positive for positive, ignored in ranked if not ignored]
     hits, first, area, last, before = 0, 0, 0.0, 0, 1.0
-    for position, right in enumerate(ranked, start=1):
-        hits += right
+    for position, positive in enumerate(ranked, start=1):
+        hits += positive
         precision = hits / position
-        if right:
+        if positive:
             first, last = first or position, position
             area += (before + precision) / 2 if trapezoid else precision
         before = precision
     return (area / hits, first, hits / last) if hits else (np.nan, 0, np.nan)
 
 
-def literal(query, gallery, right, out, trapezoid=False, optimistic=False):
-    """Every query, with its (G,) masks of who is right and who is left out."""
-    found = []
-    for vector, rights, outs in zip(query, right, out, strict=True):
+def literal(query, gallery, positive, ignored, trapezoid=False, optimistic=False):
+    """Score every query by its masks (G,) of the positives and of the ignored images."""
+    results = []
+    for vector, right, out in zip(query, positive, ignored, strict=True):
         cosines = gallery @ vector / np.maximum(np.linalg.norm(gallery, axis=1) * np.linalg.norm(vector), 1e-300)
-        keys = [(-cosine, yes != optimistic) for cosine, yes in zip(cosines, rights, strict=True)]
-        order = sorted(range(len(gallery)), key=lambda place, keys=keys: keys[place])
-        found.append(walk([(rights[place], outs[place]) for place in order], trapezoid))
-    return [np.array(column) for column in zip(*found, strict=True)]
+        keys = [(-cosine, is_positive != optimistic) for cosine, is_positive in zip(cosines, right, strict=True)]
+        order = sorted(range(len(gallery)), key=lambda index, keys=keys: keys[index])
+        results.append(walk([(right[index], out[index]) for index in order], trapezoid))
+    return [np.array(column) for column in zip(*results, strict=True)]
 
 
 def masks(protocol, query_ids, gallery_ids, query_cameras, gallery_cameras):
     same = query_ids[:, None] == gallery_ids
     if protocol.startswith("market"):
-        out = (gallery_ids == "-1") | (same & (query_cameras[:, None] == gallery_cameras))
+        ignored = (gallery_ids == "-1") | (same & (query_cameras[:, None] == gallery_cameras))
     elif protocol == "loo":
-        out = np.eye(len(query_ids), dtype=bool)
+        ignored = np.eye(len(query_ids), dtype=bool)
     else:
-        out = np.zeros_like(same)
-    return same & ~out, out
+        ignored = np.zeros_like(same)
+    return same & ~ignored, ignored
 
 
-def agrees(result, expected):
+def agrees(run, expected):
     if not expected[1].any():
         with pytest.raises(ValueError, match="has a match"):
-            result()
+            run()
         return
-    found = result()
-    np.testing.assert_allclose(found.ap, expected[0], atol=1e-12, rtol=0)
-    np.testing.assert_array_equal(found.first_rank, expected[1])
-    np.testing.assert_allclose(found.inp, expected[2], atol=1e-12, rtol=0)
+    result = run()
+    np.testing.assert_allclose(result.ap, expected[0], atol=1e-12, rtol=0)
+    np.testing.assert_array_equal(result.first_rank, expected[1])
+    np.testing.assert_allclose(result.inp, expected[2], atol=1e-12, rtol=0)
 
 
-def sides(draw, least=1):
+def sides(draw, smallest=1):
     signs = st.sampled_from([-1.0, 1.0])
-    found = []
-    for most in (9, 40):
-        n = draw(st.integers(least, most))
+    result = []
+    for largest in (9, 40):
+        n = draw(st.integers(smallest, largest))
         vectors = draw(hnp.arrays(np.float64, (n, DIM), elements=signs))
         ids = draw(st.lists(st.sampled_from(["-1", "0", "007", "7", "b"]), min_size=n, max_size=n))
         cameras = draw(st.lists(st.sampled_from(["c1", "c2", "c3"]), min_size=n, max_size=n))
-        found.append(Side(vectors, np.array(ids), np.array(cameras)))
-    return found
+        result.append(Side(vectors, np.array(ids), np.array(cameras)))
+    return result
 
 
 @settings(deadline=None, max_examples=150)
@@ -78,16 +78,16 @@ def sides(draw, least=1):
 @pytest.mark.parametrize("protocol", ["market", "market-trapezoid", "query-gallery"])
 def test_a_given_gallery_agrees_with_the_definition(protocol, data, block, ties):
     query, gallery = sides(data.draw)
-    right, out = masks(protocol, query.identities, gallery.identities, query.cameras, gallery.cameras)
+    positive, ignored = masks(protocol, query.identities, gallery.identities, query.cameras, gallery.cameras)
     expected = literal(
-        query.vectors, gallery.vectors, right, out, protocol == "market-trapezoid", ties == "positives first"
+        query.vectors, gallery.vectors, positive, ignored, protocol == "market-trapezoid", ties == "positives first"
     )
     agrees(lambda: evaluate(protocol, query, gallery, block=block, ties=ties), expected)
 
 
 @settings(deadline=None, max_examples=150)
 @given(st.data(), st.integers(1, 10))
-def test_leaving_one_out_agrees_with_the_definition(data, block):
+def test_protocol_loo_agrees_with_the_definition(data, block):
     query = sides(data.draw)[1]
     expected = literal(query.vectors, query.vectors, *masks("loo", query.identities, query.identities, None, None))
     agrees(lambda: evaluate("loo", query, block=block), expected)
@@ -95,35 +95,36 @@ def test_leaving_one_out_agrees_with_the_definition(data, block):
 
 @settings(deadline=None, max_examples=60)
 @given(st.data())
-def test_random_galleries_hold_one_image_an_identity_and_agree_with_the_definition(data):
+def test_random_galleries_have_one_image_per_identity_and_agree_with_the_definition(data):
     query = sides(data.draw)[1]
     if len(set(query.identities)) == len(query.identities):
         return
-    found = evaluate("vehicleid", query)
+    result = evaluate("vehicleid", query)
     means = []
     for draw in range(DRAWS):
-        mine = found.draw == draw
-        asked = np.setdiff1d(np.arange(len(query.identities)), found.query[mine])
-        assert sorted(query.identities[asked]) == sorted(set(query.identities))
-        same = query.identities[found.query[mine]][:, None] == query.identities[asked]
-        ap, first, _ = literal(query.vectors[found.query[mine]], query.vectors[asked], same, np.zeros_like(same))
-        np.testing.assert_allclose(found.ap[mine], ap, atol=1e-12, rtol=0)
-        np.testing.assert_array_equal(found.first_rank[mine], first)
+        selected = result.draw == draw
+        queries = result.query[selected]
+        gallery = np.setdiff1d(np.arange(len(query.identities)), queries)
+        assert sorted(query.identities[gallery]) == sorted(set(query.identities))
+        same = query.identities[queries][:, None] == query.identities[gallery]
+        ap, first, _ = literal(query.vectors[queries], query.vectors[gallery], same, np.zeros_like(same))
+        np.testing.assert_allclose(result.ap[selected], ap, atol=1e-12, rtol=0)
+        np.testing.assert_array_equal(result.first_rank[selected], first)
         means.append(ap.mean())
-    quoted = scores("vehicleid", found)
-    assert quoted.map == pytest.approx(np.mean(means), abs=1e-12)
-    assert quoted.map_deviation == pytest.approx(np.std(means, ddof=1), abs=1e-12)
-    np.testing.assert_array_equal(evaluate("vehicleid", query).query, found.query)
+    reported = scores("vehicleid", result)
+    assert reported.map == pytest.approx(np.mean(means), abs=1e-12)
+    assert reported.map_deviation == pytest.approx(np.std(means, ddof=1), abs=1e-12)
+    np.testing.assert_array_equal(evaluate("vehicleid", query).query, result.query)
 
 
-def test_trapezoids_as_in_the_official_script():
+def test_trapezoidal_ap_is_that_of_the_official_script():
     # positives at 2 and 3: (0/1 + 1/2) / 2, then (1/2 + 2/3) / 2
     assert average_precision(np.array([2, 3]), True) == pytest.approx(((0 + 1 / 2) / 2 + (1 / 2 + 2 / 3) / 2) / 2)
     assert average_precision(np.array([1]), True) == 1.0
 
 
 @given(st.sets(st.integers(1, 60), min_size=1))
-def test_trapezoids_never_lie_above_steps(ranks):
+def test_trapezoidal_ap_is_never_above_the_mean_of_precisions(ranks):
     ranks = np.array(sorted(ranks))
     assert average_precision(ranks, True) <= average_precision(ranks, False) + 1e-15
 
@@ -133,33 +134,33 @@ def angles(*degrees, ids):
     return Side(np.stack([np.cos(radians), np.sin(radians)], 1), np.array(ids))
 
 
-def test_recall_is_quoted_where_the_benchmark_does():
-    found = scores("loo", evaluate("loo", angles(0, 10, 21, 90, ids=["a", "b", "a", "b"])))
-    assert found.recall == {"1": 0.0, "2": 0.75, "4": 1.0, "8": 1.0, "10": 1.0, "100": 1.0, "1000": 1.0}
+def test_recall_is_reported_under_protocols_that_use_it():
+    result = scores("loo", evaluate("loo", angles(0, 10, 21, 90, ids=["a", "b", "a", "b"])))
+    assert result.recall == {"1": 0.0, "2": 0.75, "4": 1.0, "8": 1.0, "10": 1.0, "100": 1.0, "1000": 1.0}
     assert scores("query-gallery", evaluate("query-gallery", *[angles(0, ids=["a"])] * 2)).recall["30"] == 1.0
 
 
-def test_a_lone_image_is_dropped_and_counted_and_its_twin_is_not_itself():
-    twins = angles(0, 0, 50, ids=["a", "a", "alone"])
-    found = scores("loo", evaluate("loo", twins))
-    assert (found.map, found.queries, found.dropped) == (1.0, 3, 1)
+def test_loo_drops_and_counts_single_images_and_matches_equal_images():
+    images = angles(0, 0, 50, ids=["a", "a", "single"])
+    result = scores("loo", evaluate("loo", images))
+    assert (result.map, result.queries, result.dropped) == (1.0, 3, 1)
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_masks_of_a_query_are_those_that_are_scored(name):
+def test_positives_returns_the_masks_that_are_scored(name):
     rng = np.random.default_rng(0)
     ids, cameras = rng.integers(-1, 4, 30).astype(str), rng.integers(0, 3, 30).astype(str)
     query = Side(rng.normal(size=(30, 8)), ids, cameras)
-    found = evaluate(name, query, query if PROTOCOLS[name].gallery == "given" else None)
+    result = evaluate(name, query, query if PROTOCOLS[name].gallery == "given" else None)
     if PROTOCOLS[name].gallery == "drawn":
         return
-    masked = [positives(PROTOCOLS[name], query, row, query) for row in range(30)]
-    right, out = (np.array(column) for column in zip(*masked, strict=True))
-    ap, *_ = literal(query.vectors, query.vectors, right, out, PROTOCOLS[name].trapezoid)
-    np.testing.assert_allclose(found.ap, ap, atol=1e-12, rtol=0)
+    pairs = [positives(PROTOCOLS[name], query, index, query) for index in range(30)]
+    positive, ignored = (np.array(column) for column in zip(*pairs, strict=True))
+    ap, *_ = literal(query.vectors, query.vectors, positive, ignored, PROTOCOLS[name].trapezoid)
+    np.testing.assert_allclose(result.ap, ap, atol=1e-12, rtol=0)
 
 
-def test_what_a_protocol_needs_is_said():
+def test_missing_galleries_and_cameras_are_refused_with_a_remedy():
     side = angles(0, 90, ids=["a", "b"])
     with pytest.raises(ValueError, match="needs the cameras of the query; without them use query-gallery"):
         evaluate("market", side, side)
@@ -167,17 +168,17 @@ def test_what_a_protocol_needs_is_said():
         evaluate("loo", side, angles(0, 90, ids=["a", "c"]))
     with pytest.raises(ValueError, match="query-gallery needs a gallery"):
         evaluate("query-gallery", side)
-    with pytest.raises(ValueError, match="no protocol 'voc'; there are market, "):
+    with pytest.raises(ValueError, match="no protocol 'voc'; use one of market, "):
         evaluate("voc", side)
 
 
 def zhong(query, gallery, k1, k2, weight):
-    """The published code of k-reciprocal encoding, loop by loop, in float64."""
-    everything = np.concatenate([query, gallery])
-    everything = everything / np.linalg.norm(everything, axis=1, keepdims=True)
-    distance = np.maximum(2 - 2 * everything @ everything.T, 0)
+    """Re-rank as the published code does, loop by loop, in float64."""
+    vectors = np.concatenate([query, gallery])
+    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    distance = np.maximum(2 - 2 * vectors @ vectors.T, 0)
     distance = (distance / distance.max(axis=0)).T
-    count = len(everything)
+    count = len(vectors)
     ranks = np.argsort(distance, axis=1, kind="stable")
     encoded = np.zeros((count, count))
     for i in range(count):
@@ -208,16 +209,18 @@ def test_reranking_agrees_with_the_published_code(k1, k2):
     centres = rng.normal(size=(6, 8))
     query, gallery = (centres[rng.integers(0, 6, n)] + 0.5 * rng.normal(size=(n, 8)) for n in (11, 47))
     query, gallery = query.astype(np.float32), gallery.astype(np.float32)
-    found = 1 - Reranked(query, gallery, k1, k2)(0, len(query))
+    distances = 1 - Reranked(query, gallery, k1, k2)(0, len(query))
     expected = zhong(query.astype(np.float64), gallery.astype(np.float64), k1, k2, 0.3)
-    np.testing.assert_allclose(found, expected, atol=2e-6, rtol=0)  # cosines are float32
+    np.testing.assert_allclose(distances, expected, atol=2e-6, rtol=0)  # cosines are float32
 
 
-def test_reranking_helps_where_identities_are_curves():
+def test_reranking_helps_if_identities_are_curves_in_embedding_space():
     rng = np.random.default_rng(0)
     ids = np.repeat(np.arange(4), 30)
-    along = rng.uniform(0, 1.5, len(ids))
-    vectors = np.stack([np.cos(along), np.sin(along), 0.35 * ids, 1 + 0 * along], 1) + 0.01 * rng.normal(size=(120, 4))
+    position = rng.uniform(0, 1.5, len(ids))
+    vectors = np.stack([np.cos(position), np.sin(position), 0.35 * ids, 1 + 0 * position], 1) + 0.01 * rng.normal(
+        size=(120, 4)
+    )
     query = Side(vectors, ids.astype(str))
     assert evaluate("loo", query, similarity=Reranked).map > evaluate("loo", query).map + 0.05
 
@@ -230,26 +233,26 @@ def test_vectors_of_any_length_keep_their_direction(scale):
     scaled = [Side(side.vectors * scale, side.identities) for side in (query, gallery)]
     np.testing.assert_array_equal(evaluate("query-gallery", *scaled).ap, expected.ap)
     if 1e-38 < scale < 1e38:
-        halves = [Side((side.vectors * scale).astype(np.float32), side.identities) for side in (query, gallery)]
-        np.testing.assert_array_equal(evaluate("query-gallery", *halves).first_rank, expected.first_rank)
+        single = [Side((side.vectors * scale).astype(np.float32), side.identities) for side in (query, gallery)]
+        np.testing.assert_array_equal(evaluate("query-gallery", *single).first_rank, expected.first_rank)
 
 
-def test_queries_are_counted_once_however_often_they_are_drawn():
+def test_queries_are_counted_once_for_all_draws():
     query = Side(np.eye(6), np.array(list("aabbcc")))
     assert scores("vehicleid", evaluate("vehicleid", query)).queries == 3
 
 
 @pytest.mark.parametrize("name", ["loo", "vehicleid"])
 def test_the_same_images_by_another_network_can_be_the_gallery(name):
-    """Every query is still asked of the others only, in the other network's embeddings."""
+    """A query is still ignored in its own gallery, which has another network's embeddings."""
     rng = np.random.default_rng(4)
     ids = np.repeat([str(number) for number in range(8)], 4)
-    mine, other = (Side(rng.standard_normal((32, 6)).astype(np.float32), ids) for _ in range(2))
-    assert evaluate(name, mine, mine).map == evaluate(name, mine).map
-    found = evaluate(name, mine, other)
+    query, gallery = (Side(rng.standard_normal((32, 6)).astype(np.float32), ids) for _ in range(2))
+    assert evaluate(name, query, query).map == evaluate(name, query).map
+    result = evaluate(name, query, gallery)
     if name == "loo":
         same = ids[:, None] == ids
-        out = np.eye(32, dtype=bool)
-        ap, *_ = literal(mine.vectors, other.vectors, same & ~out, out, False)
-        np.testing.assert_allclose(found.ap, ap, atol=1e-12, rtol=0)
-    assert found.map != evaluate(name, mine).map
+        ignored = np.eye(32, dtype=bool)
+        ap, *_ = literal(query.vectors, gallery.vectors, same & ~ignored, ignored, False)
+        np.testing.assert_allclose(result.ap, ap, atol=1e-12, rtol=0)
+    assert result.map != evaluate(name, query).map

@@ -16,14 +16,14 @@ LARGE = (64, 48)
 
 
 def picture(number: int) -> Image.Image:
-    """A smooth picture that nothing else looks like."""
+    """Return a smooth picture that looks like no other."""
     rng = np.random.default_rng(number)
     return Image.fromarray(rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)).resize(LARGE[::-1])
 
 
 @pytest.fixture(scope="session")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two networks of the same size with other weights."""
+    """Two networks of the same size with different weights."""
     folder = tmp_path_factory.mktemp("release")
     files = {name: finish(to_onnx(tiny_net(seed), SIZE, 18), ABOUT) for seed, name in enumerate(("model", "teacher"))}
     write_release(folder, {f"{name}.onnx": content for name, content in files.items()})
@@ -32,7 +32,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty pictures, two folders deep, and some files that are none."""
+    """Forty pictures in three folders, and some files that are not pictures."""
     folder = tmp_path_factory.mktemp("gallery")
     for number in range(40):
         path = folder / f"{number % 3}" / f"auto {number:02d} \N{LATIN SMALL LETTER E WITH ACUTE}.png"

@@ -45,7 +45,7 @@ def test_a_dropped_picture_is_found_in_both_columns(page: Page, address: str, tm
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.goto(address)
-    expect(page.locator("#said")).to_contain_text("teacher.onnx: 40 images")
+    expect(page.locator("#status")).to_contain_text("teacher.onnx: 40 images")
     picture(11).save(tmp_path / "query.png")
     page.set_input_files("#file", tmp_path / "query.png")
     expect(page.locator("section")).to_have_count(2)
@@ -66,5 +66,5 @@ def test_a_dropped_picture_is_found_in_both_columns(page: Page, address: str, tm
 
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     page.set_input_files("#file", tmp_path / "broken.jpg")
-    expect(page.locator("#said")).to_contain_text("This is no picture that can be read")
+    expect(page.locator("#status")).to_contain_text("This file cannot be read as a picture")
     expect(page.locator("section")).to_have_count(0)

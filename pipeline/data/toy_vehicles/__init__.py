@@ -1,1 +1,1 @@
-"""The default data set: rendered toy vehicles, in the layout of VeRi-776."""
+"""The default data set: toy vehicles rendered in the layout of VeRi-776."""

@@ -1,6 +1,6 @@
-"""Toy vehicles: five kinds of bodies with continuous proportions, paint and extras.
+"""Random 3D models of toy vehicles: five body types with random proportions, paint and extras.
 
-Frame: x forward, y left, z up, metres; the vehicle stands on z = 0. Colours are shares in [0, 1].
+Coordinates: x forward, y left, z up, metres; the vehicle stands on z = 0. Colours are RGB in [0, 1].
 """
 
 import colorsys
@@ -16,9 +16,9 @@ from embreex.rtcore_scene import EmbreeScene
 
 Floats = npt.NDArray[np.floating]
 Colour = Floats
-"""(3,) in [0, 1]."""
+"""RGB (3,) in [0, 1]."""
 Span = tuple[float, float]
-"""From, to; metres."""
+"""(from, to), metres."""
 
 _GLASS, _TYRE, _TRIM = (np.array(rgb) for rgb in ((0.12, 0.16, 0.20), (0.05, 0.05, 0.05), (0.10, 0.10, 0.11)))
 _LAMP, _TAIL_LAMP, _PLATE = (np.array(rgb) for rgb in ((0.95, 0.93, 0.80), (0.65, 0.05, 0.05), (0.80, 0.80, 0.78)))
@@ -28,23 +28,23 @@ _WHEEL = trimesh.creation.cylinder(radius=1, height=1, sections=16)
 
 
 class Model:
-    """A coloured mesh that rays can be shot at.
+    """A coloured mesh for ray casting.
 
     Attributes:
         mesh: F triangles.
-        colours: (F, 3) in [0, 1].
-        scene: The mesh in embree.
+        colours: (F, 3) RGB in [0, 1].
+        scene: The mesh in Embree.
     """
 
     def __init__(self, mesh: trimesh.Trimesh, colours: Floats) -> None:
         self.mesh, self.colours = mesh, colours
         self.scene = EmbreeScene()
-        # Not trimesh's own intersector: it has neither distances nor the cheaper query for shadows.
+        # trimesh's own intersector returns no distances and lacks the cheaper occlusion query for shadows.
         TriangleMesh(self.scene, mesh.vertices.astype(np.float32), mesh.faces.astype(np.int32))
 
 
 class _Builder:
-    """Collects coloured solids."""
+    """Collects coloured solids into one mesh."""
 
     def __init__(self) -> None:
         self._solids: list[tuple[Floats, npt.NDArray[np.int64], Colour]] = []
@@ -60,7 +60,7 @@ class _Builder:
         top_width: float | None = None,
         y: float = 0.0,
     ) -> None:
-        """Add a box, `width` wide about `y`, that may narrow towards its top."""
+        """Add a box of `width` centred at `y`, which may narrow towards its top."""
         top_x, top_width = top_x or x, top_width or width
         front, left, top = _BOX_CORNERS.T
         lengths = np.where(top, np.where(front, top_x[1], top_x[0]), np.where(front, x[1], x[0]))
@@ -70,7 +70,13 @@ class _Builder:
     def cabin(
         self, x: Span, z: Span, width: float, layers: list[tuple[float, Colour]], insets: Span, taper: float
     ) -> None:
-        """Add a block in layers, each up to a share of its height; the top is shorter by `insets` (rear, front)."""
+        """Add a block of coloured layers.
+
+        Args:
+            layers: (top as a share of the block's height, colour) of each layer, from the bottom.
+            insets: By how many metres the top is shorter than the bottom, at the rear and at the front.
+            taper: Share of the width by which the top is narrower.
+        """
 
         def at(share: float) -> tuple[Span, float, float]:
             ends = (x[0] + share * insets[0], x[1] - share * insets[1])
@@ -83,14 +89,14 @@ class _Builder:
     def disc(self, x: float, y: float, z: float, radius: float, thick: float, colour: Colour) -> None:
         """Add a cylinder about the y axis."""
         vertices = (_WHEEL.vertices * (radius, radius, thick))[:, [0, 2, 1]] + (x, y, z)
-        self._solids.append((vertices, _WHEEL.faces[:, ::-1], colour))  # the swap of axes is a reflection
+        self._solids.append((vertices, _WHEEL.faces[:, ::-1], colour))  # swapping axes reflects the faces
 
     def height(self) -> float:
-        """Of what stands so far, metres."""
+        """Return the height of all solids so far, metres."""
         return max(float(vertices[:, 2].max()) for vertices, _, _ in self._solids)
 
     def model(self) -> Model:
-        """Everything in one mesh."""
+        """Return all solids as one mesh."""
         starts = np.cumsum([0, *(len(vertices) for vertices, _, _ in self._solids)])
         vertices = np.concatenate([vertices for vertices, _, _ in self._solids])
         faces = np.concatenate([faces + start for (_, faces, _), start in zip(self._solids, starts, strict=False)])
@@ -100,14 +106,14 @@ class _Builder:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Measures (metres) and paint that all kinds share."""
+    """Dimensions (metres) and paint that all body types use."""
 
     long: float
     wide: float
     deck: float
-    """Height of the lower body's top."""
+    """Height of the top of the lower body."""
     cabin: float
-    """Height of a saloon's cabin above it."""
+    """Height of a saloon's cabin above the deck."""
     body: Colour
     second: Colour
 
@@ -180,11 +186,11 @@ KINDS: dict[str, Callable[[_Builder, _Plan, np.random.Generator], float]] = {
     "lorry": _lorry,
     "bus": _bus,
 }
-"""What stands on the lower body; each tells x of the middle of its roof."""
+"""Builders of what stands on the lower body; each returns x of the middle of its roof, metres."""
 
 
 def vehicle(rng: np.random.Generator) -> Model:
-    """A vehicle, all of it drawn from `rng`."""
+    """Return a random vehicle."""
     build = _Builder()
     kind = rng.choice(list(KINDS))
     wide, high, gap, cabin, long = rng.uniform([1.6, 0.55, 0.25, 0.5, 3.4], [2.1, 0.9, 0.5, 0.75, 6.2]).tolist()
@@ -208,7 +214,7 @@ def _paint(rng: np.random.Generator) -> Colour:
 
 
 def _fittings(build: _Builder, plan: _Plan, axles: tuple[float, ...], gap: float, rng: np.random.Generator) -> None:
-    """What every vehicle has: wheels, lamps and blank number plates."""
+    """Add what every vehicle has: wheels, lamps and blank number plates."""
     radius, hub = rng.uniform(0.28, 0.42), np.repeat(rng.uniform(0.15, 0.75), 3)
     for x, y in itertools.product(axles, (-0.5, 0.5)):
         build.disc(x * plan.long, y * plan.wide, radius, radius * 1.16, 0.06, _TRIM)  # wheel arch
@@ -222,7 +228,7 @@ def _fittings(build: _Builder, plan: _Plan, axles: tuple[float, ...], gap: float
 
 
 def _extras(build: _Builder, plan: _Plan, roof: float, low: bool, gap: float, rng: np.random.Generator) -> None:
-    """What only some have; `low` ones bear a spoiler behind the cabin, the others on the roof."""
+    """Add random extras; `low` body types have the spoiler behind the cabin, the others on the roof."""
     wide, rear, front, top = plan.wide, plan.rear, plan.front, build.height()
     if rng.random() < 0.35:  # roof box
         middle, half = roof + rng.uniform(-0.2, 0.2), rng.uniform(0.25, 0.7)
@@ -237,6 +243,6 @@ def _extras(build: _Builder, plan: _Plan, roof: float, low: bool, gap: float, rn
         bottom = gap + high * rng.uniform(0.15, 0.6)
         z = (bottom, bottom + high * rng.uniform(0.15, 0.35))
         build.block((rear - 0.03, front + 0.03), z, wide * 1.01, _paint(rng))
-    if rng.random() < 0.3:  # bonnet mark
+    if rng.random() < 0.3:  # mark on the bonnet
         z = (plan.deck, plan.deck + 0.03)
         build.block((front - plan.long * 0.3, front - 0.1), z, wide * rng.uniform(0.15, 0.4), _paint(rng))

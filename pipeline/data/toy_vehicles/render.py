@@ -1,9 +1,8 @@
-"""The default data set: toy vehicles, modelled from a seed and ray-cast into six cameras.
+"""The default data set: random toy vehicles, ray-cast into six cameras.
 
-A stand-in for VeRi-776 (Liu et al., ECCV 2016) that needs no download and has its folder layout, so that one loader
-reads both. Six cameras differ in elevation, lens, white balance, gain, blur, noise, light and road; shadows are hard.
-Every random choice derives from (seed, what it is for, identity, camera, view) alone, so that images can be made in any
-order.
+It replaces VeRi-776 (Liu et al., ECCV 2016) without a download, and has its folder layout, so one reader serves both.
+The six cameras differ in elevation, lens, white balance, gain, blur, noise, light and road; shadows are hard. Every
+random number derives from (seed, purpose, identity, camera, view) alone, so images can be rendered in any order.
 """
 
 import itertools
@@ -25,12 +24,12 @@ JPEG_QUALITY = 95
 OVERSAMPLE = 2
 """Rays along each side of a pixel."""
 
-_CAMERA, _VEHICLE, _VIEW = range(3)  # what a random stream is for
+_CAMERA, _VEHICLE, _VIEW = range(3)  # purposes of the random streams
 
 
 @dataclass(frozen=True)
 class Camera:
-    """What the images of one camera have in common."""
+    """Settings of one camera."""
 
     pitch: float
     """Elevation above the vehicle, degrees."""
@@ -41,29 +40,29 @@ class Camera:
     road: Colour
     sky: Colour
     sun: Floats
-    """Unit vector (3,) towards it."""
+    """Unit vector (3,) towards the sun."""
     line: float
-    """Distance of the lane marks from the vehicle's middle, metres."""
+    """Distance of the lane marks from the centre of the vehicle, metres."""
     blur: float
-    """Standard deviation, pixels of a 64-pixel image."""
+    """Standard deviation of the Gaussian blur, pixels of a 64-pixel image."""
     noise: float
-    """Standard deviation of a pixel."""
+    """Standard deviation of the noise, of pixels in [0, 1]."""
 
 
 def cameras(seed: int) -> list[Camera]:
-    """The six cameras of a data set."""
+    """Return the six cameras of a data set."""
     rng = np.random.default_rng([seed, _CAMERA])
 
     def spread(low: float, high: float) -> list[float]:
-        """One draw in each sixth of the range, shuffled: no seed gets six cameras that are alike."""
+        """Draw one value in each sixth of the range, shuffled, so that no seed gets six similar cameras."""
         draws = low + (high - low) * (np.arange(CAMERAS) + rng.random(CAMERAS)) / CAMERAS
         return [float(draw) for draw in rng.permutation(draws)]
 
     ranges = ((10, 45), (22, 40), (0.8, 1.15), (0.25, 0.6), (0, 0.7), (0.01, 0.03))
-    made = []
+    result = []
     for pitch, field, gain, road, blur, noise in zip(*(spread(*r) for r in ranges), strict=True):
         sun = np.array([rng.normal(), rng.normal(), rng.uniform(0.8, 2)])
-        made.append(
+        result.append(
             Camera(
                 pitch=pitch,
                 field_of_view=field,
@@ -76,14 +75,14 @@ def cameras(seed: int) -> list[Camera]:
                 noise=noise,
             )
         )
-    return made
+    return result
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
 def photograph(model: Model, camera: Camera, size: int, rng: np.random.Generator) -> Image.Image:
-    """One image (size, size) of a vehicle, from any side, at about the camera's elevation; `rng` chooses the rest."""
+    """Render one image (size, size) of a vehicle, from a random side, at about the camera's elevation."""
     yaw = rng.uniform(0, 2 * np.pi)
     pitch = np.radians(np.clip(camera.pitch + rng.normal(0, 4), 4, 70))
     tangent = np.tan(np.radians(camera.field_of_view) / 2)
@@ -96,9 +95,9 @@ def photograph(model: Model, camera: Camera, size: int, rng: np.random.Generator
     steps = ((np.arange(side) + 0.5) / side * 2 - 1) * tangent
     columns, rows = steps[:, None] * right, -back - steps[:, None] * np.cross(back, right)
     directions = (rows[:, None] + columns).astype(np.float32).reshape(-1, 3)  # (R, 3), not of unit length
-    fine = _trace(model, camera, (target + distance * back).astype(np.float32), directions).reshape(side, side, 3)
+    samples = _trace(model, camera, (target + distance * back).astype(np.float32), directions).reshape(side, side, 3)
     phases = itertools.product(range(OVERSAMPLE), repeat=2)
-    pixels = np.add.reduce([fine[row::OVERSAMPLE, column::OVERSAMPLE] for row, column in phases]) / OVERSAMPLE**2
+    pixels = np.add.reduce([samples[row::OVERSAMPLE, column::OVERSAMPLE] for row, column in phases]) / OVERSAMPLE**2
 
     if rng.random() < 0.12:  # a post or a rail in front of the vehicle
         start, thick = rng.integers(0, size), rng.integers(size // 10, size // 4)
@@ -111,7 +110,7 @@ def photograph(model: Model, camera: Camera, size: int, rng: np.random.Generator
 
 
 def _trace(model: Model, camera: Camera, eye: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """Colours (R, 3), float32, that rays from `eye` (3,) along `directions` (R, 3) meet."""
+    """Return the colours (R, 3) float32 that rays from `eye` (3,) along `directions` (R, 3) hit."""
     hits = model.scene.run(np.broadcast_to(eye, directions.shape), directions, output=1)
     face, depth = hits["primID"], hits["tfar"]
     with np.errstate(divide="ignore"):
@@ -120,15 +119,15 @@ def _trace(model: Model, camera: Camera, eye: np.ndarray, directions: np.ndarray
     ground = (eye + directions[on_road] * fall[on_road, None]).astype(np.float32)
     normals = model.mesh.face_normals.astype(np.float32)
     facing = np.clip(normals @ camera.sun, 0, 1)
-    sunny = np.flatnonzero((face >= 0) & (facing[face] > 0))  # the other faces lie in their own shadow
+    sunny = np.flatnonzero((face >= 0) & (facing[face] > 0))  # the other faces point away from the sun
     points = eye + directions[sunny] * depth[sunny, None]
 
-    # One query for all shadows. The start is lifted off the surface, or it would shade itself.
+    # One query for all shadows. The start is lifted off the surface, which would otherwise shade itself.
     starts = np.concatenate([points + 0.01 * normals[face[sunny]], ground + np.array([0, 0, 0.01], np.float32)])
     suns = np.ascontiguousarray(np.broadcast_to(camera.sun.astype(np.float32), starts.shape))
     lit = model.scene.run(starts, suns, query="OCCLUDED") < 0
 
-    # Everything in a picture has one of a few colours: sky, 3 x road and the faces, the last two in shadow and in sun.
+    # The palette: every face in shadow and in sun, three road colours in shadow and in sun, and the sky.
     faces = len(normals)
     checks = np.sin(ground[:, 0] * 1.3) * np.sin(ground[:, 1] * 0.9) > 0
     marks = (np.abs(np.abs(ground[:, 1]) - camera.line) < 0.08) & (np.sin(ground[:, 0] * 1.6) > -0.3)
@@ -145,16 +144,15 @@ def _trace(model: Model, camera: Camera, eye: np.ndarray, directions: np.ndarray
 
 
 def render(folder: Path, seed: int, vehicles: Vehicles) -> None:
-    """Write the data set in VeRi-776's layout.
+    """Render the data set in the layout of VeRi-776; the same seed and sizes give the same bytes.
 
-    Queries are, for each test identity, the first image of each camera c with c % 3 == identity % 3. The same seed and
-    sizes give the same bytes.
+    Queries are, for each test identity, the first image of each camera c with c % 3 == identity % 3.
 
     Raises:
         FileExistsError: If `folder` is not empty.
     """
     if folder.is_dir() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty; move it away")
+        raise FileExistsError(f"{folder} is not empty; move its files away")
     for part in ("train", "query", "test"):
         (folder / f"image_{part}").mkdir(parents=True)
     count = vehicles.train_identities + vehicles.test_identities
@@ -164,7 +162,7 @@ def render(folder: Path, seed: int, vehicles: Vehicles) -> None:
         names = sorted(path.name for path in (folder / f"image_{part}").iterdir())
         write_text(folder / f"name_{part}.txt", "".join(f"{name}\n" for name in names))
     if hasattr(os, "sync"):
-        os.sync()  # once for all images instead of once for each
+        os.sync()  # one flush for all images instead of one for each
 
 
 def _render_identity(folder: Path, seed: int, vehicles: Vehicles, identity: int) -> None:
