@@ -1,4 +1,4 @@
-"""The file that takes pictures as they are."""
+"""The model with built-in preprocessing."""
 
 import io
 
@@ -9,36 +9,36 @@ import torch
 from PIL import Image
 
 from pipeline.data import augment
-from pipeline.export.allinone import all_in_one
-from pipeline.export.embed import embed_pixels, normalised
+from pipeline.export.embed import embed_pixels, normalise_pixels
 from pipeline.export.metadata import finish
+from pipeline.export.preprocessing import add_preprocessing
 from pipeline.inference.session import open_session
 from tests.export.tiny_network import MEAN, SIZE, STD, Pictures, normalise
 
 
 @pytest.fixture(scope="module")
 def whole(translated, metadata):
-    return finish(all_in_one(onnx.load_from_string(translated), SIZE, MEAN, STD), metadata)
+    return finish(add_preprocessing(onnx.load_from_string(translated), SIZE, MEAN, STD), metadata)
 
 
-def test_pictures_of_the_right_size_get_the_embedding_of_the_other_file(whole, content):
-    found, expected = (embed_pixels(open_session(file), Pictures.pixels, MEAN, STD) for file in (whole, content))
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+def test_images_of_the_input_size_get_the_same_embedding_as_from_the_float_model(whole, content):
+    embeddings, expected = (embed_pixels(open_session(file), Pictures.pixels, MEAN, STD) for file in (whole, content))
+    np.testing.assert_allclose(embeddings, expected, atol=1e-6)
 
 
-def test_it_takes_bytes_of_any_size_and_number(whole):
+def test_it_accepts_uint8_images_of_any_size_and_batch_size(whole):
     model = onnx.load_from_string(whole)
     (entry,) = model.graph.input
     dims = [dim.dim_param or dim.dim_value for dim in entry.type.tensor_type.shape.dim]
     assert (entry.name, entry.type.tensor_type.elem_type, dims) == ("image", 2, ["batch", "height", "width", 3])
     session = open_session(whole)
     for shape in ((1, 40, 50, 3), (3, 100, 9, 3), (8, 1, 1, 3)):
-        (found,) = session.run(None, {"image": np.full(shape, 128, np.uint8)})
-        assert found.shape == (shape[0], 16)
-        np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+        (embeddings,) = session.run(None, {"image": np.full(shape, 128, np.uint8)})
+        assert embeddings.shape == (shape[0], 16)
+        np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5)
 
 
-def test_every_picture_of_a_batch_is_resized_as_if_it_were_alone(whole):
+def test_images_of_a_batch_are_resized_independently(whole):
     session = open_session(whole)
     pictures = np.random.default_rng(3).integers(0, 256, (5, 61, 47, 3), dtype=np.uint8)
     together = embed_pixels(session, pictures, MEAN, STD)
@@ -46,20 +46,20 @@ def test_every_picture_of_a_batch_is_resized_as_if_it_were_alone(whole):
     np.testing.assert_allclose(together, alone, atol=1e-6)
 
 
-def test_the_core_is_left_as_it_was(translated):
+def test_the_core_model_is_not_modified(translated):
     core = onnx.load_from_string(translated)
-    all_in_one(core, SIZE, MEAN, STD)
+    add_preprocessing(core, SIZE, MEAN, STD)
     assert core.SerializeToString() == translated
 
 
-def test_normalisation_has_the_bits_of_torchs():
-    found = normalised(Pictures.pixels, MEAN, STD)
+def test_normalisation_is_bit_identical_to_torch():
+    embeddings = normalise_pixels(Pictures.pixels, MEAN, STD)
     channels_first = torch.from_numpy(Pictures.pixels).permute(0, 3, 1, 2)
-    np.testing.assert_array_equal(found, augment.normalise(channels_first).numpy())
-    np.testing.assert_allclose(found, normalise(channels_first).numpy(), atol=1e-5)
+    np.testing.assert_array_equal(embeddings, augment.normalise(channels_first).numpy())
+    np.testing.assert_allclose(embeddings, normalise(channels_first).numpy(), atol=1e-5)
 
 
-def test_a_photograph_turned_upright_needs_no_more_than_pillow_and_numpy(whole, content):
+def test_a_decoded_jpeg_gets_nearly_the_embedding_of_pillows_resizing(whole, content):
     rng = np.random.default_rng(5)
     picture = Image.fromarray(rng.integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize(
         (150, 100), Image.Resampling.BICUBIC
