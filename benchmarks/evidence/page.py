@@ -7,7 +7,7 @@ import numpy as np
 from scipy.stats import t as student_t
 
 from pipeline.records import Record
-from pipeline.report.style import OTHERS, STUDENT, TEACHER, new_figure, percent, save, styled
+from pipeline.report.style import OTHER_COLORS, STUDENT_COLOR, TEACHER_COLOR, new_figure, percent, save, styled
 
 NAMES = {
     "budget": "shrinks while it learns (ours)",
@@ -17,11 +17,11 @@ NAMES = {
     "none": "not compressed",
 }
 COLOURS = {
-    "budget": STUDENT,
-    "static-magnitude": OTHERS[1],
-    "static-random": OTHERS[0],
-    "paper": OTHERS[3],
-    "none": TEACHER,
+    "budget": STUDENT_COLOR,
+    "static-magnitude": OTHER_COLORS[1],
+    "static-random": OTHER_COLORS[0],
+    "paper": OTHER_COLORS[3],
+    "none": TEACHER_COLOR,
 }
 MARKERS = {"budget": "o", "static-magnitude": "s", "static-random": "^", "paper": "D", "none": "X"}
 COMMAND = "make evidence"
@@ -194,7 +194,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
                     marker=MARKERS[method], color=COLOURS[method], label=name, capsize=3, markersize=7,
                 )  # fmt: skip
             teachers = {result.seed: result.teacher_map for result in results}
-            chart.axhline(float(np.mean(list(teachers.values()))), color=TEACHER, linestyle=":", label="teacher")
+            chart.axhline(float(np.mean(list(teachers.values()))), color=TEACHER_COLOR, linestyle=":", label="teacher")
             widest = float(np.nanmax([1.0, *(cost(result) for result in results)]))
             chart.set(xlabel=f"{label} (left is cheaper)", xlim=(0, widest + 0.08), xticks=[0, 0.25, 0.5, 0.75, 1])
             percent(chart, "x")

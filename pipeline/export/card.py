@@ -117,6 +117,6 @@ drawn image, and compares the result with the expected embedding in `sample.json
 ## Where does it come from?
 
 Commit `{metadata.git_commit[:12]}`{changes}, data `{metadata.data_digest[:12]}`, params
-`{metadata.params_digest[:12]}`. The metadata of each ONNX file hold the full digests, the preprocessing, the licence and
-the mAP.
+`{metadata.params_digest[:12]}`. The metadata of each ONNX file hold the full digests, the preprocessing, the licence
+and the mAP.
 """

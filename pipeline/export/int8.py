@@ -99,12 +99,10 @@ class Int8Result:
             f"| {'not evaluated' if candidate.map is None else f'{candidate.map:.4f}'} | {candidate.bytes:,} |"
             for candidate in self.candidates
         )
-        sums = (
-            "can overflow when it adds products of 8-bit numbers" if self.saturates else "adds 8-bit products exactly"
-        )
+        sums = "can overflow when adding 8-bit products" if self.saturates else "adds 8-bit products exactly"
         return (
             f"There is {'an' if self.model else 'no'} int8 file. {self.reason}.\n\n"
-            f"The processor that exported these files {sums}. Int8 weights have 7 bits, which keeps sums exact on every "
+            f"The processor that exported these files {sums}. Int8 weights have 7 bits, which keeps sums exact on any "
             "processor.\n\n| recipe | speed-up over float, one image | at least (95 %) | mAP | bytes |\n"
             f"|---|---|---|---|---|\n{rows}"
         )
