@@ -11,7 +11,7 @@ from pipeline.data.augment import MEAN, STD, normalise
 from pipeline.data.images import open_images
 from pipeline.data.sources import LAYOUTS
 from pipeline.export import int8, sample
-from pipeline.export.card import CardEntry, render_card
+from pipeline.export.card import CardEntry, gallery_note, render_card
 from pipeline.export.embed import Embeddings, normalise_pixels
 from pipeline.export.files import OnnxExporter
 from pipeline.export.metadata import Metadata, params_digest
@@ -98,7 +98,9 @@ def export(run: Run) -> ExportRecord:
         for name, file in files.items()
     }
     notes = {
-        f"Can the student search a gallery that `{TEACHER}` embedded?": f"On this test set, {compatibility.verdict}."
+        f"Can the student search a gallery that `{TEACHER}` embedded?": gallery_note(
+            compatibility.old, compatibility.mixed
+        )
     }
     contents = {name: file.content for name, file in files.items()}
     if int8_result is not None:

@@ -27,6 +27,23 @@ class CardEntry:
     resizes: bool
 
 
+def gallery_note(teacher_map: float, student_on_teacher_map: float | None) -> str:
+    """Say whether a gallery that the teacher embedded can be searched with queries embedded by the student.
+
+    Args:
+        teacher_map: mAP of queries and gallery by the teacher.
+        student_on_teacher_map: mAP of queries by the student in that gallery; None if embedding lengths differ.
+    """
+    if student_on_teacher_map is None:
+        return "No: the embeddings have different lengths. Embed the gallery again with the student."
+    compatible = student_on_teacher_map >= teacher_map
+    return (
+        f"{'Yes' if compatible else 'No: embed the gallery again with the student'}. On the test set embedded by the "
+        f"teacher, queries of the student reach mAP {student_on_teacher_map:.4f} and queries of the teacher "
+        f"{teacher_map:.4f}."
+    )
+
+
 def render_card(files: Mapping[str, CardEntry], notes: Mapping[str, str]) -> str:
     """Render card.md, in Markdown.
 
@@ -68,8 +85,7 @@ Use `{whole}` unless you resize and normalise images yourself; then use `{core}`
 - mAP was measured on these files with ONNX Runtime, on identities of data set `{metadata.data}` that were not used for
   training. Its value depends on the evaluation protocol named in the column.
 - MACs are multiply-accumulates per image.
-- Embeddings of the teacher and of the student come from different networks: do not mix them in one gallery unless the
-  section on galleries below allows it.
+- Embeddings of the teacher and of the student are not interchangeable; see the section on galleries below.
 
 ## How do I run it?
 
@@ -116,7 +132,7 @@ drawn image, and compares the result with the expected embedding in `sample.json
 
 ## Where does it come from?
 
-Commit `{metadata.git_commit[:12]}`{changes}, data `{metadata.data_digest[:12]}`, params
-`{metadata.params_digest[:12]}`. The metadata of each ONNX file hold the full digests, the preprocessing, the licence
-and the mAP.
+Git commit `{metadata.git_commit[:12]}`{changes}; SHA-256 of the data manifest `{metadata.data_digest[:12]}`; SHA-256 of
+the parameters `{metadata.params_digest[:12]}`. The metadata of each ONNX file hold the full digests, the
+preprocessing, the licence and the mAP.
 """

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from PIL import Image
 
-from pipeline.export.card import CardEntry, render_card
+from pipeline.export.card import CardEntry, gallery_note, render_card
 from pipeline.export.metadata import finish
 from pipeline.export.preprocessing import add_preprocessing
 from pipeline.export.release import sha256
@@ -80,11 +80,17 @@ def test_it_shows_protocols_map_size_input_licence_origin_and_checksums(entries,
         f"resize(({width}, {height})",
         "uint8 images, (batch, height, width, 3) RGB of any size",
         "Licence: as you like",
-        f"Commit `{'c' * 12}`",
+        f"Git commit `{'c' * 12}`",
         "## Is there an int8 file?\n\nNo.",
         f"{'b' * 64}  teacher.onnx",
     ):
         assert expected in text
     assert render_card(shown, {"Is there an int8 file?": "No."}) == text
     changed_first = {name: replace(entry, metadata=changed) for name, entry in shown.items()}
-    assert f"Commit `{'c' * 12}` with uncommitted changes" in render_card(changed_first, {})
+    assert f"Git commit `{'c' * 12}` with uncommitted changes" in render_card(changed_first, {})
+
+
+def test_the_card_says_whether_the_student_can_search_a_gallery_of_the_teacher():
+    assert gallery_note(0.9, 0.9).startswith("Yes. ")
+    assert gallery_note(0.9, 0.8999).startswith("No: embed the gallery again")
+    assert "different lengths" in gallery_note(0.9, None)
