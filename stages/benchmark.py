@@ -50,7 +50,7 @@ def benchmark(run: Run) -> BenchmarkRecord:
         return record.model_validate(read_json(files.metrics(stage)))
 
     teacher, export = read("teacher", TeacherRecord), read("export", ExportRecord)
-    read_release(files.artifacts("export"))  # checks the hashes: only files that passed stage `export` are timed
+    read_release(files.artifacts("export"))  # only files with the hashes that stage `export` wrote are timed
     onnx = {name: files.artifacts("export") / file for name, file in FILES.items()}
     if not export.int8_published:
         del onnx[INT8]

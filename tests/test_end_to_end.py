@@ -356,7 +356,7 @@ def test_a_latency_budget_is_met_and_its_cost_model_is_written(finished: Path, t
     done = repro(folder, "surgery")
     assert done.returncode == 0, done.stdout
     student = metrics(folder, "student")
-    warned = "more than the 25.0 % asked" in done.stdout  # happens if a busy machine gave wrong timings
+    warned = "more than the 25.0 %" in done.stdout  # happens if a busy machine gave wrong timings
     assert student["target"] <= student["latency_reduction"]
     assert warned == (student["latency_reduction"] > student["target"] + 0.01)
     assert student["macs_reduction"] == metrics(folder, "surgery")["macs_reduction"]

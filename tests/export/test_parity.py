@@ -189,12 +189,12 @@ def test_a_file_that_resizes_differently_from_pillow_fails(content, translated, 
     whole = finish(add_preprocessing(core, SIZE, MEAN, STD), metadata)
     rng = np.random.default_rng(1)
     sizes = [(50, 70), (32, 24), (20, 90), (200, 31), (7, 5), (1, 1)]
-    pictures = [
+    originals = [
         np.asarray(Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize(size)) for size in sizes
     ]
-    assert make_check().verify_resizing("model.allinone.onnx", whole, content, pictures) >= 0.999
+    assert make_check().verify_resizing("model.allinone.onnx", whole, content, originals) >= 0.999
     other = onnx.load_from_string(whole)
     scale = next(tensor for tensor in other.graph.initializer if tensor.name == "preprocess/std")
     scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) / 8, scale.name))
     with pytest.raises(ParityError, match=r"allinone\.onnx: for an image of \d+ x \d+ pixels the cosine .* 0\.999 is"):
-        make_check().verify_resizing("model.allinone.onnx", other.SerializeToString(), content, pictures)
+        make_check().verify_resizing("model.allinone.onnx", other.SerializeToString(), content, originals)

@@ -40,9 +40,9 @@ def test_it_accepts_uint8_images_of_any_size_and_batch_size(whole):
 
 def test_images_of_a_batch_are_resized_independently(whole):
     session = open_session(whole)
-    pictures = np.random.default_rng(3).integers(0, 256, (5, 61, 47, 3), dtype=np.uint8)
-    together = embed_pixels(session, pictures, MEAN, STD)
-    alone = np.concatenate([embed_pixels(session, picture[None], MEAN, STD) for picture in pictures])
+    images = np.random.default_rng(3).integers(0, 256, (5, 61, 47, 3), dtype=np.uint8)
+    together = embed_pixels(session, images, MEAN, STD)
+    alone = np.concatenate([embed_pixels(session, image[None], MEAN, STD) for image in images])
     np.testing.assert_allclose(together, alone, atol=1e-6)
 
 
@@ -53,19 +53,19 @@ def test_the_core_model_is_not_modified(translated):
 
 
 def test_normalisation_is_bit_identical_to_torch():
-    embeddings = normalise_pixels(Pictures.pixels, MEAN, STD)
+    normalised = normalise_pixels(Pictures.pixels, MEAN, STD)
     channels_first = torch.from_numpy(Pictures.pixels).permute(0, 3, 1, 2)
-    np.testing.assert_array_equal(embeddings, augment.normalise(channels_first).numpy())
-    np.testing.assert_allclose(embeddings, normalise(channels_first).numpy(), atol=1e-5)
+    np.testing.assert_array_equal(normalised, augment.normalise(channels_first).numpy())
+    np.testing.assert_allclose(normalised, normalise(channels_first).numpy(), atol=1e-5)
 
 
 def test_a_decoded_jpeg_gets_nearly_the_embedding_of_pillows_resizing(whole, content):
     rng = np.random.default_rng(5)
-    picture = Image.fromarray(rng.integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize(
+    image = Image.fromarray(rng.integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize(
         (150, 100), Image.Resampling.BICUBIC
     )
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=95)
+    image.save(file, "JPEG", quality=95)
     pixels = np.asarray(Image.open(file))
     small = np.asarray(Image.fromarray(pixels).resize(SIZE[::-1], Image.Resampling.BILINEAR))
     inside = embed_pixels(open_session(whole), pixels[None], MEAN, STD)

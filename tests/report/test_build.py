@@ -29,10 +29,10 @@ def html(folder):
 
 
 def test_the_report_consists_of_the_page_and_its_charts(folder, html):
-    pictures = {"capacity.png", "panel-01.png", "panel-02.png", "pareto.png", "training.png", "widths.png"}
-    assert {path.name for path in folder.iterdir()} == {"index.html", *pictures}
-    assert set(re.findall(r'src="([^"]+)"', html)) == pictures
-    for name in pictures:
+    charts = {"capacity.png", "panel-01.png", "panel-02.png", "pareto.png", "training.png", "widths.png"}
+    assert {path.name for path in folder.iterdir()} == {"index.html", *charts}
+    assert set(re.findall(r'src="([^"]+)"', html)) == charts
+    for name in charts:
         with Image.open(folder / name) as image:
             image.load()
             assert image.width > 800
