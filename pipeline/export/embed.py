@@ -22,13 +22,9 @@ class Images(Protocol):
 
 
 def embed_pixels(session: InferenceSession, pixels: Pixels, mean: PerChannel, std: PerChannel) -> Embeddings:
-    """Embed a batch of images, (n, h, w, 3) uint8 RGB -> (n, D), L2-normalised.
+    """Embed a batch of upright images with an exported file, (n, h, w, 3) uint8 RGB -> (n, D), L2-normalised.
 
-    Args:
-        session: Session of a file that stage `export` wrote.
-        pixels: Upright images; a model with float input needs them at its input size.
-        mean: Used for models with float input.
-        std: Used for models with float input.
+    A model with float input needs images of its input size, which are normalised with `mean` and `std`.
     """
     feed = pixels if has_preprocessing(session) else normalise_pixels(pixels, mean, std)
     embeddings: Embeddings = session.run([OUTPUT], {INPUT: feed})[0]
@@ -61,19 +57,7 @@ def embed(
     std: PerChannel,
     batch: int = 32,
 ) -> Embeddings:
-    """Embed images of a manifest in batches; see `embed_pixels`.
-
-    Args:
-        session: Session of a file that stage `export` wrote.
-        images: Images of the manifest.
-        indices: (n,) images to embed, n >= 1.
-        mean: Used for models with float input.
-        std: Used for models with float input.
-        batch: Images per call.
-
-    Returns:
-        (n, D) float32, L2-normalised.
-    """
+    """Embed the images at `indices` (n,), n >= 1, of a manifest -> (n, D), `batch` at a time; see `embed_pixels`."""
     chunks = [indices[start : start + batch] for start in range(0, len(indices), batch)]
     return np.concatenate(
         [

@@ -151,13 +151,7 @@ def choose(
 
 
 def quantise(model: onnx.ModelProto, inputs: Sequence[Inputs], recipe: Recipe) -> onnx.ModelProto:
-    """Quantise weights and activations of a model.
-
-    Args:
-        model: Float model; it is not modified.
-        inputs: Calibration batches of normalised training images, (n, 3, h, w) each.
-        recipe: Quantisation settings.
-    """
+    """Return a copy of a float model with quantised weights and activations, calibrated on `inputs`."""
     with tempfile.TemporaryDirectory() as folder, _root_logger_at_error():
         floats, prepared, quantised = (Path(folder) / f"{name}.onnx" for name in ("floats", "prepared", "quantised"))
         floats.write_bytes(model.SerializeToString())

@@ -28,9 +28,7 @@ class Metadata:
         protocol: Evaluation protocol of `map`.
         map: mAP of this file on the test set, computed with ONNX Runtime, in [0, 1].
         image_size: (height, width) of the input, pixels.
-        mean: Per channel (RGB), for pixels in [0, 1].
-        std: Per channel (RGB), for pixels in [0, 1].
-        embedding_dim: Length of the embedding.
+        mean: Per channel (RGB), for pixels in [0, 1], as `std`.
         params: Number of learnable parameters.
         macs: Multiply-accumulates per image.
     """

@@ -70,8 +70,6 @@ class ParityCheck:
         images: Images of the manifest.
         indices: (n,) indices of the test images in the manifest, queries first.
         queries: Number of queries; n if the protocol compares every image with all others.
-        mean: Per channel (RGB), for pixels in [0, 1].
-        std: Per channel (RGB), for pixels in [0, 1].
         score: Computes the mAP of embeddings (n, D), in the order of `indices`.
         limits: Largest differences that pass.
     """

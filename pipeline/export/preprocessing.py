@@ -19,16 +19,10 @@ NORMALISED = "preprocess/normalised"
 def add_preprocessing(
     core: onnx.ModelProto, image_size: tuple[int, int], mean: PerChannel, std: PerChannel
 ) -> onnx.ModelProto:
-    """Prepend resizing and normalisation to a model.
+    """Return a copy of a model with resizing and normalisation in front.
 
-    Args:
-        core: Model with float input (n, 3, h, w); it is not modified.
-        image_size: (height, width) of the core's input, pixels.
-        mean: Per channel (RGB), for pixels in [0, 1].
-        std: Per channel (RGB), for pixels in [0, 1].
-
-    Returns:
-        A model with uint8 input (n, height, width, 3), RGB, of any height and width.
+    The core has float input (n, 3, h, w), where (h, w) is `image_size`; the result has uint8 input
+    (n, height, width, 3), RGB, of any height and width.
     """
     constants: dict[str, npt.NDArray[Any]] = {
         "size": np.array(image_size, np.int64),

@@ -58,7 +58,7 @@ def choose_queries(teacher: npt.NDArray[np.float64], student: npt.NDArray[np.flo
     Args:
         teacher: (Q,) AP of each query, NaN if it has no valid match.
         student: (Q,) AP of each query, NaN if it has no valid match.
-        count: Number of queries; fewer are returned if fewer are valid.
+        count: Number of queries; all valid ones if they are fewer.
 
     Returns:
         The evenly spread queries from best to worst, then the others from the largest difference.
