@@ -29,7 +29,7 @@ def times(factor: float) -> str:
 
 
 def speedup(gain: Gain) -> str:
-    """Format a speed-up, or return `inconclusive` if the timings were too noisy."""
+    """Format a speed-up, or return `inconclusive` if the timings were too few or too noisy."""
     return times(gain.ratio) if gain.conclusive else "inconclusive"
 
 

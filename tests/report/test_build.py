@@ -76,8 +76,7 @@ def test_headline_and_table_show_an_inconclusive_speed_up(tmp_path):
     assert "<strong>inconclusive</strong> 95 % interval 2.00 to 4.00, ratio of MACs 4.00x</dd>" in text
     assert "<td>inconclusive</td><td>2.00 to 4.00</td><td>4.00x</td><td></td>" in text
     assert (
-        "On one image it is between 2.00x and 4.00x as fast (the machine was too busy for a precise measurement)"
-        in text
+        "On one image it is between 2.00x and 4.00x as fast (inconclusive: too few or too noisy measurements)" in text
     )
 
 
