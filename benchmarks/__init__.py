@@ -1,1 +1,1 @@
-"""Measurements of single promises: `python -m benchmarks.NAME`. They need minutes and an idle machine."""
+"""Measurements behind the claims of the README: `python -m benchmarks.NAME`. They need minutes and an idle machine."""

@@ -41,26 +41,26 @@ FILES = {TEACHER: "teacher.onnx", STUDENT: "model.onnx", INT8: "model.int8.onnx"
 
 
 def benchmark(run: Run) -> BenchmarkRecord:
-    """Time the files, let both rank the test set, write the table and the report."""
+    """Time the files, embed the test set with student and teacher, and write latency.csv and the report."""
     params, files = run.params, run.files
     height, width = params.data.image_size
     settings = params.benchmark
 
-    def read(stage: str, kind: type[R]) -> R:
-        return kind.model_validate(read_json(files.metrics(stage)))
+    def read(stage: str, record: type[R]) -> R:
+        return record.model_validate(read_json(files.metrics(stage)))
 
     teacher, export = read("teacher", TeacherRecord), read("export", ExportRecord)
-    read_release(files.artifacts("export"))  # what is timed is what was proven
+    read_release(files.artifacts("export"))  # only files with the hashes that stage `export` wrote are timed
     onnx = {name: files.artifacts("export") / file for name, file in FILES.items()}
     if not export.int8_published:
         del onnx[INT8]
     timings = measure(onnx, (height, width), settings.batches, settings.threads, settings.repeats)
-    costs = footprints(onnx, (height, width), max(settings.batches))
-    record = benchmark_record(timings, costs, teacher.macs, export.macs)
+    sizes = footprints(onnx, (height, width), max(settings.batches))
+    record = benchmark_record(timings, sizes, teacher.macs, export.macs)
     write_csv(timings, run.out / "latency.csv")
 
     manifest, images = open_images(files, params)
-    rows = np.concatenate([manifest.indices("query"), manifest.indices("gallery")])
+    test = np.concatenate([manifest.indices("query"), manifest.indices("gallery")])
     specs = {
         name: checkpoint.load_spec(files.artifacts(stage))
         for name, stage in ((TEACHER, "teacher"), (STUDENT, "surgery"))
@@ -69,7 +69,7 @@ def benchmark(run: Run) -> BenchmarkRecord:
     results = RunResults(
         protocol=params.data.protocol,
         data=f"{params.data.source}, {height} x {width} pixels",
-        machine=f"ONNX Runtime {version('onnxruntime')}, {platform.machine()}, {available_threads()} threads in all",
+        machine=f"ONNX Runtime {version('onnxruntime')}, {platform.machine()}, {available_threads()} threads",
         seed=params.seed,
         prepare=read("prepare", PrepareRecord),
         teacher=teacher,
@@ -78,11 +78,11 @@ def benchmark(run: Run) -> BenchmarkRecord:
         export=export,
         benchmark=record,
         timings=timings,
-        footprints=costs,
+        footprints=sizes,
         curves={name: read_curves(files.plots(name)) for name in (TEACHER, STUDENT)},
         widths={name: spec.widths for name, spec in specs.items()},
         sites=[site for site in specs[TEACHER].widths if site in kept],
-        embeddings={name: embed(open_session(onnx[name]), images, rows, MEAN, STD) for name in (TEACHER, STUDENT)},
+        embeddings={name: embed(open_session(onnx[name]), images, test, MEAN, STD) for name in (TEACHER, STUDENT)},
         manifest=manifest,
         images=images,
         panels=settings.panels,

@@ -1,4 +1,4 @@
-"""Stage `export`: write student and teacher as ONNX files, and prove that they are what was trained.
+"""Stage `export`: write student and teacher as ONNX files that reproduce the trained networks.
 
 Reads   artifacts/prepare/, artifacts/surgery/, artifacts/teacher/
 Writes  artifacts/export/, metrics/export.json
@@ -11,11 +11,11 @@ from pipeline.data.augment import MEAN, STD, normalise
 from pipeline.data.images import open_images
 from pipeline.data.sources import LAYOUTS
 from pipeline.export import int8, sample
-from pipeline.export.card import Entry, card
-from pipeline.export.embed import Embeddings, normalised
+from pipeline.export.card import CardEntry, gallery_note, render_card
+from pipeline.export.embed import Embeddings, normalise_pixels
 from pipeline.export.files import OnnxExporter
 from pipeline.export.metadata import Metadata, params_digest
-from pipeline.export.parity import Probe
+from pipeline.export.parity import ParityCheck
 from pipeline.export.release import ALL_IN_ONE, INT8, STUDENT, TEACHER, sha256, write_release
 from pipeline.models import cost
 from pipeline.models.resnet import RetrievalNet
@@ -27,24 +27,24 @@ from pipeline.retrieval.evaluate import evaluate_embedder, sides
 from pipeline.runtime import launch
 from pipeline.stage.run import Run, run_stage
 
-ORIGINALS = 64
-"""Test images that a file which resizes is tried with in their own size."""
+MAX_ORIGINALS = 64
+"""Test images at their original size that check the preprocessing inside `model.allinone.onnx`."""
 
 
 def export(run: Run) -> ExportRecord:
-    """Translate, compare with torch on all test images; only if all gates hold, write."""
+    """Export all files, compare each with torch on all test images, and write them only if all checks pass."""
     params, commit = run.params, run.commit
     fabric = launch(params.runtime.alone(), params.seed)
     manifest, images = open_images(run.files, params)
     height, width = params.data.image_size
     queries, gallery = manifest.indices("query"), manifest.indices("gallery")
-    rows = np.concatenate([queries, gallery])
+    test = np.concatenate([queries, gallery])
     protocol = params.data.protocol
 
-    def score(found: Embeddings, protocol: str = protocol) -> float:
-        return evaluate_embedder(lambda _: found, manifest, "query", "gallery", protocol).map
+    def score(embeddings: Embeddings, protocol: str = protocol) -> float:
+        return evaluate_embedder(lambda _: embeddings, manifest, "query", "gallery", protocol).map
 
-    def describe(spec: ArchSpec, quality: float) -> Metadata:
+    def make_metadata(spec: ArchSpec, test_map: float) -> Metadata:
         return Metadata(
             data=params.data.source,
             data_digest=manifest.digest,
@@ -52,7 +52,7 @@ def export(run: Run) -> ExportRecord:
             git_commit=commit,
             licence=params.export.licence,
             protocol=protocol,
-            map=quality,
+            map=test_map,
             image_size=(height, width),
             mean=MEAN,
             std=STD,
@@ -61,69 +61,73 @@ def export(run: Run) -> ExportRecord:
             macs=cost.macs(spec, (height, width)),
         )
 
-    def by_torch(net: RetrievalNet) -> Embeddings:
-        return embed(net.to(fabric.device), images, rows, normalise, fabric.device)
+    def embed_with_torch(net: RetrievalNet) -> Embeddings:
+        return embed(net.to(fabric.device), images, test, normalise, fabric.device)
 
-    seen = manifest.indices("train")
-    seen = seen[np.linspace(0, len(seen) - 1, min(int8.CALIBRATED, len(seen))).astype(int)]
-    workshop = OnnxExporter(
+    train = manifest.indices("train")
+    train = train[np.linspace(0, len(train) - 1, min(int8.CALIBRATION_IMAGES, len(train))).astype(int)]
+    exporter = OnnxExporter(
         image_size=(height, width),
         settings=params.export,
-        probe=Probe(images, rows, len(queries), MEAN, STD, score, params.export.limits),
-        describe=describe,
-        embed=by_torch,
+        check=ParityCheck(images, test, len(queries), MEAN, STD, score, params.export.limits),
+        make_metadata=make_metadata,
+        embed=embed_with_torch,
         calibration=[
-            normalised(images.batch(seen[start : start + int8.BATCH]), MEAN, STD)
-            for start in range(0, len(seen), int8.BATCH)
+            normalise_pixels(images.batch(train[start : start + int8.CALIBRATION_BATCH]), MEAN, STD)
+            for start in range(0, len(train), int8.CALIBRATION_BATCH)
         ],
-        originals=(images.original(row) for row in rows[:: -(-len(rows) // ORIGINALS)]),
+        originals=(images.original(index) for index in test[:: -(-len(test) // MAX_ORIGINALS)]),
     )
     student, teacher = (checkpoint.load(run.files.artifacts(stage)) for stage in ("surgery", "teacher"))
-    files, verdict = workshop.files(student, teacher)
+    files, int8_result = exporter.export(student, teacher)
 
-    mixed = compare(
+    compatibility = compare(
         protocol,
         *(sides(files[name].embeddings, manifest, "query", "gallery", protocol) for name in (TEACHER, STUDENT)),
     )
-    others = [other for other in LAYOUTS[params.data.source].protocols if other != protocol]
+    more_protocols = [name for name in LAYOUTS[params.data.source].protocols if name != protocol]
     entries = {
-        name: Entry(
-            file.what,
+        name: CardEntry(
+            file.description,
             file.metadata,
-            {protocol: file.metadata.map} | {other: score(file.embeddings, other) for other in others},
+            {protocol: file.metadata.map} | {more: score(file.embeddings, more) for more in more_protocols},
             len(file.content),
             sha256(file.content),
             resizes=name == ALL_IN_ONE,
         )
         for name, file in files.items()
     }
-    remarks = {f"Galleries that `{TEACHER}` has embedded": f"Where the student takes its place, {mixed.verdict}."}
+    notes = {
+        f"Can the student search a gallery that `{TEACHER}` embedded?": gallery_note(
+            compatibility.old, compatibility.mixed
+        )
+    }
     contents = {name: file.content for name, file in files.items()}
-    if verdict is not None:
-        remarks["Eight bits"] = verdict.text
+    if int8_result is not None:
+        notes["Is there an int8 file?"] = int8_result.markdown
     write_release(
         run.out,
         contents
-        | {"card.md": card(entries, remarks).encode()}
+        | {"card.md": render_card(entries, notes).encode()}
         | {sample.PICTURE: sample.as_png(sample.picture((height, width)))}
         | {sample.EXPECTED: sample.expected(contents, (height, width))},
     )
-    about, original = files[STUDENT].metadata, files[TEACHER].metadata
+    small, full = files[STUDENT].metadata, files[TEACHER].metadata
     return ExportRecord(
-        map=about.map,
+        map=small.map,
         map_allinone=files[ALL_IN_ONE].metadata.map,
         map_int8=files[INT8].metadata.map if INT8 in files else None,
-        map_teacher=original.map,
-        map_student_on_teacher=mixed.mixed,
+        map_teacher=full.map,
+        map_student_on_teacher=compatibility.mixed,
         min_cosine=min(file.min_cosine for file in files.values() if file.min_cosine is not None),
         bytes=len(contents[STUDENT]),
         bytes_allinone=len(contents[ALL_IN_ONE]),
         bytes_int8=len(contents[INT8]) if INT8 in files else None,
         bytes_teacher=len(contents[TEACHER]),
-        params=about.params,
-        macs=about.macs,
-        params_reduction=1 - about.params / original.params,
-        macs_reduction=1 - about.macs / original.macs,
+        params=small.params,
+        macs=small.macs,
+        params_reduction=1 - small.params / full.params,
+        macs_reduction=1 - small.macs / full.macs,
         int8_published=int(INT8 in files),
     )
 

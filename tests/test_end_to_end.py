@@ -1,4 +1,4 @@
-"""All six stages through `dvc repro`, on the smoke preset: the exact files, nothing to do twice, and kills."""
+"""All six stages with `dvc repro` on the smoke preset: the files they write, caching, and resuming after a kill."""
 
 import hashlib
 import json
@@ -47,18 +47,18 @@ ARTIFACTS = {
     "benchmark/latency.csv",
     "benchmark/report/index.html",
 }
-"""What the pipeline leaves, the rendered images and the report's pictures apart."""
+"""All artifacts except the rendered images and the charts of the report."""
 
 
 def environment() -> dict[str, str]:
-    # The checkout's own code runs, whatever is installed in the environment.
+    # An empty PYTHONPATH makes the code of the checkout run, not the code under test.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "DVC_", "PYTEST_"))}
     return kept | {"PATH": path, "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def checkout(folder: Path, preset: str = "smoke") -> Path:
-    """A clone with what is in the working tree, and a preset in params.yaml."""
+    """Copy the working tree into a new Git repository, with a preset in params.yaml."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, check=True, capture_output=True, text=True,
@@ -72,9 +72,12 @@ def checkout(folder: Path, preset: str = "smoke") -> Path:
         path = folder / produced
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org"]
-    then = {"GIT_AUTHOR_DATE": "2026-01-01T00:00Z", "GIT_COMMITTER_DATE": "2026-01-01T00:00Z"}  # files name the commit
+    dates = {
+        "GIT_AUTHOR_DATE": "2026-01-01T00:00Z",
+        "GIT_COMMITTER_DATE": "2026-01-01T00:00Z",
+    }  # a fixed commit id: ONNX files contain it
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "all"]):
-        subprocess.run([*git, *command], cwd=folder, check=True, capture_output=True, env={**os.environ, **then})
+        subprocess.run([*git, *command], cwd=folder, check=True, capture_output=True, env={**os.environ, **dates})
     return folder
 
 
@@ -90,15 +93,15 @@ def metrics(folder: Path, stage: str) -> dict[str, float]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Hashes of everything that must be the same for the same seed."""
-    found = {}
+    """Hash all files that must be identical for equal seeds."""
+    hashes = {}
     for path in sorted(
         p for top in ("artifacts", "metrics", "plots") for p in (folder / top).rglob("*") if p.is_file()
     ):
         name = path.relative_to(folder).as_posix()
         if "benchmark" not in name:
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
+            hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashes
 
 
 @pytest.fixture(scope="session")
@@ -112,10 +115,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_pipeline_writes_exactly_these_files(finished: Path) -> None:
     artifacts = finished / "artifacts"
     names = {path.relative_to(artifacts).as_posix() for path in artifacts.rglob("*") if path.is_file()}
-    pictures = {name for name in names if name.startswith("benchmark/report/") and name.endswith(".png")}
+    charts = {name for name in names if name.startswith("benchmark/report/") and name.endswith(".png")}
     rendered = {name for name in names if name.startswith("prepare/vehicles/")}
-    assert names - pictures - rendered == ARTIFACTS
-    assert len(pictures) >= 4
+    assert names - charts - rendered == ARTIFACTS
+    assert len(charts) >= 4
     assert {path.name for path in (finished / "metrics").iterdir()} == {f"{stage}.json" for stage in STAGES}
     assert {path.name for path in (finished / "plots").iterdir()} == {"teacher.csv", "student.csv"}
     assert {path.name for path in (finished / "timings").iterdir()} == {f"{stage}.json" for stage in STAGES}
@@ -123,7 +126,7 @@ def test_the_pipeline_writes_exactly_these_files(finished: Path) -> None:
     assert leftovers == []
 
 
-def test_the_student_keeps_to_its_budget_and_surgery_changes_nothing(finished: Path) -> None:
+def test_the_student_meets_its_budget_and_surgery_keeps_its_quality(finished: Path) -> None:
     student, surgery, export = (metrics(finished, stage) for stage in ("student", "surgery", "export"))
     assert student["target"] <= student["macs_reduction"] <= student["target"] + 0.01
     assert surgery["macs_reduction"] == student["macs_reduction"]
@@ -136,7 +139,7 @@ def test_the_student_keeps_to_its_budget_and_surgery_changes_nothing(finished: P
     assert export["int8_published"] == 0
 
 
-def test_metrics_hold_numbers_only(finished: Path) -> None:
+def test_metrics_contain_numbers_only(finished: Path) -> None:
     def numbers(value: object) -> bool:
         if isinstance(value, dict):
             return all(numbers(inner) for inner in value.values())
@@ -154,7 +157,7 @@ def test_the_onnx_file_embeds_any_number_of_images(finished: Path) -> None:
         assert embedding.shape == (images, 32)
 
 
-def test_checksums_are_those_that_sha256sum_checks(finished: Path) -> None:
+def test_checksums_match_the_files(finished: Path) -> None:
     export = finished / "artifacts" / "export"
     for line in (export / "SHA256SUMS").read_text().splitlines():
         digest, _, name = line.partition("  ")
@@ -169,8 +172,8 @@ def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def spoilt(release: Path, target: Path) -> None:
-    """A release of its own whose student lost part of what it knew."""
+def write_worse_release(release: Path, target: Path) -> None:
+    """Write a valid release whose student has noise on its convolution weights."""
     files = read_release(release)
     model = onnx.load_from_string(files["model.onnx"])
     random = np.random.default_rng(0)
@@ -186,14 +189,14 @@ def spoilt(release: Path, target: Path) -> None:
     write_release(target, files | {EXPECTED: expected(models, size)})
 
 
-def test_a_release_becomes_champion_a_worse_one_does_not_and_what_is_pulled_runs(
+def test_a_release_becomes_champion_a_worse_one_does_not_and_the_pulled_model_runs(
     finished: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "checkout"
     shutil.copytree(finished, folder, symlinks=True)
     first = command(folder, "publish")
     assert (first.returncode, first.stdout) == (0, "version 1 is champion: there was none before it\n"), first.stderr
-    spoilt(folder / "artifacts" / "export", tmp_path / "worse")
+    write_worse_release(folder / "artifacts" / "export", tmp_path / "worse")
     second = command(folder, "publish", str(tmp_path / "worse"))
     assert second.returncode == 4, second.stderr
     assert "version 2 stays challenger: mAP may be " in second.stderr
@@ -219,7 +222,7 @@ def test_a_release_becomes_champion_a_worse_one_does_not_and_what_is_pulled_runs
     assert command(folder, "verify", str(tmp_path / "downloaded")).returncode == 0
 
 
-def test_the_release_verifies_and_a_flipped_byte_does_not(finished: Path, tmp_path: Path) -> None:
+def test_verify_accepts_the_release_and_rejects_a_flipped_bit(finished: Path, tmp_path: Path) -> None:
     done = command(finished, "verify")
     assert done.returncode == 0, done.stderr
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == [
@@ -234,12 +237,12 @@ def test_the_release_verifies_and_a_flipped_byte_does_not(finished: Path, tmp_pa
     assert "model.onnx is damaged" in done.stderr
 
 
-def test_student_in_the_teachers_gallery_is_told_alike_by_stage_and_command(finished: Path) -> None:
+def test_stage_and_command_agree_on_the_student_in_the_teachers_gallery(finished: Path) -> None:
     done = command(finished, "compatible", "artifacts/export/teacher.onnx")
     assert done.returncode == 0, done.stderr
-    told = [float(line.split()[-1]) for line in done.stdout.splitlines()[:3]]
+    printed = [float(line.split()[-1]) for line in done.stdout.splitlines()[:3]]
     export = metrics(finished, "export")
-    assert told == pytest.approx([export["map_teacher"], export["map_student_on_teacher"], export["map"]], abs=6e-5)
+    assert printed == pytest.approx([export["map_teacher"], export["map_student_on_teacher"], export["map"]], abs=6e-5)
 
 
 def test_a_second_repro_does_nothing(finished: Path) -> None:
@@ -250,18 +253,18 @@ def test_a_second_repro_does_nothing(finished: Path) -> None:
     assert digests(finished) == before
 
 
-def test_a_change_of_the_budget_leaves_the_teacher_alone(finished: Path, tmp_path: Path) -> None:
+def test_a_change_of_the_budget_does_not_rerun_the_teacher(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "changed", symlinks=True)
     folder = tmp_path / "changed"
     text = (folder / "params.yaml").read_text()
     (folder / "params.yaml").write_text(text.replace("reduction: 0.4", "reduction: 0.3"))
     done = repro(folder, "--dry")
     ran = {stage for stage in STAGES if f"Running stage '{stage}'" in done.stdout}
-    assert ran == {"student"}, done.stdout  # a dry run does not see that what follows will change too
+    assert ran == {"student"}, done.stdout  # a dry run cannot know that later stages will change too
 
 
 def kill_when_saved(folder: Path, stage: str, epoch: int) -> None:
-    """Run `dvc repro` and kill everything once `stage` has saved its state after `epoch`."""
+    """Run `dvc repro` and kill its process group once `stage` has saved its state after `epoch`."""
     command = [sys.executable, "-m", "dvc", "repro"]
     process = subprocess.Popen(
         command, cwd=folder, env=environment(), start_new_session=True,
@@ -276,7 +279,7 @@ def kill_when_saved(folder: Path, stage: str, epoch: int) -> None:
     process.wait()
 
 
-def test_killed_trainings_go_on_and_end_with_the_same_bytes(finished: Path, tmp_path: Path) -> None:
+def test_killed_trainings_resume_and_give_the_same_bytes(finished: Path, tmp_path: Path) -> None:
     folder = checkout(tmp_path / "killed")
     kill_when_saved(folder, "teacher", 1)
     kill_when_saved(folder, "student", 2)
@@ -286,7 +289,7 @@ def test_killed_trainings_go_on_and_end_with_the_same_bytes(finished: Path, tmp_
     assert digests(folder) == digests(finished)
 
 
-def test_bad_params_are_refused_at_once_and_all_together(finished: Path, tmp_path: Path) -> None:
+def test_all_errors_in_params_are_reported_at_once(finished: Path, tmp_path: Path) -> None:
     text = preset_text(ROOT, "smoke")
     text = text.replace("  epochs: 2 ", "  epochs: 0 ", 1).replace("validation:", "validaton:")
     folder = tmp_path / "bad"
@@ -302,7 +305,7 @@ def test_bad_params_are_refused_at_once_and_all_together(finished: Path, tmp_pat
     assert "Traceback" not in done.stderr
 
 
-def test_methods_are_compared_as_experiments_that_need_not_run_twice(finished: Path, tmp_path: Path) -> None:
+def test_the_comparison_of_methods_runs_each_experiment_once(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkout"
     shutil.copytree(finished, folder, symlinks=True)
     shutil.copy2(folder / "params.yaml", folder / "presets" / "evidence.yaml")
@@ -311,8 +314,9 @@ def test_methods_are_compared_as_experiments_that_need_not_run_twice(finished: P
         subprocess.run([*git, *command], cwd=folder, check=True, capture_output=True)
     code = """
 from pathlib import Path
-from benchmarks.evidence.experiments import Cell, gather
-gather(Path.cwd(), [Cell("budget", 0.4, 0), Cell("static-magnitude", 0.45, 0), Cell("paper", None, 0)])
+from benchmarks.evidence.experiments import Experiment, compare_methods
+methods = [Experiment("budget", 0.4, 0), Experiment("static-magnitude", 0.45, 0), Experiment("paper", None, 0)]
+compare_methods(Path.cwd(), methods)
 """
     outputs = []
     for _ in range(2):
@@ -323,8 +327,8 @@ gather(Path.cwd(), [Cell("budget", 0.4, 0), Cell("static-magnitude", 0.45, 0), C
         assert done.returncode == 0, done.stdout
         logs = [path.read_text() for path in (folder / ".dvc" / "tmp" / "exps" / "run").glob("*/*.out")]
         outputs.append("".join(logs))
-        assert len(logs) == 3  # one an experiment, none by the second call
-        # elsewhere there is only what Git keeps
+        assert len(logs) == 3  # one per experiment, none from the second call
+        # another machine has the files in Git, but not the refs of DVC's experiments
         listed = ["git", "for-each-ref", "--format=delete %(refname)", "refs/exps"]
         refs = subprocess.run(listed, cwd=folder, check=True, capture_output=True).stdout
         subprocess.run(["git", "update-ref", "--stdin"], cwd=folder, check=True, input=refs)
@@ -341,20 +345,20 @@ gather(Path.cwd(), [Cell("budget", 0.4, 0), Cell("static-magnitude", 0.45, 0), C
     assert json.loads((folder / "metrics" / "student.json").read_text()) == metrics(finished, "student")
 
 
-def test_a_latency_budget_goes_through_and_leaves_what_it_counted(finished: Path, tmp_path: Path) -> None:
+def test_a_latency_budget_is_met_and_its_cost_model_is_written(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkout"
     shutil.copytree(finished, folder, symlinks=True)
     params = (folder / "params.yaml").read_text()
     changed = params.replace("of: macs", "of: latency").replace(
         "reduction: 0.4", "reduction: 0.25"
-    )  # far from the floor
+    )  # far from the smallest possible latency
     (folder / "params.yaml").write_text(changed)
     done = repro(folder, "surgery")
     assert done.returncode == 0, done.stdout
     student = metrics(folder, "student")
-    said = "more than the 25.0 % asked" in done.stdout  # a busy machine may have timed wrongly
+    warned = "more than the 25.0 %" in done.stdout  # happens if a busy machine gave wrong timings
     assert student["target"] <= student["latency_reduction"]
-    assert said == (student["latency_reduction"] > student["target"] + 0.01)
+    assert warned == (student["latency_reduction"] > student["target"] + 0.01)
     assert student["macs_reduction"] == metrics(folder, "surgery")["macs_reduction"]
     terms = json.loads((folder / "artifacts" / "student" / "latency.json").read_text())
     assert {term["right"] for term in terms} >= {"conv1", "layer1", "layer1.0.conv1", "embedding"}

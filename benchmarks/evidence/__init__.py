@@ -1,1 +1,1 @@
-"""Every method at every target with every seed, and what they show together: `python -m benchmarks.evidence`."""
+"""Compare all compression methods at several targets and seeds: `python -m benchmarks.evidence`."""

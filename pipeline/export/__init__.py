@@ -1,1 +1,1 @@
-"""From a network to an ONNX file that can be trusted."""
+"""Export networks to ONNX, and check that the files reproduce them."""

@@ -1,4 +1,4 @@
-"""The card that goes with the files: what they are, and how to run them without this repository."""
+"""The model card of a release: what the files are, and how to run them without this repository."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,19 +8,18 @@ from pipeline.inference.session import INPUT, OUTPUT
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One file on the card.
+class CardEntry:
+    """A file on the card.
 
     Attributes:
-        what: What it is, in a few words.
-        metadata: What it says about itself.
-        maps: mAP by protocol, the run's own first.
-        bytes: Its size.
-        sha256: Of its content, hexadecimal.
-        resizes: Whether it takes pictures of any size.
+        description: A few words.
+        maps: mAP by protocol, in [0, 1]; the protocol of the run comes first.
+        bytes: Size of the file.
+        sha256: Hexadecimal.
+        resizes: Whether the model accepts images of any size.
     """
 
-    what: str
+    description: str
     metadata: Metadata
     maps: Mapping[str, float]
     bytes: int
@@ -28,45 +27,70 @@ class Entry:
     resizes: bool
 
 
-def card(files: Mapping[str, Entry], remarks: Mapping[str, str]) -> str:
-    """The card as Markdown.
+def gallery_note(teacher_map: float, student_on_teacher_map: float | None) -> str:
+    """Say whether a gallery that the teacher embedded can be searched with queries embedded by the student.
 
     Args:
-        files: Entries by file name; one resizes, the first does not.
-        remarks: Paragraphs by their heading: whether there is an int8 file, and why.
+        teacher_map: mAP of queries and gallery by the teacher.
+        student_on_teacher_map: mAP of queries by the student in that gallery; None if embedding lengths differ.
+    """
+    if student_on_teacher_map is None:
+        return "No: the embeddings have different lengths. Embed the gallery again with the student."
+    compatible = student_on_teacher_map >= teacher_map
+    return (
+        f"{'Yes' if compatible else 'No: embed the gallery again with the student'}. On the test set embedded by the "
+        f"teacher, queries of the student reach mAP {student_on_teacher_map:.4f} and queries of the teacher "
+        f"{teacher_map:.4f}."
+    )
+
+
+def render_card(files: Mapping[str, CardEntry], notes: Mapping[str, str]) -> str:
+    """Render card.md, in Markdown.
+
+    Args:
+        files: Entries by file name; at least one resizes and at least one does not. The metadata of the first one that
+            does not are those of the card.
+        notes: Paragraphs by heading.
     """
     core = next(name for name, entry in files.items() if not entry.resizes)
     whole = next(name for name, entry in files.items() if entry.resizes)
-    about = files[core].metadata
-    height, width = about.image_size
+    metadata = files[core].metadata
+    height, width = metadata.image_size
     protocols = list(files[core].maps)
     scores = " | ".join(f"mAP, `{protocol}`" for protocol in protocols)
     rows = "\n".join(
-        f"| `{file}` | {entry.what} | {' | '.join(f'{entry.maps[protocol]:.4f}' for protocol in protocols)} "
+        f"| `{file}` | {entry.description} | {' | '.join(f'{entry.maps[protocol]:.4f}' for protocol in protocols)} "
         f"| {entry.metadata.params:,} | {entry.metadata.macs:,} | {entry.bytes:,} |"
         for file, entry in files.items()
     )
     sums = "\n".join(f"{entry.sha256}  {file}" for file, entry in files.items())
-    changes = ", with changes" if about.git_commit.endswith("+") else ""
-    said = "\n\n".join(f"## {heading}\n\n{text}" for heading, text in remarks.items())
+    changes = " with uncommitted changes" if metadata.git_commit.endswith("+") else ""
+    sections = "\n\n".join(f"## {heading}\n\n{text}" for heading, text in notes.items())
     return f"""\
-# Image retrieval: an image in, an embedding out
+# Image retrieval model: image in, embedding out
 
-Images of one identity get embeddings that point the same way; rank a gallery by the dot product with the query's.
+Images of the same identity get similar embeddings. To search a gallery, rank its images by the dot product of their
+embeddings with the query's.
 
-| file | what | {scores} | params | MACs | bytes |
+Licence: {metadata.licence}
+
+## Which file do I need?
+
+Use `{whole}` unless you resize and normalise images yourself; then use `{core}`.
+
+| file | content | {scores} | params | MACs | bytes |
 |---|---|{"---|" * len(protocols)}---|---|---|
 {rows}
 
-mAP by protocol: data `{about.data}`, identities that were not trained on, measured on these files in ONNX Runtime.
-MACs: multiply-accumulates for one image. Embeddings of different networks do not compare.
+- mAP was measured on these files with ONNX Runtime, on identities of data set `{metadata.data}` that were not used for
+  training. Its value depends on the evaluation protocol named in the column.
+- MACs are multiply-accumulates per image.
+- Embeddings of the teacher and of the student are not interchangeable; see the section on galleries below.
 
-Licence: {about.licence}
+## How do I run it?
 
-## Run it
-
-`{whole}` takes pictures as they are, uint8 (batch, height, width, 3) RGB of any size, and resizes them itself.
-`{OUTPUT}` is float32 (batch, {about.embedding_dim}), of length 1.
+`{whole}` takes uint8 images, (batch, height, width, 3) RGB of any size, and resizes and normalises them.
+The output `{OUTPUT}` is float32, (batch, {metadata.embedding_dim}), L2-normalised.
 
 ```python
 import numpy as np
@@ -78,8 +102,9 @@ image = ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")
 embedding = session.run(["{OUTPUT}"], {{"{INPUT}": np.asarray(image)[None]}})[0]
 ```
 
-The others take float32 (batch, 3, {height}, {width}): upright, RGB, resized bilinearly with antialiasing to {height} x
-{width} (height x width), divided by 255, less the mean, divided by the standard deviation.
+The other files take float32, (batch, 3, {height}, {width}), preprocessed in these steps: rotate upright by the EXIF
+tag, convert to RGB, resize to height {height} and width {width} (bilinear, antialiased), divide by 255, subtract the
+mean, divide by the standard deviation.
 
 ```python
 import numpy as np
@@ -89,22 +114,25 @@ from PIL import Image, ImageOps
 session = onnxruntime.InferenceSession("{core}", providers=["CPUExecutionProvider"])
 image = ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")
 image = image.resize(({width}, {height}), Image.Resampling.BILINEAR)
-pixels = (np.asarray(image) / 255 - {list(about.mean)}) / {list(about.std)}
+pixels = (np.asarray(image) / 255 - {list(metadata.mean)}) / {list(metadata.std)}
 batch = pixels.transpose(2, 0, 1)[None].astype(np.float32)
 embedding = session.run(["{OUTPUT}"], {{"{INPUT}": batch}})[0]
 ```
 
-{said}
+{sections}
 
-## Check it
+## Is my download intact?
 
-`sha256sum -c SHA256SUMS` compares the files with what was written. `sample.png` is a drawn picture, and `sample.json`
-holds the embedding that each file gave it; `smaller-student verify FOLDER` does both. The digests:
+`sha256sum -c SHA256SUMS` checks the files. `smaller-student verify FOLDER` also runs each model on `sample.png`, a
+drawn image, and compares the result with the expected embedding in `sample.json`.
 
 ```text
 {sums}
 ```
 
-Each file's metadata hold all of the above, and where it comes from: commit `{about.git_commit[:12]}`{changes}, data
-`{about.data_digest[:12]}`, params `{about.params_digest[:12]}`.
+## Where does it come from?
+
+Git commit `{metadata.git_commit[:12]}`{changes}; SHA-256 of the data manifest `{metadata.data_digest[:12]}`; SHA-256 of
+the parameters `{metadata.params_digest[:12]}`. The metadata of each ONNX file hold the full digests, the
+preprocessing, the licence and the mAP.
 """

@@ -1,4 +1,4 @@
-"""Embeddings by an exported file, whichever input it takes."""
+"""Compute embeddings with an exported file, with or without built-in preprocessing."""
 
 from typing import Protocol
 
@@ -10,71 +10,55 @@ from pipeline.progress import track
 
 Pixels = npt.NDArray[np.uint8]
 Embeddings = npt.NDArray[np.float32]
-Colour = tuple[float, ...]
-"""A number for each channel (RGB), of pixels in [0, 1]."""
+PerChannel = tuple[float, ...]
+"""A mean or standard deviation per channel (RGB), for pixels in [0, 1]."""
 
 
 class Images(Protocol):
-    """Pictures by their row in the manifest."""
+    """Decoded images of a manifest."""
 
-    def batch(self, rows: npt.NDArray[np.int64]) -> Pixels:
-        """Images (n, h, w, 3) of these rows, RGB."""
+    def batch(self, indices: npt.NDArray[np.int64]) -> Pixels:
+        """Return the images (n, h, w, 3), RGB, at these indices of the manifest."""
 
 
-def embed_pixels(session: InferenceSession, pixels: Pixels, mean: Colour, std: Colour) -> Embeddings:
-    """Embed pictures, (n, h, w, 3) uint8 RGB -> (n, D), of length 1.
+def embed_pixels(session: InferenceSession, pixels: Pixels, mean: PerChannel, std: PerChannel) -> Embeddings:
+    """Embed a batch of upright images with an exported file, (n, h, w, 3) uint8 RGB -> (n, D), L2-normalised.
 
-    Args:
-        session: Of a file that this package wrote; one that takes floats gets them normalised.
-        pixels: Upright; a file that takes floats wants its own height and width.
-        mean: That the file was trained with.
-        std: Likewise.
+    A model with float input needs images of its input size, which are normalised with `mean` and `std`.
     """
-    feed = pixels if takes_pixels(session) else normalised(pixels, mean, std)
-    found: Embeddings = session.run([OUTPUT], {INPUT: feed})[0]
-    return found
+    feed = pixels if has_preprocessing(session) else normalise_pixels(pixels, mean, std)
+    embeddings: Embeddings = session.run([OUTPUT], {INPUT: feed})[0]
+    return embeddings
 
 
-def takes_pixels(session: InferenceSession) -> bool:
-    """Whether a file resizes and normalises by itself."""
+def has_preprocessing(session: InferenceSession) -> bool:
+    """Return whether the model takes uint8 images of any size and resizes and normalises them itself."""
     return bool(session.get_inputs()[0].type == "tensor(uint8)")
 
 
-def normalised(pixels: Pixels, mean: Colour, std: Colour) -> npt.NDArray[np.float32]:
-    """What a file that takes floats wants: (n, h, w, 3) uint8 -> (n, 3, h, w) float32, the same bits as torch's."""
-    channels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
-    found: npt.NDArray[np.float32] = (channels - scaled(mean)) / scaled(std)
-    return found
+def normalise_pixels(pixels: Pixels, mean: PerChannel, std: PerChannel) -> npt.NDArray[np.float32]:
+    """Normalise images, (n, h, w, 3) uint8 -> (n, 3, h, w) float32; bit-identical to `data.augment.normalise`."""
+    channels_first = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
+    normalised: npt.NDArray[np.float32] = (channels_first - scale_to_255(mean)) / scale_to_255(std)
+    return normalised
 
 
-def scaled(colour: Colour) -> npt.NDArray[np.float32]:
-    """A colour for pixels up to 255, (3, 1, 1)."""
-    found: npt.NDArray[np.float32] = (255 * np.array(colour, np.float64)).astype(np.float32)[:, None, None]
-    return found
+def scale_to_255(values: PerChannel) -> npt.NDArray[np.float32]:
+    """Convert a mean or standard deviation for pixels in [0, 1] to one for uint8 pixels, shape (3, 1, 1)."""
+    scaled: npt.NDArray[np.float32] = (255 * np.array(values, np.float64)).astype(np.float32)[:, None, None]
+    return scaled
 
 
 def embed(
     session: InferenceSession,
     images: Images,
-    rows: npt.NDArray[np.int64],
-    mean: Colour,
-    std: Colour,
+    indices: npt.NDArray[np.int64],
+    mean: PerChannel,
+    std: PerChannel,
     batch: int = 32,
 ) -> Embeddings:
-    """Embed images of a manifest.
-
-    Args:
-        session: Of a file that this package wrote.
-        images: Where the pixels come from.
-        rows: (n,) which images, n >= 1.
-        mean: As in `embed_pixels`.
-        std: Likewise.
-        batch: Images at a time.
-
-    Returns:
-        (n, D) float32, of length 1.
-    """
-    chunks = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+    """Embed the images at `indices` (n,), n >= 1, of a manifest -> (n, D), `batch` at a time; see `embed_pixels`."""
+    chunks = [indices[start : start + batch] for start in range(0, len(indices), batch)]
     return np.concatenate(
         [
             embed_pixels(session, images.batch(chunk), mean, std)

@@ -1,4 +1,4 @@
-"""The files of a release, each proven to be what was trained before it is one."""
+"""Export the ONNX files of a release; a file is returned only if it reproduces its torch network."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -8,12 +8,12 @@ import onnx
 
 from pipeline.config import Export
 from pipeline.export import int8
-from pipeline.export.allinone import all_in_one
 from pipeline.export.embed import Embeddings, Pixels
 from pipeline.export.metadata import Metadata, finish, serialise
-from pipeline.export.parity import BATCHES, Probe, Reference, cosines, probed, verify, verify_batches, verify_resizing
+from pipeline.export.parity import BATCH_SIZES, ParityCheck, Reference, batch_subset, cosines
+from pipeline.export.preprocessing import add_preprocessing
 from pipeline.export.release import ALL_IN_ONE, INT8, STUDENT, TEACHER
-from pipeline.export.sample import BYTES
+from pipeline.export.sample import MIN_COSINE_INT8
 from pipeline.export.to_onnx import to_onnx
 from pipeline.inference.session import open_session
 from pipeline.inference.timing import Gain, gains
@@ -22,23 +22,19 @@ from pipeline.models.spec import ArchSpec
 
 log = logging.getLogger(__name__)
 
-Describe = Callable[[ArchSpec, float], Metadata]
-"""What a file says about itself, given its network's spec and its own mAP."""
-
 
 @dataclass(frozen=True)
-class File:
+class ExportedFile:
     """An ONNX file.
 
     Attributes:
-        what: What it is, in a few words.
-        content: Of it.
-        metadata: What it says about itself.
-        embeddings: (n, D) that it gives the probe's images.
-        min_cosine: Smallest cosine of them with torch's; None where bits were given up on purpose.
+        description: A few words for the model card.
+        content: Bytes of the file.
+        embeddings: (n, D) of the test images, by ONNX Runtime.
+        min_cosine: Smallest cosine of these embeddings with torch's; None for int8, which is lossy.
     """
 
-    what: str
+    description: str
     content: bytes
     metadata: Metadata
     embeddings: Embeddings
@@ -47,82 +43,98 @@ class File:
 
 @dataclass(frozen=True)
 class OnnxExporter:
-    """What files are made and judged with.
+    """Exports student and teacher, and checks each file.
 
     Attributes:
-        image_size: Height and width of the input, pixels.
-        settings: Section of params.yaml.
-        probe: What files are compared with torch on.
-        describe: Makes metadata.
-        embed: Embeddings (n, D) of the probe's images by a torch network.
-        calibration: (n, 3, h, w) each, normalised training images.
-        originals: (h, w, 3) each, test images of their own size; they need not fit into memory together.
+        image_size: (height, width) of the input, pixels.
+        settings: Section `export` of params.yaml.
+        check: Compares files with torch on the test images.
+        make_metadata: Builds the metadata of a file from the spec of its network and the mAP of the file.
+        embed: Embeds the test images with a torch network, (n, D).
+        calibration: Batches of normalised training images, (n, 3, h, w) each, for int8.
+        originals: Test images (h, w, 3) at their original size, which may differ; read one at a time.
     """
 
     image_size: tuple[int, int]
     settings: Export
-    probe: Probe
-    describe: Describe
+    check: ParityCheck
+    make_metadata: Callable[[ArchSpec, float], Metadata]
     embed: Callable[[RetrievalNet], Embeddings]
     calibration: Sequence[int8.Inputs]
     originals: Iterable[Pixels]
 
-    def files(self, student: RetrievalNet, teacher: RetrievalNet) -> tuple[dict[str, File], int8.Int8Result | None]:
-        """All files of a release by name, the one to begin with first; and what became of int8, where it is asked for.
+    def export(
+        self, student: RetrievalNet, teacher: RetrievalNet
+    ) -> tuple[dict[str, ExportedFile], int8.Int8Result | None]:
+        """Export all files of a release.
+
+        Returns:
+            The files by name, the student's float file first; the outcome of quantisation if `export.precisions` has
+            int8, else None.
 
         Raises:
-            ParityError: If a file does something else than its network.
+            ParityError: If a file does not reproduce its network.
         """
-        probe, reference = self.probe, self.probe.reference(self.embed(student))
+        check, reference = self.check, self.check.reference(self.embed(student))
         model = to_onnx(student, self.image_size, self.settings.opset)
-        core = self._exact(STUDENT, "the student", student, model, reference)
-        resizing = all_in_one(model, self.image_size, probe.mean, probe.std)
-        whole = self._exact(ALL_IN_ONE, "the student, with preprocessing inside", student, resizing, reference)
-        verify_resizing(ALL_IN_ONE, whole.content, core.content, self.originals, probe)
-        found, verdict = {STUDENT: core, ALL_IN_ONE: whole}, None
+        core = self._checked(STUDENT, "the student", student, model, reference)
+        resizing = add_preprocessing(model, self.image_size, check.mean, check.std)
+        whole = self._checked(ALL_IN_ONE, "the student with built-in preprocessing", student, resizing, reference)
+        check.verify_resizing(ALL_IN_ONE, whole.content, core.content, self.originals)
+        files, int8_result = {STUDENT: core, ALL_IN_ONE: whole}, None
         if "int8" in self.settings.precisions:
-            verdict, coarse = self._judged(student, model, core)
-            found |= {INT8: coarse} if coarse else {}
-        translated = to_onnx(teacher, self.image_size, self.settings.opset)
-        what = "the network that it learnt from"
-        reference = probe.reference(self.embed(teacher))
-        return found | {TEACHER: self._exact(TEACHER, what, teacher, translated, reference)}, verdict
+            int8_result, quantised = self._quantised(student, model, core)
+            files |= {INT8: quantised} if quantised else {}
+        teacher_model = to_onnx(teacher, self.image_size, self.settings.opset)
+        reference = check.reference(self.embed(teacher))
+        return files | {TEACHER: self._checked(TEACHER, "the teacher", teacher, teacher_model, reference)}, int8_result
 
-    def _exact(self, name: str, what: str, net: RetrievalNet, model: onnx.ModelProto, reference: Reference) -> File:
-        """A file that must do what the network does."""
-        parity = verify(name, serialise(model), reference, self.probe)
-        metadata = self.describe(net.spec, parity.map)
+    def _checked(
+        self, name: str, description: str, net: RetrievalNet, model: onnx.ModelProto, reference: Reference
+    ) -> ExportedFile:
+        """Check a float file and add its metadata.
+
+        Raises:
+            ParityError: If it does not reproduce its network.
+        """
+        parity = self.check.verify(name, serialise(model), reference)
+        metadata = self.make_metadata(net.spec, parity.map)
         content = finish(model, metadata)
-        verify_batches(name, content, reference, self.probe)
-        return File(what, content, metadata, parity.embeddings, parity.min_cosine)
+        self.check.verify_batches(name, content, reference)
+        return ExportedFile(description, content, metadata, parity.embeddings, parity.min_cosine)
 
-    def _judged(self, net: RetrievalNet, model: onnx.ModelProto, core: File) -> tuple[int8.Int8Result, File | None]:
-        """Whether an int8 file is worth it, and it if it is."""
-        tried: list[Embeddings] = []
+    def _quantised(
+        self, net: RetrievalNet, model: onnx.ModelProto, core: ExportedFile
+    ) -> tuple[int8.Int8Result, ExportedFile | None]:
+        """Quantise the student; return the outcome, and the file if it qualifies."""
+        scored: list[Embeddings] = []
 
         def speedups(files: Mapping[str, bytes]) -> Mapping[str, Gain]:
             return gains({STUDENT: core.content, **files}, STUDENT, self.image_size)
 
         def score(content: bytes) -> float:
-            tried.append(self.probe.embed(open_session(content)))
-            return self.probe.score(tried[-1])
+            scored.append(self.check.embed(open_session(content)))
+            return self.check.score(scored[-1])
 
-        loss = self.settings.limits.int8_map_loss
-        verdict = int8.choose(model, self.calibration, core.metadata.map, loss, score, speedups)
+        max_loss = self.settings.limits.int8_map_loss
+        result = int8.choose(model, self.calibration, core.metadata.map, max_loss, score, speedups)
         file = None
-        if verdict.model is not None and verdict.map is not None:
-            metadata = self.describe(net.spec, verdict.map)  # the last that was tried is the one that was taken
-            file = File("the student, 8 bits", finish(verdict.model, metadata), metadata, tried[-1], None)
-            if fault := self._by_batch(file):
-                verdict, file = replace(verdict, model=None, map=None, reason=f"{verdict.reason}, but {fault}"), None
-        log.info("int8 is %s: %s", "published" if file else "not published", verdict.reason)
-        return verdict, file
+        if result.model is not None and result.map is not None:
+            metadata = self.make_metadata(net.spec, result.map)
+            # `choose` stops scoring at the file it chooses, so the last embeddings are those of that file.
+            file = ExportedFile(
+                "the student, quantised to int8", finish(result.model, metadata), metadata, scored[-1], None
+            )
+            if problem := self._batch_dependence(file):
+                result, file = replace(result, model=None, map=None, reason=f"{result.reason}, but {problem}"), None
+        log.info("int8 is %s: %s", "published" if file else "not published", result.reason)
+        return result, file
 
-    def _by_batch(self, file: File) -> str:
-        """How the finished file's embeddings depend on the batch; nothing if they don't."""
-        session, some = open_session(file.content), probed(len(file.embeddings))
-        for batch in BATCHES:
-            close = cosines(self.probe.embed(session, some, batch), file.embeddings[some]).min()
-            if not close >= BYTES:
-                return f"in batches of {batch} an image's embedding has cosine {close:.4f} with the one that was scored"
+    def _batch_dependence(self, file: ExportedFile) -> str:
+        """Describe how the embeddings of a file depend on the batch size; empty if they do not."""
+        session, subset = open_session(file.content), batch_subset(len(file.embeddings))
+        for batch in BATCH_SIZES:
+            cosine = cosines(self.check.embed(session, subset, batch), file.embeddings[subset]).min()
+            if not cosine >= MIN_COSINE_INT8:
+                return f"at batch size {batch} an embedding has cosine {cosine:.4f} with that of batch size 32"
         return ""

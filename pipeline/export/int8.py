@@ -1,6 +1,6 @@
-"""Eight bits instead of 32: static quantisation, kept only if it is faster here and finds the same.
+"""Static int8 quantisation (QDQ), kept only if the file is faster on this machine and loses little mAP.
 
-Weights and activations are quantised (QDQ) with ranges seen on training images.
+Weights and activations are quantised; activation ranges are calibrated on training images.
 """
 
 import logging
@@ -15,27 +15,26 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
-from pipeline.inference.session import INPUT, open_session  # before the next: it turns telemetry off
+from pipeline.inference.session import INPUT, open_session  # before onnxruntime: it turns telemetry off
 from pipeline.inference.timing import Gain
 
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static  # isort: skip
 from onnxruntime.quantization.shape_inference import quant_pre_process  # isort: skip
 
-CALIBRATED = 256
-"""Training images that ranges are seen on."""
-BATCH = 32
-"""Of them at a time."""
+CALIBRATION_IMAGES = 256
+CALIBRATION_BATCH = 32
 Inputs = npt.NDArray[np.float32]
+"""A batch of normalised images, (n, 3, h, w)."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to quantise.
+    """Quantisation settings.
 
     Attributes:
-        name: Activations and weights, signed or not.
-        unsigned: Whether activations are.
-        per_channel: Whether each output channel has a scale of its own.
+        name: Types of activations and weights: U8S8 is unsigned activations and signed weights.
+        unsigned: Whether activations are unsigned.
+        per_channel: Whether each output channel has its own scale.
     """
 
     name: str
@@ -47,124 +46,116 @@ RECIPES = (
     Recipe("U8S8 by channel", unsigned=True, per_channel=True),
     Recipe("S8S8", unsigned=False, per_channel=False),
 )
-"""What measuring gave, and what ONNX Runtime's manual says to try first.
+"""The fastest recipe in measurements, and the one that ONNX Runtime's manual recommends to try first.
 
-All weights have seven bits. With eight, x86 processors without VNNI are wrong: they add two products in 16 bits, which
-overflow. A file may run on another processor than it was made on.
+Both use 7-bit weights. With 8 bits, x86 processors without VNNI compute wrong sums: they add two products in 16 bits,
+which overflow. A file may run on another processor than the one that exported it.
 """
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What a recipe led to.
+    """The file that a recipe gave.
 
     Attributes:
-        recipe: Its name.
-        speedup: Time of the float file / its own, one image, all threads.
-        at_least: Lower end of the speed-up's 95 % interval.
-        map: mAP on the test set; None where it was not asked, for want of speed.
+        recipe: Name of the recipe.
+        speedup: Latency of the float file divided by that of this file, for one image with all threads.
+        speedup_low: Lower end of the 95 % confidence interval of `speedup`.
+        map: mAP on the test set, in [0, 1]; None if it was not evaluated: not faster than float, or slower than the
+            candidate that was chosen.
         bytes: Size of the file.
     """
 
     recipe: str
     speedup: float
-    at_least: float
+    speedup_low: float
     map: float | None
     bytes: int
-
-    @property
-    def quality(self) -> str:
-        """Its mAP, in words."""
-        return "not asked" if self.map is None else f"{self.map:.4f}"
 
 
 @dataclass(frozen=True)
 class Int8Result:
-    """Whether there is an int8 file.
+    """The chosen int8 model, or the reason why there is none.
 
     Attributes:
-        model: It; None if there is none.
-        map: Its mAP on the test set; None if there is none.
-        reason: Why there is one, or none.
-        trials: All that was tried.
-        saturates: Whether this processor gets sums of 8-bit products wrong, see `saturates`.
+        model: The chosen model; None if no candidate qualified.
+        map: Its mAP on the test set; None if no candidate qualified.
+        reason: Why this candidate was chosen, or why none was.
+        candidates: All candidates, fastest first.
+        saturates: Result of `int8_products_saturate` on this machine.
     """
 
     model: onnx.ModelProto | None
     map: float | None
     reason: str
-    trials: tuple[Candidate, ...]
+    candidates: tuple[Candidate, ...]
     saturates: bool
 
     @property
-    def text(self) -> str:
-        """For people, as Markdown."""
+    def markdown(self) -> str:
+        """The section of the model card about int8."""
         rows = "\n".join(
-            f"| {trial.recipe} | {trial.speedup:.2f} | {trial.at_least:.2f} | {trial.quality} | {trial.bytes:,} |"
-            for trial in self.trials
+            f"| {candidate.recipe} | {candidate.speedup:.2f} | {candidate.speedup_low:.2f} "
+            f"| {'not evaluated' if candidate.map is None else f'{candidate.map:.4f}'} | {candidate.bytes:,} |"
+            for candidate in self.candidates
         )
-        sums = "gets some sums of 8-bit products wrong" if self.saturates else "adds 8-bit products rightly"
+        sums = "can overflow when adding 8-bit products" if self.saturates else "adds 8-bit products exactly"
         return (
-            f"{'There is an int8 file' if self.model else 'There is no int8 file'}. {self.reason}. The processor that "
-            f"it was tried on {sums}; the weights have 7 bits, with which no sum overflows.\n\n"
-            f"| recipe | times as fast, one image | at least | mAP | bytes |\n|---|---|---|---|---|\n{rows}"
+            f"There is {'an' if self.model else 'no'} int8 file. {self.reason}.\n\n"
+            f"The processor that exported these files {sums}. Int8 weights have 7 bits, which keeps sums exact on any "
+            "processor.\n\n| recipe | speed-up over float, one image | at least (95 %) | mAP | bytes |\n"
+            f"|---|---|---|---|---|\n{rows}"
         )
 
 
 def choose(
     model: onnx.ModelProto,
     inputs: Sequence[Inputs],
-    reference: float,
-    largest_loss: float,
+    float_map: float,
+    max_map_loss: float,
     score: Callable[[bytes], float],
     gains: Callable[[Mapping[str, bytes]], Mapping[str, Gain]],
 ) -> Int8Result:
-    """Quantise by each recipe; take the fastest that is faster than floats and loses little.
+    """Quantise with each recipe; choose the fastest file that is faster than float and loses little mAP.
 
     Args:
-        model: With floats.
-        inputs: (n, 3, h, w) each, normalised training images; ranges are seen on them.
-        reference: mAP of the float file.
-        largest_loss: Of mAP.
-        score: mAP of a file.
-        gains: How much faster than the float file each of some files is, by name.
+        model: Float model.
+        inputs: Calibration batches of normalised training images, (n, 3, h, w) each.
+        float_map: mAP of the float model.
+        max_map_loss: Largest mAP that the int8 file may lose.
+        score: Computes the mAP of a file.
+        gains: Measures the speed-up over the float file of each file, by name.
     """
-    wrong_sums = saturates()
-    files = {recipe.name: quantise(model, inputs, recipe) for recipe in RECIPES}
-    contents = {name: file.SerializeToString() for name, file in files.items()}
-    found, trials, reasons = gains(contents), [], []
+    saturates = int8_products_saturate()
+    models = {recipe.name: quantise(model, inputs, recipe) for recipe in RECIPES}
+    contents = {name: quantised.SerializeToString() for name, quantised in models.items()}
+    speedups, candidates, reasons = gains(contents), [], []
     chosen: tuple[str, float] | None = None
-    for name in sorted(files, key=lambda name: -found[name].ratio):
-        speed = found[name]
-        quality = score(contents[name]) if speed.low > 1 and chosen is None else None
-        trials.append(Candidate(name, speed.ratio, speed.low, quality, len(contents[name])))
-        if speed.low <= 1:
+    for name in sorted(models, key=lambda name: -speedups[name].ratio):
+        speedup = speedups[name]
+        int8_map = score(contents[name]) if speedup.low > 1 and chosen is None else None
+        candidates.append(Candidate(name, speedup.ratio, speedup.low, int8_map, len(contents[name])))
+        if speedup.low <= 1:
             reasons.append(
-                f"{name} is not faster than floats for sure ({speed.ratio:.2f} times, at least {speed.low:.2f})"
+                f"{name} is not reliably faster than float ({speedup.ratio:.2f} times, at least {speedup.low:.2f})"
             )
-        elif quality is not None and not reference - quality <= largest_loss:  # NaN loses
-            reasons.append(f"{name} loses {reference - quality:.4f} mAP ({largest_loss:g} are allowed)")
-        elif quality is not None:
-            chosen = (name, quality)
+        elif int8_map is not None and not float_map - int8_map <= max_map_loss:  # rejects NaN too
+            reasons.append(f"{name} loses {float_map - int8_map:.4f} mAP ({max_map_loss:g} allowed)")
+        elif int8_map is not None:
+            chosen = (name, int8_map)
     if chosen is None:
-        return Int8Result(None, None, "; ".join(reasons), tuple(trials), wrong_sums)
-    name, quality = chosen
-    reason = f"{name}: {found[name].ratio:.2f} times as fast as floats on one image, mAP {quality - reference:+.4f}"
-    return Int8Result(files[name], quality, reason, tuple(trials), wrong_sums)
+        return Int8Result(None, None, "; ".join(reasons), tuple(candidates), saturates)
+    name, int8_map = chosen
+    reason = f"{name}: {speedups[name].ratio:.2f} times as fast as float on one image, mAP {int8_map - float_map:+.4f}"
+    return Int8Result(models[name], int8_map, reason, tuple(candidates), saturates)
 
 
 def quantise(model: onnx.ModelProto, inputs: Sequence[Inputs], recipe: Recipe) -> onnx.ModelProto:
-    """Quantise weights and activations.
-
-    Args:
-        model: With floats; left as it is.
-        inputs: As in `choose`.
-        recipe: How.
-    """
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    """Return a copy of a float model with quantised weights and activations, calibrated on `inputs`."""
+    with tempfile.TemporaryDirectory() as folder, _root_logger_at_error():
         floats, prepared, quantised = (Path(folder) / f"{name}.onnx" for name in ("floats", "prepared", "quantised"))
         floats.write_bytes(model.SerializeToString())
-        # Symbolic shapes fail at the embedding's scaling to length 1; plain ones suffice.
+        # Symbolic shape inference fails at the L2 normalisation of the embedding; plain shape inference suffices.
         quant_pre_process(str(floats), str(prepared), skip_symbolic_shape=True)
         quantize_static(
             str(prepared),
@@ -176,15 +167,15 @@ def quantise(model: onnx.ModelProto, inputs: Sequence[Inputs], recipe: Recipe) -
             activation_type=QuantType.QUInt8 if recipe.unsigned else QuantType.QInt8,
             weight_type=QuantType.QInt8,
         )
-        found = onnx.load(quantised)
-    # What it names beside the graph (all domains that the runtime knows, in any order) says nothing about it.
-    plain = helper.make_model(found.graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+        graph = onnx.load(quantised).graph
+    # Keep the graph only: the quantiser also lists every operator domain of ONNX Runtime, in an order that varies.
+    plain = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
     plain.producer_name, plain.producer_version = model.producer_name, model.producer_version
     return plain
 
 
-def saturates() -> bool:
-    """Whether this processor adds two products of unsigned and signed bytes in 16 bits, which is too few."""
+def int8_products_saturate() -> bool:
+    """Return whether this processor adds pairs of uint8 x int8 products in 16 bits, where they can overflow."""
     count = 64
     graph = helper.make_graph(
         [helper.make_node("MatMulInteger", ["left", "right"], ["sum"])],
@@ -195,25 +186,25 @@ def saturates() -> bool:
         ],
         [helper.make_tensor_value_info("sum", TensorProto.INT32, [1, 1])],
     )
-    probe = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     left, right = np.full((1, count), 255, np.uint8), np.full((count, 1), 127, np.int8)
-    total = open_session(probe.SerializeToString(), 1).run(None, {"left": left, "right": right})[0]
+    total = open_session(model.SerializeToString(), 1).run(None, {"left": left, "right": right})[0]
     return bool(total != count * 255 * 127)
 
 
-class _Reader(CalibrationDataReader):  # type: ignore[misc] # of a library without types
-    """Hands batches to the calibration, one by one."""
+class _Reader(CalibrationDataReader):  # type: ignore[misc] # onnxruntime ships no types
+    """Feeds calibration batches to ONNX Runtime one by one."""
 
     def __init__(self, inputs: Sequence[Inputs]) -> None:
-        self._rest = iter([{INPUT: batch} for batch in inputs])
+        self._batches = iter([{INPUT: batch} for batch in inputs])
 
     def get_next(self) -> dict[str, Inputs] | None:
-        return next(self._rest, None)
+        return next(self._batches, None)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the quantiser says to users that it takes for others."""
+def _root_logger_at_error() -> Iterator[None]:
+    """Silence the quantiser, which logs advice such as running pre-processing to the root logger."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""What an ONNX file says about itself."""
+"""Metadata stored inside an ONNX file."""
 
 import hashlib
 import json
@@ -11,28 +11,26 @@ from pydantic import TypeAdapter
 
 from pipeline.config import Params
 
-DECISIVE = ("data", "seed", "teacher", "student", "surgery", "export")
-"""Sections of params.yaml that decide what is exported; the others change how fast it runs or where it is recorded."""
+DIGEST_SECTIONS = ("data", "seed", "teacher", "student", "surgery", "export")
+"""Sections of params.yaml that decide the content of a file; the others change speed or logging only."""
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a file says about itself.
+    """The custom metadata of an exported ONNX file.
 
     Attributes:
-        data: Kind of data that it was trained and evaluated on.
+        data: `data.source` of the training and test images.
         data_digest: SHA-256 of the manifest.
-        params_digest: SHA-256 of the params, see `params_digest`.
-        git_commit: Of the sources, with a plus sign where they were changed since; `unknown` outside of Git.
-        licence: What the file may be used for, in the words of params.yaml.
-        protocol: Of the mAP.
-        map: mAP of this file on the test set, by ONNX Runtime, in [0, 1].
-        image_size: Height and width of the input, pixels.
-        mean: By channel (RGB), of pixels in [0, 1].
-        std: Likewise.
-        embedding_dim: Length of the embedding.
-        params: Learnable parameters.
-        macs: Multiply-accumulates an image.
+        params_digest: See `params_digest`.
+        git_commit: Commit of the sources, with a trailing "+" if they had uncommitted changes; `unknown` outside Git.
+        licence: `export.licence`.
+        protocol: Evaluation protocol of `map`.
+        map: mAP of this file on the test set, computed with ONNX Runtime, in [0, 1].
+        image_size: (height, width) of the input, pixels.
+        mean: Per channel (RGB), for pixels in [0, 1], as `std`.
+        params: Number of learnable parameters.
+        macs: Multiply-accumulates per image.
     """
 
     data: str
@@ -50,36 +48,32 @@ class Metadata:
     macs: int
 
     def properties(self) -> dict[str, str]:
-        """As ONNX holds them: text under text; numbers and lists are JSON."""
+        """Convert to ONNX metadata properties: strings are kept, numbers and lists become JSON."""
         return {name: value if isinstance(value, str) else json.dumps(value) for name, value in self.__dict__.items()}
 
     @classmethod
     def parse(cls, properties: Mapping[str, str]) -> Self:
-        """Back from what ONNX holds.
+        """Build from ONNX metadata properties.
 
         Raises:
             KeyError: If a property is missing.
-            ValueError: If one is not what it should be.
+            ValueError: If a property has the wrong type.
         """
-        held = ((field.name, field.type, properties[field.name]) for field in fields(cls))
-        return TypeAdapter(cls).validate_python({name: t if kind is str else json.loads(t) for name, kind, t in held})
+        texts = ((field.name, field.type, properties[field.name]) for field in fields(cls))
+        return TypeAdapter(cls).validate_python({name: t if kind is str else json.loads(t) for name, kind, t in texts})
 
 
 def params_digest(params: Params) -> str:
-    """SHA-256 of the sections that decide what is exported, as JSON with sorted keys."""
-    content = params.model_dump(mode="json", include=set(DECISIVE))
+    """Compute the SHA-256 of `DIGEST_SECTIONS` as JSON with sorted keys."""
+    content = params.model_dump(mode="json", include=set(DIGEST_SECTIONS))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def finish(model: onnx.ModelProto, metadata: Metadata) -> bytes:
-    """Content of a file with its metadata, checked in full.
-
-    Args:
-        model: From `to_onnx`.
-        metadata: Replaces what the model has.
+    """Set the metadata of a model in place, check the model, and return the content of its file.
 
     Raises:
-        onnx.checker.ValidationError: If it is not valid ONNX.
+        onnx.checker.ValidationError: If the model is not valid ONNX.
     """
     onnx.helper.set_model_props(model, metadata.properties())
     onnx.checker.check_model(model, full_check=True)
@@ -87,6 +81,6 @@ def finish(model: onnx.ModelProto, metadata: Metadata) -> bytes:
 
 
 def serialise(model: onnx.ModelProto) -> bytes:
-    """Bytes that depend on the content alone."""
+    """Serialise deterministically: equal models give equal bytes."""
     content: bytes = model.SerializeToString(deterministic=True)
     return content

@@ -1,4 +1,4 @@
-"""An exported file as its users run it: hashed before it is parsed, looked through before it is loaded."""
+"""Load an exported file for inference: check its hash, then its graph, then open it in ONNX Runtime."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,28 +7,27 @@ from typing import Any
 
 import onnx
 
-from pipeline.export.embed import Embeddings, Pixels, embed_pixels, takes_pixels
+from pipeline.export.embed import Embeddings, Pixels, embed_pixels, has_preprocessing
 from pipeline.export.metadata import Metadata
 from pipeline.export.release import ReleaseError, read_checked, sha256
 from pipeline.inference.session import InferenceSession, open_session
 
-DOMAINS = {"", "ai.onnx"}
-"""Of operators: the standard's own. Others are code that a runtime was given beside it."""
-LARGEST = 2**31 - 1
-"""Bytes; a protobuf message holds no more."""
-NATIVE = b"ORTM"
-"""At byte 4 of files in ONNX Runtime's own format, which may be ONNX as well; only one of the two is looked through."""
+ALLOWED_DOMAINS = {"", "ai.onnx"}
+"""Operator domains of the ONNX standard; operators of other domains may run custom code."""
+MAX_BYTES = 2**31 - 1
+"""Size limit of a protobuf message."""
+ORT_MAGIC = b"ORTM"
+"""Bytes 4 to 8 of a file in ONNX Runtime's own format. Such a file may also parse as ONNX: the graph that was checked
+would then not be the graph that runs."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A file that can be run.
+    """An exported file, opened in ONNX Runtime.
 
     Attributes:
-        name: Of the file.
-        sha256: Of its content.
-        metadata: What it says about itself.
-        session: That runs it.
+        name: File name.
+        sha256: Hexadecimal SHA-256 of the file.
     """
 
     name: str
@@ -38,61 +37,65 @@ class Model:
 
     @property
     def resizes(self) -> bool:
-        """Whether it takes pictures of any size."""
-        return takes_pixels(self.session)
+        """Whether the model accepts images of any size and resizes them itself."""
+        return has_preprocessing(self.session)
 
     def embed(self, pixels: Pixels) -> Embeddings:
-        """Embed upright pictures of the model's input size, (n, h, w, 3) uint8 RGB -> (n, D)."""
+        """Embed upright images of the model's input size, (n, h, w, 3) uint8 RGB -> (n, D)."""
         return embed_pixels(self.session, pixels, self.metadata.mean, self.metadata.std)
 
 
 def open_model(path: Path) -> Model:
-    """Load a file of a release; SHA256SUMS is beside it.
+    """Load a file of a release folder, after checking it against SHA256SUMS.
 
     Raises:
-        ReleaseError: If its hash is not the one that was written, or it is no file that this package writes.
+        ReleaseError: If its hash differs, or this package did not write it.
     """
     return load_model(path.name, read_checked(path.parent, path.name))
 
 
 def load_model(name: str, content: bytes) -> Model:
-    """Load the content of a file whose hash is right.
+    """Load a model from bytes whose hash was checked already.
 
     Raises:
-        ReleaseError: If it is no file that this package writes.
+        ReleaseError: If this package did not write it.
     """
     check_graph(name, content)
     session = open_session(content)
     try:
         metadata = Metadata.parse(session.get_modelmeta().custom_metadata_map)
     except (KeyError, TypeError, ValueError) as error:
-        raise ReleaseError(f"{name} does not say what it is ({error}); it was not written by this package") from None
+        raise ReleaseError(
+            f"{name} lacks the metadata of stage `export` ({error}); only its files can be loaded"
+        ) from None
     return Model(name, sha256(content), metadata, session)
 
 
 def check_graph(name: str, content: bytes) -> None:
-    """Refuse what could do more than compute.
+    """Reject models that could do more than compute an output from their input.
 
     Raises:
-        ReleaseError: If it is no ONNX, keeps weights in other files, or has operators that are not the standard's.
+        ReleaseError: If the content is not ONNX, stores weights in other files, or uses operators outside the standard.
     """
-    if len(content) > LARGEST:
-        raise ReleaseError(f"{name} has {len(content)} bytes; at most {LARGEST} can be ONNX")
-    if content[4 : 4 + len(NATIVE)] == NATIVE:
-        raise ReleaseError(f"{name} is in ONNX Runtime's own format; only ONNX is loaded")
+    if len(content) > MAX_BYTES:
+        raise ReleaseError(f"{name} has {len(content)} bytes; an ONNX file has at most {MAX_BYTES}")
+    if content[4 : 4 + len(ORT_MAGIC)] == ORT_MAGIC:
+        raise ReleaseError(f"{name} is in ONNX Runtime's own format; only ONNX files can be loaded")
     try:
         model = onnx.load_from_string(content)
-    except Exception as error:  # protobuf's own, of no public class
-        raise ReleaseError(f"{name} is no ONNX file ({error})") from None
+    except Exception as error:  # protobuf raises DecodeError, which has no public import path
+        raise ReleaseError(f"{name} is not an ONNX file ({error})") from None
     for message in _messages(model):
         if isinstance(message, onnx.TensorProto) and message.data_location == onnx.TensorProto.EXTERNAL:
-            raise ReleaseError(f"{name} keeps `{message.name}` in another file; only single files are loaded")
-        if isinstance(message, onnx.NodeProto) and message.domain not in DOMAINS:
-            raise ReleaseError(f"{name} has an operator {message.domain}::{message.op_type}, which is not ONNX's own")
+            raise ReleaseError(f"{name} stores `{message.name}` in another file; only single-file models can be loaded")
+        if isinstance(message, onnx.NodeProto) and message.domain not in ALLOWED_DOMAINS:
+            raise ReleaseError(
+                f"{name} uses operator {message.domain}::{message.op_type}; only standard ONNX operators are allowed"
+            )
 
 
 def _messages(message: Any) -> Iterator[Any]:
-    """A protobuf message and all inside of it, at any depth: an operator's attribute may hold a graph."""
+    """Yield a protobuf message and all nested ones: the attribute of an operator may hold a whole graph."""
     yield message
     for field, value in message.ListFields():
         if field.message_type is not None:

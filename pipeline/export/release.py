@@ -1,6 +1,6 @@
-"""The folder that leaves the building: files, and their SHA-256 in the format of `sha256sum`.
+"""A release folder: its files, and SHA256SUMS in the format of `sha256sum`.
 
-Nothing of it is parsed before its hash is the one that was written.
+A file is read only if its hash matches SHA256SUMS; nothing is parsed before that.
 """
 
 import hashlib
@@ -16,26 +16,24 @@ STUDENT, ALL_IN_ONE, INT8, TEACHER = "model.onnx", "model.allinone.onnx", "model
 
 
 class ReleaseError(RuntimeError):
-    """A folder is not what was written."""
+    """A release folder is incomplete, damaged, or was not written by this package."""
 
     exit_code = 4
 
 
 def sha256(content: bytes) -> str:
-    """Hexadecimal SHA-256."""
+    """Return the hexadecimal SHA-256."""
     return hashlib.sha256(content).hexdigest()
 
 
 def write_release(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files and then SHA256SUMS: a folder without it was not finished. Files of an earlier release go.
+    """Write files by name, then SHA256SUMS; remove the files of an earlier release.
 
-    Args:
-        folder: Where they go.
-        files: Content by file name.
+    SHA256SUMS comes last, so a folder without it is an interrupted write.
     """
     try:
         earlier = set(read_sums(folder))
-    except ReleaseError:  # there was none, or it was not finished
+    except ReleaseError:  # there was no release, or its writing was interrupted
         earlier = set()
     (folder / SUMS).unlink(missing_ok=True)
     for name in earlier - set(files):
@@ -46,37 +44,37 @@ def write_release(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """SHA-256 by file name, as written.
+    """Read SHA256SUMS as a mapping of file name to SHA-256.
 
     Raises:
-        ReleaseError: If the folder has none, or they are damaged.
+        ReleaseError: If it is missing or damaged.
     """
     path = folder / SUMS
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise ReleaseError(f"{path} cannot be read ({error.strerror}); a folder without it was not finished") from None
+        raise ReleaseError(f"cannot read {path} ({error.strerror}); without it the release is incomplete") from None
     text = raw.decode("ascii", errors="replace")
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
-    if _render(sums) != text or not sums or not all(map(_plain, sums)):
-        raise ReleaseError(f"{path} is damaged; get the folder again from where it came")
+    if _render(sums) != text or not sums or not all(map(_is_plain_name, sums)):
+        raise ReleaseError(f"{path} is damaged; download the folder again")
     return sums
 
 
 def read_checked(folder: Path, name: str) -> bytes:
-    """Content of one file of a release, whose hash is the one that was written.
+    """Read one file of a release and check its hash.
 
     Raises:
-        ReleaseError: If it is missing, not part of the release, or another.
+        ReleaseError: If it is missing, not part of the release, or its hash differs.
     """
     return _read(folder, name, read_sums(folder))
 
 
 def read_release(folder: Path) -> dict[str, bytes]:
-    """Content of all files that belong to a release; others in the folder are left alone.
+    """Read all files of a release and check their hashes; other files in the folder are ignored.
 
     Raises:
-        ReleaseError: As `read_checked`.
+        ReleaseError: If a file is missing or its hash differs.
     """
     sums = read_sums(folder)
     return {name: _read(folder, name, sums) for name in sums}
@@ -84,18 +82,18 @@ def read_release(folder: Path) -> dict[str, bytes]:
 
 def _read(folder: Path, name: str, sums: Mapping[str, str]) -> bytes:
     if name not in sums:
-        raise ReleaseError(f"{folder / SUMS} names no {name}; it names {', '.join(sums)}")
+        raise ReleaseError(f"{name} is not listed in {folder / SUMS}; listed are {', '.join(sums)}")
     path = folder / name
     try:
-        if not S_ISREG(path.stat().st_mode):  # a device or a pipe may never end
-            raise ReleaseError(f"{path} is no plain file; get the folder again from where it came")
+        if not S_ISREG(path.stat().st_mode):  # reading a device or a pipe may never end
+            raise ReleaseError(f"{path} is not a regular file; download the folder again")
         content = path.read_bytes()
     except OSError as error:
-        raise ReleaseError(f"{path} cannot be read ({error.strerror}); get the folder again") from None
+        raise ReleaseError(f"cannot read {path} ({error.strerror}); download the folder again") from None
     if sha256(content) != sums[name]:
         raise ReleaseError(
-            f"{path} is damaged: SHA-256 {sha256(content)[:12]}..., written was {sums[name][:12]}...; get "
-            "the folder again from where it came"
+            f"{path} is damaged: its SHA-256 is {sha256(content)[:12]}... and should be {sums[name][:12]}...; "
+            "download the folder again"
         )
     return content
 
@@ -104,6 +102,6 @@ def _render(sums: Mapping[str, str]) -> str:
     return "".join(f"{digest}  {name}\n" for name, digest in sums.items())
 
 
-def _plain(name: str) -> bool:
-    """Whether it names a file in the folder itself."""
+def _is_plain_name(name: str) -> bool:
+    """Return whether the name stays inside the folder."""
     return name == Path(name).name and name not in ("", ".", "..") and "\\" not in name

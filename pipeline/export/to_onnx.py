@@ -1,6 +1,6 @@
-"""A network as one ONNX file: float images in, embeddings of length 1 out.
+"""Convert a network to ONNX: normalised float images in, L2-normalised embeddings out.
 
-Equal weights of one commit give equal bytes: nothing in a file tells when, where or by whom it was made.
+The bytes depend on the weights and the code only. Exporter notes such as stack traces and local paths are removed.
 """
 
 from typing import Any
@@ -14,15 +14,11 @@ from pipeline.models.head import l2_normalise
 from pipeline.models.resnet import RetrievalNet, convert
 
 IR_VERSION = 10
-"""Of the file format; ONNX Runtime from 1.19 (2024) reads it."""
+"""Version of the ONNX file format; ONNX Runtime 1.19 (2024) and later read it."""
 
 
 class Embedder(nn.Module):
-    """What is exported: a network without its classifier, and its embedding scaled to length 1.
-
-    Args:
-        net: Network, left as it is.
-    """
+    """A copy of a network without its classifier, followed by L2 normalisation."""
 
     def __init__(self, net: RetrievalNet) -> None:
         super().__init__()
@@ -34,17 +30,17 @@ class Embedder(nn.Module):
 
 
 def to_onnx(net: RetrievalNet, image_size: tuple[int, int], opset: int) -> onnx.ModelProto:
-    """Translate a network.
+    """Convert a network to an ONNX model with a dynamic batch dimension.
 
     Args:
-        net: Network in torch.
-        image_size: Height and width of the input, pixels; the batch may have any size.
-        opset: Operator set.
+        net: Network; it is not modified.
+        image_size: (height, width) of the input, pixels.
+        opset: Version of the ONNX operator set.
 
     Raises:
         RuntimeError: If the exporter falls back to another operator set.
     """
-    example = torch.zeros(2, 3, *image_size)  # a batch of 1 would be taken for a constant
+    example = torch.zeros(2, 3, *image_size)  # the exporter would treat a batch of 1 as a constant
     program = torch.onnx.export(
         Embedder(net).eval(),
         (example,),
@@ -59,21 +55,22 @@ def to_onnx(net: RetrievalNet, image_size: tuple[int, int], opset: int) -> onnx.
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
     model = program.model_proto
-    used = {entry.domain: entry.version for entry in model.opset_import}
-    if used != {"": opset}:
+    versions = {entry.domain: entry.version for entry in model.opset_import}
+    if versions != {"": opset}:
         raise RuntimeError(
-            f"`export.opset` {opset} became {used}; set it to one that torch {torch.__version__} can write"
+            f"the exporter of torch {torch.__version__} wrote operator sets {versions} instead of `export.opset` "
+            f"{opset}; set another `export.opset`"
         )
     model.ir_version = IR_VERSION
-    _strip(model)
+    _strip_notes(model)
     return model
 
 
-def _strip(message: Any) -> None:
-    """Take the exporter's notes out of a protobuf message, at any depth: stack traces with local paths, class names."""
+def _strip_notes(message: Any) -> None:
+    """Clear doc strings and metadata of a protobuf message recursively: they hold stack traces and local paths."""
     for field, value in message.ListFields():
         if field.name in ("metadata_props", "doc_string"):
             message.ClearField(field.name)
         elif field.message_type is not None:
             for child in [value] if hasattr(value, "ListFields") else value:
-                _strip(child)
+                _strip_notes(child)

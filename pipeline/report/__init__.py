@@ -1,1 +1,1 @@
-"""The page a person looks at after a run."""
+"""The HTML report of a run."""

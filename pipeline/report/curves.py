@@ -1,4 +1,4 @@
-"""What happened in training: losses, validation mAP and, for the student, what was left of it after each epoch."""
+"""Charts of the training: losses, validation mAP, and the remaining cost of the student after each epoch."""
 
 import csv
 from collections.abc import Mapping
@@ -10,72 +10,67 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pipeline.report.style import STUDENT, TEACHER, new_figure, percent, styled
+from pipeline.report.style import STUDENT_COLOR, TEACHER_COLOR, new_figure, percent, styled
 
 Curves = Mapping[str, npt.NDArray[np.float64]]
 """Columns of plots/<stage>.csv by name, (epochs,) each; NaN where nothing was measured."""
 
 EPOCH, VALIDATION = "epoch", "validation_map"
 REDUCTIONS = {
-    "target_reduction": ("allowed by the schedule", "--", TEACHER),
-    "macs_reduction": ("MACs", "o-", STUDENT),
+    "target_reduction": ("allowed by the schedule", "--", TEACHER_COLOR),
+    "macs_reduction": ("MACs", "o-", STUDENT_COLOR),
     "params_reduction": ("parameters", "s-", "#e69f00"),
     "latency_reduction": ("latency", "^-", "#cc79a7"),
 }
-"""Columns that tell what is gone: name, line and colour of what is left. A method has those that it knows."""
+"""Label, line style and colour of the remaining share, by column; which columns exist depends on the method."""
 
 
 def read_curves(path: Path) -> Curves:
     """Read plots/<stage>.csv.
 
     Raises:
-        FileNotFoundError: Where the stage has not run.
-        ValueError: If there is no epoch in it.
+        FileNotFoundError: If the stage has not run.
+        ValueError: If the file has no epochs.
     """
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows or EPOCH not in rows[0]:
-        raise ValueError(f"{path} holds no epochs; run `dvc repro --force` for its stage")
+        raise ValueError(f"{path} has no epochs; run `dvc repro --force` for its stage")
     return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
 
 
 def loss_names(curves: Curves) -> list[str]:
-    """Columns that are neither the epoch, nor a reduction, nor a score."""
+    """Return the columns that are neither the epoch, nor a reduction, nor the validation mAP."""
     return [name for name in curves if name not in (EPOCH, VALIDATION, *REDUCTIONS)]
 
 
-def capacity(student: Curves) -> Figure:
-    """What is left of the student and how well it retrieves, epoch by epoch.
+def plot_capacity(student: Curves) -> Figure:
+    """Plot the remaining cost of the student, as a share of the teacher's, and its validation mAP by epoch.
 
     Args:
-        student: Curves with some of `REDUCTIONS` and `VALIDATION`.
+        student: Curves with `VALIDATION` and some of `REDUCTIONS`.
     """
     with styled():
         figure = new_figure(5.4)
-        left, score = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+        remaining, score = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
         epochs = student[EPOCH]
         for column, (label, line, colour) in REDUCTIONS.items():
             if column in student:
-                left.plot(epochs, 1 - student[column], line, color=colour, label=label)
-        left.set(title="Share of the network that is left", ylim=(0, 1.05))
-        figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=4)
-        percent(left)
-        _measured(score, epochs, student[VALIDATION], "o-", STUDENT, "student")
-        score.set(title="Validation mAP, held-out training identities", xlabel="epoch")
+                remaining.plot(epochs, 1 - student[column], line, color=colour, label=label)
+        remaining.set(title="Remaining share of the network", ylim=(0, 1.05))
+        figure.legend(*remaining.get_legend_handles_labels(), loc="outside upper left", ncols=4)
+        percent(remaining)
+        _plot_measured(score, epochs, student[VALIDATION], "o-", STUDENT_COLOR, "student")
+        score.set(title="Validation mAP, on held-out training identities", xlabel="epoch")
         score.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
-def training(teacher: Curves, student: Curves) -> Figure:
-    """Every loss and the validation mAP of teacher and student, one small chart each.
-
-    Args:
-        teacher: Curves of stage teacher.
-        student: Curves of stage student; they may have losses that the teacher has not.
-    """
+def plot_training(teacher: Curves, student: Curves) -> Figure:
+    """Plot the validation mAP and every loss of teacher and student, one small chart each."""
     names = [VALIDATION, *dict.fromkeys([*loss_names(teacher), *loss_names(student)])]
     titles = {VALIDATION: "validation mAP"}
-    lines = (("teacher", teacher, "s--", TEACHER), ("student", student, "o-", STUDENT))
+    lines = (("teacher", teacher, "s--", TEACHER_COLOR), ("student", student, "o-", STUDENT_COLOR))
     rows = -(-len(names) // 2)
     with styled():
         figure = new_figure(0.4 + 2.1 * rows)
@@ -83,7 +78,7 @@ def training(teacher: Curves, student: Curves) -> Figure:
         for name, chart in zip(names, charts, strict=False):
             for label, curves, style, colour in lines:
                 if name in curves:
-                    _measured(chart, curves[EPOCH], curves[name], style, colour, label)
+                    _plot_measured(chart, curves[EPOCH], curves[name], style, colour, label)
             chart.set_title(titles.get(name, name.replace("_", " ")))
             chart.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         for chart in list(figure.axes)[len(names) :]:
@@ -93,9 +88,9 @@ def training(teacher: Curves, student: Curves) -> Figure:
     return figure
 
 
-def _measured(
+def _plot_measured(
     chart: Axes, epochs: npt.NDArray[np.float64], values: npt.NDArray[np.float64], style: str, colour: str, label: str
 ) -> None:
-    """Plot the epochs in which something was measured, joined across the others."""
-    there = np.isfinite(values)
-    chart.plot(epochs[there], values[there], style, color=colour, label=label)
+    """Plot the measured epochs, connected across those without a value."""
+    measured = np.isfinite(values)
+    chart.plot(epochs[measured], values[measured], style, color=colour, label=label)

@@ -1,4 +1,4 @@
-"""From timings to what the stage reports."""
+"""Summarise timings as the record of stage `benchmark` and as latency.csv."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,32 +11,32 @@ from pipeline.records import BenchmarkRecord, Latency
 TEACHER, STUDENT, INT8 = "teacher", "student", "int8"
 
 
-def setting(batch: int, threads: int) -> str:
-    """Name of a setting: ``batch1_threadsall``, ``batch32_threads2``."""
+def setting_name(batch: int, threads: int) -> str:
+    """Return the name of a setting: ``batch1_threadsall``, ``batch32_threads2``."""
     return f"batch{batch}_threads{threads or 'all'}"
 
 
 COLUMNS = ("file", "batch", "threads", "p50_ms", "p90_ms", "p99_ms", "spread", "images_per_second")
 
-HEADLINE = setting(batch=1, threads=0)
-"""The setting that `speedup` is told for."""
+HEADLINE_SETTING = setting_name(batch=1, threads=0)
+"""The setting of metric `speedup`."""
 
 
 def gains(timings: Sequence[Timing]) -> dict[str, dict[str, Gain]]:
-    """Compare all files with the teacher at each setting: speed-up by file and setting.
+    """Compute the speed-up over the teacher, by file and setting.
 
     Raises:
         KeyError: If a setting was timed for some files only.
     """
-    found: dict[str, dict[str, Timing]] = {}
+    by_file: dict[str, dict[str, Timing]] = {}
     for timing in timings:
-        found.setdefault(timing.file, {})[setting(timing.batch, timing.threads)] = timing
-    for file, by_setting in found.items():
-        if lonely := set(by_setting) ^ set(found[TEACHER]):
-            raise KeyError(f"timed for only one of {TEACHER} and {file}: {', '.join(sorted(lonely))}")
+        by_file.setdefault(timing.file, {})[setting_name(timing.batch, timing.threads)] = timing
+    for file, by_setting in by_file.items():
+        if unpaired := set(by_setting) ^ set(by_file[TEACHER]):
+            raise KeyError(f"timed for only one of {TEACHER} and {file}: {', '.join(sorted(unpaired))}")
     return {
-        file: {name: gain(found[TEACHER][name], timing) for name, timing in by_setting.items()}
-        for file, by_setting in found.items()
+        file: {name: gain(by_file[TEACHER][name], timing) for name, timing in by_setting.items()}
+        for file, by_setting in by_file.items()
         if file != TEACHER
     }
 
@@ -44,30 +44,30 @@ def gains(timings: Sequence[Timing]) -> dict[str, dict[str, Gain]]:
 def benchmark_record(
     timings: Sequence[Timing], footprints: Mapping[str, Footprint], teacher_macs: int, student_macs: int
 ) -> BenchmarkRecord:
-    """Compare the student's latency with the teacher's, and with what its MACs promise.
+    """Compare the latency of the student with that of the teacher, and the speed-up with the ratio of MACs.
 
     Args:
-        timings: Of files `teacher` and `student`, perhaps `int8`, at the same settings, the headline's among them.
+        timings: Of files `teacher` and `student`, optionally `int8`, at the same settings, with `HEADLINE_SETTING`.
         footprints: Of the same files.
-        teacher_macs: Multiply-accumulates of the teacher for one image.
-        student_macs: The same of the student.
+        teacher_macs: Multiply-accumulates per image.
+        student_macs: Multiply-accumulates per image.
 
     Raises:
-        KeyError: If a setting was timed for some of them only, or the headline's was not timed.
+        KeyError: If a setting was timed for some files only, or `HEADLINE_SETTING` was not timed.
     """
     latencies: dict[str, dict[str, Latency]] = {}
     for timing in timings:
         latency = Latency(p50=timing.p50_ms, p90=timing.p90_ms, p99=timing.p99_ms)
-        latencies.setdefault(timing.file, {})[setting(timing.batch, timing.threads)] = latency
-    compared = gains(timings)
-    headline, ideal = compared[STUDENT][HEADLINE], teacher_macs / student_macs
+        latencies.setdefault(timing.file, {})[setting_name(timing.batch, timing.threads)] = latency
+    speedups = gains(timings)
+    headline, ideal = speedups[STUDENT][HEADLINE_SETTING], teacher_macs / student_macs
     return BenchmarkRecord(
         speedup=headline.ratio,
         speedup_low=headline.low,
         speedup_high=headline.high,
         conclusive=int(headline.conclusive),
-        speedup_by_setting={name: found.ratio for name, found in compared[STUDENT].items()},
-        speedup_int8=compared[INT8][HEADLINE].ratio if INT8 in compared else None,
+        speedup_by_setting={name: speedup.ratio for name, speedup in speedups[STUDENT].items()},
+        speedup_int8=speedups[INT8][HEADLINE_SETTING].ratio if INT8 in speedups else None,
         ideal_speedup=ideal,
         realised=headline.ratio / ideal,
         teacher=latencies[TEACHER],
@@ -79,11 +79,11 @@ def benchmark_record(
 
 
 def write_csv(timings: Sequence[Timing], path: Path) -> None:
-    """Write latency.csv: one line a file and setting; threads `all` or a number."""
-    lines = [
+    """Write latency.csv, one row per file and setting; threads are `all` or a number."""
+    rows = [
         (timing.file, timing.batch, timing.threads or "all", *(f"{number:.4f}" for number in (
             timing.p50_ms, timing.p90_ms, timing.p99_ms, timing.spread, timing.images_per_second
         )))
         for timing in timings
     ]  # fmt: skip
-    write_text(path, csv_text(COLUMNS, lines))
+    write_text(path, csv_text(COLUMNS, rows))

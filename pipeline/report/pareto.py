@@ -1,25 +1,24 @@
-"""Quality against cost."""
+"""Chart of retrieval quality against computational cost."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from pipeline.report.style import OTHERS, STUDENT, TEACHER, new_figure, styled
+from pipeline.report.style import OTHER_COLORS, STUDENT_COLOR, TEACHER_COLOR, new_figure, styled
 
 MARKERS = "soD^vP*X"
 SMALLEST_SPAN = 0.1
-"""Least height of the mAP axis: differences of some thousandths must not look like cliffs."""
+"""Smallest height of the mAP axis, so that differences of a few thousandths do not look large."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A network or file that was evaluated.
+    """An evaluated network or file.
 
     Attributes:
-        name: What the reader calls it.
-        map: Its mAP on query and gallery, a fraction.
-        macs: Multiply-accumulates for one image.
+        map: mAP on the test set, in [0, 1].
+        macs: Multiply-accumulates per image.
     """
 
     name: str
@@ -27,18 +26,20 @@ class Point:
     macs: int
 
 
-def pareto(points: Sequence[Point]) -> Figure:
-    """MACs and mAP of all points; the first is the teacher, the second the student, others may follow.
+def plot_pareto(points: Sequence[Point]) -> Figure:
+    """Plot mAP against MACs.
+
+    Markers are hollow and differ in shape and size, so that coinciding points stay visible.
 
     Args:
-        points: At least one. Points that coincide stay visible: markers are hollow and differ in shape and size.
+        points: The teacher, then the student, then any others.
 
     Raises:
-        ValueError: If there is no point.
+        ValueError: If there are no points.
     """
     if not points:
         raise ValueError("no network was evaluated, so there is nothing to plot")
-    colours = [TEACHER, STUDENT, *OTHERS]
+    colours = [TEACHER_COLOR, STUDENT_COLOR, *OTHER_COLORS]
     with styled():
         figure = new_figure(4.4)
         chart = figure.subplots()
@@ -57,6 +58,6 @@ def pareto(points: Sequence[Point]) -> Figure:
         middle, span = (max(scores) + min(scores)) / 2, max(SMALLEST_SPAN, 1.4 * (max(scores) - min(scores)))
         chart.set_ylim(max(0.0, middle - span / 2), min(1.0, middle + span / 2))
         chart.set_xlim(0, 1.12 * max(point.macs for point in points) / 1e6)
-        chart.set(xlabel="million MACs an image (left is cheaper)", ylabel="mAP (up is better)")
+        chart.set(xlabel="million MACs per image (left is cheaper)", ylabel="mAP (up is better)")
         figure.legend(*chart.get_legend_handles_labels(), loc="outside upper left", ncols=3)
     return figure

@@ -8,7 +8,7 @@ from pipeline.report import formatting
 
 ENVIRONMENT = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
-    autoescape=True,  # an identity called `<b>` stays text
+    autoescape=True,  # an identity named `<b>` stays text
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
@@ -18,13 +18,9 @@ ENVIRONMENT.filters.update({name: getattr(formatting, name) for name in FILTERS}
 
 
 def render(template: str, **values: object) -> str:
-    """Render a template; every value is escaped.
-
-    Args:
-        template: File name in this folder.
-        values: Variables of the template.
+    """Render a template of this folder; all values are HTML-escaped.
 
     Raises:
-        jinja2.UndefinedError: If the template uses a variable that is not among them.
+        jinja2.UndefinedError: If the template uses a variable that is not in `values`.
     """
     return ENVIRONMENT.get_template(template).render(values)

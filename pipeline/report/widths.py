@@ -1,4 +1,4 @@
-"""Where the capacity went: the width of every layer before and after."""
+"""Chart of the channels of each layer before and after compression."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,25 +6,25 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-from pipeline.report.style import STUDENT, TEACHER, new_figure, styled
+from pipeline.report.style import GRID_COLOR, STUDENT_COLOR, TEACHER_COLOR, new_figure, styled
 
-ROW = 0.24
-"""Height of a layer, inches."""
+ROW_HEIGHT = 0.24
+"""Height of a layer in the chart, inches."""
 
 
-def widths(teacher: Mapping[str, int], student: Mapping[str, int], sites: Sequence[str]) -> Figure:
-    """A line a layer, from what the teacher has to what the student kept; the axis doubles at every mark.
+def plot_widths(teacher: Mapping[str, int], student: Mapping[str, int], sites: Sequence[str]) -> Figure:
+    """Draw one line per layer, from the channels of the teacher to those of the student, on a logarithmic axis.
 
-    Layers of a block that is gone end left of the first mark.
+    Layers of a removed block have 0 channels and end left of the first tick.
 
     Args:
         teacher: Channels by dimension name.
-        student: The same of the student.
-        sites: Names to show, from input to output.
+        student: Channels by dimension name.
+        sites: Dimensions to show, from input to output.
 
     Raises:
-        KeyError: Naming a site that one of them has not.
-        ValueError: If there is no site.
+        KeyError: If teacher or student lacks a site; the error names it.
+        ValueError: If there are no sites.
     """
     if not sites:
         raise ValueError("no layer was compressed, so there are no widths to compare")
@@ -35,11 +35,13 @@ def widths(teacher: Mapping[str, int], student: Mapping[str, int], sites: Sequen
     )
     drawn = np.where(after > 0, after, ticks[0] / 1.5)
     with styled():
-        figure = new_figure(1.3 + ROW * len(sites))
+        figure = new_figure(1.3 + ROW_HEIGHT * len(sites))
         chart = figure.subplots()
         chart.hlines(rows, drawn, before, color="#9fb8c8", linewidth=3)
-        chart.plot(before, rows, "s", color="white", markeredgecolor=TEACHER, markeredgewidth=1.8, label="teacher")
-        chart.plot(drawn, rows, "o", color=STUDENT, markersize=7, label="student")
+        chart.plot(
+            before, rows, "s", color="white", markeredgecolor=TEACHER_COLOR, markeredgewidth=1.8, label="teacher"
+        )
+        chart.plot(drawn, rows, "o", color=STUDENT_COLOR, markersize=7, label="student")
         for row in rows:
             chart.annotate(
                 f"{after[row]} of {before[row]}",
@@ -61,6 +63,6 @@ def widths(teacher: Mapping[str, int], student: Mapping[str, int], sites: Sequen
         chart.grid(axis="y", visible=False)
         for row in rows[1:]:
             if sites[row].split(".")[0] != sites[row - 1].split(".")[0]:
-                chart.axhline(row - 0.5, color="#d9dee2", linewidth=0.8)
+                chart.axhline(row - 0.5, color=GRID_COLOR, linewidth=0.8)
         figure.legend(*chart.get_legend_handles_labels(), loc="outside upper left", ncols=2)
     return figure

@@ -1,4 +1,4 @@
-"""Experiments: what runs, what need not run again, and which results belong together."""
+"""Experiments: which ones run, which results are reused, and which are compared."""
 
 import json
 import os
@@ -13,12 +13,12 @@ import psutil
 import pytest
 
 from benchmarks.evidence import experiments
-from benchmarks.evidence.experiments import Cell, EvidenceError, known_results, revision_of, run, tracked_sources
+from benchmarks.evidence.experiments import EvidenceError, Experiment, read_results, revision_of, run, tracked_sources
 from pipeline.config import Params
 from pipeline.stage.presets import preset_text
 from tests.imports import ROOT
 
-OURS = Cell("budget", 0.65, 0)
+OURS = Experiment("budget", 0.65, 0)
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -28,7 +28,7 @@ def git(folder: Path, *arguments: str) -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """The project as it stands, committed, without results."""
+    """Clone the working tree, commit it, and remove the results."""
     folder = tmp_path / "checkout"
     git(tmp_path, "clone", "-q", str(ROOT), str(folder))
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
@@ -38,7 +38,7 @@ def checkout(tmp_path: Path) -> Path:
             (folder / name).write_bytes((ROOT / name).read_bytes())
     shutil.rmtree(folder / "evidence", ignore_errors=True)
     git(folder, "add", "-A")
-    git(folder, "commit", "-q", "--allow-empty", "-m", "as it stands")
+    git(folder, "commit", "-q", "--allow-empty", "-m", "working tree")
     return folder
 
 
@@ -47,28 +47,32 @@ def params(checkout: Path) -> Params:
     return experiments.preset_params(checkout)
 
 
-def digest(checkout: Path, params: Params, cell: Cell = OURS) -> str:
-    return experiments.digest(params, cell, tracked_sources(checkout))
+def digest(checkout: Path, params: Params, experiment: Experiment = OURS) -> str:
+    return experiments.digest(params, experiment, tracked_sources(checkout))
 
 
-def test_what_decides_about_the_figures_makes_another_digest(
+def test_the_digest_depends_on_settings_params_and_sources(
     checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = {digest(checkout, params)}
-    for cell in (Cell("static-random", 0.65, 0), Cell("budget", 0.8, 0), Cell("budget", 0.65, 1)):
-        found.add(digest(checkout, params, cell))
+    digests = {digest(checkout, params)}
+    for experiment in (
+        Experiment("static-random", 0.65, 0),
+        Experiment("budget", 0.8, 0),
+        Experiment("budget", 0.65, 1),
+    ):
+        digests.add(digest(checkout, params, experiment))
     monkeypatch.setitem(experiments.LEARNING_RATES, "static-random", 0.5)
-    found.add(digest(checkout, params, Cell("static-random", 0.65, 0)))
+    digests.add(digest(checkout, params, Experiment("static-random", 0.65, 0)))
     teacher = params.teacher.model_copy(update={"epochs": 7})
-    found.add(digest(checkout, params.model_copy(update={"teacher": teacher})))
+    digests.add(digest(checkout, params.model_copy(update={"teacher": teacher})))
     with (checkout / "pipeline" / "losses" / "triplet.py").open("a") as file:
         file.write("# another\n")
     git(checkout, "commit", "-q", "-a", "-m", "a source")
-    found.add(digest(checkout, params))
-    assert len(found) == 7
+    digests.add(digest(checkout, params))
+    assert len(digests) == 7
 
 
-def test_what_does_not_decide_leaves_the_digest_alone(checkout: Path, params: Params) -> None:
+def test_the_digest_does_not_depend_on_other_files_and_runtime_settings(checkout: Path, params: Params) -> None:
     before = digest(checkout, params)
     for name in ("README.md", "pipeline/report/render.py", "tests/imports.py"):
         with (checkout / name).open("a") as file:
@@ -78,18 +82,18 @@ def test_what_does_not_decide_leaves_the_digest_alone(checkout: Path, params: Pa
     assert digest(checkout, params.model_copy(update={"runtime": runtime})) == before
 
 
-def test_sources_that_are_not_committed_are_refused(checkout: Path, params: Params) -> None:
+def test_uncommitted_sources_are_an_error(checkout: Path, params: Params) -> None:
     (checkout / "pipeline" / "losses" / "new.py").write_text("")
     with pytest.raises(EvidenceError, match=r"commit first(?s:.*)pipeline/losses/new\.py"):
         digest(checkout, params)
 
 
-def store(checkout: Path, cell: Cell, sources: str, teacher_map: float) -> None:
+def store(checkout: Path, experiment: Experiment, sources: str, teacher_map: float) -> None:
     content = {
         "sources": sources,
-        "method": cell.method,
-        "target": cell.target,
-        "seed": cell.seed,
+        "method": experiment.method,
+        "target": experiment.target,
+        "seed": experiment.seed,
         "map": 0.8,
         "rank1": 0.9,
         "teacher_map": teacher_map,
@@ -97,40 +101,42 @@ def store(checkout: Path, cell: Cell, sources: str, teacher_map: float) -> None:
         "params_reduction": 0.7,
         "widths": {},
     }
-    path = experiments._path(checkout, cell)
+    path = experiments._path(checkout, experiment)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
 
 
-def test_results_of_other_sources_are_left_out_and_named(
+def test_results_of_other_sources_are_ignored_with_a_warning(
     checkout: Path, params: Params, caplog: pytest.LogCaptureFixture
 ) -> None:
-    other = Cell("none", None, 0)
+    other = Experiment("none", None, 0)
     store(checkout, OURS, digest(checkout, params), 0.9)
     store(checkout, other, "0123", 0.9)
-    (known,) = known_results(checkout, params, tracked_sources(checkout))
+    (known,) = read_results(checkout, params, tracked_sources(checkout))
     assert (known.method, known.map) == ("budget", 0.8)
-    assert "none-seed0.json comes from other sources" in caplog.text
+    assert "none-seed0.json was made with other sources" in caplog.text
 
 
-def test_students_of_different_teachers_are_not_compared(checkout: Path, params: Params) -> None:
-    other = Cell("static-random", 0.65, 0)
+def test_students_of_different_teachers_of_one_seed_are_an_error(checkout: Path, params: Params) -> None:
+    other = Experiment("static-random", 0.65, 0)
     store(checkout, OURS, digest(checkout, params), 0.9)
     store(checkout, other, digest(checkout, params, other), 0.91)
-    with pytest.raises(EvidenceError, match=r"static-random-65-seed0\.json had another teacher than others of seed 0"):
-        known_results(checkout, params, tracked_sources(checkout))
+    with pytest.raises(
+        EvidenceError, match=r"static-random-65-seed0\.json has another teacher than the other results of seed 0"
+    ):
+        read_results(checkout, params, tracked_sources(checkout))
 
 
-def test_params_that_are_not_the_presets_are_refused(checkout: Path) -> None:
+def test_params_other_than_the_preset_are_an_error(checkout: Path) -> None:
     text = preset_text(checkout, "evidence")
     (checkout / "params.yaml").write_text("# the same values\n" + text)
-    with pytest.raises(EvidenceError, match="commit first"):  # what it looks at next
+    with pytest.raises(EvidenceError, match="commit first"):  # the next check: equal values pass the first one
         (checkout / "pipeline" / "losses" / "new.py").write_text("")
-        experiments.gather(checkout, [OURS])
+        experiments.compare_methods(checkout, [OURS])
     assert "\nseed: 0" in text
     (checkout / "params.yaml").write_text(text.replace("\nseed: 0", "\nseed: 1"))
     with pytest.raises(EvidenceError, match=r"params\.yaml is not the preset `evidence`"):
-        experiments.gather(checkout, [OURS])
+        experiments.compare_methods(checkout, [OURS])
 
 
 PIPELINE = """
@@ -160,7 +166,7 @@ json.dump(params, open("metrics.json", "w"))
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A repository with one stage that takes no time and leaves what it was called with."""
+    """Create a repository with one fast stage that writes its params to metrics.json."""
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     root = tmp_path / "tiny"
     (root / "state").mkdir(parents=True)
@@ -174,12 +180,12 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     git(root, "add", "-A")
     git(root, "commit", "-q", "-m", "tiny")
     yield root
-    for process in processes(root):  # an idle worker waits some seconds before it ends
+    for process in processes(root):  # an idle worker of DVC's queue exits only after some seconds
         process.kill()
 
 
 def dvc(root: Path, *arguments: str) -> None:
-    """Run `dvc`; without pipes, which the queue's worker would hold open."""
+    """Run `dvc` without pipes, which the worker of the queue would keep open."""
     command = [sys.executable, "-m", "dvc", *arguments]
     subprocess.run(command, cwd=root, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
@@ -190,19 +196,19 @@ def started(root: Path) -> list[str]:
 
 
 def processes(root: Path) -> list[psutil.Process]:
-    """Processes of the queue: they work in the repository."""
-    found = []
+    """Return the processes of the queue: their working directory is in the repository."""
+    workers = []
     for process in psutil.process_iter(["cwd", "pid"]):
         cwd = process.info["cwd"]
         if cwd and Path(cwd).is_relative_to(root) and process.pid != os.getpid():
-            found.append(process)
-    return found
+            workers.append(process)
+    return workers
 
 
-def test_experiments_run_in_dvcs_queue_and_only_those_that_are_missing(tiny: Path) -> None:
-    wanted = {"evidence-a": {"seed": "1", "student.sites": "[conv2]"}, "evidence-b": {"seed": "2"}}
+def test_only_missing_experiments_run_in_the_queue(tiny: Path) -> None:
+    requested = {"evidence-a": {"seed": "1", "student.sites": "[conv2]"}, "evidence-b": {"seed": "2"}}
     (tiny / "state" / "broken2").touch()
-    run(wanted, tiny)
+    run(requested, tiny)
     assert (started(tiny), revision_of("evidence-b", tiny)) == (["1", "2"], "")
     metrics = experiments._git(tiny, "show", f"{revision_of('evidence-a', tiny)}:metrics.json")
     assert json.loads(metrics) == {"seed": 1, "student": {"method": "budget", "sites": ["conv2"]}}
@@ -210,7 +216,7 @@ def test_experiments_run_in_dvcs_queue_and_only_those_that_are_missing(tiny: Pat
     (tiny / "notes.txt").write_text("a commit in between")
     git(tiny, "add", "-A")
     git(tiny, "commit", "-q", "-m", "notes")
-    run(wanted, tiny)
+    run(requested, tiny)
     assert started(tiny) == ["1", "2", "2"]
     assert revision_of("evidence-b", tiny)
     assert "seed: 0\n" in (tiny / "params.yaml").read_text()

@@ -8,11 +8,11 @@ import pytest
 
 from pipeline.config import Limits
 from pipeline.export.metadata import Metadata, finish
-from pipeline.export.parity import Probe
+from pipeline.export.parity import ParityCheck
 from pipeline.export.to_onnx import to_onnx
 from pipeline.models.resnet import RetrievalNet
 from pipeline.retrieval.embed import embed
-from tests.export.tiny_network import ABOUT, MEAN, SIZE, STD, Pictures, normalise, tiny_net
+from tests.export.tiny_network import MEAN, METADATA, SIZE, STD, Pictures, normalise, tiny_net
 
 
 @pytest.fixture(scope="session")
@@ -22,33 +22,33 @@ def net() -> RetrievalNet:
 
 @pytest.fixture(scope="session")
 def translated(net: RetrievalNet) -> bytes:
-    """What `to_onnx` returns, as bytes: messages are mutable."""
+    """Output of `to_onnx`, as bytes because protobuf messages are mutable."""
     return to_onnx(net, SIZE, opset=18).SerializeToString()
 
 
 @pytest.fixture(scope="session")
 def metadata() -> Metadata:
-    return ABOUT
+    return METADATA
 
 
 @pytest.fixture(scope="session")
 def content(translated: bytes, metadata: Metadata) -> bytes:
-    """Content of a finished file."""
+    """Content of a file with metadata."""
     return finish(onnx.load_from_string(translated), metadata)
 
 
 @pytest.fixture(scope="session")
 def reference(net: RetrievalNet) -> np.ndarray:
-    """Torch's embeddings of all pictures."""
+    """Embeddings of all images by torch."""
     return embed(net, Pictures(), np.arange(12), normalise)
 
 
 @pytest.fixture
-def probe() -> Callable[..., Probe]:
-    """Makes probes of all pictures; what is given replaces the default."""
+def make_check() -> Callable[..., ParityCheck]:
+    """Build parity checks of all images; arguments replace the default score and limits."""
 
-    def make(score: Callable[[np.ndarray], float] = lambda _: 0.5, **limits: float) -> Probe:
-        bounds = Limits(**{"min_cosine": 0.99999, "map_difference": 1e-4, "int8_map_loss": 0.005} | limits)
-        return Probe(Pictures(), np.arange(12), 2, MEAN, STD, score, bounds)
+    def make(score: Callable[[np.ndarray], float] = lambda _: 0.5, **limits: float) -> ParityCheck:
+        merged = Limits(**{"min_cosine": 0.99999, "map_difference": 1e-4, "int8_map_loss": 0.005} | limits)
+        return ParityCheck(Pictures(), np.arange(12), 2, MEAN, STD, score, merged)
 
     return make

@@ -1,4 +1,4 @@
-"""The card: short, true, and its code runs without torch and without this package."""
+"""The model card: its numbers, and its code, which runs without torch and without this package."""
 
 import json
 import re
@@ -11,22 +11,22 @@ import onnx
 import pytest
 from PIL import Image
 
-from pipeline.export.allinone import all_in_one
-from pipeline.export.card import Entry, card
+from pipeline.export.card import CardEntry, gallery_note, render_card
 from pipeline.export.metadata import finish
+from pipeline.export.preprocessing import add_preprocessing
 from pipeline.export.release import sha256
 from tests.export.tiny_network import MEAN, SIZE, STD, Pictures
 
-BARE = """
+RUN_WITHOUT_TORCH = """
 import importlib.abc, json, sys
-class OnlyOnnxruntime(importlib.abc.MetaPathFinder):
+class BlockOtherPackages(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {"torch", "torchvision", "onnx", "pipeline", "stages", "scipy", "mlflow"}:
             raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, OnlyOnnxruntime())
-names = {}
-exec(open("code.py").read(), names)
-print(json.dumps(names["embedding"].tolist()))
+sys.meta_path.insert(0, BlockOtherPackages())
+variables = {}
+exec(open("code.py").read(), variables)
+print(json.dumps(variables["embedding"].tolist()))
 """
 
 
@@ -34,55 +34,63 @@ print(json.dumps(names["embedding"].tolist()))
 def files(content, translated, metadata):
     return {
         "model.onnx": content,
-        "model.allinone.onnx": finish(all_in_one(onnx.load_from_string(translated), SIZE, MEAN, STD), metadata),
+        "model.allinone.onnx": finish(add_preprocessing(onnx.load_from_string(translated), SIZE, MEAN, STD), metadata),
     }
 
 
 @pytest.fixture(scope="module")
 def entries(files, metadata):
     return {
-        name: Entry("the student", metadata, {"market": 0.625, "loo": 0.5}, len(file), sha256(file), "all" in name)
+        name: CardEntry("the student", metadata, {"market": 0.625, "loo": 0.5}, len(file), sha256(file), "all" in name)
         for name, file in files.items()
     }
 
 
-def test_each_block_of_code_gives_the_pipelines_embedding_with_onnxruntime_alone(files, entries, reference, tmp_path):
-    text = card(entries, {})
+def test_each_code_block_reproduces_the_embedding_with_onnxruntime_alone(files, entries, reference, tmp_path):
+    text = render_card(entries, {})
     for name, file in files.items():
         (tmp_path / name).write_bytes(file)
-    Image.fromarray(Pictures.pixels[5]).save(tmp_path / "image.jpg", format="PNG")  # losslessly; PIL looks inside
+    Image.fromarray(Pictures.pixels[5]).save(
+        tmp_path / "image.jpg", format="PNG"
+    )  # lossless; Pillow ignores the suffix
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert [file for block in blocks for file in files if f'"{file}"' in block] == ["model.allinone.onnx", "model.onnx"]
     for block in blocks:
         assert len(block.splitlines()) <= 11
         (tmp_path / "code.py").write_text(block)
-        command = [sys.executable, "-c", BARE]
+        command = [sys.executable, "-c", RUN_WITHOUT_TORCH]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-        found = np.array(json.loads(done.stdout))
-        assert found.shape == (1, 16)
-        np.testing.assert_allclose(found[0], reference[5], atol=1e-5)
+        embedding = np.array(json.loads(done.stdout))
+        assert embedding.shape == (1, 16)
+        np.testing.assert_allclose(embedding[0], reference[5], atol=1e-5)
 
 
-def test_it_tells_protocols_quality_size_input_licence_origin_and_checksums(entries, metadata):
+def test_it_shows_protocols_map_size_input_licence_origin_and_checksums(entries, metadata):
     changed = replace(metadata, params=9876543, git_commit="c" * 40 + "+")
     shown = entries | {
-        "teacher.onnx": Entry("the teacher", changed, {"market": 0.6666, "loo": 0.1}, 99, "b" * 64, False)
+        "teacher.onnx": CardEntry("the teacher", changed, {"market": 0.6666, "loo": 0.1}, 99, "b" * 64, False)
     }
-    text = card(shown, {"Eight bits": "There are none."})
+    text = render_card(shown, {"Is there an int8 file?": "No."})
     height, width = SIZE
-    for fact in (
-        "| file | what | mAP, `market` | mAP, `loo` | params | MACs | bytes |\n|---|---|---|---|---|---|---|\n",
+    for expected in (
+        "| file | content | mAP, `market` | mAP, `loo` | params | MACs | bytes |\n|---|---|---|---|---|---|---|\n",
         f"| `model.onnx` | the student | 0.6250 | 0.5000 | 1,234 | 56,789 | {shown['model.onnx'].bytes:,} |",
         "| `teacher.onnx` | the teacher | 0.6666 | 0.1000 | 9,876,543 | 56,789 | 99 |",
-        f"float32 (batch, 3, {height}, {width})",
+        f"float32, (batch, 3, {height}, {width})",
         f"resize(({width}, {height})",
-        "uint8 (batch, height, width, 3) RGB of any size",
+        "uint8 images, (batch, height, width, 3) RGB of any size",
         "Licence: as you like",
-        f"commit `{'c' * 12}`",
-        "## Eight bits\n\nThere are none.",
+        f"Git commit `{'c' * 12}`",
+        "## Is there an int8 file?\n\nNo.",
         f"{'b' * 64}  teacher.onnx",
     ):
-        assert fact in text
-    assert card(shown, {"Eight bits": "There are none."}) == text
+        assert expected in text
+    assert render_card(shown, {"Is there an int8 file?": "No."}) == text
     changed_first = {name: replace(entry, metadata=changed) for name, entry in shown.items()}
-    assert f"commit `{'c' * 12}`, with changes" in card(changed_first, {})
+    assert f"Git commit `{'c' * 12}` with uncommitted changes" in render_card(changed_first, {})
+
+
+def test_the_card_says_whether_the_student_can_search_a_gallery_of_the_teacher():
+    assert gallery_note(0.9, 0.9).startswith("Yes. ")
+    assert gallery_note(0.9, 0.8999).startswith("No: embed the gallery again")
+    assert "different lengths" in gallery_note(0.9, None)

@@ -1,4 +1,4 @@
-"""Eight bits: faster and as good, or not at all."""
+"""Int8 quantisation: kept only if faster than float and nearly as good."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ import onnx
 import pytest
 
 from pipeline.export import int8
-from pipeline.export.embed import embed_pixels, normalised
+from pipeline.export.embed import embed_pixels, normalise_pixels
 from pipeline.export.metadata import finish
 from pipeline.inference.session import open_session
 from pipeline.inference.timing import Gain
@@ -19,79 +19,81 @@ FAST, ADVISED = (recipe.name for recipe in int8.RECIPES)
 
 @pytest.fixture(scope="module")
 def inputs():
-    return [normalised(Pictures.pixels[:8], MEAN, STD), normalised(Pictures.pixels[8:], MEAN, STD)]
+    return [normalise_pixels(Pictures.pixels[:8], MEAN, STD), normalise_pixels(Pictures.pixels[8:], MEAN, STD)]
 
 
 @pytest.mark.parametrize("recipe", int8.RECIPES, ids=lambda recipe: recipe.name)
-def test_it_has_bytes_for_weights_and_nearly_the_embeddings(translated, metadata, reference, inputs, recipe):
+def test_weights_are_int8_and_embeddings_nearly_those_of_float(translated, metadata, reference, inputs, recipe):
     before = onnx.load_from_string(translated)
-    found = int8.quantise(before, inputs, recipe)
+    quantised = int8.quantise(before, inputs, recipe)
     assert before.SerializeToString() == translated
-    kinds = {tensor.data_type for tensor in found.graph.initializer if len(tensor.dims) == 4}
+    kinds = {tensor.data_type for tensor in quantised.graph.initializer if len(tensor.dims) == 4}
     assert kinds == {onnx.TensorProto.INT8}
-    content = finish(found, metadata)
-    assert (found.ir_version, b"/tmp/" in content) == (10, False)
+    content = finish(quantised, metadata)
+    assert (quantised.ir_version, b"/tmp/" in content) == (10, False)
     embeddings = embed_pixels(open_session(content), Pictures.pixels, MEAN, STD)
     assert np.einsum("nd,nd->n", embeddings, reference).min() > 0.9
     largest = max(
-        np.abs(onnx.numpy_helper.to_array(tensor)).max() for tensor in found.graph.initializer if len(tensor.dims) == 4
+        np.abs(onnx.numpy_helper.to_array(tensor)).max()
+        for tensor in quantised.graph.initializer
+        if len(tensor.dims) == 4
     )
     assert 32 < largest <= 64
-    assert int8.quantise(before, inputs, recipe).graph == found.graph
+    assert int8.quantise(before, inputs, recipe).graph == quantised.graph
 
 
-def test_seven_bits_never_overflow_sixteen_and_eight_would():
+def test_products_of_7_bit_weights_never_overflow_16_bits_and_those_of_8_bits_would():
     assert 2 * 255 * 64 < 2**15 <= 2 * 255 * 127
 
 
-def choose(translated, inputs, gains, maps, loss=0.005):
-    asked = []
+def choose(translated, inputs, gains, maps, max_loss=0.005):
+    scored = []
 
     def score(content):
-        asked.append(content)
+        scored.append(content)
         return maps.pop(0)
 
-    found = {name: Gain(ratio, ratio - 0.04, ratio + 0.04, 8) for name, ratio in gains.items()}
-    verdict = int8.choose(onnx.load_from_string(translated), inputs, 0.8, loss, score, lambda _: found)
-    return verdict, asked
+    speedups = {name: Gain(ratio, ratio - 0.04, ratio + 0.04, 8) for name, ratio in gains.items()}
+    result = int8.choose(onnx.load_from_string(translated), inputs, 0.8, max_loss, score, lambda _: speedups)
+    return result, scored
 
 
-def test_the_fastest_that_loses_little_is_taken_and_the_slower_is_not_even_asked(translated, inputs):
-    verdict, asked = choose(translated, inputs, {FAST: 2.0, ADVISED: 1.5}, [0.796])
-    assert (verdict.map, len(asked)) == (0.796, 1)
-    assert verdict.model is not None
-    assert [(trial.recipe, trial.map) for trial in verdict.trials] == [(FAST, 0.796), (ADVISED, None)]
-    assert verdict.reason == f"{FAST}: 2.00 times as fast as floats on one image, mAP -0.0040"
-    assert "There is an int8 file." in verdict.text
+def test_the_fastest_that_loses_little_is_chosen_and_slower_ones_are_not_evaluated(translated, inputs):
+    result, scored = choose(translated, inputs, {FAST: 2.0, ADVISED: 1.5}, [0.796])
+    assert (result.map, len(scored)) == (0.796, 1)
+    assert result.model is not None
+    assert [(candidate.recipe, candidate.map) for candidate in result.candidates] == [(FAST, 0.796), (ADVISED, None)]
+    assert result.reason == f"{FAST}: 2.00 times as fast as float on one image, mAP -0.0040"
+    assert "There is an int8 file." in result.markdown
 
 
-def test_one_that_loses_more_gives_way_to_a_slower_one(translated, inputs):
-    verdict, _ = choose(translated, inputs, {FAST: 1.2, ADVISED: 3.0}, [0.7949, 0.8])
-    assert (verdict.map, [trial.recipe for trial in verdict.trials]) == (0.8, [ADVISED, FAST])
+def test_a_slower_candidate_is_chosen_if_the_fastest_loses_too_much(translated, inputs):
+    result, _ = choose(translated, inputs, {FAST: 1.2, ADVISED: 3.0}, [0.7949, 0.8])
+    assert (result.map, [candidate.recipe for candidate in result.candidates]) == (0.8, [ADVISED, FAST])
 
 
 @pytest.mark.parametrize(
-    ("gains", "maps", "why"),
+    ("gains", "maps", "reason"),
     [
         (
             {FAST: 1.04, ADVISED: 0.6},
             [],
-            r"not faster .* sure \(1\.04 times, at least 1\.00\); S8S8 .*\(0\.60 times",
+            r"not reliably faster .* \(1\.04 times, at least 1\.00\); S8S8 .*\(0\.60 times",
         ),
-        ({FAST: 2.0, ADVISED: 1.9}, [0.7949, 0.5], r"loses 0\.0051 mAP \(0\.005 are allowed\); S8S8 loses 0\.3000"),
+        ({FAST: 2.0, ADVISED: 1.9}, [0.7949, 0.5], r"loses 0\.0051 mAP \(0\.005 allowed\); S8S8 loses 0\.3000"),
         ({FAST: 2.0, ADVISED: 0.9}, [float("nan")], "loses nan mAP"),
     ],
 )
-def test_else_there_is_none_and_the_verdict_says_why(translated, inputs, gains, maps, why):
-    verdict, _ = choose(translated, inputs, gains, maps)
-    assert (verdict.model, verdict.map) == (None, None)
-    assert re.search(why, verdict.reason)
-    assert "There is no int8 file." in verdict.text
+def test_no_file_is_chosen_if_none_qualifies_and_the_result_gives_the_reason(translated, inputs, gains, maps, reason):
+    result, _ = choose(translated, inputs, gains, maps)
+    assert (result.model, result.map) == (None, None)
+    assert re.search(reason, result.reason)
+    assert "There is no int8 file." in result.markdown
 
 
-def test_the_probe_agrees_with_what_the_processor_says_it_has():
+def test_measured_saturation_agrees_with_the_cpu_flags():
     file = Path("/proc/cpuinfo")
     flags = file.read_text() if file.is_file() else ""
     if "avx2" not in flags:
-        pytest.skip("this system does not tell whether its processor adds 8-bit products in 16 bits")
-    assert int8.saturates() is ("vnni" not in flags)
+        pytest.skip("no /proc/cpuinfo with avx2, so the expected result is unknown")
+    assert int8.int8_products_saturate() is ("vnni" not in flags)

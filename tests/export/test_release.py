@@ -1,4 +1,4 @@
-"""The folder with checksums."""
+"""Writing and reading a release folder."""
 
 import hashlib
 import shutil
@@ -10,7 +10,7 @@ from pipeline.export import release
 from pipeline.export.release import read_release, write_release
 
 
-def test_sums_are_those_of_the_files_and_sha256sum_agrees(tmp_path):
+def test_checksums_match_the_files_and_sha256sum_accepts_them(tmp_path):
     write_release(tmp_path, {"model.onnx": b"one", "card.md": b"two"})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["SHA256SUMS", "card.md", "model.onnx"]
     digests = [hashlib.sha256(content).hexdigest() for content in (b"one", b"two")]
@@ -22,7 +22,7 @@ def test_sums_are_those_of_the_files_and_sha256sum_agrees(tmp_path):
         assert subprocess.run([tool, "-c", "SHA256SUMS"], cwd=tmp_path, check=False).returncode
 
 
-def test_a_folder_that_was_not_finished_has_no_sums(tmp_path, monkeypatch):
+def test_an_interrupted_write_leaves_no_checksums(tmp_path, monkeypatch):
     write_release(tmp_path, {"a": b"old", "b": b"old"})
 
     def full_disk(path, write):
@@ -36,7 +36,7 @@ def test_a_folder_that_was_not_finished_has_no_sums(tmp_path, monkeypatch):
     assert not (tmp_path / "SHA256SUMS").exists()
 
 
-def test_files_of_an_earlier_release_go_and_those_of_others_stay(tmp_path):
+def test_files_of_an_earlier_release_are_removed_and_other_files_stay(tmp_path):
     write_release(tmp_path, {"model.onnx": b"one", "model.int8.onnx": b"two"})
     (tmp_path / "notes.txt").write_text("mine")
     write_release(tmp_path, {"model.onnx": b"three"})

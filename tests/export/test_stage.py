@@ -1,4 +1,4 @@
-"""The stage: all files or none."""
+"""Stage `export`: it writes all files or none."""
 
 import hashlib
 import re
@@ -27,22 +27,20 @@ from tests.export.tiny_network import SIZE, Pictures, tiny_net
 
 ROOT = Path(__file__).parents[2]
 SPLITS = ["train"] * 2 + ["query"] * 2 + ["gallery"] * 8
-PICTURES = [
-    Item(f"{row}.jpg", f"{row % 2}" if row > 1 else f"t{row}", f"c{row % 3}", s) for row, s in enumerate(SPLITS)
-]
+ITEMS = [Item(f"{row}.jpg", f"{row % 2}" if row > 1 else f"t{row}", f"c{row % 3}", s) for row, s in enumerate(SPLITS)]
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Params of the smoke preset, a dozen pictures, one network as teacher and as student."""
+    """Prepare the smoke preset with twelve images and one network as both teacher and student."""
     smoke = load_preset(ROOT, "smoke").model_dump()
     smoke["data"]["image_size"] = list(SIZE)
     paths = Files(tmp_path, tmp_path)
-    Manifest(PICTURES, paths.vehicles).write(paths.manifest)
+    Manifest(ITEMS, paths.vehicles).write(paths.manifest)
     paths.vehicles.mkdir(parents=True)
     write_atomically(paths.image_cache, lambda path: np.lib.format.open_memmap(path, "w+", np.uint8, (12, *SIZE, 3)))
     np.load(paths.image_cache, mmap_mode="r+")[:] = Pictures.pixels
-    for row, item in enumerate(PICTURES):
+    for row, item in enumerate(ITEMS):
         Image.fromarray(Pictures.pixels[row]).save(paths.vehicles / item.path, format="PNG")
     for name in ("teacher", "surgery"):
         checkpoint.save(paths.artifacts(name), tiny_net(0))
@@ -53,42 +51,42 @@ def written(run: Run) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in run.out.iterdir()}
 
 
-@pytest.mark.parametrize("gain", [None, 2.0, 0.9], ids=["not asked for", "faster", "slower"])
-def test_it_writes_files_that_say_what_the_record_says(run, translated, net, monkeypatch, gain):
+@pytest.mark.parametrize("gain", [None, 2.0, 0.9], ids=["not requested", "faster", "slower"])
+def test_files_metadata_and_card_agree_with_the_record(run, translated, net, monkeypatch, gain):
     monkeypatch.setattr(files, "to_onnx", lambda *_: onnx.load_from_string(translated))
-    if gain is not None:  # else timing, which has its own tests, would decide about this one
+    if gain is not None:  # a real timing would make the result random
         run.params.export.precisions.append("int8")
-        monkeypatch.setattr(files, "gains", lambda tried, *_: dict.fromkeys(tried, Gain(gain, gain, gain, 8)))
+        monkeypatch.setattr(files, "gains", lambda candidates, *_: dict.fromkeys(candidates, Gain(gain, gain, gain, 8)))
     record = stage.export(run)
-    found = written(run)
+    content = written(run)
     published = gain == 2.0
     onnx_files = {"model.onnx", "model.allinone.onnx", "teacher.onnx"} | ({"model.int8.onnx"} if published else set())
-    assert set(found) == {*onnx_files, "card.md", "sample.png", "sample.json", "SHA256SUMS"}
+    assert set(content) == {*onnx_files, "card.md", "sample.png", "sample.json", "SHA256SUMS"}
     assert record.params == cost.params(net.spec)
     assert record.macs == cost.macs(net.spec, SIZE)
     assert (record.bytes, record.bytes_allinone, record.bytes_teacher) == tuple(
-        len(found[name]) for name in ("model.onnx", "model.allinone.onnx", "teacher.onnx")
+        len(content[name]) for name in ("model.onnx", "model.allinone.onnx", "teacher.onnx")
     )
     assert (record.map_allinone, record.map_teacher, record.params_reduction) == (record.map, record.map, 0.0)
     assert (record.int8_published, record.map_int8 is None) == (int(published), not published)
-    assert record.map_student_on_teacher == record.map  # it is the same network
-    text = found["card.md"].decode()
+    assert record.map_student_on_teacher == record.map  # teacher and student are the same network
+    text = content["card.md"].decode()
     for name in onnx_files:
-        held = {entry.key: entry.value for entry in onnx.load_from_string(found[name]).metadata_props}
-        quality = record.map_int8 if name == "model.int8.onnx" else record.map
-        assert (float(held["map"]), held["git_commit"]) == (quality, "unknown")
-        assert re.search(rf"\| `{name}` \| [^|]+ \| {quality:.4f} \|", text)
-    assert ("## Eight bits" in text) is (gain is not None)
-    for line in found["SHA256SUMS"].decode().splitlines():
+        properties = {entry.key: entry.value for entry in onnx.load_from_string(content[name]).metadata_props}
+        expected_map = record.map_int8 if name == "model.int8.onnx" else record.map
+        assert (float(properties["map"]), properties["git_commit"]) == (expected_map, "unknown")
+        assert re.search(rf"\| `{name}` \| [^|]+ \| {expected_map:.4f} \|", text)
+    assert ("## Is there an int8 file?" in text) is (gain is not None)
+    for line in content["SHA256SUMS"].decode().splitlines():
         digest, name = line.split("  ")
-        assert hashlib.sha256(found[name]).hexdigest() == digest
+        assert hashlib.sha256(content[name]).hexdigest() == digest
     assert set(check_release(run.out)) == onnx_files
 
     torch.manual_seed(99)
-    assert (stage.export(run), written(run)) == (record, found)
+    assert (stage.export(run), written(run)) == (record, content)
 
 
-def test_no_embeddings_are_scored_twice(run, translated, monkeypatch):
+def test_each_set_of_embeddings_is_evaluated_once_per_protocol(run, translated, monkeypatch):
     monkeypatch.setattr(files, "to_onnx", lambda *_: onnx.load_from_string(translated))
     scored = []
 
@@ -98,26 +96,26 @@ def test_no_embeddings_are_scored_twice(run, translated, monkeypatch):
 
     monkeypatch.setattr(stage, "evaluate_embedder", counted)
     stage.export(run)
-    networks, onnx_files, batches, other_protocols = 2, 3, 3, 1  # each file runs in batches of 32, and of 1, 3 and 8
+    networks, onnx_files, batches, other_protocols = 2, 3, 3, 1  # each file runs at batch size 32, and at 1, 3 and 8
     assert len(scored) == networks + onnx_files * (1 + batches + other_protocols)
-    assert len({(id(found), protocol) for found, protocol in scored}) == len(scored)
+    assert len({(id(embeddings), protocol) for embeddings, protocol in scored}) == len(scored)
 
 
-def test_eight_bits_that_depend_on_the_batch_are_not_published_and_the_card_says_why(run, translated, monkeypatch):
+def test_an_int8_file_that_depends_on_the_batch_is_not_published_and_the_card_gives_the_reason(
+    run, translated, monkeypatch
+):
     monkeypatch.setattr(files, "to_onnx", lambda *_: onnx.load_from_string(translated))
-    monkeypatch.setattr(files, "gains", lambda tried, *_: dict.fromkeys(tried, Gain(2.0, 2.0, 2.0, 8)))
-    monkeypatch.setattr(files, "BYTES", 1.1)
+    monkeypatch.setattr(files, "gains", lambda candidates, *_: dict.fromkeys(candidates, Gain(2.0, 2.0, 2.0, 8)))
+    monkeypatch.setattr(files, "MIN_COSINE_INT8", 1.1)
     run.params.export.precisions.append("int8")
     record = stage.export(run)
     assert (record.int8_published, record.map_int8, record.bytes_int8) == (0, None, None)
     assert "model.int8.onnx" not in written(run)
     text = written(run)["card.md"].decode()
-    assert re.search(
-        r"There is no int8 file\. .* but in batches of 1 an image's embedding has cosine (1\.0|0\.99)", text
-    )
+    assert re.search(r"There is no int8 file\. .* but at batch size 1 an embedding has cosine (1\.0|0\.99)", text)
 
 
-def test_it_writes_nothing_if_a_gate_does_not_hold_for_the_last_file(run, translated, monkeypatch):
+def test_nothing_is_written_if_the_last_file_fails_its_check(run, translated, monkeypatch):
     checkpoint.save(run.files.artifacts("teacher"), tiny_net(1))
     monkeypatch.setattr(files, "to_onnx", lambda *_: onnx.load_from_string(translated))
     with pytest.raises(ParityError, match=r"teacher\.onnx: cosine") as caught:

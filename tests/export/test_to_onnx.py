@@ -1,4 +1,4 @@
-"""What is in an exported file, and what is not."""
+"""The content of an exported file."""
 
 import hashlib
 import json
@@ -26,18 +26,17 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
-def test_it_computes_the_unit_embedding_of_the_network_in_eval_mode_for_any_batch(content, net, batch):
-    rows = np.arange(batch)
+def test_it_computes_the_l2_normalised_embedding_in_eval_mode_for_any_batch_size(content, net, batch):
     with torch.no_grad():
         pixels = torch.from_numpy(Pictures.pixels[:batch]).permute(0, 3, 1, 2)
         expected = torch.nn.functional.normalize(tiny_net(0).eval()(normalise(pixels)).embedding).numpy()
-    found = embed(open_session(content), Pictures(), rows, MEAN, STD, batch)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
-    assert net.training  # the network itself is left alone
+    embeddings = embed(open_session(content), Pictures(), np.arange(batch), MEAN, STD, batch)
+    np.testing.assert_allclose(embeddings, expected, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-6)
+    assert net.training  # the network itself is not modified
 
 
-def test_it_has_one_input_one_output_a_free_batch_and_the_versions_asked_for(content):
+def test_it_has_one_input_one_output_a_dynamic_batch_and_the_requested_versions(content):
     model = onnx.load_from_string(content)
     assert (model.ir_version, [(entry.domain, entry.version) for entry in model.opset_import]) == (10, [("", 18)])
     shapes = {
@@ -47,16 +46,16 @@ def test_it_has_one_input_one_output_a_free_batch_and_the_versions_asked_for(con
     assert shapes == {"image": ["batch", 3, *SIZE], "embedding": ["batch", 16]}
 
 
-def test_the_classifier_stays_behind_and_the_file_is_complete(content, net):
+def test_the_classifier_is_removed_and_all_weights_are_inside(content, net):
     model = onnx.load_from_string(content)
     assert not any(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer)
     sizes = [math.prod(tensor.dims) for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT]
-    # Batch norms are folded into weights and shifts, the head's first has running statistics besides.
+    # Batch norms are folded into weights and biases; the first one of the head keeps its running statistics.
     assert cost.params(net.spec) * 0.9 < sum(sizes) < cost.params(net.spec) * 1.1
     assert not any(7 in tensor.dims[:1] for tensor in model.graph.initializer)
 
 
-def test_nothing_tells_where_or_from_what_code_it_was_made(content):
+def test_no_paths_or_stack_traces_are_inside(content):
     for trace in (b".py", b"File ", b"site-packages", b"pipeline.", b"stack_trace", str(ROOT).encode()):
         assert trace not in content
 
@@ -68,13 +67,13 @@ def test_a_zero_embedding_stays_finite(content):
     for tensor in model.graph.initializer:
         if tensor.name in head:
             tensor.CopyFrom(numpy_helper.from_array(np.zeros(tensor.dims, np.float32), tensor.name))
-    found = embed(open_session(model.SerializeToString()), Pictures(), np.arange(3), MEAN, STD)
-    np.testing.assert_array_equal(found, 0)
+    embeddings = embed(open_session(model.SerializeToString()), Pictures(), np.arange(3), MEAN, STD)
+    np.testing.assert_array_equal(embeddings, 0)
 
 
 def test_metadata_can_be_read_with_onnxruntime_alone(content, metadata):
-    held = open_session(content).get_modelmeta().custom_metadata_map
-    assert {name: held[name] for name in ("data", "protocol", "data_digest", "git_commit", "licence")} == {
+    properties = open_session(content).get_modelmeta().custom_metadata_map
+    assert {name: properties[name] for name in ("data", "protocol", "data_digest", "git_commit", "licence")} == {
         "data": "vehicles",
         "protocol": "market",
         "data_digest": "d" * 64,
@@ -82,7 +81,7 @@ def test_metadata_can_be_read_with_onnxruntime_alone(content, metadata):
         "licence": "as you like",
     }
     numbers = ("map", "image_size", "mean", "std", "embedding_dim", "params", "macs")
-    assert [json.loads(held[name]) for name in numbers] == [
+    assert [json.loads(properties[name]) for name in numbers] == [
         0.625,
         list(SIZE),
         [0.485, 0.456, 0.406],
@@ -91,12 +90,12 @@ def test_metadata_can_be_read_with_onnxruntime_alone(content, metadata):
         1234,
         56789,
     ]
-    assert Metadata.parse(held) == metadata
+    assert Metadata.parse(properties) == metadata
     with pytest.raises(KeyError, match="licence"):
-        Metadata.parse({name: text for name, text in held.items() if name != "licence"})
+        Metadata.parse({name: text for name, text in properties.items() if name != "licence"})
 
 
-def test_an_invalid_model_is_refused(translated, metadata):
+def test_an_invalid_model_is_rejected(translated, metadata):
     model = onnx.load_from_string(translated)
     model.graph.node[3].input[0] = "nowhere"
     with pytest.raises(onnx.checker.ValidationError, match="nowhere"):
@@ -112,11 +111,11 @@ print(hashlib.sha256(to_onnx(tiny_net(0), SIZE, opset=18).SerializeToString()).h
 """
     command = [sys.executable, "-W", "ignore", "-c", code]
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}
-    other = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert other.stdout.split()[-1] == hashlib.sha256(translated).hexdigest()
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.split()[-1] == hashlib.sha256(translated).hexdigest()
 
 
-def test_the_params_digest_follows_what_decides_the_file_and_nothing_else():
+def test_the_params_digest_depends_on_the_sections_that_decide_the_file_only():
     params = load_preset(ROOT, "smoke")
 
     def changed(section, **values):
@@ -131,7 +130,7 @@ def test_the_params_digest_follows_what_decides_the_file_and_nothing_else():
     assert params_digest(params.model_copy(update={"seed": 1})) != digest
 
 
-def test_other_weights_and_another_opset_give_another_file(translated):
+def test_other_weights_and_another_opset_give_another_model(translated):
     other = to_onnx(tiny_net(1), SIZE, opset=20)
     assert other.opset_import[0].version == 20
     first = {tensor.name: tensor for tensor in onnx.load_from_string(translated).graph.initializer}

@@ -1,4 +1,4 @@
-"""A tiny network and a few pictures, to export and to compare."""
+"""A tiny network and a few random images for the tests of the export."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from pipeline.models.spec import ArchSpec
 
 SIZE = (32, 24)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-ABOUT = Metadata(
+METADATA = Metadata(
     data="vehicles",
     data_digest="d" * 64,
     params_digest="p" * 64,
@@ -24,11 +24,10 @@ ABOUT = Metadata(
     params=1234,
     macs=56789,
 )
-"""What its files say about themselves."""
 
 
 def tiny_net(seed: int) -> RetrievalNet:
-    """Four bottlenecks, batch norms that are not trivial, a classifier of 7 identities, in train mode."""
+    """Build four bottlenecks with non-trivial batch norms and a classifier of 7 identities, in train mode."""
     generator = torch.Generator().manual_seed(seed)
     net = RetrievalNet(ArchSpec.full(depth=14, width=8, embedding_dim=16, identities=7))
     with torch.no_grad():
@@ -43,15 +42,15 @@ def tiny_net(seed: int) -> RetrievalNet:
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
-    """From uint8 (B, 3, h, w) to the network's input."""
+    """Normalise uint8 images, (B, 3, h, w), by the textbook formula."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
     return (pixels.float() / 255 - mean) / std
 
 
 class Pictures:
-    """Twelve pictures of random pixels."""
+    """Twelve images of random pixels."""
 
     pixels = np.random.default_rng(0).integers(0, 256, size=(12, *SIZE, 3), dtype=np.uint8)
 
-    def batch(self, rows: np.ndarray) -> np.ndarray:
-        return self.pixels[rows]
+    def batch(self, indices: np.ndarray) -> np.ndarray:
+        return self.pixels[indices]

@@ -23,7 +23,7 @@ from pipeline.registry.promotion import SPLIT, TEST_SET, PromotionPolicy
 from pipeline.registry.publish import registry
 from pipeline.stage.presets import load_preset
 from tests import layouts
-from tests.export.tiny_network import ABOUT, SIZE, tiny_net
+from tests.export.tiny_network import METADATA, SIZE, tiny_net
 
 ROOT = Path(__file__).parents[2]
 SIZES = {0: SIZE, 1: SIZE[::-1]}
@@ -87,7 +87,7 @@ def prepare(files: Files, settings: Params, identities: int, rule: Rule = drawn)
 def trained(folder: Path, networks: dict[int, bytes], seed: int, manifest: Manifest) -> Path:
     """A release of a network that was trained on a manifest."""
     size = SIZES[seed]
-    about = replace(ABOUT, data_digest=manifest.digest, image_size=size)
+    about = replace(METADATA, data_digest=manifest.digest, image_size=size)
     models = {"model.onnx": finish(onnx.load_from_string(networks[seed]), about)}
     folder.mkdir(exist_ok=True)
     write_release(folder, models | {EXPECTED: expected(models, size), PICTURE: as_png(picture(size))})

@@ -1,4 +1,4 @@
-"""Results of a small run, as the report gets them."""
+"""Results of a small run, as input of the report."""
 
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ WIDTHS = {"layer1.0.conv1": 32, "layer1.0.conv2": 32}
 
 
 class Manifest:
-    """Six identities in three cameras; the first camera's images are the queries. Labels end with `suffix`."""
+    """Six identities and three cameras; images of the first camera are the queries. Labels end with `suffix`."""
 
     def __init__(self, suffix=""):
         self.suffix = suffix
@@ -25,28 +25,28 @@ class Manifest:
     items = tuple(SimpleNamespace(path=f"{identity}_{camera}.jpg") for identity, camera in LABELS)
 
     def indices(self, *splits):
-        return np.array([row for row, split in enumerate(SPLITS) if split in splits])
+        return np.array([index for index, split in enumerate(SPLITS) if split in splits])
 
-    def identities(self, rows):
-        return np.array([LABELS[row][0] + self.suffix for row in rows])
+    def identities(self, indices):
+        return np.array([LABELS[index][0] + self.suffix for index in indices])
 
-    def cameras(self, rows):
-        return np.array([LABELS[row][1] + self.suffix for row in rows])
+    def cameras(self, indices):
+        return np.array([LABELS[index][1] + self.suffix for index in indices])
 
 
 class Pictures:
-    """A grey of its own for each image."""
+    """One image of uniform grey per index."""
 
-    def batch(self, rows):
-        return np.broadcast_to(np.uint8(10 * rows)[:, None, None, None], (len(rows), 8, 6, 3))
+    def batch(self, indices):
+        return np.broadcast_to(np.uint8(10 * indices)[:, None, None, None], (len(indices), 8, 6, 3))
 
 
 def embeddings(noise):
-    """Indices: queries, then gallery; without noise every query finds its identity first."""
-    rows = np.concatenate([Manifest().rows("query"), Manifest().rows("gallery")])
-    identity = np.eye(IDENTITIES)[rows // CAMERAS]
-    found = identity + noise * np.random.default_rng(0).normal(size=identity.shape)
-    return (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float32)
+    """Return embeddings of queries, then gallery; without noise every query ranks its identity first."""
+    indices = np.concatenate([Manifest().indices("query"), Manifest().indices("gallery")])
+    identity = np.eye(IDENTITIES)[indices // CAMERAS]
+    vectors = identity + noise * np.random.default_rng(0).normal(size=identity.shape)
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
 def timed(file, *turns):
@@ -55,13 +55,13 @@ def timed(file, *turns):
 
 def results(**changes):
     scores = {"rank1": 0.79, "rank5": 0.9, "rank10": 0.95, "minp": 0.3, "queries": 6, "dropped": 0}
-    cut = {"params_reduction": 0.625, "macs_reduction": 0.75}
-    small = {"map": 0.6721, "params": 1_500_000, "macs": 20_000_000, **cut}
+    reductions = {"params_reduction": 0.625, "macs_reduction": 0.75}
+    small = {"map": 0.6721, "params": 1_500_000, "macs": 20_000_000, **reductions}
     teacher = TeacherRecord(map=0.668, params=4_000_000, macs=80_000_000, **scores)
     timings = [timed("teacher", *[4.0] * 8), timed("student", *[2.0] * 8)]
     footprints = {"teacher": Footprint(16 * 2**20, 80 * 2**20, ()), "student": Footprint(6 * 2**20, None, ("conv1",))}
     epochs = {"epoch": np.array([1.0, 2.0]), "validation_map": np.array([np.nan, 0.5]), "loss": np.array([2.0, 1.0])}
-    reductions = {f"{what}_reduction": np.array([0.0, 0.75]) for what in ("macs", "params", "target")}
+    curves = {f"{what}_reduction": np.array([0.0, 0.75]) for what in ("macs", "params", "target")}
     values = {
         "data": "vehicles, 8 x 6 pixels",
         "machine": "a machine of four threads",
@@ -95,7 +95,7 @@ def results(**changes):
         "benchmark": benchmark_record(timings, footprints, teacher.macs, small["macs"]),
         "timings": timings,
         "footprints": footprints,
-        "curves": {"teacher": epochs, "student": epochs | reductions},
+        "curves": {"teacher": epochs, "student": epochs | curves},
         "widths": {"teacher": WIDTHS, "student": dict.fromkeys(WIDTHS, 8)},
         "sites": tuple(WIDTHS),
         "embeddings": {"teacher": embeddings(0.0), "student": embeddings(2.0)},

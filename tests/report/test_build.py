@@ -1,4 +1,4 @@
-"""The report of a run."""
+"""The report of a run: its files and its numbers."""
 
 import re
 
@@ -11,7 +11,7 @@ from tests.report.sample import results, timed
 
 
 def plain(text):
-    """Text with ASCII for signs that look like it, and with single spaces, as a browser shows it."""
+    """Replace typographic signs by ASCII and collapse whitespace, as a browser does."""
     signs = {ord("\N{MINUS SIGN}"): "-", ord("\N{MULTIPLICATION SIGN}"): "x"}
     return " ".join(text.translate(signs).split())  # NO-BREAK SPACE too
 
@@ -28,17 +28,17 @@ def html(folder):
     return plain((folder / "index.html").read_text(encoding="utf-8"))
 
 
-def test_the_page_and_its_pictures_are_all_there_is(folder, html):
-    pictures = {"capacity.png", "panel-01.png", "panel-02.png", "pareto.png", "training.png", "widths.png"}
-    assert {path.name for path in folder.iterdir()} == {"index.html", *pictures}
-    assert set(re.findall(r'src="([^"]+)"', html)) == pictures
-    for name in pictures:
+def test_the_report_consists_of_the_page_and_its_charts(folder, html):
+    charts = {"capacity.png", "panel-01.png", "panel-02.png", "pareto.png", "training.png", "widths.png"}
+    assert {path.name for path in folder.iterdir()} == {"index.html", *charts}
+    assert set(re.findall(r'src="([^"]+)"', html)) == charts
+    for name in charts:
         with Image.open(folder / name) as image:
             image.load()
             assert image.width > 800
 
 
-def test_the_headline_tells_quality_cost_and_speed_beside_the_ideal(html):
+def test_the_headline_shows_quality_cost_and_speed_beside_the_ratio_of_macs(html):
     header = html[: html.index("</header>")]
     for number in (
         "0.668 → 0.672",
@@ -54,13 +54,13 @@ def test_the_headline_tells_quality_cost_and_speed_beside_the_ideal(html):
     assert "inconclusive" not in header
 
 
-def test_every_stage_has_a_row_with_its_own_numbers(html):
+def test_every_stage_has_a_row_with_its_numbers(html):
     rows = dict(re.findall(r'<th scope="row">([^<]+)</th>(.*?)</tr>', html))
     cells = {name: re.findall(r"<td>([^<]*)</td>", row) for name, row in rows.items()}
     assert cells["Teacher"] == ["0.6680", "0.7900", "4 M", "80 M", "0.0 %", "0.0 %"]
     assert cells["Student, trained"] == cells["Student, after surgery"]
     assert cells["Student, trained"] == ["0.6721", "0.7900", "1.5 M", "20 M", "62.5 %", "75.0 %"]
-    # the noiseless embeddings find every identity first, so rank-1 of teacher.onnx was measured, not copied
+    # rank-1 of teacher.onnx is measured, not copied: embeddings without noise rank every identity first
     assert cells["teacher.onnx"] == ["0.6680", "1.0000", "4 M", "80 M", "0.0 %", "0.0 %"]
     assert cells["model.onnx (student)"][0] == "0.6721"
     assert cells["batch 1, all threads"] == ["2.00x", "2.00 to 2.00", "4.00x", "50.0 %"]
@@ -69,21 +69,23 @@ def test_every_stage_has_a_row_with_its_own_numbers(html):
     assert cells["teacher"] == ["16.00 MiB", "80 MiB", "none"]
 
 
-def test_a_busy_machine_is_said_in_headline_and_row(tmp_path):
+def test_headline_and_table_show_an_inconclusive_speed_up(tmp_path):
     timings = [timed("teacher", *[4.0] * 4, *[8.0] * 4), timed("student", *[2.0] * 8)]
     write_report(tmp_path, results(timings=timings, panels=1))
     text = plain((tmp_path / "index.html").read_text(encoding="utf-8"))
-    assert "<strong>inconclusive</strong> 2.00 to 4.00, ratio of MACs 4.00x</dd>" in text
+    assert "<strong>inconclusive</strong> 95 % interval 2.00 to 4.00, ratio of MACs 4.00x</dd>" in text
     assert "<td>inconclusive</td><td>2.00 to 4.00</td><td>4.00x</td><td></td>" in text
-    assert "On one image it is between 2.00x and 4.00x as fast (the machine was too busy to tell)" in text
+    assert (
+        "On one image it is between 2.00x and 4.00x as fast (inconclusive: too few or too noisy measurements)" in text
+    )
 
 
-def test_panels_say_in_words_what_they_show(html):
+def test_panels_have_a_text_alternative(html):
     alts = re.findall(r'src="panel-\d+.png" alt="([^"]+)"', html)
     assert len(alts) == 2
     for alt in alts:
         assert ", camera c0." in alt
-        assert "teacher: right at 1, 2 of the first 10, AP 1.00; student: right at" in alt
+        assert "teacher: correct at rank 1, 2 of the first 10, AP 1.00; student: correct at rank" in alt
 
 
 def test_the_report_names_protocol_data_and_seed(html):
@@ -93,21 +95,21 @@ def test_the_report_names_protocol_data_and_seed(html):
     assert "seed 3" in html
 
 
-def test_same_results_gives_the_same_bytes(folder, tmp_path):
+def test_equal_results_give_equal_bytes(folder, tmp_path):
     write_report(tmp_path, results())
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
         path.name: path.read_bytes() for path in folder.iterdir()
     }
 
 
-def test_a_student_that_was_not_compressed_has_no_widths_to_show(tmp_path):
+def test_a_student_that_was_not_compressed_gets_no_chart_of_widths(tmp_path):
     (tmp_path / "widths.png").write_bytes(b"of an earlier run")
     write_report(tmp_path, results(sites=(), panels=1))
     assert not (tmp_path / "widths.png").exists()
     assert "widths.png" not in (tmp_path / "index.html").read_text(encoding="utf-8")
 
 
-def test_large_numbers_keep_three_digits():
+def test_large_numbers_are_rounded_to_three_digits():
     texts = {
         3_760_000: "3.76 M",
         80_314_368: "80.3 M",

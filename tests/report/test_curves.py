@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from pipeline.report.curves import capacity, loss_names, read_curves, training
+from pipeline.report.curves import loss_names, plot_capacity, plot_training, read_curves
 
 STUDENT = """epoch,loss,kl,macs_reduction,params_reduction,target_reduction,validation_map
 1,2.5,0.5,0.0,0.0,0.1,
@@ -31,43 +31,43 @@ def lines(axes):
     return {line.get_label(): line for line in axes.get_lines()}
 
 
-def test_an_empty_cell_is_nothing_measured_and_not_zero(student):
+def test_an_empty_cell_is_read_as_nan(student):
     assert_array_equal(student["validation_map"], [np.nan, 0.6, np.nan, 0.7])
     assert_array_equal(student["epoch"], [1, 2, 3, 4])
 
 
-def test_losses_are_what_is_left_of_the_columns(student, teacher):
+def test_all_other_columns_are_losses(student, teacher):
     assert loss_names(student) == ["loss", "kl"]
     assert loss_names(teacher) == ["loss", "triplet"]
 
 
-def test_a_file_without_epochs_is_refused(tmp_path):
+def test_a_file_without_epochs_is_an_error(tmp_path):
     (tmp_path / "student.csv").write_text("epoch,loss\n")
     with pytest.raises(ValueError, match=r"student\.csv"):
         read_curves(tmp_path / "student.csv")
 
 
-def test_capacity_is_what_reductions_leave(student):
-    left, score = capacity(student).axes
-    drawn = lines(left)
+def test_capacity_is_one_minus_the_reductions(student):
+    remaining, score = plot_capacity(student).axes
+    drawn = lines(remaining)
     assert_array_equal(drawn["MACs"].get_ydata(), 1 - student["macs_reduction"])
     assert_array_equal(drawn["parameters"].get_ydata(), 1 - student["params_reduction"])
     assert_array_equal(drawn["allowed by the schedule"].get_ydata(), 1 - student["target_reduction"])
-    assert left.get_ylim()[0] == 0
+    assert remaining.get_ylim()[0] == 0
     assert_array_equal(lines(score)["student"].get_xdata(), [2, 4])
     assert_array_equal(lines(score)["student"].get_ydata(), [0.6, 0.7])
 
 
-def test_capacity_shows_what_a_method_knows(student):
+def test_capacity_shows_the_columns_that_exist(student):
     del student["target_reduction"]
     student["latency_reduction"] = np.array([0.0, 0.3, 0.5, 0.5])
-    left, _ = capacity(student).axes
-    assert set(lines(left)) == {"MACs", "parameters", "latency"}
+    remaining, _ = plot_capacity(student).axes
+    assert set(lines(remaining)) == {"MACs", "parameters", "latency"}
     assert "latency_reduction" not in loss_names(student)
 
 
-def test_training_has_a_chart_for_validation_and_each_loss_of_either(student, teacher):
-    charts = {axes.get_title(loc="left"): lines(axes) for axes in training(teacher, student).axes}
+def test_training_has_a_chart_for_validation_and_each_loss_of_either_network(student, teacher):
+    charts = {axes.get_title(loc="left"): lines(axes) for axes in plot_training(teacher, student).axes}
     assert list(charts) == ["validation mAP", "loss", "triplet", "kl"]
     assert set(charts["loss"]) == {"teacher", "student"}
     assert set(charts["triplet"]) == {"teacher"}

@@ -1,11 +1,11 @@
-"""From timings to the record and latency.csv."""
+"""The record of stage `benchmark` and latency.csv."""
 
 import pytest
 
 from pipeline.inference.footprint import Footprint
 from pipeline.inference.timing import Timing
 from pipeline.records import BenchmarkRecord
-from pipeline.report.latency import HEADLINE, benchmark_record, gains, setting, write_csv
+from pipeline.report.latency import HEADLINE_SETTING, benchmark_record, gains, setting_name, write_csv
 
 FOOTPRINTS = {name: Footprint(number, 100 * number, ()) for number, name in enumerate(("teacher", "student"), start=1)}
 
@@ -25,11 +25,11 @@ def timings():
 
 
 def test_settings_are_named_by_batch_and_threads():
-    assert setting(32, 2) == "batch32_threads2"
-    assert setting(1, 0) == HEADLINE == "batch1_threadsall"
+    assert setting_name(32, 2) == "batch32_threads2"
+    assert setting_name(1, 0) == HEADLINE_SETTING == "batch1_threadsall"
 
 
-def test_the_record_compares_the_medians_with_the_macs():
+def test_the_record_compares_medians_and_macs():
     record = benchmark_record(timings(), FOOTPRINTS, teacher_macs=80, student_macs=20)
     assert record.speedup == 4.0 / 2.0
     assert (record.speedup_low, record.speedup_high, record.conclusive) == (2.0, 2.0, 1)
@@ -44,30 +44,30 @@ def test_the_record_compares_the_medians_with_the_macs():
     assert BenchmarkRecord.model_validate(record.model_dump()) == record
 
 
-def test_a_third_file_has_its_own_numbers_and_changes_no_others():
+def test_an_int8_file_adds_its_numbers_and_changes_no_others():
     extra = [*timings(), timed("int8", 1, 0, *[1.0] * 8), timed("int8", 32, 2, *[10.0] * 8)]
-    found = benchmark_record(extra, FOOTPRINTS, 80, 20)
-    assert found.speedup_int8 == 4.0
-    assert found.int8["batch32_threads2"].p50 == 10.0
+    record = benchmark_record(extra, FOOTPRINTS, 80, 20)
+    assert record.speedup_int8 == 4.0
+    assert record.int8["batch32_threads2"].p50 == 10.0
     without = benchmark_record(timings(), FOOTPRINTS, 80, 20)
-    assert found.model_copy(update={"int8": None, "speedup_int8": None}) == without
+    assert record.model_copy(update={"int8": None, "speedup_int8": None}) == without
 
 
-def test_what_cannot_be_told_is_open():
-    found = gains(timings())["student"]
-    assert found["batch1_threadsall"].conclusive
-    assert (found["batch32_threads2"].low, found["batch32_threads2"].high) == (1.5, 3.0)
-    assert not found["batch32_threads2"].conclusive
+def test_noisy_timings_are_inconclusive():
+    speedups = gains(timings())["student"]
+    assert speedups["batch1_threadsall"].conclusive
+    assert (speedups["batch32_threads2"].low, speedups["batch32_threads2"].high) == (1.5, 3.0)
+    assert not speedups["batch32_threads2"].conclusive
 
 
-def test_a_setting_timed_for_one_of_them_is_named():
+def test_the_error_names_a_setting_that_was_timed_for_one_file_only():
     for missing in (2, 3):
         with pytest.raises(KeyError, match="batch32_threads2"):
             remaining = [timing for number, timing in enumerate(timings()) if number != missing]
             benchmark_record(remaining, FOOTPRINTS, 80, 20)
 
 
-def test_the_csv_has_a_line_a_file_and_setting(tmp_path):
+def test_the_csv_has_a_row_per_file_and_setting(tmp_path):
     write_csv(timings()[:3], tmp_path / "latency.csv")
     assert (tmp_path / "latency.csv").read_text() == (
         "file,batch,threads,p50_ms,p90_ms,p99_ms,spread,images_per_second\n"

@@ -1,9 +1,9 @@
-"""Widths per layer."""
+"""The chart of channels per layer."""
 
 import pytest
 from numpy.testing import assert_array_equal
 
-from pipeline.report.widths import widths
+from pipeline.report.widths import plot_widths
 
 TEACHER = {"conv1": 32, "layer1.0.conv1": 32, "layer1.0.conv2": 32, "layer2.0.conv1": 64}
 STUDENT = {"conv1": 32, "layer1.0.conv1": 8, "layer1.0.conv2": 32, "layer2.0.conv1": 24}
@@ -11,7 +11,7 @@ SITES = ["layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1"]
 
 
 def test_each_site_shows_both_widths_by_name():
-    (chart,) = widths(TEACHER, STUDENT, SITES).axes
+    (chart,) = plot_widths(TEACHER, STUDENT, SITES).axes
     drawn = {line.get_label(): line.get_xdata() for line in chart.get_lines()}
     assert_array_equal(drawn["teacher"], [32, 32, 64])
     assert_array_equal(drawn["student"], [8, 32, 24])
@@ -22,9 +22,9 @@ def test_each_site_shows_both_widths_by_name():
     assert high > 64
 
 
-def test_a_block_that_is_gone_is_drawn_too():
+def test_a_removed_block_is_drawn_too():
     student = STUDENT | {"layer1.0.conv1": 0, "layer1.0.conv2": 0}
-    (chart,) = widths(TEACHER, student, SITES).axes
+    (chart,) = plot_widths(TEACHER, student, SITES).axes
     assert [text.get_text() for text in chart.texts] == ["0 of 32", "0 of 32", "24 of 64"]
     low, _ = chart.get_xlim()
     drawn = {line.get_label(): line.get_xdata() for line in chart.get_lines()}["student"]
@@ -33,21 +33,23 @@ def test_a_block_that_is_gone_is_drawn_too():
 
 
 def test_the_first_layer_is_on_top():
-    (chart,) = widths(TEACHER, STUDENT, SITES).axes
+    (chart,) = plot_widths(TEACHER, STUDENT, SITES).axes
     bottom, top = chart.get_ylim()
     assert bottom > top
 
 
-def test_a_deep_network_gets_a_taller_picture():
+def test_a_deep_network_gets_a_taller_chart():
     many = {f"layer1.{block}.conv1": 64 for block in range(60)}
-    assert widths(many, many, list(many)).get_figheight() > 3 * widths(TEACHER, STUDENT, SITES).get_figheight()
+    assert (
+        plot_widths(many, many, list(many)).get_figheight() > 3 * plot_widths(TEACHER, STUDENT, SITES).get_figheight()
+    )
 
 
-def test_an_unknown_site_is_named():
+def test_the_error_names_an_unknown_site():
     with pytest.raises(KeyError, match=r"layer9\.0\.conv1"):
-        widths(TEACHER, STUDENT, [*SITES, "layer9.0.conv1"])
+        plot_widths(TEACHER, STUDENT, [*SITES, "layer9.0.conv1"])
 
 
-def test_no_site_is_an_error():
+def test_no_sites_are_an_error():
     with pytest.raises(ValueError, match="no layer"):
-        widths(TEACHER, STUDENT, [])
+        plot_widths(TEACHER, STUDENT, [])

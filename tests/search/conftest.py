@@ -9,7 +9,7 @@ from PIL import Image
 from pipeline.export.metadata import finish
 from pipeline.export.release import write_release
 from pipeline.export.to_onnx import to_onnx
-from tests.export.tiny_network import ABOUT, SIZE, tiny_net
+from tests.export.tiny_network import METADATA, SIZE, tiny_net
 
 LARGE = (64, 48)
 """Height and width of the gallery's pictures."""
@@ -25,7 +25,9 @@ def picture(number: int) -> Image.Image:
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two networks of the same size with different weights."""
     folder = tmp_path_factory.mktemp("release")
-    files = {name: finish(to_onnx(tiny_net(seed), SIZE, 18), ABOUT) for seed, name in enumerate(("model", "teacher"))}
+    files = {
+        name: finish(to_onnx(tiny_net(seed), SIZE, 18), METADATA) for seed, name in enumerate(("model", "teacher"))
+    }
     write_release(folder, {f"{name}.onnx": content for name, content in files.items()})
     return folder
 

@@ -1,6 +1,6 @@
-"""A file that takes pictures as they are: nobody who runs it can resize or normalise otherwise than it was trained.
+"""Preprocessing as part of the ONNX graph: users pass raw images and cannot resize or normalise them incorrectly.
 
-Resizing works on bytes and antialiases as Pillow's bilinear filter does, so that both give nearly the same pixels.
+The graph resizes uint8 images with antialiasing, like Pillow's bilinear filter; the two differ in a few last bits.
 """
 
 from typing import Any
@@ -10,31 +10,27 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from pipeline.export.embed import Colour, scaled
+from pipeline.export.embed import PerChannel, scale_to_255
 from pipeline.inference.session import INPUT
 
 NORMALISED = "preprocess/normalised"
 
 
-def all_in_one(core: onnx.ModelProto, image_size: tuple[int, int], mean: Colour, std: Colour) -> onnx.ModelProto:
-    """Put preprocessing before a network.
+def add_preprocessing(
+    core: onnx.ModelProto, image_size: tuple[int, int], mean: PerChannel, std: PerChannel
+) -> onnx.ModelProto:
+    """Return a copy of a model with resizing and normalisation in front.
 
-    Args:
-        core: Takes normalised floats (n, 3, h, w); left as it is.
-        image_size: Its height and width, pixels.
-        mean: By channel (RGB), of pixels in [0, 1].
-        std: Likewise.
-
-    Returns:
-        The same from uint8 (n, height, width, 3), RGB, of any height and width.
+    The core has float input (n, 3, h, w), where (h, w) is `image_size`; the result has uint8 input
+    (n, height, width, 3), RGB, of any height and width.
     """
     constants: dict[str, npt.NDArray[Any]] = {
         "size": np.array(image_size, np.int64),
-        "mean": scaled(mean),
-        "std": scaled(std),
+        "mean": scale_to_255(mean),
+        "std": scale_to_255(std),
     }
     nodes = [
-        # While channels come last: ONNX Runtime's resizing of bytes knows no other order.
+        # Resize comes before Transpose: ONNX Runtime resizes uint8 with antialiasing only in channels-last order.
         _node("Resize", [INPUT, "", "", "preprocess/size"], "resized", mode="linear", antialias=1, axes=[1, 2],
               coordinate_transformation_mode="half_pixel"),
         _node("Transpose", ["preprocess/resized"], "channels", perm=[0, 3, 1, 2]),
@@ -46,9 +42,9 @@ def all_in_one(core: onnx.ModelProto, image_size: tuple[int, int], mean: Colour,
     model.CopyFrom(core)
     for node in model.graph.node:
         node.input[:] = [NORMALISED if name == INPUT else name for name in node.input]
-    rest = list(model.graph.node)
+    core_nodes = list(model.graph.node)
     del model.graph.node[:]
-    model.graph.node.extend(nodes + rest)
+    model.graph.node.extend(nodes + core_nodes)
     model.graph.initializer.extend(numpy_helper.from_array(v, f"preprocess/{name}") for name, v in constants.items())
     del model.graph.input[:]
     shape: list[str | int | None] = ["batch", "height", "width", 3]
