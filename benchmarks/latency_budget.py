@@ -14,7 +14,7 @@ from benchmarks.short import Noise, preset, train
 from pipeline.compress.surgery import run_surgery
 from pipeline.export.metadata import serialise
 from pipeline.export.to_onnx import to_onnx
-from pipeline.inference.latency_model import kept_share, latency_model
+from pipeline.inference.latency_model import latency_model, stored_latency_ratio
 from pipeline.inference.timing import measure
 from pipeline.models.resnet import convert
 from pipeline.models.spec import ArchSpec
@@ -29,7 +29,7 @@ def main() -> None:
         spec = ArchSpec.full(depth, width, 256)
         model = latency_model(spec, size, 8)
         with TemporaryDirectory() as folder:
-            counted = replace(model, measured=partial(kept_share, Path(folder) / "measured.json", spec, size))
+            counted = replace(model, measured=partial(stored_latency_ratio, Path(folder) / "measured.json", spec, size))
             files = {}
             for asked in (None, *ASKED):
                 params = preset(

@@ -14,7 +14,7 @@ from time import perf_counter
 from benchmarks.short import section
 from pipeline import checkpoint
 from pipeline.compress.budget import cost_model
-from pipeline.compress.student import CALIBRATION, build_student, spread, student_task
+from pipeline.compress.student import CALIBRATION, build_student, evenly_spaced, student_task
 from pipeline.data.augment import as_tensor, normalise
 from pipeline.data.images import open_images
 from pipeline.data.loader import training_loader
@@ -32,7 +32,7 @@ def main() -> None:
     given = load(Path(sys.argv[1]) if len(sys.argv) > 1 else files.params)
     manifest, images = open_images(files, given)
     fabric = launch(given.runtime, given.seed)
-    calibration = normalise(as_tensor(images.batch(spread(manifest.indices("train"), CALIBRATION))))
+    calibration = normalise(as_tensor(images.batch(evenly_spaced(manifest.indices("train"), CALIBRATION))))
     size = (given.data.image_size[0], given.data.image_size[1])
     with TemporaryDirectory() as folder:
         runs, seconds, last = {}, {"live": 0.0, "off": 0.0}, dict[str, TrainingState]()

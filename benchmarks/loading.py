@@ -17,7 +17,7 @@ from pipeline.data.loader import training_loader
 from pipeline.files import Files
 from pipeline.runtime import launch
 from pipeline.stage.params_file import load
-from pipeline.training.optimizer import build
+from pipeline.training.optimizer import build_optimizer
 from pipeline.training.teacher import TeacherTask, build_teacher
 
 WORKERS = (0, 1)
@@ -31,7 +31,7 @@ def epoch(workers: int) -> Callable[[int], tuple[list[float], list[float]]]:
     manifest, images = open_images(Files.here(), params)
     loader = training_loader(manifest, images, params.teacher, params)
     net = build_teacher(params.teacher, len(manifest.train_identities)).to(memory_format=torch.channels_last).train()
-    optimizer, task = build(net, params.teacher.optimizer), TeacherTask(params.teacher, None)
+    optimizer, task = build_optimizer(net, params.teacher.optimizer), TeacherTask(params.teacher, None)
 
     def run(number: int) -> tuple[list[float], list[float]]:
         waits, works = [], []

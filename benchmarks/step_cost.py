@@ -9,7 +9,7 @@ from time import perf_counter
 import numpy as np
 
 from benchmarks.short import Noise, prepared, preset, scaled
-from pipeline.training.optimizer import build
+from pipeline.training.optimizer import build_optimizer
 
 ROUNDS, WARM_UP = 30, 3
 SITES = {"none": None, "inner sites": ["conv1", "conv2"], "inner sites and stream": ["conv1", "conv2", "stream"]}
@@ -23,7 +23,7 @@ def stepper(sites: list[str] | None) -> Callable[[], float]:
     noise = Noise(1, batch.identities * batch.instances, (params.data.image_size[0], params.data.image_size[1]))
     task, net = prepared(params, Noise(10**6, noise.images, noise.size))
     net.train()
-    optimizer = build(net, params.student.optimizer)
+    optimizer = build_optimizer(net, params.student.optimizer)
     images, labels, _ = next(noise.epoch(0))
 
     def step() -> float:

@@ -1,1 +1,1 @@
-"""What shrinks a network: compactors, resetting, budgets, folding, surgery."""
+"""Compression of a network while it learns: compactors, masks, budgets, folding, surgery, and the baselines."""

@@ -15,23 +15,30 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from pipeline.compress.budget import BudgetMissedError, cost_model
-from pipeline.compress.compactor import attach, living_channels, row_norms
+from pipeline.compress.compactor import attach, nonzero_channels, row_norms
 from pipeline.compress.shrinker import Shrinker
-from pipeline.compress.student import StudentTask, _unscaled, build_student, remaining_spec, spread, student_task
+from pipeline.compress.student import (
+    StudentTask,
+    _without_gate_gradient,
+    build_student,
+    evenly_spaced,
+    remaining_spec,
+    student_task,
+)
 from pipeline.compress.surgery import largest_difference, run_surgery
 from pipeline.config import Params
 from pipeline.models import cost
 from pipeline.models.cost import CostModel
-from pipeline.models.feature_hooks import FeatureHooks, pooled
+from pipeline.models.feature_hooks import FeatureHooks, average_pool
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
 from pipeline.runtime import launch
 from pipeline.stage.presets import load_preset
 from pipeline.training import loop
 from pipeline.training.loop import Batch, DivergedError, Fit
-from pipeline.training.optimizer import build, learning_rate, load_state_tensors, state_tensors
+from pipeline.training.optimizer import build_optimizer, learning_rate, load_state_tensors, state_tensors
 from pipeline.training.state import Checkpoints
-from pipeline.training.teacher import TeacherTask, build_teacher, pretrained
+from pipeline.training.teacher import TeacherTask, build_teacher, pretrained_weights
 
 ROOT = Path(__file__).parents[2]
 IDENTITIES, PER_IDENTITY, STEPS = 4, 2, 6
@@ -93,13 +100,15 @@ def cost_of(params: Params, teacher: RetrievalNet) -> CostModel:
 
 
 def prepared(
-    params: Params, teacher: RetrievalNet, folder: Path, answers: Path | None = None
+    params: Params, teacher: RetrievalNet, folder: Path, cache_folder: Path | None = None
 ) -> tuple[StudentTask, Fit, list[dict[str, float]]]:
     fabric = launch(params.runtime, params.seed)
     rows: list[dict[str, float]] = []
     calibration = preprocess(next(RandomImages().epoch(99))[0])
     budgeted = cost_of(params, teacher)
-    task = student_task(fabric, params, teacher, budgeted, STEPS * params.student.epochs, calibration, None, answers)
+    task = student_task(
+        fabric, params, teacher, budgeted, STEPS * params.student.epochs, calibration, None, cache_folder
+    )
     fit = Fit(fabric, params.student, task, RandomImages(), preprocess, Checkpoints(folder), rows.append)
     return task, fit, rows
 
@@ -175,9 +184,9 @@ def test_norms_of_a_live_cut_are_measured_behind_the_faded_rows(
     reshaped = task.reshape(net)
     assert reshaped is not None
     narrow = reshaped.net
-    with FeatureHooks(narrow, ["layer4.0.conv2"]) as taps, torch.no_grad():
+    with FeatureHooks(narrow, ["layer4.0.conv2"]) as hooks, torch.no_grad():
         narrow(task.calibration)
-        variance, mean = torch.var_mean(taps.read()["layer4.0.conv2"], dim=(0, 2, 3))
+        variance, mean = torch.var_mean(hooks.read()["layer4.0.conv2"], dim=(0, 2, 3))
     torch.testing.assert_close(narrow.layer4[0].bn2.running_mean, mean)
     torch.testing.assert_close(narrow.layer4[0].bn2.running_var, variance)
 
@@ -297,7 +306,7 @@ def test_what_the_teacher_said_before_teaches_the_same(params: Params, teacher: 
     digests, asked = [], []
     for number, gib in enumerate((0.0, 1.0, 1.0)):
         params = change(params, "runtime", teacher_cache_gib=gib)
-        task, fit, _ = prepared(params, teacher, tmp_path / str(number), tmp_path / "answers")
+        task, fit, _ = prepared(params, teacher, tmp_path / str(number), tmp_path / "cache")
         asked.append(0)
 
         def count(*_: object) -> None:
@@ -317,10 +326,10 @@ def test_a_gate_is_not_scored_by_what_its_own_stage_lacks_of_the_teacher() -> No
     with torch.no_grad():
         net.gates["layer2"].weight.uniform_(0.5, 2.0)
         net.gates["layer2"].weight[3] = 0.0
-    with FeatureHooks(net, ["layer2"], pooled) as taps:
+    with FeatureHooks(net, ["layer2"], average_pool) as hooks:
         net(torch.randn(4, 3, 32, 32))
-        features = taps.read()["layer2"]
-    found = _unscaled(net, "layer2", features)
+        features = hooks.read()["layer2"]
+    found = _without_gate_gradient(net, "layer2", features)
     torch.testing.assert_close(found, features)
     found.square().sum().backward()
     earlier, own = net.gates["layer1"].weight.grad, net.gates["layer2"].weight.grad
@@ -410,7 +419,7 @@ def test_a_damaged_generation_is_passed_over(params: Params, teacher: RetrievalN
 def test_live_shrinking_carries_the_optimiser(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
     task, _, _ = prepared(params, teacher, tmp_path)
     net = build_student(params, teacher, task.compression)
-    optimizer = build(net, params.student.optimizer)
+    optimizer = build_optimizer(net, params.student.optimizer)
     net(preprocess(next(RandomImages().epoch(0))[0])).embedding.square().sum().backward()
     optimizer.step()
     with torch.no_grad():
@@ -418,7 +427,7 @@ def test_live_shrinking_carries_the_optimiser(params: Params, teacher: Retrieval
     reshaped = task.reshape(net.eval())
     assert reshaped is not None
     assert reshaped.net.spec.widths["layer2.0.conv1"] == 8
-    renewed = build(reshaped.net, params.student.optimizer)
+    renewed = build_optimizer(reshaped.net, params.student.optimizer)
     load_state_tensors(renewed, reshaped.net, state_tensors(optimizer, net), reshaped.carry)
     old, new = state_tensors(optimizer, net), state_tensors(renewed, reshaped.net)
     torch.testing.assert_close(new["exp_avg/layer2.0.conv2.weight"], old["exp_avg/layer2.0.conv2.weight"][:, :8])
@@ -440,7 +449,7 @@ def test_nothing_shrinks_without_a_capacity(params: Params, teacher: RetrievalNe
     task, fit, _ = prepared(params, teacher, tmp_path)
     net = fit.run(lambda: build_student(params, teacher, task.compression))
     assert net.spec == teacher.spec
-    assert living_channels(net) == {}
+    assert nonzero_channels(net) == {}
 
 
 def two_devices(folder: Path, params: Path) -> tuple[str, str]:
@@ -594,8 +603,8 @@ def test_the_learning_rate_warms_up_holds_and_falls(params: Params) -> None:
 
 
 def test_calibration_rows_are_spread_and_few() -> None:
-    assert list(spread(torch.arange(10).numpy(), 4)) == [0, 3, 6, 9]
-    assert list(spread(torch.arange(3).numpy(), 4)) == [0, 1, 2]
+    assert list(evenly_spaced(torch.arange(10).numpy(), 4)) == [0, 3, 6, 9]
+    assert list(evenly_spaced(torch.arange(3).numpy(), 4)) == [0, 1, 2]
 
 
 def test_a_teacher_starts_from_a_file_of_torchvision_weights(params: Params, tmp_path: Path) -> None:
@@ -613,11 +622,11 @@ def test_a_teacher_starts_from_a_file_of_torchvision_weights(params: Params, tmp
 
 def test_weights_that_cannot_be_had_are_one_clear_sentence(params: Params, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth, which is no file; set it to none, imagenet or a path"):
-        pretrained(str(tmp_path / "nowhere.pth"), 50)
+        pretrained_weights(str(tmp_path / "nowhere.pth"), 50)
     with pytest.raises(ValueError, match=r"torchvision publishes no resnet26"):
-        pretrained("imagenet", 26)
+        pretrained_weights("imagenet", 26)
     torch.save({}, tmp_path / "weights.pth")
     with pytest.raises(
         ValueError, match=r"weights\.pth, which is no safetensors file .*with `safetensors\.torch\.save_file`"
     ):
-        pretrained(str(tmp_path / "weights.pth"), 18)
+        pretrained_weights(str(tmp_path / "weights.pth"), 18)

@@ -1,12 +1,12 @@
-"""Widths chosen once, before any training: the baselines that the dynamic student must beat.
+"""Baselines that choose the widths once, before training: methods `static-magnitude` and `static-random`.
 
-Both keep to the same budget, in the same multiples, at the same sites.
+Both keep the same budget as method `budget`, in the same multiples, at the same sites.
 """
 
 import numpy as np
 import torch
 
-from pipeline.compress.budget import least_widths, narrowest_widths, shrinking_sites
+from pipeline.compress.budget import minimum_widths, narrowest_widths, shrinking_sites
 from pipeline.compress.final_widths import final_widths
 from pipeline.compress.importance import magnitude_scores
 from pipeline.compress.surgery import SurgeryPlan
@@ -17,14 +17,14 @@ from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
 
 
-def by_magnitude(net: RetrievalNet, config: Student, cost: CostModel) -> tuple[SurgeryPlan, CostModel]:
-    """Keep the channels with the largest batch-norm scales, all sites compared per saved cost as in method `budget`.
+def prune_by_magnitude(net: RetrievalNet, config: Student, cost: CostModel) -> tuple[SurgeryPlan, CostModel]:
+    """Keep the channels with the largest batch-norm scales; sites compete by importance per saved cost.
 
     Returns:
-        What is kept, and the cost model, corrected by timing where latency is the budget.
+        The channels to keep, and the cost model, corrected by timing if the budget is latency.
 
     Raises:
-        BudgetError: If no widths keep to the budget.
+        BudgetError: If no widths keep the budget.
     """
     sites = shrinking_sites(net.spec, config)
     scores = {site: score.detach().cpu() for site, score in magnitude_scores(net, sites).items()}
@@ -40,28 +40,30 @@ def by_magnitude(net: RetrievalNet, config: Student, cost: CostModel) -> tuple[S
     return SurgeryPlan({site: tuple(sorted(order[: widths[site]].tolist())) for site, order in orders.items()}), cost
 
 
-def by_factor(spec: ArchSpec, config: Student, cost: CostModel) -> tuple[SurgeryPlan, CostModel]:
-    """Keep the first channels of each site: the same share of all, then adjusted to land on the budget.
+def prune_uniformly(spec: ArchSpec, config: Student, cost: CostModel) -> tuple[SurgeryPlan, CostModel]:
+    """Multiply all widths by one factor, then adjust them to reach the budget; the first channels of each site stay.
 
     Returns:
-        What is kept, and the cost model, corrected by timing where latency is the budget.
+        The channels to keep, and the cost model, corrected by timing if the budget is latency.
 
     Raises:
-        BudgetError: If no widths keep to the budget.
+        BudgetError: If no widths keep the budget.
     """
-    sites, multiple, asked = shrinking_sites(spec, config), config.channel_multiple, config.budget.reduction
-    least = least_widths(spec, sites, multiple)
+    sites, multiple, target = shrinking_sites(spec, config), config.channel_multiple, config.budget.reduction
+    minimum = minimum_widths(spec, sites, multiple)
 
     def choose(cost: CostModel) -> dict[str, int]:
         allocation = WidthAllocation.of(spec, config, cost, {site: np.ones(spec.widths[site]) for site in sites})
-        for factor in np.linspace(0.0, 1.0, 1001):  # the narrowest that does not save too much
-            widths = {site: max(least[site], round(factor * spec.widths[site] / multiple) * multiple) for site in sites}
+        for factor in np.linspace(0.0, 1.0, 1001):  # the smallest factor whose reduction does not exceed the target
+            widths = {
+                site: max(minimum[site], round(factor * spec.widths[site] / multiple) * multiple) for site in sites
+            }
             widths = {site: min(width, spec.widths[site]) for site, width in widths.items()}
-            if cost.reduction(spec.widths, {**spec.widths, **widths}) <= asked:
+            if cost.reduction(spec.widths, {**spec.widths, **widths}) <= target:
                 break
         allocation.widths.update(widths)
-        allocation.finalize(asked)
+        allocation.finalize(target)
         return allocation.widths
 
-    widths, cost = final_widths(choose, cost, spec.widths, narrowest_widths(spec, config), asked)
+    widths, cost = final_widths(choose, cost, spec.widths, narrowest_widths(spec, config), target)
     return SurgeryPlan({site: tuple(range(widths[site])) for site in sites}), cost
