@@ -1,1 +1,1 @@
-"""Measurements of single promises: `python -m benchmarks.NAME`. They need minutes and an idle machine."""
+"""Measurements of single claims: `python -m benchmarks.NAME`. They need some minutes and an idle machine."""

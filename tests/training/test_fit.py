@@ -1,4 +1,4 @@
-"""Teacher and student training on a handful of random images: budgets, resuming, divergence."""
+"""Training of teacher and student on random images: budgets, resuming, divergence, several devices."""
 
 import hashlib
 import subprocess
@@ -45,7 +45,7 @@ IDENTITIES, PER_IDENTITY, STEPS = 4, 2, 6
 
 
 class RandomImages:
-    """Batches of noise with a colour for each identity, the same for the same epoch and device."""
+    """Batches of noise with a colour for each identity; they depend on the epoch and the device."""
 
     def __init__(self, device: int = 0) -> None:
         self.device = device
@@ -105,20 +105,19 @@ def prepared(
     fabric = launch(params.runtime, params.seed)
     rows: list[dict[str, float]] = []
     calibration = preprocess(next(RandomImages().epoch(99))[0])
-    budgeted = cost_of(params, teacher)
-    task = student_task(
-        fabric, params, teacher, budgeted, STEPS * params.student.epochs, calibration, None, cache_folder
-    )
+    steps = STEPS * params.student.epochs
+    budget_cost = cost_of(params, teacher)
+    task = student_task(fabric, params, teacher, budget_cost, steps, calibration, None, cache_folder)
     fit = Fit(fabric, params.student, task, RandomImages(), preprocess, Checkpoints(folder), rows.append)
     return task, fit, rows
 
 
 class Killed(Exception):
-    """Stands for the moment of a kill."""
+    """Takes the place of a killed process."""
 
 
 @pytest.mark.parametrize("shrink", ["live", "off"])
-def test_a_student_hits_its_budget_exactly_and_leaves_its_teacher_alone(
+def test_a_student_reaches_its_budget_and_does_not_change_its_teacher(
     params: Params, teacher: RetrievalNet, tmp_path: Path, shrink: str
 ) -> None:
     params = change(params, "student", shrink=shrink)
@@ -142,12 +141,14 @@ def test_a_student_hits_its_budget_exactly_and_leaves_its_teacher_alone(
         assert net.spec.widths == teacher.spec.widths
         masked = task.compression.masks["layer4.0.conv1"].masked
         assert torch.equal(row_norms(net.indicators()["layer4.0.conv1"].matrix.detach()) == 0, masked)
-    operation = run_surgery(net, teacher.spec, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
-    assert operation.net.spec == small
-    assert operation.max_abs_diff <= 1e-10
+    result = run_surgery(net, teacher.spec, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
+    assert result.net.spec == small
+    assert result.max_abs_diff <= 1e-10
 
 
-def test_a_live_cut_leaves_fading_rows_at_their_level(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
+def test_a_live_cut_does_not_change_how_far_rows_have_faded(
+    params: Params, teacher: RetrievalNet, tmp_path: Path
+) -> None:
     task, _, _ = prepared(params, teacher, tmp_path)
     assert isinstance(task.compression, Shrinker)
     net = build_student(params, teacher, task.compression).eval()
@@ -169,18 +170,18 @@ def test_a_live_cut_leaves_fading_rows_at_their_level(params: Params, teacher: R
     assert largest_difference(net, reshaped.net, image) < 1e-4
 
 
-def test_norms_of_a_live_cut_are_measured_behind_the_faded_rows(
+def test_batch_norms_after_a_live_cut_have_the_statistics_of_the_faded_network(
     params: Params, teacher: RetrievalNet, tmp_path: Path
 ) -> None:
     task, _, _ = prepared(params, teacher, tmp_path)
     assert isinstance(task.compression, Shrinker)
     net = build_student(params, teacher, task.compression).eval()
-    for name, dead in (("layer4.0.conv1", 0), ("layer4.0.conv2", 8)):
+    for name, zeroed in (("layer4.0.conv1", 0), ("layer4.0.conv2", 8)):
         task.compression.masks[name].masked[:16] = True
         task.compression.masks[name].full_norm[:16] = 1.0
         with torch.no_grad():
             net.indicators()[name].weight[:16] *= 0.1
-            net.indicators()[name].weight[: dead or 1] = 0.0
+            net.indicators()[name].weight[: zeroed or 1] = 0.0
     reshaped = task.reshape(net)
     assert reshaped is not None
     narrow = reshaped.net
@@ -191,10 +192,10 @@ def test_norms_of_a_live_cut_are_measured_behind_the_faded_rows(
     torch.testing.assert_close(narrow.layer4[0].bn2.running_var, variance)
 
 
-def test_rows_that_fade_across_the_end_of_an_epoch_are_gone_in_time(
+def test_rows_that_fade_across_the_end_of_an_epoch_are_cut_in_time(
     params: Params, teacher: RetrievalNet, tmp_path: Path
 ) -> None:
-    """Some rows of a site die in an epoch and others, masked later, in the next; no step is left to spare."""
+    """Some rows of a site become zero in an epoch, others in the next; the schedule ends with the last step."""
     content = params.model_dump()
     content["student"]["budget"] |= {"start": 0.0, "end": 0.7, "fade": 0.3, "every": 1}
     task, fit, _ = prepared(Params.model_validate(content), teacher, tmp_path)
@@ -223,104 +224,104 @@ VARIANTS = {
         "sites": ["conv1", "conv2", "stream"],
         "budget": {"reduction": 0.85, "allow_block_removal": True},
     },
-    "random start": {"init": "random"},
+    "random weights": {"init": "random"},
     "stream": {"sites": ["conv1", "conv2", "stream"], "budget": {"reduction": 0.6}},
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_killed_student_of_any_kind_ends_with_the_same_bytes(
+def test_a_killed_training_with_any_method_ends_with_the_same_bytes(
     params: Params, teacher: RetrievalNet, tmp_path: Path, variant: str
 ) -> None:
     content = params.model_dump()
     for key, value in VARIANTS[variant].items():
         content["student"][key] = {**content["student"][key], **value} if isinstance(value, dict) else value
     params = Params.model_validate(content)
-    spec = a_killed_student_ends_with_the_same_bytes(params, teacher, tmp_path, 2)
+    spec = check_killed_training(params, teacher, tmp_path, 2)
     if variant != "none":
         assert sum(spec.widths.values()) < sum(teacher.spec.widths.values())
     if variant.startswith("blocks"):
         assert not all(spec.has(block) for block in spec.blocks())
 
 
-def test_basic_blocks_shrink_too(params: Params, tmp_path: Path) -> None:
+def test_basic_blocks_shrink_as_well(params: Params, tmp_path: Path) -> None:
     content = params.model_dump()
     content["teacher"] |= {"depth": 18}
     content["student"]["sites"] = ["conv1"]
     params = Params.model_validate(content)
     torch.manual_seed(0)
     teacher = build_teacher(params.teacher, IDENTITIES).eval()
-    test_a_student_hits_its_budget_exactly_and_leaves_its_teacher_alone(params, teacher, tmp_path, "live")
+    test_a_student_reaches_its_budget_and_does_not_change_its_teacher(params, teacher, tmp_path, "live")
 
 
 @pytest.mark.parametrize("killed_after", [1, 2, 3])
-def test_a_killed_student_ends_with_the_same_bytes(
+def test_a_killed_training_ends_with_the_same_bytes(
     params: Params, teacher: RetrievalNet, tmp_path: Path, killed_after: int
 ) -> None:
-    a_killed_student_ends_with_the_same_bytes(params, teacher, tmp_path, killed_after)
+    check_killed_training(params, teacher, tmp_path, killed_after)
 
 
-def a_killed_student_ends_with_the_same_bytes(
-    params: Params, teacher: RetrievalNet, tmp_path: Path, killed_after: int
-) -> ArchSpec:
-    task, whole, whole_rows = prepared(params, teacher, tmp_path / "whole")
-    expected = whole.run(lambda: build_student(params, teacher, task.compression))
+def check_killed_training(params: Params, teacher: RetrievalNet, tmp_path: Path, killed_after: int) -> ArchSpec:
+    task, uninterrupted, expected_rows = prepared(params, teacher, tmp_path / "uninterrupted")
+    expected = uninterrupted.run(lambda: build_student(params, teacher, task.compression))
 
-    def dying(row: dict[str, float]) -> None:
+    def kill(row: dict[str, float]) -> None:
         if row["epoch"] == killed_after:
             raise Killed
 
     task, first, _ = prepared(params, teacher, tmp_path / "killed")
     with pytest.raises(Killed):
-        Fit(first.fabric, first.config, task, first.loader, preprocess, first.checkpoints, dying).run(
+        Fit(first.fabric, first.config, task, first.loader, preprocess, first.checkpoints, kill).run(
             lambda: build_student(params, teacher, task.compression)
         )
     task, second, rows = prepared(params, teacher, tmp_path / "killed")
 
     def must_not_start() -> RetrievalNet:
-        raise AssertionError("started anew")
+        raise AssertionError("the training started from the beginning")
 
     resumed = second.run(must_not_start)
     assert resumed.spec == expected.spec
     assert digest(resumed.state_dict()) == digest(expected.state_dict())
-    assert rows == whole_rows
+    assert rows == expected_rows
     return remaining_spec(resumed)
 
 
-def test_a_teacher_that_looks_twice_teaches_the_mean(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
+def test_with_flip_averaging_the_student_learns_the_mean_of_both_outputs(
+    params: Params, teacher: RetrievalNet, tmp_path: Path
+) -> None:
     distill = params.student.distill.model_copy(update={"embedding": 10.0, "flip_average": True})
     params = change(params, "student", distill=distill.model_dump())
     task, _, _ = prepared(params, teacher, tmp_path)
     images, labels, _ = next(RandomImages().epoch(0))
     images = preprocess(images)
     with torch.no_grad():
-        found = task.losses(teacher, teacher, images, labels, 0.0)  # a student that is its teacher
-        one, other = (normalize(teacher(view).embedding, dim=1) for view in (images, images.flip(3)))
-    cosine = cosine_similarity(one, one + other)
+        losses = task.losses(teacher, teacher, images, labels, 0.0)  # the student is the teacher itself
+        plain, flipped = (normalize(teacher(view).embedding, dim=1) for view in (images, images.flip(3)))
+    cosine = cosine_similarity(plain, plain + flipped)
     assert cosine.min() < 0.999
-    torch.testing.assert_close(found["embedding"], 10 * (1 - cosine).mean())
-    assert found["feature"] == 0 and found["kl"] > 0
+    torch.testing.assert_close(losses["embedding"], 10 * (1 - cosine).mean())
+    assert losses["feature"] == 0 and losses["kl"] > 0
 
 
-def test_what_the_teacher_said_before_teaches_the_same(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
-    digests, asked = [], []
+def test_cached_teacher_outputs_lead_to_the_same_student(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
+    digests, calls = [], []
     for number, gib in enumerate((0.0, 1.0, 1.0)):
         params = change(params, "runtime", teacher_cache_gib=gib)
         task, fit, _ = prepared(params, teacher, tmp_path / str(number), tmp_path / "cache")
-        asked.append(0)
+        calls.append(0)
 
         def count(*_: object) -> None:
-            asked[-1] += 1
+            calls[-1] += 1
 
         handle = task.teacher.register_forward_hook(count)
         digests.append(digest(fit.run(partial(build_student, params, teacher, task.compression)).state_dict()))
         handle.remove()
-    assert asked[0] == asked[1] >= STEPS * params.student.epochs
-    assert asked[2] == 0
+    assert calls[0] == calls[1] >= STEPS * params.student.epochs
+    assert calls[2] == 0
     assert len(set(digests)) == 1
 
 
-def test_a_gate_is_not_scored_by_what_its_own_stage_lacks_of_the_teacher() -> None:
+def test_the_feature_loss_of_a_stage_has_no_gradient_to_its_own_channel_gate() -> None:
     torch.manual_seed(0)
     net = attach(RetrievalNet(ArchSpec.full(14, 8, 8)), ["layer1", "layer2", "layer3"])
     with torch.no_grad():
@@ -329,56 +330,56 @@ def test_a_gate_is_not_scored_by_what_its_own_stage_lacks_of_the_teacher() -> No
     with FeatureHooks(net, ["layer2"], average_pool) as hooks:
         net(torch.randn(4, 3, 32, 32))
         features = hooks.read()["layer2"]
-    found = _without_gate_gradient(net, "layer2", features)
-    torch.testing.assert_close(found, features)
-    found.square().sum().backward()
+    detached = _without_gate_gradient(net, "layer2", features)
+    torch.testing.assert_close(detached, features)
+    detached.square().sum().backward()
     earlier, own = net.gates["layer1"].weight.grad, net.gates["layer2"].weight.grad
     assert earlier.abs().max() > 1e-3
     assert own.abs().max() < 1e-4 * features.square().sum()
 
 
 @pytest.mark.parametrize(
-    ("method", "share", "kept"),
+    ("method", "share", "frozen"),
     [("budget", 0.0, True), ("budget", 1.0, False), ("paper", 0.0, True), ("static-magnitude", 0.0, False)],
 )
-def test_the_head_keeps_the_teachers_statistics_where_asked(
-    params: Params, teacher: RetrievalNet, tmp_path: Path, method: str, share: float, kept: bool
+def test_the_norms_of_the_head_are_frozen_if_the_student_starts_as_its_teacher(
+    params: Params, teacher: RetrievalNet, tmp_path: Path, method: str, share: float, frozen: bool
 ) -> None:
     params = change(params, "student", freeze_norms_at=1.0, freeze_head_norms_at=share, method=method)
     task, fit, _ = prepared(params, teacher, tmp_path)
     net = fit.run(lambda: build_student(params, teacher, task.compression))
     if method == "budget":
-        assert net.spec.widths != teacher.spec.widths  # it was cut meanwhile
+        assert net.spec.widths != teacher.spec.widths  # it was cut during training
     if method == "static-magnitude":
         teacher = build_student(params, teacher, task.compression)
-    assert torch.equal(net.head.bn1.running_var, teacher.head.bn1.running_var) is kept
-    assert torch.equal(net.head.bn2.running_var, teacher.head.bn2.running_var) is kept
+    assert torch.equal(net.head.bn1.running_var, teacher.head.bn1.running_var) is frozen
+    assert torch.equal(net.head.bn2.running_var, teacher.head.bn2.running_var) is frozen
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
-def test_all_norms_keep_their_statistics_for_the_last_steps(
+def test_all_norms_are_frozen_in_the_last_steps(
     params: Params, teacher: RetrievalNet, tmp_path: Path, share: float
 ) -> None:
-    """They move until then, whatever the method; the weights go on."""
+    """The statistics change until then; the weights change until the end."""
     params = change(params, "student", freeze_norms_at=share, freeze_head_norms_at=1.0, method="none")
     task, fit, _ = prepared(params, teacher, tmp_path)
     statistics, weights = [], []
     for state in fit.states(lambda: build_student(params, teacher, task.compression)):
         statistics.append(digest({name: value for name, value in state.net.named_buffers() if "running" in name}))
         weights.append(digest(dict(state.net.named_parameters())))
-    moved = [before != after for before, after in pairwise(statistics)]
-    assert moved == [(epoch + 1) / params.student.epochs <= share for epoch in range(params.student.epochs)]
+    changed = [before != after for before, after in pairwise(statistics)]
+    assert changed == [(epoch + 1) / params.student.epochs <= share for epoch in range(params.student.epochs)]
     assert all(before != after for before, after in pairwise(weights))
 
 
-def test_a_student_that_misses_its_budget_is_refused(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
+def test_a_student_that_misses_its_budget_is_rejected(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
     task, _, _ = prepared(params, teacher, tmp_path)
     with pytest.raises(BudgetMissedError, match=r"ended at a reduction of 0\.0000, not in \[0\.4, 0\.41\]"):
         task.check(build_student(params, teacher, task.compression))
 
 
 @pytest.mark.parametrize(("correction", "warns"), [(1.0, False), (1.5, True)])
-def test_a_student_that_saves_more_than_asked_is_named(
+def test_a_student_that_saves_more_than_requested_is_logged(
     params: Params,
     teacher: RetrievalNet,
     tmp_path: Path,
@@ -389,10 +390,10 @@ def test_a_student_that_saves_more_than_asked_is_named(
     task, _, _ = prepared(change(params, "student", method="static-magnitude"), teacher, tmp_path)
     task.compression.cost = task.compression.cost.corrected(teacher.spec.widths, correction)
     task.check(build_student(change(params, "student", method="static-magnitude"), teacher, task.compression))
-    assert ("more than the 40.0 % asked" in caplog.text) == warns
+    assert ("more than the requested 40.0 %" in caplog.text) == warns
 
 
-def test_a_budget_that_ends_with_the_last_step_is_still_chosen(
+def test_a_schedule_that_ends_near_the_last_step_is_completed(
     params: Params, teacher: RetrievalNet, tmp_path: Path
 ) -> None:
     content = params.model_dump()
@@ -404,7 +405,7 @@ def test_a_budget_that_ends_with_the_last_step_is_still_chosen(
     assert task.compression.finalized
 
 
-def test_a_damaged_generation_is_passed_over(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
+def test_a_damaged_state_is_skipped(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
     task, fit, _ = prepared(params, teacher, tmp_path)
     expected = fit.run(lambda: build_student(params, teacher, task.compression))
     newest = tmp_path / "epoch-00004.safetensors"
@@ -416,7 +417,9 @@ def test_a_damaged_generation_is_passed_over(params: Params, teacher: RetrievalN
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
 
 
-def test_live_shrinking_carries_the_optimiser(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
+def test_live_shrinking_carries_the_state_of_the_optimiser(
+    params: Params, teacher: RetrievalNet, tmp_path: Path
+) -> None:
     task, _, _ = prepared(params, teacher, tmp_path)
     net = build_student(params, teacher, task.compression)
     optimizer = build_optimizer(net, params.student.optimizer)
@@ -437,14 +440,14 @@ def test_live_shrinking_carries_the_optimiser(params: Params, teacher: Retrieval
     compactor = "layer2.0.compactor1.weight"
     torch.testing.assert_close(new[f"exp_avg_sq/{compactor}"], old[f"exp_avg_sq/{compactor}"][:8, :8])
     assert new.keys() == old.keys()
-    for name in ("conv1.weight", "bn1.weight"):  # so that the state still speaks of the same numbers
+    for name in ("conv1.weight", "bn1.weight"):  # similar weights keep the state valid
         before, after = net.state_dict()[f"layer2.0.{name}"][:8], reshaped.net.state_dict()[f"layer2.0.{name}"]
         assert torch.cosine_similarity(before.flatten(), after.flatten(), dim=0) > 0.9
     image = preprocess(next(RandomImages().epoch(5))[0])
     assert largest_difference(net, reshaped.net, image) < 1e-4
 
 
-def test_nothing_shrinks_without_a_capacity(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
+def test_nothing_shrinks_with_method_none(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
     params = change(params, "student", method="none", epochs=1)
     task, fit, _ = prepared(params, teacher, tmp_path)
     net = fit.run(lambda: build_student(params, teacher, task.compression))
@@ -453,13 +456,13 @@ def test_nothing_shrinks_without_a_capacity(params: Params, teacher: RetrievalNe
 
 
 def two_devices(folder: Path, params: Path) -> tuple[str, str]:
-    """Train on two devices, and what each says that it ended with."""
+    """Train on two devices, and return the result of each."""
     command = [sys.executable, "-m", "tests.training.two_devices", folder, params]
     subprocess.run(command, cwd=ROOT, check=True, timeout=300)
     return (folder / "0.txt").read_text(), (folder / "1.txt").read_text()
 
 
-def test_two_devices_end_with_the_same_student_and_resume_from_the_first_ones_state(
+def test_two_devices_end_with_the_same_student_and_resume_from_the_state_of_the_first(
     params: Params, tmp_path: Path
 ) -> None:
     params = change(params, "runtime", devices=2, strategy="ddp")
@@ -470,13 +473,13 @@ def test_two_devices_end_with_the_same_student_and_resume_from_the_first_ones_st
     states = {rank: tmp_path / str(rank) / "epoch-00004.safetensors" for rank in (0, 1)}
     assert not states[1].exists()  # only the first device saves
     states[1].parent.mkdir(exist_ok=True)
-    states[0].rename(states[1])  # the second would be done, the first has an epoch to go
-    resumed, other = two_devices(tmp_path, tmp_path / "params.json")
-    assert resumed == other == first.replace("epochs 0 1 2 3 4", "epochs 3 4")
+    states[0].rename(states[1])  # the second device has a newer state than the first
+    first_resumed, second_resumed = two_devices(tmp_path, tmp_path / "params.json")
+    assert first_resumed == second_resumed == first.replace("epochs 0 1 2 3 4", "epochs 3 4")
 
 
 @pytest.mark.parametrize("method", ["static-magnitude", "static-random"])
-def test_a_static_student_is_narrow_from_the_first_step_and_keeps_to_the_budget(
+def test_a_static_student_is_narrow_from_the_first_step_and_keeps_the_budget(
     params: Params, teacher: RetrievalNet, tmp_path: Path, method: str
 ) -> None:
     params = change(params, "student", method=method, epochs=1, sites=["conv1", "conv2", "stream"])
@@ -491,11 +494,11 @@ def test_a_static_student_is_narrow_from_the_first_step_and_keeps_to_the_budget(
         assert torch.equal(build_student(params, teacher, task.compression).layer3[1].conv1.weight, weight)
     else:
         assert kept == tuple(range(len(kept)))
-    operation = run_surgery(net, teacher.spec, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
-    assert operation.net.spec.widths == net.spec.widths
+    result = run_surgery(net, teacher.spec, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
+    assert result.net.spec.widths == net.spec.widths
 
 
-def test_the_published_method_leaves_zeros_in_whole_groups_and_surgery_cuts_them(
+def test_the_published_method_leaves_zero_rows_in_multiples_and_surgery_cuts_them(
     params: Params, teacher: RetrievalNet, tmp_path: Path
 ) -> None:
     content = params.model_dump()
@@ -509,27 +512,27 @@ def test_the_published_method_leaves_zeros_in_whole_groups_and_surgery_cuts_them
     assert rows[0]["macs_reduction"] == 0.0
     assert rows[-1]["macs_reduction"] == 1 - cost.macs(small, (32, 32)) / cost.macs(teacher.spec, (32, 32)) > 0.1
     assert all(width % 8 == 0 for width in small.widths.values())
-    operation = run_surgery(net, teacher.spec, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
-    assert operation.net.spec.widths == small.widths
+    result = run_surgery(net, teacher.spec, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
+    assert result.net.spec.widths == small.widths
 
 
-def test_whole_blocks_go_where_that_is_allowed(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
+def test_whole_blocks_are_removed_if_allowed(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
     content = params.model_dump()
     content["student"]["budget"] |= {"reduction": 0.66, "allow_block_removal": True}
     params = Params.model_validate(content)
     task, fit, _ = prepared(params, teacher, tmp_path)
     net = fit.run(lambda: build_student(params, teacher, task.compression))
     task.check(net)
-    gone = [block.name for block in net.spec.blocks() if not net.spec.has(block)]
-    assert gone
-    assert all(f"{name}.conv1.weight" not in net.state_dict() for name in gone)
+    removed = [block.name for block in net.spec.blocks() if not net.spec.has(block)]
+    assert removed
+    assert all(f"{name}.conv1.weight" not in net.state_dict() for name in removed)
     assert 0.66 <= 1 - cost.macs(net.spec, (32, 32)) / cost.macs(teacher.spec, (32, 32)) <= 0.67
-    operation = run_surgery(net, teacher.spec, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
-    assert operation.net.spec.widths == net.spec.widths
+    result = run_surgery(net, teacher.spec, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
+    assert result.net.spec.widths == net.spec.widths
 
 
 @pytest.mark.parametrize("recipe", ["scratch", "paper"])
-def test_a_teacher_learns_under_both_recipes(params: Params, tmp_path: Path, recipe: str) -> None:
+def test_a_teacher_learns_with_both_recipes(params: Params, tmp_path: Path, recipe: str) -> None:
     content = params.model_dump()
     for stage in ("teacher", "student"):
         content[stage]["recipe"] = recipe
@@ -545,14 +548,14 @@ def test_a_teacher_learns_under_both_recipes(params: Params, tmp_path: Path, rec
     assert rows[0]["loss"] == pytest.approx(rows[0]["identity"] + rows[0]["triplet"])
 
 
-def test_a_diverging_loss_stops_with_epoch_and_steps(params: Params, tmp_path: Path) -> None:
+def test_a_diverging_loss_stops_training_with_epoch_and_steps(params: Params, tmp_path: Path) -> None:
     fabric = launch(params.runtime, 0)
     net = build_teacher(params.teacher, IDENTITIES)
     with torch.no_grad():
         net.head.fc.weight.fill_(torch.nan)
     fit = Fit(fabric, params.teacher, TeacherTask(params.teacher, None), RandomImages(), preprocess,
               Checkpoints(tmp_path), lambda row: None)  # fmt: skip
-    with pytest.raises(DivergedError, match=r"loss became NaN or infinite in epoch 1, steps 1 to 6; .*'identity': nan"):
+    with pytest.raises(DivergedError, match=r"loss became NaN or infinite in epoch 1, steps 1 to 6: .*'identity': nan"):
         fit.run(lambda: net)
     assert not list(tmp_path.iterdir())
 
@@ -562,38 +565,38 @@ def test_a_loss_that_diverges_later_is_found_within_some_steps_and_the_last_good
 ) -> None:
     monkeypatch.setattr(loop, "READ_EVERY", 4)
 
-    class Diverging(TeacherTask):
+    class DivergingTask(TeacherTask):
         def losses(self, *arguments: Any) -> dict[str, Tensor]:
-            found = super().losses(*arguments)
-            late = arguments[-1] == (STEPS + 4) / (2 * STEPS)  # one step, the fifth of the second epoch
-            return {**found, "loss": found["loss"] / 0.0} if late else found
+            losses = super().losses(*arguments)
+            late = arguments[-1] == (STEPS + 4) / (2 * STEPS)  # the fifth step of the second epoch
+            return {**losses, "loss": losses["loss"] / 0.0} if late else losses
 
     params = change(params, "teacher", epochs=2)
-    fit = Fit(launch(params.runtime, 0), params.teacher, Diverging(params.teacher, None), RandomImages(), preprocess,
-              Checkpoints(tmp_path), lambda row: None)  # fmt: skip
+    fabric, task = launch(params.runtime, 0), DivergingTask(params.teacher, None)
+    fit = Fit(fabric, params.teacher, task, RandomImages(), preprocess, Checkpoints(tmp_path), lambda row: None)
     with pytest.raises(DivergedError, match="in epoch 2, steps 5 to 6"):
         fit.run(lambda: build_teacher(params.teacher, IDENTITIES))
     assert [path.name for path in tmp_path.iterdir()] == ["epoch-00001.safetensors"]
 
 
 def test_the_curve_holds_the_mean_of_each_loss(params: Params, tmp_path: Path) -> None:
-    seen: list[dict[str, float]] = []
+    recorded: list[dict[str, float]] = []
 
-    class Listening(TeacherTask):
+    class RecordingTask(TeacherTask):
         def losses(self, *arguments: Any) -> dict[str, Tensor]:
-            found = super().losses(*arguments)
-            seen.append({name: float(value.detach()) for name, value in found.items()})
-            return found
+            losses = super().losses(*arguments)
+            recorded.append({name: float(value.detach()) for name, value in losses.items()})
+            return losses
 
     rows: list[dict[str, float]] = []
-    fit = Fit(launch(params.runtime, 0), params.teacher, Listening(params.teacher, None), RandomImages(), preprocess,
-              Checkpoints(tmp_path), rows.append)  # fmt: skip
+    fabric, task = launch(params.runtime, 0), RecordingTask(params.teacher, None)
+    fit = Fit(fabric, params.teacher, task, RandomImages(), preprocess, Checkpoints(tmp_path), rows.append)
     fit.run(lambda: build_teacher(params.teacher, IDENTITIES))
     for name in ("loss", "identity", "triplet"):
         total = 0.0
-        for values in seen:
+        for values in recorded:
             total += values[name] / STEPS
-        assert rows[0][name] == total  # to the last digit
+        assert rows[0][name] == total  # equal to the last digit
 
 
 def test_the_learning_rate_warms_up_holds_and_falls(params: Params) -> None:
@@ -602,7 +605,7 @@ def test_the_learning_rate_warms_up_holds_and_falls(params: Params) -> None:
     assert rates == pytest.approx([0.1, 0.55, 1.0, 1.0, 0.505, 0.01])
 
 
-def test_calibration_rows_are_spread_and_few() -> None:
+def test_calibration_images_are_evenly_spaced() -> None:
     assert list(evenly_spaced(torch.arange(10).numpy(), 4)) == [0, 3, 6, 9]
     assert list(evenly_spaced(torch.arange(3).numpy(), 4)) == [0, 1, 2]
 
@@ -620,13 +623,15 @@ def test_a_teacher_starts_from_a_file_of_torchvision_weights(params: Params, tmp
     assert net.classifier.weight.shape == (IDENTITIES, 16)
 
 
-def test_weights_that_cannot_be_had_are_one_clear_sentence(params: Params, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth, which is no file; set it to none, imagenet or a path"):
+def test_unusable_weights_are_rejected_with_a_remedy(params: Params, tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"nowhere\.pth, which is not a file; set it to none, imagenet or a path"
+    ):
         pretrained_weights(str(tmp_path / "nowhere.pth"), 50)
     with pytest.raises(ValueError, match=r"torchvision publishes no resnet26"):
         pretrained_weights("imagenet", 26)
     torch.save({}, tmp_path / "weights.pth")
     with pytest.raises(
-        ValueError, match=r"weights\.pth, which is no safetensors file .*with `safetensors\.torch\.save_file`"
+        ValueError, match=r"weights\.pth, which is not a safetensors file .*with `safetensors\.torch\.save_file`"
     ):
         pretrained_weights(str(tmp_path / "weights.pth"), 18)
