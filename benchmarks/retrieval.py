@@ -1,8 +1,8 @@
 """Time and memory of computing mAP.
 
-First 2,000 queries against 500,000 images. Then, at the size of VeRi-776 (1,678 queries, 11,579 images, 512 dimensions),
-four implementations in turns: this project; the classic loop (argsort of all similarities, then one query at a time, as
-in public toolkits); rank by rank (Market-1501's official script, in Python); and one vectorised argsort.
+First 2,000 queries against 500,000 images. Then four implementations in turns, at the size of VeRi-776 (1,678 queries,
+11,579 images, 512 dimensions): this project; the classic loop (argsort of all similarities, then one query at a time,
+as in public toolkits); rank by rank (Market-1501's official script, in Python); and one vectorised argsort.
 """
 
 import resource
@@ -38,8 +38,8 @@ def sides(queries: int, gallery: int, dim: int, identities: int, noise: float) -
 
 def numeric_labels(side: Side) -> Side:
     """Return a copy with integer labels, as toolkits have them: text would slow them down."""
-    identities, views = (np.asarray(labels).astype(np.int64) for labels in (side.identities, side.cameras))
-    return Side(side.vectors, identities, views)  # type: ignore[arg-type]
+    identities, camera_labels = (np.asarray(labels).astype(np.int64) for labels in (side.identities, side.cameras))
+    return Side(side.vectors, identities, camera_labels)  # type: ignore[arg-type]
 
 
 def cameras(side: Side) -> npt.NDArray[np.str_]:
