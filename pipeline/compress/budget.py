@@ -52,7 +52,7 @@ def shrinking_sites(spec: ArchSpec, config: Student) -> tuple[str, ...]:
     sites = tuple(name for name in spec.widths if (name.rpartition(".")[2] if is_inner(name) else "stream") in kinds)
     if not sites:
         raise BudgetError(
-            f"`student.sites` {config.sites} names no site of a ResNet-{spec.depth}, whose blocks are basic: add "
+            f"`student.sites` {config.sites} names no site of a ResNet-{spec.depth}, which has basic blocks; add "
             "conv1 or stream"
         )
     return sites

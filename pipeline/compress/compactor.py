@@ -96,7 +96,7 @@ def removed_sites(net: RetrievalNet, tolerance: float = 0.0) -> set[str]:
 
 
 def nonzero_channels(net: RetrievalNet, tolerance: float = 0.0) -> dict[str, Tensor]:
-    """Return, by site, the channels whose row norm exceeds the tolerance, as ascending int64 indices on the CPU."""
+    """Return, by site, the channels with a row norm above the tolerance, as ascending int64 indices on the CPU."""
     return {
         site: torch.nonzero(row_norms(indicator.matrix.detach()) > tolerance).flatten().cpu()
         for site, indicator in net.indicators().items()

@@ -44,7 +44,7 @@ class Compression:
 
     @property
     def observed_sites(self) -> tuple[str, ...]:
-        """Sites whose features `observe` needs; if there are none, features are compared at the ends of the stages."""
+        """Sites with features that `observe` needs; if there are none, features are compared at the ends of stages."""
         return ()
 
     def observe(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:

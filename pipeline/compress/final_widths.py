@@ -66,8 +66,8 @@ def final_widths(
     if table.measured is None or not target:
         return choose(table), table
     # Only timing decides what is unreachable: every correction is large enough for the table to allow the target.
-    least = (target + WINDOW / 2) / max(table.reduction(full, narrowest), 1e-9)
-    correction, timed = max(start, least), dict[float, _Timed]()
+    lower_bound = (target + WINDOW / 2) / max(table.reduction(full, narrowest), 1e-9)
+    correction, timed = max(start, lower_bound), dict[float, _Timed]()
     for attempt in range(ATTEMPTS):
         try:
             widths = choose(table.corrected(full, correction))
@@ -94,7 +94,7 @@ def final_widths(
             correction = target / float(np.interp(target, savings, predictions))
         else:  # from the fourth attempt on the aim rises, so that noise below the window cannot use up all attempts
             correction = saved / predicted * target / (target + WINDOW * max(0, attempt - 1))
-        correction = max(correction, least)
+        correction = max(correction, lower_bound)
     if max(timed) < target:
         raise BudgetError(
             f"`student.budget.reduction` {target:g} of the latency cannot be reached: of {len(timed)} timed networks "

@@ -117,10 +117,10 @@ class Shrinker(Compression):
         """Take an optimiser step; masked channels and fading blocks move by the proximal step alone."""
         present = [(indicator.weight, masks) for _, indicator, masks in self._present(net) if masks.masked.any()]
         reset_gradients((weight, masks.masked) for weight, masks in present)
-        rows = [masks.shrunk_rows(weight) for weight, masks in present]
+        shrunk_rows = [masks.shrunk_rows(weight) for weight, masks in present]
         norms = list(self.blocks.shrunk_norms(net, self.masks))
         optimizer()  # momentum moves masked channels as well; the next lines undo that
-        for (weight, masks), shrunk in zip(present, rows, strict=True):
+        for (weight, masks), shrunk in zip(present, shrunk_rows, strict=True):
             weight[masks.masked_indices()] = shrunk
             masks.count_step()
         for parameter, faded in norms:

@@ -54,7 +54,7 @@ def prune_uniformly(spec: ArchSpec, config: Student, cost: CostModel) -> tuple[S
 
     def choose(cost: CostModel) -> dict[str, int]:
         allocation = WidthAllocation.of(spec, config, cost, {site: np.ones(spec.widths[site]) for site in sites})
-        for factor in np.linspace(0.0, 1.0, 1001):  # the smallest factor whose reduction does not exceed the target
+        for factor in np.linspace(0.0, 1.0, 1001):  # the smallest factor that does not exceed the target
             widths = {
                 site: max(minimum[site], round(factor * spec.widths[site] / multiple) * multiple) for site in sites
             }

@@ -211,8 +211,8 @@ def _logits(output: Output) -> Tensor:
 def _without_gate_gradient(net: RetrievalNet, site: str, features: Tensor) -> Tensor:
     """Return the same pooled features (B, C), without a gradient to the channel gate that scales them.
 
-    The gate scales the output of a stage. The feature loss there would count as importance of the channel, although a
-    removed channel is not compared any more; its effect through the later blocks of the stage still counts.
+    The gate scales the output of its stage. A gradient from the feature loss there would raise the importance of the
+    channel, although a removed channel is not compared any more. Its effect on later blocks of the stage still counts.
     """
     gate = net.indicators().get(site)
     if not isinstance(gate, ChannelGate):
@@ -222,7 +222,7 @@ def _without_gate_gradient(net: RetrievalNet, site: str, features: Tensor) -> Te
 
 
 def feature_module(site: str) -> str:
-    """Return the name of the module whose output holds the features of a site."""
+    """Return the name of the module that outputs the features of a site."""
     return indicator_name(site) if is_inner(site) else "maxpool" if site == "conv1" else site
 
 

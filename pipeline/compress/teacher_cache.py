@@ -29,7 +29,7 @@ class TeacherCache:
 
     Args:
         folder: Holds a folder for each teacher.
-        limit: Bytes for all teachers together, as far as this process sees them. If the space is used up, the outputs
+        limit: Bytes for all teachers together, as far as this process can measure. If the space is used up, the outputs
             of other teachers are deleted, oldest first; after that, further outputs are not stored.
         teacher: A frozen network.
         settings: What else the outputs depend on, such as the names of the features and the precision.

@@ -161,7 +161,7 @@ class Distill(Section):
 
 
 class Resetting(Section):
-    """Method `budget`: the channel importance that determines whose gradients are reset."""
+    """Method `budget`: the importance of channels; the gradients of the least important ones are reset."""
 
     importance: Literal["taylor", "magnitude", "random"]
     """Importance of a channel: `taylor`, the squared change of the training loss without it, to first order (Molchanov
@@ -192,10 +192,10 @@ class Student(Training):
     """Stage `student`: the network that shrinks while it learns from the teacher."""
 
     method: Literal["budget", "paper", "static-magnitude", "static-random", "none"]
-    """Compression method. `budget`: shrink to the budget while learning; `paper`: capacity dynamic distillation as
-    published, whose reduction follows from its lasso; `static-magnitude`: prune the teacher once by the scales of its
-    batch norms, then distil; `static-random`: multiply all widths by one factor, distil from random weights; `none`:
-    distil only."""
+    """The compression method. `budget`: shrink to the budget while learning; `paper`: capacity dynamic distillation as
+    published, where the reduction follows from the lasso; `static-magnitude`: prune the teacher once by the scales of
+    its batch norms, then distil; `static-random`: multiply all widths by one factor, distil from random weights;
+    `none`: distil only."""
     init: Literal["teacher", "imagenet", "random"]
     """First weights of the student; the static methods ignore it."""
     budget: Budget

@@ -121,7 +121,7 @@ def _layer_times(file: bytes, pixels: npt.NDArray[np.float32]) -> LayerTimes:
     calls: dict[tuple[str, str], list[float]] = defaultdict(list)
     unnamed: list[dict[str, Any]] = []
     for event in sorted(nodes, key=lambda event: event["ts"]):
-        if "/" not in event["name"]:  # a change of memory layout for the next node, whose layer it is counted to
+        if "/" not in event["name"]:  # a change of memory layout, which counts to the layer of the next node
             unnamed.append(event)
             continue
         layer = event["name"].partition("/")[0]

@@ -1,6 +1,6 @@
 """Architectures as data: a spec is stored as JSON, and the network is rebuilt from it.
 
-Every channel dimension whose width may change is called a *site*. It has a name, and `ArchSpec.widths` holds its width:
+A channel dimension of variable width is called a *site*. It has a name, and `ArchSpec.widths` holds its width:
 
 - ``conv1``: the output of the stem in a network with bottlenecks; with basic blocks the stem writes to the residual
   stream ``layer1`` itself, because the first shortcut is the identity;
@@ -145,7 +145,7 @@ class ArchSpec(BaseModel):
         removed = {site for block in self.removable if not any(self._inner_widths(block)) for site in block.sites}
         if invalid := {site: width for site, width in self.widths.items() if width < 1 and site not in removed}:
             raise ValueError(
-                f"widths must be at least 1, or 0 throughout a block whose shortcut is the identity, got {invalid}"
+                f"widths must be at least 1, or 0 throughout a block with an identity shortcut, got {invalid}"
             )
         if unknown := set(self.indicators) - (expected - removed):
             raise ValueError(f"indicators at unknown sites: {sorted(unknown)}")

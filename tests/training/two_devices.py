@@ -14,7 +14,7 @@ from pipeline.runtime import launch
 from pipeline.training.loop import Fit
 from pipeline.training.state import Checkpoints
 from pipeline.training.teacher import build_teacher
-from tests.training.test_fit import IDENTITIES, STEPS, RandomImages, cost_of, digest, preprocess
+from tests.training.short_training import IDENTITIES, STEPS, RandomImages, cost_of, digest, preprocess
 
 if __name__ == "__main__":
     folder, content = Path(sys.argv[1]), Path(sys.argv[2]).read_text()

@@ -1,119 +1,26 @@
-"""Training of teacher and student on random images: budgets, resuming, divergence, several devices."""
+"""Training of the student: budgets, live shrinking, distillation and frozen norms."""
 
-import hashlib
-import subprocess
-import sys
-from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from pipeline.compress.budget import BudgetMissedError, cost_model
+from pipeline.compress.budget import BudgetMissedError
 from pipeline.compress.compactor import attach, nonzero_channels, row_norms
 from pipeline.compress.shrinker import Shrinker
-from pipeline.compress.student import (
-    StudentTask,
-    _without_gate_gradient,
-    build_student,
-    evenly_spaced,
-    remaining_spec,
-    student_task,
-)
+from pipeline.compress.student import _without_gate_gradient, build_student, evenly_spaced, remaining_spec
 from pipeline.compress.surgery import largest_difference, run_surgery
 from pipeline.config import Params
 from pipeline.models import cost
-from pipeline.models.cost import CostModel
 from pipeline.models.feature_hooks import FeatureHooks, average_pool
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
-from pipeline.runtime import launch
-from pipeline.stage.presets import load_preset
-from pipeline.training import loop
-from pipeline.training.loop import Batch, DivergedError, Fit
-from pipeline.training.optimizer import build_optimizer, learning_rate, load_state_tensors, state_tensors
-from pipeline.training.state import Checkpoints
-from pipeline.training.teacher import TeacherTask, build_teacher, pretrained_weights
-
-ROOT = Path(__file__).parents[2]
-IDENTITIES, PER_IDENTITY, STEPS = 4, 2, 6
-
-
-class RandomImages:
-    """Batches of noise with a colour for each identity; they depend on the epoch and the device."""
-
-    def __init__(self, device: int = 0) -> None:
-        self.device = device
-
-    def __len__(self) -> int:
-        return STEPS
-
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        for step in range(STEPS):
-            generator = torch.Generator().manual_seed(self.device * 10**6 + epoch * 1000 + step)
-            labels = torch.arange(IDENTITIES).repeat_interleave(PER_IDENTITY)
-            images = torch.randint(0, 128, (len(labels), 3, 32, 32), generator=generator, dtype=torch.uint8)
-            images[:, 0] += (labels * 30).to(torch.uint8)[:, None, None]
-            yield images, labels, torch.arange(len(labels))
-
-
-def preprocess(images: Tensor) -> Tensor:
-    return (images.float() / 255 - 0.5).contiguous(memory_format=torch.channels_last)
-
-
-@pytest.fixture(scope="module")
-def params() -> Params:
-    smoke = load_preset(ROOT, "smoke").model_dump()
-    smoke["data"] |= {"image_size": [32, 32]}
-    smoke["teacher"] |= {"depth": 26, "width": 16, "embedding_dim": 16, "epochs": 1}
-    smoke["student"] |= {"epochs": 4, "validate_every": 1, "sites": ["conv1", "conv2"]}
-    smoke["student"]["budget"] |= {"reduction": 0.4, "start": 0.05, "end": 0.5, "fade": 0.15, "every": 2}
-    return Params.model_validate(smoke)
-
-
-def change(params: Params, stage: str, **values: object) -> Params:
-    content = params.model_dump()
-    content[stage] |= values
-    return Params.model_validate(content)
-
-
-@pytest.fixture(scope="module")
-def teacher(params: Params) -> RetrievalNet:
-    torch.manual_seed(0)
-    return build_teacher(params.teacher, IDENTITIES).eval()
-
-
-def digest(tensors: dict[str, Tensor]) -> str:
-    sha = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        sha.update(name.encode() + tensor.detach().contiguous().numpy().tobytes())
-    return sha.hexdigest()
-
-
-def cost_of(params: Params, teacher: RetrievalNet) -> CostModel:
-    return cost_model(teacher.spec, params.student, (32, 32))
-
-
-def prepared(
-    params: Params, teacher: RetrievalNet, folder: Path, cache_folder: Path | None = None
-) -> tuple[StudentTask, Fit, list[dict[str, float]]]:
-    fabric = launch(params.runtime, params.seed)
-    rows: list[dict[str, float]] = []
-    calibration = preprocess(next(RandomImages().epoch(99))[0])
-    steps = STEPS * params.student.epochs
-    budget_cost = cost_of(params, teacher)
-    task = student_task(fabric, params, teacher, budget_cost, steps, calibration, None, cache_folder)
-    fit = Fit(fabric, params.student, task, RandomImages(), preprocess, Checkpoints(folder), rows.append)
-    return task, fit, rows
-
-
-class Killed(Exception):
-    """Takes the place of a killed process."""
+from pipeline.training.optimizer import build_optimizer, load_state_tensors, state_tensors
+from pipeline.training.teacher import build_teacher
+from tests.training.short_training import IDENTITIES, STEPS, RandomImages, change, digest, prepared, preprocess
 
 
 @pytest.mark.parametrize("shrink", ["live", "off"])
@@ -206,44 +113,6 @@ def test_rows_that_fade_across_the_end_of_an_epoch_are_cut_in_time(
     assert net.spec.widths == remaining_spec(net).widths
 
 
-VARIANTS = {
-    "sgd": {"optimizer": {"name": "sgd", "lr": 0.01}},
-    "off": {"shrink": "off"},
-    "params": {"budget": {"of": "params", "reduction": 0.3}},
-    "none": {"method": "none"},
-    "one site": {"sites": ["conv2"], "budget": {"reduction": 0.2}},
-    "paper": {
-        "method": "paper",
-        "optimizer": {"name": "sgd", "lr": 0.01},
-        "paper": {"memory": 20, "start": 0.2, "lasso": 5.0, "ratio": 0.9, "threshold": 0.5},
-    },
-    "static-magnitude": {"method": "static-magnitude", "sites": ["conv1", "stream"]},
-    "static-random": {"method": "static-random", "sites": ["conv1", "conv2", "stream"]},
-    "blocks": {"budget": {"reduction": 0.66, "allow_block_removal": True}},
-    "blocks and stream": {
-        "sites": ["conv1", "conv2", "stream"],
-        "budget": {"reduction": 0.85, "allow_block_removal": True},
-    },
-    "random weights": {"init": "random"},
-    "stream": {"sites": ["conv1", "conv2", "stream"], "budget": {"reduction": 0.6}},
-}
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_killed_training_with_any_method_ends_with_the_same_bytes(
-    params: Params, teacher: RetrievalNet, tmp_path: Path, variant: str
-) -> None:
-    content = params.model_dump()
-    for key, value in VARIANTS[variant].items():
-        content["student"][key] = {**content["student"][key], **value} if isinstance(value, dict) else value
-    params = Params.model_validate(content)
-    spec = check_killed_training(params, teacher, tmp_path, 2)
-    if variant != "none":
-        assert sum(spec.widths.values()) < sum(teacher.spec.widths.values())
-    if variant.startswith("blocks"):
-        assert not all(spec.has(block) for block in spec.blocks())
-
-
 def test_basic_blocks_shrink_as_well(params: Params, tmp_path: Path) -> None:
     content = params.model_dump()
     content["teacher"] |= {"depth": 18}
@@ -252,38 +121,6 @@ def test_basic_blocks_shrink_as_well(params: Params, tmp_path: Path) -> None:
     torch.manual_seed(0)
     teacher = build_teacher(params.teacher, IDENTITIES).eval()
     test_a_student_reaches_its_budget_and_does_not_change_its_teacher(params, teacher, tmp_path, "live")
-
-
-@pytest.mark.parametrize("killed_after", [1, 2, 3])
-def test_a_killed_training_ends_with_the_same_bytes(
-    params: Params, teacher: RetrievalNet, tmp_path: Path, killed_after: int
-) -> None:
-    check_killed_training(params, teacher, tmp_path, killed_after)
-
-
-def check_killed_training(params: Params, teacher: RetrievalNet, tmp_path: Path, killed_after: int) -> ArchSpec:
-    task, uninterrupted, expected_rows = prepared(params, teacher, tmp_path / "uninterrupted")
-    expected = uninterrupted.run(lambda: build_student(params, teacher, task.compression))
-
-    def kill(row: dict[str, float]) -> None:
-        if row["epoch"] == killed_after:
-            raise Killed
-
-    task, first, _ = prepared(params, teacher, tmp_path / "killed")
-    with pytest.raises(Killed):
-        Fit(first.fabric, first.config, task, first.loader, preprocess, first.checkpoints, kill).run(
-            lambda: build_student(params, teacher, task.compression)
-        )
-    task, second, rows = prepared(params, teacher, tmp_path / "killed")
-
-    def must_not_start() -> RetrievalNet:
-        raise AssertionError("the training started from the beginning")
-
-    resumed = second.run(must_not_start)
-    assert resumed.spec == expected.spec
-    assert digest(resumed.state_dict()) == digest(expected.state_dict())
-    assert rows == expected_rows
-    return remaining_spec(resumed)
 
 
 def test_with_flip_averaging_the_student_learns_the_mean_of_both_outputs(
@@ -405,18 +242,6 @@ def test_a_schedule_that_ends_near_the_last_step_is_completed(
     assert task.compression.finalized
 
 
-def test_a_damaged_state_is_skipped(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
-    task, fit, _ = prepared(params, teacher, tmp_path)
-    expected = fit.run(lambda: build_student(params, teacher, task.compression))
-    newest = tmp_path / "epoch-00004.safetensors"
-    newest.write_bytes(newest.read_bytes()[:1000])
-    task, again, rows = prepared(params, teacher, tmp_path)
-    assert digest(again.run(lambda: build_student(params, teacher, task.compression)).state_dict()) == digest(
-        expected.state_dict()
-    )
-    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
-
-
 def test_live_shrinking_carries_the_state_of_the_optimiser(
     params: Params, teacher: RetrievalNet, tmp_path: Path
 ) -> None:
@@ -453,29 +278,6 @@ def test_nothing_shrinks_with_method_none(params: Params, teacher: RetrievalNet,
     net = fit.run(lambda: build_student(params, teacher, task.compression))
     assert net.spec == teacher.spec
     assert nonzero_channels(net) == {}
-
-
-def two_devices(folder: Path, params: Path) -> tuple[str, str]:
-    """Train on two devices, and return the result of each."""
-    command = [sys.executable, "-m", "tests.training.two_devices", folder, params]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
-    return (folder / "0.txt").read_text(), (folder / "1.txt").read_text()
-
-
-def test_two_devices_end_with_the_same_student_and_resume_from_the_state_of_the_first(
-    params: Params, tmp_path: Path
-) -> None:
-    params = change(params, "runtime", devices=2, strategy="ddp")
-    (tmp_path / "params.json").write_text(params.model_dump_json())
-    first, second = two_devices(tmp_path, tmp_path / "params.json")
-    assert first == second
-    assert first.endswith("epochs 0 1 2 3 4")
-    states = {rank: tmp_path / str(rank) / "epoch-00004.safetensors" for rank in (0, 1)}
-    assert not states[1].exists()  # only the first device saves
-    states[1].parent.mkdir(exist_ok=True)
-    states[0].rename(states[1])  # the second device has a newer state than the first
-    first_resumed, second_resumed = two_devices(tmp_path, tmp_path / "params.json")
-    assert first_resumed == second_resumed == first.replace("epochs 0 1 2 3 4", "epochs 3 4")
 
 
 @pytest.mark.parametrize("method", ["static-magnitude", "static-random"])
@@ -531,107 +333,6 @@ def test_whole_blocks_are_removed_if_allowed(params: Params, teacher: RetrievalN
     assert result.net.spec.widths == net.spec.widths
 
 
-@pytest.mark.parametrize("recipe", ["scratch", "paper"])
-def test_a_teacher_learns_with_both_recipes(params: Params, tmp_path: Path, recipe: str) -> None:
-    content = params.model_dump()
-    for stage in ("teacher", "student"):
-        content[stage]["recipe"] = recipe
-    content["teacher"]["epochs"] = 3
-    if recipe == "paper":
-        content["teacher"]["optimizer"] |= {"name": "sgd", "lr": 0.05}
-    params = Params.model_validate(content)
-    fabric, rows = launch(params.runtime, 0), []
-    fit = Fit(fabric, params.teacher, TeacherTask(params.teacher, None), RandomImages(), preprocess,
-              Checkpoints(tmp_path), rows.append)  # fmt: skip
-    fit.run(lambda: build_teacher(params.teacher, IDENTITIES))
-    assert rows[-1]["loss"] < rows[0]["loss"]
-    assert rows[0]["loss"] == pytest.approx(rows[0]["identity"] + rows[0]["triplet"])
-
-
-def test_a_diverging_loss_stops_training_with_epoch_and_steps(params: Params, tmp_path: Path) -> None:
-    fabric = launch(params.runtime, 0)
-    net = build_teacher(params.teacher, IDENTITIES)
-    with torch.no_grad():
-        net.head.fc.weight.fill_(torch.nan)
-    fit = Fit(fabric, params.teacher, TeacherTask(params.teacher, None), RandomImages(), preprocess,
-              Checkpoints(tmp_path), lambda row: None)  # fmt: skip
-    with pytest.raises(DivergedError, match=r"loss became NaN or infinite in epoch 1, steps 1 to 6: .*'identity': nan"):
-        fit.run(lambda: net)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_loss_that_diverges_later_is_found_within_some_steps_and_the_last_good_state_stays(
-    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loop, "READ_EVERY", 4)
-
-    class DivergingTask(TeacherTask):
-        def losses(self, *arguments: Any) -> dict[str, Tensor]:
-            losses = super().losses(*arguments)
-            late = arguments[-1] == (STEPS + 4) / (2 * STEPS)  # the fifth step of the second epoch
-            return {**losses, "loss": losses["loss"] / 0.0} if late else losses
-
-    params = change(params, "teacher", epochs=2)
-    fabric, task = launch(params.runtime, 0), DivergingTask(params.teacher, None)
-    fit = Fit(fabric, params.teacher, task, RandomImages(), preprocess, Checkpoints(tmp_path), lambda row: None)
-    with pytest.raises(DivergedError, match="in epoch 2, steps 5 to 6"):
-        fit.run(lambda: build_teacher(params.teacher, IDENTITIES))
-    assert [path.name for path in tmp_path.iterdir()] == ["epoch-00001.safetensors"]
-
-
-def test_the_curve_holds_the_mean_of_each_loss(params: Params, tmp_path: Path) -> None:
-    recorded: list[dict[str, float]] = []
-
-    class RecordingTask(TeacherTask):
-        def losses(self, *arguments: Any) -> dict[str, Tensor]:
-            losses = super().losses(*arguments)
-            recorded.append({name: float(value.detach()) for name, value in losses.items()})
-            return losses
-
-    rows: list[dict[str, float]] = []
-    fabric, task = launch(params.runtime, 0), RecordingTask(params.teacher, None)
-    fit = Fit(fabric, params.teacher, task, RandomImages(), preprocess, Checkpoints(tmp_path), rows.append)
-    fit.run(lambda: build_teacher(params.teacher, IDENTITIES))
-    for name in ("loss", "identity", "triplet"):
-        total = 0.0
-        for values in recorded:
-            total += values[name] / STEPS
-        assert rows[0][name] == total  # equal to the last digit
-
-
-def test_the_learning_rate_warms_up_holds_and_falls(params: Params) -> None:
-    config = params.teacher.optimizer.model_copy(update={"lr": 1.0, "warmup": 0.1, "hold": 0.5, "final_lr": 0.01})
-    rates = [learning_rate(progress, config) for progress in (0.0, 0.05, 0.1, 0.49, 0.75, 1.0)]
-    assert rates == pytest.approx([0.1, 0.55, 1.0, 1.0, 0.505, 0.01])
-
-
 def test_calibration_images_are_evenly_spaced() -> None:
     assert list(evenly_spaced(torch.arange(10).numpy(), 4)) == [0, 3, 6, 9]
     assert list(evenly_spaced(torch.arange(3).numpy(), 4)) == [0, 1, 2]
-
-
-def test_a_teacher_starts_from_a_file_of_torchvision_weights(params: Params, tmp_path: Path) -> None:
-    import torchvision
-    from safetensors.torch import save_file
-
-    state = torchvision.models.resnet18().state_dict()
-    path = tmp_path / "weights.safetensors"
-    save_file(state, path)
-    config = params.teacher.model_copy(update={"depth": 18, "width": 64, "weights": str(path)})
-    net = build_teacher(config, IDENTITIES)
-    assert torch.equal(net.layer3[1].conv2.weight, state["layer3.1.conv2.weight"])
-    assert net.classifier.weight.shape == (IDENTITIES, 16)
-
-
-def test_unusable_weights_are_rejected_with_a_remedy(params: Params, tmp_path: Path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"nowhere\.pth, which is not a file; set it to none, imagenet or a path"
-    ):
-        pretrained_weights(str(tmp_path / "nowhere.pth"), 50)
-    with pytest.raises(ValueError, match=r"torchvision publishes no resnet26"):
-        pretrained_weights("imagenet", 26)
-    torch.save({}, tmp_path / "weights.pth")
-    with pytest.raises(
-        ValueError, match=r"weights\.pth, which is not a safetensors file .*with `safetensors\.torch\.save_file`"
-    ):
-        pretrained_weights(str(tmp_path / "weights.pth"), 18)
