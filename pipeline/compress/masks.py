@@ -1,8 +1,8 @@
 """The masks of a site: which channels are masked, and how masked channels fade to zero.
 
 A channel is *present* while it is in the network; *masked* once it is selected for removal (its gradient is reset, and
-the proximal step shrinks it); *committed* once it, or a channel masked at the same time, has reached zero. Until then
-the selection may be revised; in the published method (Xie et al., CVPR 2023, section 3.3) masks only grow.
+the proximal step shrinks it); *committed* once it, or another uncommitted masked channel of its site, reaches zero.
+Until then the selection may be revised; in the published method (Xie et al., CVPR 2023, section 3.3) masks only grow.
 
 Masks and counters stay on the CPU, so no training step waits for the device. Scores and norms stay on the device and
 are read only when masks are revised.
@@ -88,7 +88,7 @@ class ChannelMasks:
         return shrink_rows(weight[self.masked_indices()], steps_left)
 
     def count_step(self) -> None:
-        """Count one proximal step; if a channel has just reached zero, commit all channels masked by now."""
+        """Count one proximal step; if an uncommitted channel has reached zero, commit all masked channels."""
         self.steps_left = (self.steps_left - 1).clamp_min(0)
         if (self.masked & ~self.committed & (self.steps_left == 0)).any():
             self.committed = self.masked.clone()
