@@ -35,6 +35,8 @@ COMPARISON_CALLS = 100
 
 CONFIDENCE = 0.95
 """Confidence level of the interval of a speedup."""
+MIN_TURNS = 6
+"""Turns that the interval needs: the range of five ratios covers the median with a probability of 94 % only."""
 MAX_WIDTH = 0.2
 """Largest width of the interval of a speedup, as a share of the speedup; if it is wider, the machine was too noisy."""
 
@@ -101,10 +103,6 @@ def gain(slow: Timing, fast: Timing) -> Gain:
     index = max(int(binom.ppf((1 - CONFIDENCE) / 2, len(ratios), 0.5)) - 1, 0)
     ratio = slow.p50_ms / fast.p50_ms
     return Gain(ratio, min(ratios[index], ratio), max(ratios[-1 - index], ratio), len(ratios))
-
-
-MIN_TURNS = 6
-"""Turns that the interval needs: the range of five ratios covers the median with a probability of 94 % only."""
 
 
 def measure(

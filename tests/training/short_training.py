@@ -17,8 +17,6 @@ from pipeline.training.loop import Batch, Fit
 from pipeline.training.state import Checkpoints
 
 ROOT = Path(__file__).parents[2]
-
-
 IDENTITIES, PER_IDENTITY, STEPS = 4, 2, 6
 
 
