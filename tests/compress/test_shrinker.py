@@ -95,9 +95,8 @@ def test_magnitudes_are_the_scales_of_the_batch_norms_before_the_site() -> None:
         net.layer1[0].downsample[1].weight.fill_(-1.0)
     scores = magnitude_scores(net, ["layer1.0.conv1", "layer1"])
     torch.testing.assert_close(scores["layer1.0.conv1"], torch.linspace(-1, 1, 16).abs())
-    torch.testing.assert_close(
-        scores["layer1"], torch.full((64,), (3 + 1 + 1) / 3)
-    )  # the scale in the second block is 1
+    # three norms write to the stream; that of the second block has the scale 1
+    torch.testing.assert_close(scores["layer1"], torch.full((64,), (3 + 1 + 1) / 3))
 
 
 def test_a_row_shrinks_by_the_same_amount_in_each_step_and_stays_exactly_zero() -> None:
