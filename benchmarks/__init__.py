@@ -1,1 +1,1 @@
-"""Measurements of single claims: `python -m benchmarks.NAME`. They need some minutes and an idle machine."""
+"""Measurements behind the claims of the README: `python -m benchmarks.NAME`. They need minutes and an idle machine."""

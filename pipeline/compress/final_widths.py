@@ -7,13 +7,15 @@ is interpolated linearly between the networks timed so far.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.compress.budget import WINDOW, BudgetError
+from pipeline.compress.budget import WINDOW, BudgetError, narrowest_widths
+from pipeline.config import Student
 from pipeline.models.cost import CostModel
+from pipeline.models.spec import ArchSpec
 
 log = logging.getLogger(__name__)
 
@@ -22,8 +24,6 @@ ATTEMPTS = 6
 
 DISAGREEMENT = 2.0
 """Factor between the predicted and the timed saving above which a warning is logged."""
-
-Widths = Mapping[str, int]
 
 
 class _Timed(NamedTuple):
@@ -36,10 +36,9 @@ class _Timed(NamedTuple):
 
 def final_widths(
     choose: Callable[[CostModel], dict[str, int]],
+    spec: ArchSpec,
+    config: Student,
     table: CostModel,
-    full: Widths,
-    narrowest: Widths,
-    target: float,
     start: float = 1.0,
 ) -> tuple[dict[str, int], CostModel]:
     """Choose the widths that keep a budget; if the budget is latency, by timing the chosen networks.
@@ -51,10 +50,9 @@ def final_widths(
 
     Args:
         choose: Returns widths in the window by a cost model; widths that save more if no channel can be given back.
+        spec: The uncompressed network.
+        config: Section `student` of params.yaml.
         table: The cost that the budget limits.
-        full: Widths of the uncompressed network.
-        narrowest: Widths with every site at its minimum.
-        target: Reduction in [0, 1); the window is [target, target + `WINDOW`].
         start: Correction of the table from an earlier search.
 
     Returns:
@@ -63,10 +61,11 @@ def final_widths(
     Raises:
         BudgetError: If no widths keep the budget.
     """
+    full, target = spec.widths, config.budget.reduction
     if table.measured is None or not target:
         return choose(table), table
     # Only timing decides what is unreachable: every correction is large enough for the table to allow the target.
-    lower_bound = (target + WINDOW / 2) / max(table.reduction(full, narrowest), 1e-9)
+    lower_bound = (target + WINDOW / 2) / max(table.reduction(full, narrowest_widths(spec, config)), 1e-9)
     correction, timed = max(start, lower_bound), dict[float, _Timed]()
     for attempt in range(ATTEMPTS):
         try:

@@ -8,20 +8,21 @@ that they are exactly zero at a known step. `BlockRemoval` does the same for who
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.compress.block_removal import BlockRemoval
-from pipeline.compress.budget import WINDOW, BudgetMissedError, narrowest_widths, removable_blocks, shrinking_sites
+from pipeline.compress.budget import WINDOW, BudgetMissedError, removable_blocks, shrinking_sites
 from pipeline.compress.compactor import last_norm, reset_gradients
 from pipeline.compress.compression import Compression
 from pipeline.compress.final_widths import final_widths
 from pipeline.compress.importance import magnitude_scores, random_scores, taylor_scores
 from pipeline.compress.masks import ChannelMasks
 from pipeline.compress.schedule import Schedule
-from pipeline.compress.width_allocation import WidthAllocation
+from pipeline.compress.width_allocation import WidthAllocation, allocate_budget
 from pipeline.config import Student
 from pipeline.models.cost import CostModel
 from pipeline.models.resnet import Indicator, RetrievalNet
@@ -167,12 +168,5 @@ class Shrinker(Compression):
 
     def _final_widths(self, scores: Mapping[str, np.ndarray]) -> tuple[dict[str, int], CostModel]:
         """Return the widths that keep the budget, and the cost model that agrees with their timing."""
-        target = self.config.budget.reduction
-
-        def choose(cost: CostModel) -> dict[str, int]:
-            allocation = WidthAllocation.of(self.spec, self.config, cost, scores)
-            allocation.finalize(target)
-            return allocation.widths
-
-        narrowest = narrowest_widths(self.spec, self.config)
-        return final_widths(choose, self.table, self.spec.widths, narrowest, target, self.cost.correction)
+        choose = partial(allocate_budget, self.spec, self.config, scores)
+        return final_widths(choose, self.spec, self.config, self.table, self.cost.correction)

@@ -3,14 +3,16 @@
 Both keep the same budget as method `budget`, in the same multiples, at the same sites.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 
-from pipeline.compress.budget import minimum_widths, narrowest_widths, shrinking_sites
+from pipeline.compress.budget import minimum_widths, shrinking_sites
 from pipeline.compress.final_widths import final_widths
 from pipeline.compress.importance import magnitude_scores
 from pipeline.compress.surgery import SurgeryPlan
-from pipeline.compress.width_allocation import WidthAllocation
+from pipeline.compress.width_allocation import WidthAllocation, allocate_budget
 from pipeline.config import Student
 from pipeline.models.cost import CostModel
 from pipeline.models.resnet import RetrievalNet
@@ -28,14 +30,8 @@ def prune_by_magnitude(net: RetrievalNet, config: Student, cost: CostModel) -> t
     """
     sites = shrinking_sites(net.spec, config)
     scores = {site: score.detach().cpu() for site, score in magnitude_scores(net, sites).items()}
-
-    def choose(cost: CostModel) -> dict[str, int]:
-        allocation = WidthAllocation.of(net.spec, config, cost, {site: score.numpy() for site, score in scores.items()})
-        allocation.finalize(config.budget.reduction)
-        return allocation.widths
-
-    narrowest = narrowest_widths(net.spec, config)
-    widths, cost = final_widths(choose, cost, net.spec.widths, narrowest, config.budget.reduction)
+    choose = partial(allocate_budget, net.spec, config, {site: score.numpy() for site, score in scores.items()})
+    widths, cost = final_widths(choose, net.spec, config, cost)
     orders = {site: torch.argsort(score, descending=True, stable=True) for site, score in scores.items()}
     return SurgeryPlan({site: tuple(sorted(order[: widths[site]].tolist())) for site, order in orders.items()}), cost
 
@@ -65,5 +61,5 @@ def prune_uniformly(spec: ArchSpec, config: Student, cost: CostModel) -> tuple[S
         allocation.finalize(target)
         return allocation.widths
 
-    widths, cost = final_widths(choose, cost, spec.widths, narrowest_widths(spec, config), target)
+    widths, cost = final_widths(choose, spec, config, cost)
     return SurgeryPlan({site: tuple(range(widths[site])) for site in sites}), cost

@@ -33,6 +33,18 @@ class Site:
     scores: np.ndarray
 
 
+def allocate_budget(
+    spec: ArchSpec, config: Student, scores: Mapping[str, np.ndarray], cost: CostModel
+) -> dict[str, int]:
+    """Return the widths of the whole network that keep the budget at the lowest loss of importance.
+
+    The arguments and the error are those of `WidthAllocation.of` and `WidthAllocation.finalize`.
+    """
+    allocation = WidthAllocation.of(spec, config, cost, scores)
+    allocation.finalize(config.budget.reduction)
+    return allocation.widths
+
+
 class WidthAllocation:
     """The widths of all sites under a common budget.
 

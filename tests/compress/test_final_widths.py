@@ -95,9 +95,7 @@ def test_with_noisy_timing_the_closest_network_that_saves_enough_is_taken() -> N
         calls.append(widths)
         return 1 - next(noise)
 
-    widths, model = search.final_widths(
-        lambda cost: choose(cost, 0.4), timed(share)[0], SPEC.widths, dict.fromkeys(SPEC.widths, 8), 0.4
-    )
+    widths, model = search.final_widths(lambda cost: choose(cost, 0.4), SPEC, section(reduction=0.4), timed(share)[0])
     assert len(calls) == ATTEMPTS
     assert widths == calls[3]
     assert model.reduction(SPEC.widths, widths) == pytest.approx(0.45)
