@@ -65,7 +65,8 @@ def main() -> None:
     for workers in WORKERS:
         wait, compute = np.median(waiting[workers]), np.median(computing[workers])
         share = np.sum(waiting[workers]) / (np.sum(waiting[workers]) + np.sum(computing[workers]))
-        print(f"{workers} workers: {1000 * wait:.1f} ms of {1000 * (wait + compute):.1f} ms per step, {share:.1%}")
+        step = 1000 * (wait + compute)
+        print(f"{workers} workers: {1000 * wait:.1f} of {step:.1f} ms per step are waiting, {share:.1%} of the time")
 
 
 if __name__ == "__main__":
