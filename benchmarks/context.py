@@ -1,6 +1,6 @@
-"""Where published small networks lie beside teacher and student: parameters, MACs and time at the same image size.
+"""Parameters, MACs and latency of published small networks beside teacher and student, at the same image size.
 
-Networks of torchvision with random weights; nothing is said about how well they retrieve. Run after `dvc repro`.
+torchvision's networks have random weights here, so their retrieval quality is not measured. Run `dvc repro` first.
 """
 
 import tempfile
@@ -19,7 +19,7 @@ REPEATS = 50
 
 
 def main() -> None:
-    """Print a line a network."""
+    """Print one line per network."""
     files = Files.here()
     size = load(files.params).data.image_size
     export = files.artifacts("export")
@@ -42,10 +42,10 @@ def main() -> None:
     teacher = timings[0]
     print(f"{size[0]} x {size[1]} pixels, one image, all threads")
     for timing in timings:
-        found = gain(teacher, timing)
+        speedup = gain(teacher, timing)
         params, macs = sizes[timing.file]
-        told = f"{found.ratio:.2f} times" if found.conclusive else f"inconclusive, {found.low:.2f} to {found.high:.2f}"
-        print(f"{timing.file:20} {params / 1e6:7.2f} M params {macs / 1e6:8.1f} M MACs {timing.p50_ms:7.2f} ms  {told}")
+        text = f"{speedup.ratio:.2f} times" if speedup.conclusive else f"{speedup.low:.2f} to {speedup.high:.2f} times"
+        print(f"{timing.file:20} {params / 1e6:7.2f} M params {macs / 1e6:8.1f} M MACs {timing.p50_ms:7.2f} ms  {text}")
 
 
 if __name__ == "__main__":

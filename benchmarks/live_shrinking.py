@@ -1,7 +1,6 @@
-"""What fold and continue saves: one student that shrinks while it learns and one that is cut afterwards, same seed.
+"""Training time that live shrinking saves: a student that is cut after each epoch and one that is cut at the end.
 
-Run it where `dvc repro` has made data and teacher. The two trainings take turns, epoch by epoch. Ten minutes on 2
-cores.
+Run `dvc repro` first. The two trainings have the same seed and alternate by epoch; ten minutes on 2 cores.
 """
 
 import logging
@@ -11,10 +10,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
-from benchmarks.short import section
+from benchmarks.short import with_values
 from pipeline import checkpoint
 from pipeline.compress.budget import cost_model
-from pipeline.compress.student import CALIBRATION, build_student, spread, student_task
+from pipeline.compress.student import CALIBRATION, build_student, evenly_spaced, student_task
 from pipeline.data.augment import as_tensor, normalise
 from pipeline.data.images import open_images
 from pipeline.data.loader import training_loader
@@ -27,38 +26,40 @@ from pipeline.training.state import Checkpoints, TrainingState
 
 
 def main() -> None:
-    """Print the seconds of each epoch, the share that is saved, and both mAPs."""
+    """Print the seconds of each epoch, the share of time saved, and both mAPs."""
     files = Files.here()
-    given = load(Path(sys.argv[1]) if len(sys.argv) > 1 else files.params)
-    manifest, images = open_images(files, given)
-    fabric = launch(given.runtime, given.seed)
-    calibration = normalise(as_tensor(images.batch(spread(manifest.indices("train"), CALIBRATION))))
-    size = (given.data.image_size[0], given.data.image_size[1])
+    base = load(Path(sys.argv[1]) if len(sys.argv) > 1 else files.params)
+    manifest, images = open_images(files, base)
+    fabric = launch(base.runtime, base.seed)
+    calibration = normalise(as_tensor(images.batch(evenly_spaced(manifest.indices("train"), CALIBRATION))))
+    size = (base.data.image_size[0], base.data.image_size[1])
     with TemporaryDirectory() as folder:
         runs, seconds, last = {}, {"live": 0.0, "off": 0.0}, dict[str, TrainingState]()
         for shrink in seconds:
-            params = section(given, {"student.shrink": shrink})
+            params = with_values(base, {"student.shrink": shrink})
             teacher = checkpoint.load(files.artifacts("teacher"))
             loader = training_loader(manifest, images, params.student, params, 0, 1)
             steps = len(loader) * params.student.epochs
-            budgeted = cost_model(teacher.spec, params.student, size)
-            task = student_task(fabric, params, teacher, budgeted, steps, calibration, None)
+            budget_cost = cost_model(teacher.spec, params.student, size)
+            task = student_task(fabric, params, teacher, budget_cost, steps, calibration, None)
             checkpoints = Checkpoints(Path(folder) / shrink)
             fit = Fit(fabric, params.student, task, loader, normalise, checkpoints, lambda _: None)
             runs[shrink] = fit.states(partial(build_student, params, teacher, task.compression))
             next(runs[shrink])
-        for epoch in range(given.student.epochs):
+        for epoch in range(base.student.epochs):
             for shrink, states in runs.items():
                 start = perf_counter()
                 last[shrink] = next(states)
-                took = perf_counter() - start
-                seconds[shrink] += took
-                print(f"epoch {epoch + 1} {shrink:<5} {took:6.1f} s", flush=True)
+                duration = perf_counter() - start
+                seconds[shrink] += duration
+                print(f"epoch {epoch + 1} {shrink:<5} {duration:6.1f} s", flush=True)
         for shrink, state in last.items():
             splits = ("query", "gallery")
-            found = evaluate(state.net.eval(), manifest, images, *splits, given.data.protocol, normalise, fabric.device)
-            print(f"{shrink:<5} {seconds[shrink]:6.1f} s, mAP {found.map:.4f}")
-    print(f"saved {1 - seconds['live'] / seconds['off']:.1%} of the training's wall time")
+            retrieval = evaluate(
+                state.net.eval(), manifest, images, *splits, base.data.protocol, normalise, fabric.device
+            )
+            print(f"{shrink:<5} {seconds[shrink]:6.1f} s, mAP {retrieval.map:.4f}")
+    print(f"saved {1 - seconds['live'] / seconds['off']:.1%} of the training time")
 
 
 if __name__ == "__main__":

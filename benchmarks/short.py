@@ -1,4 +1,4 @@
-"""Short trainings on noise: enough for what depends on shapes and steps, not on what is learned."""
+"""Short trainings on noise, for measurements that depend on shapes and steps but not on what is learned."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,11 +24,11 @@ IDENTITIES = 12
 
 
 class Noise:
-    """Batches of random images.
+    """Batches of random images of `IDENTITIES` identities.
 
     Args:
-        steps: Batches an epoch.
-        images: Images a batch, of `IDENTITIES` identities.
+        steps: Batches per epoch.
+        images: Images per batch.
         size: Height and width, pixels.
     """
 
@@ -39,52 +39,52 @@ class Noise:
         return self.steps
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The same batches for the same epoch."""
+        """Yield the batches of an epoch; the same epoch has the same batches."""
         for step in range(self.steps):
             generator = torch.Generator().manual_seed(1000 * epoch + step)
             pixels = torch.randint(0, 256, (self.images, 3, *self.size), generator=generator, dtype=torch.uint8)
             yield pixels, torch.arange(self.images) % IDENTITIES, torch.arange(self.images)
 
 
-def scaled(images: Tensor) -> Tensor:
-    """From uint8 to what a network takes."""
+def preprocess(images: Tensor) -> Tensor:
+    """Convert uint8 images to the input of a network."""
     return (images.float() / 255 - 0.5).contiguous(memory_format=torch.channels_last)
 
 
-def section(params: Params, changes: dict[str, Any]) -> Params:
-    """Params with other values at dotted names."""
+def with_values(params: Params, changes: dict[str, Any]) -> Params:
+    """Return params with other values, by dotted name."""
     content = params.model_dump()
     for name, value in changes.items():
         *path, last = name.split(".")
-        part = content
+        section = content
         for key in path:
-            part = part[key]
-        part[last] = value
+            section = section[key]
+        section[last] = value
     return Params.model_validate(content)
 
 
 def preset(name: str, **changes: Any) -> Params:
-    """A preset with other values; a double underscore stands for the dot."""
+    """Return a preset with other values; a double underscore stands for the dot."""
     dotted = {key.replace("__", "."): value for key, value in changes.items()}
-    return section(load_preset(ROOT, name), dotted)
+    return with_values(load_preset(ROOT, name), dotted)
 
 
-def prepared(params: Params, noise: Noise, budgeted: CostModel | None = None) -> tuple[StudentTask, RetrievalNet]:
-    """A student's task and first network; the teacher knows nothing."""
+def prepared(params: Params, noise: Noise, budget_cost: CostModel | None = None) -> tuple[StudentTask, RetrievalNet]:
+    """Return the task and the untrained network of a student; the teacher is untrained as well."""
     fabric = launch(params.runtime, params.seed)
     teacher = build_teacher(params.teacher, IDENTITIES).eval()
     size = (params.data.image_size[0], params.data.image_size[1])
     steps = len(noise) * params.student.epochs
-    calibration = scaled(next(noise.epoch(99))[0])
-    counted = budgeted or cost_model(teacher.spec, params.student, size)
-    task = student_task(fabric, params, teacher, counted, steps, calibration, None)
+    calibration = preprocess(next(noise.epoch(99))[0])
+    budget_cost = budget_cost or cost_model(teacher.spec, params.student, size)
+    task = student_task(fabric, params, teacher, budget_cost, steps, calibration, None)
     return task, build_student(params, teacher, task.compression)
 
 
-def train(params: Params, noise: Noise, budgeted: CostModel | None = None) -> tuple[StudentTask, RetrievalNet]:
-    """Train a student to the end."""
-    task, first = prepared(params, noise, budgeted)
+def train(params: Params, noise: Noise, budget_cost: CostModel | None = None) -> tuple[StudentTask, RetrievalNet]:
+    """Train a student, and return its task and network."""
+    task, net = prepared(params, noise, budget_cost)
     with TemporaryDirectory() as folder:
         checkpoints = Checkpoints(Path(folder))
-        fit = Fit(task.fabric, params.student, task, noise, scaled, checkpoints, lambda _: None)
-        return task, fit.run(lambda: first)
+        fit = Fit(task.fabric, params.student, task, noise, preprocess, checkpoints, lambda _: None)
+        return task, fit.run(lambda: net)

@@ -1,4 +1,4 @@
-"""A network on disk: spec.json and weights.safetensors; weights only, loaded strictly, written atomically."""
+"""Networks on disk as spec.json and weights.safetensors, written atomically and loaded strictly."""
 
 import json
 from pathlib import Path
@@ -14,22 +14,17 @@ SPEC, WEIGHTS = "spec.json", "weights.safetensors"
 
 
 def save(folder: Path, net: RetrievalNet) -> None:
-    """Write a network.
-
-    Args:
-        folder: Where spec.json and weights.safetensors go.
-        net: Network to write.
-    """
+    """Write spec.json and weights.safetensors."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
     write_atomically(folder / WEIGHTS, lambda temporary: save_file(tensors, temporary))
     write_text(folder / SPEC, json.dumps(net.spec.model_dump(), indent=2) + "\n")
 
 
 def load_spec(folder: Path) -> ArchSpec:
-    """Read the architecture alone.
+    """Load the architecture only.
 
     Raises:
-        FileNotFoundError: If there is no network in the folder.
+        FileNotFoundError: If the folder holds no network.
     """
     path = folder / SPEC
     if not path.is_file():
@@ -38,11 +33,11 @@ def load_spec(folder: Path) -> ArchSpec:
 
 
 def load(folder: Path) -> RetrievalNet:
-    """Rebuild a network on the CPU, in evaluation mode.
+    """Load a network to the CPU, in evaluation mode.
 
     Raises:
-        FileNotFoundError: If there is no network in the folder.
-        RuntimeError: If a weight is missing, unknown or of another shape than the spec says.
+        FileNotFoundError: If the folder holds no network.
+        RuntimeError: If a weight is missing, unknown or of another shape than in the spec.
     """
     net = RetrievalNet(load_spec(folder))
     net.load_state_dict(load_file(folder / WEIGHTS), strict=True)

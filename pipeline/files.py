@@ -56,8 +56,8 @@ class Files(NamedTuple):
         return self.state / ".checkpoints"
 
     @property
-    def answers(self) -> Path:
-        """What teachers said, for students that ask the same."""
+    def teacher_outputs(self) -> Path:
+        """Cached outputs of teachers, reused by later trainings with the same teacher and images."""
         return self.checkpoints / "answers"
 
     @property

@@ -1,4 +1,4 @@
-"""Device, precision, threads and seed: the only place that knows what hardware there is."""
+"""Device, precision, threads and seed: the only module that detects hardware."""
 
 import logging
 import math
@@ -17,27 +17,26 @@ log = logging.getLogger(__name__)
 
 
 def available_threads(root: Path = Path("/")) -> int:
-    """Count the processors this process may use: its affinity mask, bounded by the CPU quotas of its control groups.
+    """Count the processors this process may use: its affinity mask, limited by the CPU quotas of its control groups.
 
-    Args:
-        root: Of the file system; another one in tests.
+    Control groups are read below `root`.
     """
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.floor(min([count, *_cpu_quotas(root)])))
 
 
 def _cpu_quotas(root: Path) -> Iterator[float]:
-    """Processors that the control group of this process, and each one around it, leaves it (versions 1 and 2)."""
+    """Yield the CPU quota, in processors, of this process's control group and each parent group (versions 1 and 2)."""
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:  # not Linux
         return
-    for line in groups:  # hierarchy:controllers:path, without controllers in version 2
+    for line in groups:  # hierarchy:controllers:path; version 2 has no controllers
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
         mount = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
-        group = mount / path.lstrip("/")  # a container may see its host's path, of which only the mount is there
+        group = mount / path.lstrip("/")  # in a container this may be the path on the host; then only the mount exists
         for folder in (group, *group.parents):
             if folder.is_relative_to(mount):
                 with suppress(OSError, ValueError):  # no quota, or `max`
@@ -50,31 +49,27 @@ def _cpu_quotas(root: Path) -> Iterator[float]:
 
 
 def launch(runtime: Runtime, seed: int) -> "Fabric":
-    """Start Fabric with everything that makes a run repeatable.
-
-    Args:
-        runtime: Section of params.yaml.
-        seed: Seed of all global generators.
+    """Start Lightning Fabric with seeded global generators and deterministic algorithms.
 
     Raises:
-        ValueError: If a GPU is asked for and there is none, or 16-bit training on a processor without it.
+        ValueError: If a GPU is required and there is none, or 16-bit precision is required on a CPU.
     """
-    import torch  # seconds, and who only counts processors needs none of it
+    import torch  # takes seconds, and `available_threads` does not need it
     from lightning_fabric import Fabric
     from lightning_fabric.utilities.seed import seed_everything
 
     gpu = torch.cuda.is_available()
     if runtime.accelerator == "gpu" and not gpu:
-        raise ValueError("`runtime.accelerator` is gpu, but torch sees none; set it to auto or cpu")
+        raise ValueError("`runtime.accelerator` is gpu, but torch finds none; set it to auto or cpu")
     accelerator = "cuda" if gpu and runtime.accelerator != "cpu" else "cpu"
     precision = runtime.precision
     if precision == "auto":
         native = accelerator == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16-mixed" if native else "32-true"
     if accelerator == "cpu" and precision != "32-true":
-        # bf16 without AMX or AVX-512 is emulated: many times slower, and nothing is gained.
+        # Without AMX or AVX-512, bf16 is emulated and many times slower.
         raise ValueError(f"`runtime.precision` is {precision}, which a CPU emulates slowly; set it to auto or 32-true")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable only with it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this setting
     torch.set_num_threads(max(1, available_threads() // (runtime.devices if accelerator == "cpu" else 1)))
     torch.use_deterministic_algorithms(True, warn_only=accelerator != "cpu")
     seed_everything(seed, workers=True, verbose=False)

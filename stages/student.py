@@ -1,19 +1,19 @@
-"""Stage `student`: learn from the teacher while shrinking to the budget.
+"""Stage `student`: train the student by distillation from the teacher while it shrinks to the budget.
 
 Reads   artifacts/prepare/, artifacts/teacher/
 Writes  artifacts/student/, metrics/student.json, plots/student.csv
 
-With a latency budget the result depends on how fast this machine ran the layers; artifacts/student/latency.json holds
-those times, corrected by the timing of the network that was chosen in the end.
+With a latency budget the result depends on layer times measured on this machine; artifacts/student/latency.json holds
+these times, corrected by the timing of the final network.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TypeVar, cast
 
 from pipeline import checkpoint
 from pipeline.compress.budget import cost_model
-from pipeline.compress.student import CALIBRATION, build_student, remaining_spec, spread, student_task
+from pipeline.compress.student import CALIBRATION, build_student, evenly_spaced, remaining_spec, student_task
 from pipeline.data.augment import as_tensor, normalise
 from pipeline.data.images import open_images
 from pipeline.data.loader import training_loader
@@ -25,7 +25,7 @@ from pipeline.retrieval.scoring import scores
 from pipeline.runtime import launch
 from pipeline.stage.run import Run, run_stage
 from pipeline.training.loop import Fit
-from pipeline.training.teacher import validation
+from pipeline.training.teacher import validator
 
 LATENCY, MEASURED = "latency.json", "measured.json"
 
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 def student(run: Run) -> StudentRecord:
-    """Train, write the network with what is left of its channels, score it on the test set."""
+    """Train the student, write it, and evaluate it on the test set."""
     params, config = run.params, run.params.student
     size = (params.data.image_size[0], params.data.image_size[1])
     fabric = launch(params.runtime, params.seed)
@@ -42,45 +42,50 @@ def student(run: Run) -> StudentRecord:
     teacher = checkpoint.load(run.files.artifacts("teacher"))
     checkpoints = run.checkpoints("data", "teacher", "student")
 
-    def once(call: Callable[[], T]) -> T:
-        """Return what the first device finds, on all devices: they must count alike."""
-        return cast(T, fabric.broadcast(call() if fabric.is_global_zero else None))
+    def on_first_device(function: Callable[[], T]) -> T:
+        """Call a function on the first device and broadcast the result, so that all devices use the same times."""
+        return cast(T, fabric.broadcast(function() if fabric.is_global_zero else None))
 
-    def measure() -> CostModel:
-        from pipeline.inference import latency_model  # ONNX Runtime is needed for this only
+    def measure_latency() -> CostModel:
+        from pipeline.inference import latency_model  # only a latency budget needs ONNX Runtime
 
-        table, timed = checkpoints.folder / LATENCY, checkpoints.folder / MEASURED
-        found = once(lambda: latency_model.kept_latency_model(table, teacher.spec, size, config.channel_multiple))
-        return replace(
-            found, measured=lambda widths: once(lambda: latency_model.kept_share(timed, teacher.spec, size, widths))
+        def ratio(widths: Mapping[str, int]) -> float:
+            path = checkpoints.folder / MEASURED
+            return on_first_device(lambda: latency_model.stored_latency_ratio(path, teacher.spec, size, widths))
+
+        path = checkpoints.folder / LATENCY
+        model = on_first_device(
+            lambda: latency_model.stored_latency_model(path, teacher.spec, size, config.channel_multiple)
         )
+        return replace(model, measured=ratio)
 
-    budgeted = cost_model(teacher.spec, config, size, measure)
-    validate = validation(manifest, images, params.data.protocol, normalise, fabric.device)
-    calibration = normalise(as_tensor(images.batch(spread(manifest.indices("train"), CALIBRATION))).to(fabric.device))
+    budget_cost = cost_model(teacher.spec, config, size, measure_latency)
+    validate = validator(manifest, images, params.data.protocol, normalise, fabric.device)
+    indices = evenly_spaced(manifest.indices("train"), CALIBRATION)
+    calibration = normalise(as_tensor(images.batch(indices)).to(fabric.device))
     steps = len(loader) * config.epochs
-    task = student_task(fabric, params, teacher, budgeted, steps, calibration, validate, run.files.answers)
+    task = student_task(fabric, params, teacher, budget_cost, steps, calibration, validate, run.files.teacher_outputs)
     fit = Fit(fabric, config, task, loader, normalise, checkpoints, run.curve)
     net = fit.run(lambda: build_student(params, teacher, task.compression))
     task.check(net)
     task.plan().write(run.out)
     checkpoint.save(run.out, net)
     latency = config.budgeted and config.budget.of == "latency"
-    counted = task.compression.cost
-    if latency and fabric.is_global_zero:  # it cannot be measured twice alike
+    corrected_cost = task.compression.cost
+    if latency and fabric.is_global_zero:  # stored, because a second measurement would differ
         from pipeline.inference.latency_model import write_model
 
-        write_model(run.out / LATENCY, counted)
+        write_model(run.out / LATENCY, corrected_cost)
     protocol = params.data.protocol
-    found = evaluate(net, manifest, images, "query", "gallery", protocol, normalise, fabric.device)
+    retrieval = evaluate(net, manifest, images, "query", "gallery", protocol, normalise, fabric.device)
     small = remaining_spec(net)
     return StudentRecord(
-        **scores(protocol, found).model_dump(),
+        **scores(protocol, retrieval).model_dump(),
         params=cost.params(small),
         macs=cost.macs(small, size),
         params_reduction=1 - cost.params(small) / cost.params(teacher.spec),
         macs_reduction=1 - cost.macs(small, size) / cost.macs(teacher.spec, size),
-        latency_reduction=counted.reduction(teacher.spec.widths, small.widths) if latency else None,
+        latency_reduction=corrected_cost.reduction(teacher.spec.widths, small.widths) if latency else None,
         target=config.budget.reduction if config.budgeted else 0.0,
     )
 

@@ -1,4 +1,4 @@
-"""Stage `surgery`: fold the compactors and cut away the channels that the student drove to zero.
+"""Stage `surgery`: fold the compactors and cut out the channels that are zero.
 
 Reads   artifacts/prepare/, artifacts/student/, artifacts/teacher/spec.json
 Writes  artifacts/surgery/, metrics/surgery.json
@@ -17,27 +17,27 @@ from pipeline.stage.run import Run, run_stage
 
 
 def surgery(run: Run) -> SurgeryRecord:
-    """Cut, verify in float64 that nothing changed, write the narrow network, score it."""
+    """Cut the student, verify in float64 that its function is the same, write it, and evaluate it on the test set."""
     params = run.params
     fabric = launch(params.runtime.alone(), params.seed)
     manifest, images = open_images(run.files, params)
     probe = normalise(as_tensor(images.batch(manifest.indices("query", "gallery")[:8])))
     full = checkpoint.load_spec(run.files.artifacts("teacher"))
-    operation = run_surgery(checkpoint.load(run.files.artifacts("student")), full, params.surgery, probe)
-    operation.plan.after(SurgeryPlan.read(run.files.artifacts("student"))).write(run.out)
-    checkpoint.save(run.out, operation.net)
-    net = operation.net.to(fabric.device)
+    result = run_surgery(checkpoint.load(run.files.artifacts("student")), full, params.surgery, probe)
+    result.plan.after(SurgeryPlan.read(run.files.artifacts("student"))).write(run.out)
+    checkpoint.save(run.out, result.net)
+    net = result.net.to(fabric.device)
     protocol = params.data.protocol
-    found = evaluate(net, manifest, images, "query", "gallery", protocol, normalise, fabric.device)
+    retrieval = evaluate(net, manifest, images, "query", "gallery", protocol, normalise, fabric.device)
     height, width = params.data.image_size
     params_left, macs_left = cost.params(net.spec), cost.macs(net.spec, (height, width))
     return SurgeryRecord(
-        **scores(protocol, found).model_dump(),
+        **scores(protocol, retrieval).model_dump(),
         params=params_left,
         macs=macs_left,
         params_reduction=1 - params_left / cost.params(full),
         macs_reduction=1 - macs_left / cost.macs(full, (height, width)),
-        max_abs_diff=operation.max_abs_diff,
+        max_abs_diff=result.max_abs_diff,
         widths=net.spec.widths,
     )
 

@@ -1,4 +1,4 @@
-"""Stage `teacher`: fine-tune the heavy network that the student will learn from.
+"""Stage `teacher`: train the large network that the student learns from.
 
 Reads   artifacts/prepare/
 Writes  artifacts/teacher/, metrics/teacher.json, plots/teacher.csv
@@ -15,24 +15,26 @@ from pipeline.retrieval.scoring import scores
 from pipeline.runtime import launch
 from pipeline.stage.run import Run, run_stage
 from pipeline.training.loop import Fit
-from pipeline.training.teacher import TeacherTask, build_teacher, validation
+from pipeline.training.teacher import TeacherTask, build_teacher, validator
 
 
 def teacher(run: Run) -> TeacherRecord:
-    """Train, write the network, score it on the test set."""
+    """Train the teacher, write it, and evaluate it on the test set."""
     params = run.params
     fabric = launch(params.runtime, params.seed)
     manifest, images = open_images(run.files, params)
     loader = training_loader(manifest, images, params.teacher, params, fabric.global_rank, fabric.world_size)
-    task = TeacherTask(params.teacher, validation(manifest, images, params.data.protocol, normalise, fabric.device))
+    task = TeacherTask(params.teacher, validator(manifest, images, params.data.protocol, normalise, fabric.device))
     fit = Fit(fabric, params.teacher, task, loader, normalise, run.checkpoints("data", "teacher"), run.curve)
     net = fit.run(lambda: build_teacher(params.teacher, len(manifest.train_identities)))
     checkpoint.save(run.out, net)
     protocol = params.data.protocol
-    found = evaluate(net, manifest, images, "query", "gallery", protocol, normalise, fabric.device)
+    retrieval = evaluate(net, manifest, images, "query", "gallery", protocol, normalise, fabric.device)
     height, width = params.data.image_size
     return TeacherRecord(
-        **scores(protocol, found).model_dump(), params=cost.params(net.spec), macs=cost.macs(net.spec, (height, width))
+        **scores(protocol, retrieval).model_dump(),
+        params=cost.params(net.spec),
+        macs=cost.macs(net.spec, (height, width)),
     )
 
 

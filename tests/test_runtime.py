@@ -1,4 +1,4 @@
-"""What hardware this process may use."""
+"""Detection of the processors that this process may use."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ from pipeline.runtime import available_threads
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:
-    """A file system with these files."""
+    """Create files below a root folder."""
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
@@ -41,7 +41,7 @@ GROUPS: dict[str, tuple[dict[str, str], int]] = {
         },
         4,
     ),
-    "version 1, in a container that sees its host's path": (
+    "version 1, in a container with the path on its host": (
         {
             "proc/self/cgroup": "4:cpu,cpuacct:/docker/0123abc\n",
             "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "500000\n",
@@ -50,11 +50,11 @@ GROUPS: dict[str, tuple[dict[str, str], int]] = {
         5,
     ),
 }
-"""Files below the root, and the threads of a process with eight processors in its affinity mask."""
+"""Files below the root, and the expected threads with eight processors in the affinity mask."""
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_the_quotas_of_all_control_groups_around_a_process_bound_its_threads(
+def test_the_quotas_of_all_parent_control_groups_limit_the_threads(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files, expected = GROUPS[name]

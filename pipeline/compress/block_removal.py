@@ -1,8 +1,8 @@
 """Removal of whole residual blocks.
 
-A block whose inner channels are all masked fades as a whole: scale and shift of its last batch norm shrink in step with
-its last channels, so that the block adds exactly nothing when they are zero. Our addition; the paper removes channels
-only.
+A block with all inner channels masked fades as a whole: scale and shift of its last batch norm shrink together with the
+last of its channels, so the block adds exactly nothing when they reach zero. This is our addition; Xie et al. (CVPR
+2023) remove channels only.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ class BlockRemoval:
     blocks: Mapping[str, tuple[str, ...]]
 
     def steps_left(self, masks: Mapping[str, ChannelMasks]) -> dict[str, int]:
-        """Return the steps until each fading block adds nothing, by last norm; 0 for one that already does so."""
+        """Return, by last norm, the steps until each fading block adds nothing; 0 if it already adds nothing."""
         return {
             norm: max(int(masks[site].steps_left.max()) for site in sites)
             for norm, sites in self.blocks.items()
@@ -34,7 +34,7 @@ class BlockRemoval:
         }
 
     def levels(self, masks: Mapping[str, ChannelMasks], fade_steps: int) -> dict[str, float]:
-        """Return how far the last norm of each fading block has faded, by inner site."""
+        """Return, by inner site of each fading block, the fraction in (0, 1] that is left of its last norm."""
         return {
             site: left / fade_steps
             for norm, left in self.steps_left(masks).items()
@@ -45,10 +45,10 @@ class BlockRemoval:
     def restore(
         self, net: RetrievalNet, before: Mapping[str, int], masks: Mapping[str, ChannelMasks], fade_steps: int
     ) -> None:
-        """Give the blocks that stay after all the full length of their last norms back.
+        """Scale the last norms of blocks that no longer fade back to full size.
 
         Args:
-            net: The student.
+            net: The student, changed in place.
             before: `steps_left` before the masks were revised.
             masks: The revised masks, by site.
             fade_steps: Steps of a whole fade.
@@ -58,7 +58,7 @@ class BlockRemoval:
                 parameter.div_(before[norm] / fade_steps)
 
     def shrunk_norms(self, net: RetrievalNet, masks: Mapping[str, ChannelMasks]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield scale and shift of the last norms of fading blocks, and what they are after the next proximal step."""
+        """Yield scale and shift of the last norm of each fading block, with their values after the next step."""
         for norm, left in self.steps_left(masks).items():
             for parameter in net.get_submodule(norm).parameters():
                 yield parameter, parameter * (max(left - 1, 0) / max(left, 1))

@@ -1,4 +1,7 @@
-"""Putting compactors and gates into a network, shrinking their rows, and asking which are left."""
+"""Compactors and channel gates: attaching them, shrinking their rows, and reading which channels are left.
+
+Row c of an indicator's matrix belongs to output channel c; a channel can be removed once its row is zero.
+"""
 
 from collections.abc import Iterable, Mapping
 
@@ -6,105 +9,94 @@ import torch
 from torch import Tensor
 
 from pipeline.models.resnet import RetrievalNet, convert
-from pipeline.models.spec import Block, indicator_of
+from pipeline.models.spec import Block, indicator_name
 
 
 def row_norms(matrix: Tensor) -> Tensor:
-    """L2 norms of rows, (C, ...) -> (C,)."""
+    """Return the L2 norms of the rows, (C, ...) -> (C,)."""
     return torch.linalg.vector_norm(matrix.reshape(len(matrix), -1), dim=1)
 
 
 def shrink_rows(matrix: Tensor, left: Tensor) -> Tensor:
-    """Proximal step of the group lasso on rows that must be zero after a given number of steps.
+    """Take a proximal step of the group lasso on rows that must be zero after a given number of steps.
 
-    Block soft thresholding, `W_r <- W_r * max(0, 1 - threshold / ||W_r||)`, takes the same from a row's norm in every
-    step. With `threshold = ||W_r|| / left` that is `W_r * (left - 1) / left`, which needs no norm: nothing divides by
-    zero, and the last step leaves exactly zero whatever rounding did before.
+    Block soft thresholding, `W_r <- W_r * max(0, 1 - threshold / ||W_r||)`, subtracts the same amount from the norm in
+    every step. With `threshold = ||W_r|| / left` this becomes `W_r * (left - 1) / left`: there is no division by a
+    norm, and the last step leaves exact zeros whatever rounding errors came before.
 
     Source: Parikh and Boyd, "Proximal Algorithms", 2014, section 6.5.4.
 
     Args:
         matrix: (C, ...), rows to shrink.
-        left: (C,) int, steps each row has left, this one counted; 0 for a row of zeros.
+        left: (C,) int, remaining steps of each row including this one; 0 for a row of zeros.
 
     Returns:
         The shrunken rows, same shape.
     """
-    return matrix * by_row((left - 1).clamp_min(0) / left.clamp_min(1), matrix)
+    return matrix * expand_rows((left - 1).clamp_min(0) / left.clamp_min(1), matrix)
 
 
-def reset_gradients(rows: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Take the retrieval gradient from masked rows, so that only what compresses moves them.
+def reset_gradients(indicators: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Zero the gradients of masked rows, so that the losses no longer move them ("gradient resetting").
 
     Source: Xie et al., "Towards a Smaller Student", CVPR 2023, section 3.3.
 
     Args:
-        rows: Weights (C, ...) of indicators, after the backward pass, and which of their rows are masked, (C,) bool.
+        indicators: Pairs of a weight (C, ...) after the backward pass and its mask (C,) bool, True for masked rows.
     """
-    for weight, masked in rows:
+    for weight, masked in indicators:
         if weight.grad is not None:
             on_device = masked.to(weight.grad.device, non_blocking=True)
-            weight.grad.masked_fill_(by_row(on_device, weight.grad), 0.0)
+            weight.grad.masked_fill_(expand_rows(on_device, weight.grad), 0.0)
 
 
-def by_row(values: Tensor, like: Tensor) -> Tensor:
-    """Values (C,) in a shape that broadcasts over the rows of `like` (C, ...)."""
+def expand_rows(values: Tensor, like: Tensor) -> Tensor:
+    """Reshape values (C,) so that they broadcast over the rows of `like` (C, ...)."""
     return values.reshape(-1, *(1,) * (like.dim() - 1))
 
 
 def scale_rows(net: RetrievalNet, factors: Mapping[str, Tensor]) -> RetrievalNet:
-    """A copy of a network whose indicators' rows are multiplied by factors (C,), by site."""
+    """Return a copy of a network with the rows of its indicators multiplied by factors (C,), by site."""
     state = dict(net.state_dict())
     for site, factor in factors.items():
-        name = f"{indicator_of(site)}.weight"
-        state[name] = state[name] * by_row(factor, state[name])
+        name = f"{indicator_name(site)}.weight"
+        state[name] = state[name] * expand_rows(factor, state[name])
     return convert(net, net.spec, state)
 
 
 def attach(net: RetrievalNet, sites: Iterable[str]) -> RetrievalNet:
-    """The same function, with compactors and gates that start as the identity.
+    """Return the same function with compactors and channel gates at more sites, initialised to the identity.
 
-    Args:
-        net: Network to take the weights from.
-        sites: Dimensions that get one, such as ``layer1.0.conv2`` or ``layer1``; those that have one keep it.
+    Sites are names such as ``layer1.0.conv2`` (gets a compactor) or ``layer1`` (gets a channel gate); those that have
+    one already keep it.
     """
-    wanted = set(sites) | set(net.spec.indicators)
-    ordered = tuple(site for site in net.spec.widths if site in wanted)
+    requested = set(sites) | set(net.spec.indicators)
+    ordered = tuple(site for site in net.spec.widths if site in requested)
     return convert(net, net.spec.model_copy(update={"indicators": ordered}))
 
 
 def last_norm(block: Block) -> str:
-    """Module name of the batch norm that a block adds to its shortcut's output."""
+    """Return the module name of the batch norm right before the addition of the shortcut."""
     return f"{block.name}.bn{len(block.sites) + 1}"
 
 
 def removed_sites(net: RetrievalNet, tolerance: float = 0.0) -> set[str]:
-    """Inner sites of blocks that add nothing any more: every row, and scale and shift of the last norm, are zero.
+    """Return the inner sites of blocks that add nothing: all rows, and scale and shift of the last norm, are zero.
 
-    Args:
-        net: Network with indicators.
-        tolerance: Largest row norm that counts as zero.
+    A row counts as zero if its norm is at most `tolerance`.
     """
-    living, state = living_channels(net, tolerance), net.state_dict()
-    found: set[str] = set()
+    nonzero, state = nonzero_channels(net, tolerance), net.state_dict()
+    removed: set[str] = set()
     for block in filter(net.spec.has, net.spec.removable):
         norm = last_norm(block)
-        silent = not any(state[f"{norm}.{name}"].any() for name in ("weight", "bias"))
-        if silent and all(site in living and not len(living[site]) for site in block.sites):
-            found |= set(block.sites)
-    return found
+        norm_is_zero = not any(state[f"{norm}.{name}"].any() for name in ("weight", "bias"))
+        if norm_is_zero and all(site in nonzero and not len(nonzero[site]) for site in block.sites):
+            removed |= set(block.sites)
+    return removed
 
 
-def living_channels(net: RetrievalNet, tolerance: float = 0.0) -> dict[str, Tensor]:
-    """Channels that a compactor or gate still lets through.
-
-    Args:
-        net: Network with indicators.
-        tolerance: Largest row norm that counts as zero.
-
-    Returns:
-        By site, indices of the rows whose norm exceeds the tolerance, int64, ascending.
-    """
+def nonzero_channels(net: RetrievalNet, tolerance: float = 0.0) -> dict[str, Tensor]:
+    """Return, by site, the channels with a row norm above the tolerance, as ascending int64 indices on the CPU."""
     return {
         site: torch.nonzero(row_norms(indicator.matrix.detach()) > tolerance).flatten().cpu()
         for site, indicator in net.indicators().items()

@@ -1,4 +1,4 @@
-"""The face of the compression methods of stage `student`."""
+"""The interface of the compression methods of stage `student`."""
 
 from collections.abc import Callable, Mapping
 
@@ -9,14 +9,15 @@ from pipeline.models.resnet import RetrievalNet
 
 
 class Compression:
-    """What a method does to the student's channels while it learns; this one does nothing.
+    """What a method does to the student's channels during training; this base class does nothing.
 
-    It serves methods `none`, `static-magnitude` and `static-random`, which cut before the first step or not at all.
+    It serves the methods `none`, `static-magnitude` and `static-random`, which prune before the first step or not at
+    all.
 
     Args:
-        cost: What the budget counts.
-        kept: Channels of the uncompressed network that the student starts with, (C,) int64 by site; all where a site is
-            not named.
+        cost: The cost that the budget limits.
+        kept: Channels of the uncompressed network that the student starts with, (C,) int64 by site; all channels of
+            sites that are missing.
     """
 
     def __init__(self, cost: CostModel, kept: Mapping[str, Tensor] | None = None) -> None:
@@ -24,8 +25,8 @@ class Compression:
         self._kept = dict(kept or {})
 
     @property
-    def whole(self) -> bool:
-        """Whether the student starts with all of the teacher's channels."""
+    def starts_full(self) -> bool:
+        """Whether the student starts with all channels of the teacher."""
         return not self._kept
 
     @property
@@ -34,36 +35,43 @@ class Compression:
         return self._kept
 
     @property
-    def compared(self) -> dict[str, Tensor]:
-        """Which of them are compared with the teacher's, (C,) bool by site; all where a site is not named."""
+    def compared_channels(self) -> dict[str, Tensor]:
+        """Which present channels the feature loss compares, (C,) bool by site; all channels of sites that are missing.
+
+        Masked channels are left out: their distance to the teacher would outweigh that of the others.
+        """
         return {}
 
     @property
-    def observed(self) -> tuple[str, ...]:
-        """Sites where student and teacher are compared, for `observe`; where there are none, the stages' ends are."""
+    def observed_sites(self) -> tuple[str, ...]:
+        """Sites with features that `observe` needs; if there are none, features are compared at the ends of stages."""
         return ()
 
     def observe(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
-        """Look at the features (B, C) of a batch, by site."""
+        """Process the pooled features (B, C) of a batch, by site."""
 
     def step(self, net: RetrievalNet, optimizer: Callable[[], object], progress: float) -> None:
-        """Let the optimiser step, and do what must be done around it."""
+        """Take an optimiser step, with the work of the method before and after it."""
         optimizer()
 
-    def remaining(self, net: RetrievalNet) -> dict[str, int]:
-        """Return the widths of the whole network once everything that was given up is gone."""
+    def remaining_widths(self, net: RetrievalNet) -> dict[str, int]:
+        """Return the widths of the whole network without the channels that the method has selected for removal."""
         return dict(net.spec.widths)
 
-    def due(self, progress: float) -> float | None:
-        """Return the reduction that must be given up by now; None where none is promised."""
+    def target_reduction(self, progress: float) -> float | None:
+        """Return the reduction scheduled for this progress in [0, 1]; None if the method has no schedule."""
         return None
 
     def check(self, widths: Mapping[str, int]) -> None:
-        """Refuse a trained student that does not keep to its budget."""
+        """Check that the widths of a trained student keep the budget.
+
+        Raises:
+            BudgetMissedError: If they do not.
+        """
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return everything that changes, as tensors by name."""
+        """Return the state to save with a training checkpoint, as tensors by name."""
         return {}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore the result of `state_dict`."""

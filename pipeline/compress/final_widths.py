@@ -1,32 +1,33 @@
-"""The final widths of a budget; a latency budget is checked by timing the network that was chosen.
+"""The search for the final widths; for a latency budget the chosen networks are timed.
 
-A layer table predicts the time of networks with random widths to some per cent, and widths that a budget chooses are
-not random. So the chosen network is timed beside the full one, the table's savings are scaled until they agree, and the
-choice is made again, until the timed saving lies in the window: linear interpolation between the networks timed so far.
+The layer table predicts the latency of networks with random widths to within a few per cent, but the widths that a
+budget chooses are not random. So the chosen network is timed together with the full one, the savings in the table are
+scaled to agree with the timing, and the widths are chosen again, until the timed saving lies in the window. The scale
+is interpolated linearly between the networks timed so far.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.compress.budget import WINDOW, BudgetError
+from pipeline.compress.budget import WINDOW, BudgetError, narrowest_widths
+from pipeline.config import Student
 from pipeline.models.cost import CostModel
+from pipeline.models.spec import ArchSpec
 
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 6
-"""Networks that are timed at most for one choice: one or two do on a quiet machine, the others are for a noisy one."""
+"""Networks that are timed at most in one search: one or two suffice on an idle machine, a busy one needs more."""
 
 DISAGREEMENT = 2.0
-"""Factor between the predicted and the timed saving above which a warning says so."""
-
-Widths = Mapping[str, int]
+"""Factor between the predicted and the timed saving above which a warning is logged."""
 
 
 class _Timed(NamedTuple):
-    """A network that was timed, the saving that the layer table predicted, and the table corrected to agree."""
+    """A timed network, the saving that the layer table predicted for it, and the table corrected to agree."""
 
     widths: dict[str, int]
     predicted: float
@@ -35,37 +36,37 @@ class _Timed(NamedTuple):
 
 def final_widths(
     choose: Callable[[CostModel], dict[str, int]],
+    spec: ArchSpec,
+    config: Student,
     table: CostModel,
-    full: Widths,
-    narrowest: Widths,
-    asked: float,
     start: float = 1.0,
 ) -> tuple[dict[str, int], CostModel]:
-    """Choose widths that keep to a budget, by the timed network where time is the budget.
+    """Choose the widths that keep a budget; if the budget is latency, by timing the chosen networks.
 
-    If no timed network lies in the window, the one that saves least above what was asked is taken, since timing noise
-    must not end a training that has run for hours (`StudentTask.check` warns). Only if none saves enough the budget is
-    refused; the same search with equal scores runs before the first step, so that is known before time is spent.
+    If no timed network lies in the window, the one with the smallest saving above the target is taken, because timing
+    noise must not end a training that has run for hours (`StudentTask.check` warns). The search fails only if no timed
+    network saves enough. It also runs before the first training step, with equal scores, so an unreachable budget is
+    found before any time is spent.
 
     Args:
-        choose: Chooses widths in the window by a cost model; widths that save more if nothing can be given back.
-        table: What the budget counts.
-        full: Widths of the uncompressed network.
-        narrowest: Widths with every site at its least.
-        asked: Reduction in [0, 1); the window is [asked, asked + `WINDOW`].
-        start: Correction of the table that an earlier search found.
+        choose: Returns widths in the window by a cost model; widths that save more if no channel can be given back.
+        spec: The uncompressed network.
+        config: Section `student` of params.yaml.
+        table: The cost that the budget limits.
+        start: Correction of the table from an earlier search.
 
     Returns:
-        The widths, and the cost model corrected so that it agrees with their timing.
+        The widths, and the cost model corrected to agree with their timing.
 
     Raises:
-        BudgetError: If no widths keep to the budget.
+        BudgetError: If no widths keep the budget.
     """
-    if table.measured is None or not asked:
+    full, target = spec.widths, config.budget.reduction
+    if table.measured is None or not target:
         return choose(table), table
-    # What is out of reach is known from timing alone: no correction makes the table refuse what was asked.
-    least = (asked + WINDOW / 2) / max(table.reduction(full, narrowest), 1e-9)
-    correction, timed = max(start, least), dict[float, _Timed]()
+    # Only timing decides what is unreachable: every correction is large enough for the table to allow the target.
+    lower_bound = (target + WINDOW / 2) / max(table.reduction(full, narrowest_widths(spec, config)), 1e-9)
+    correction, timed = max(start, lower_bound), dict[float, _Timed]()
     for attempt in range(ATTEMPTS):
         try:
             widths = choose(table.corrected(full, correction))
@@ -73,31 +74,31 @@ def final_widths(
             if not timed:
                 raise
             break
-        if any(widths == other.widths for other in timed.values()):
+        if any(widths == net.widths for net in timed.values()):
             break
         predicted, saved = table.reduction(full, widths), 1 - table.measured(widths)
         log.info("the chosen network saves %.1f %% of the time (layer table: %.1f %%)", 100 * saved, 100 * predicted)
         if not attempt and not predicted / DISAGREEMENT <= saved <= predicted * DISAGREEMENT:
-            log.warning("the layer table predicts that %.1f %% of the time are saved, the timed network saves %.1f %%, "
-                        "which counts; if this machine was busy, start again when it is idle",
+            log.warning("the layer table predicts a saving of %.1f %%, but the timed network saves %.1f %%, which "
+                        "counts; if this machine was busy, start again when it is idle",
                         100 * predicted, 100 * saved)  # fmt: skip
         corrected = table.corrected(full, saved / predicted)
         reached = corrected.reduction(full, widths)
-        if asked <= reached <= asked + WINDOW:
+        if target <= reached <= target + WINDOW:
             return widths, corrected
         timed[reached] = _Timed(widths, predicted, corrected)
-        if max(timed) >= asked:
-            known = [(0.0, 0.0), *sorted((saving, one.predicted) for saving, one in timed.items() if saving > 0)]
-            savings, predictions = np.array(known).T
-            correction = asked / float(np.interp(asked, savings, predictions))
-        else:  # from the fourth attempt on the aim rises, so that noise below the window cannot use all of them up
-            correction = saved / predicted * asked / (asked + WINDOW * max(0, attempt - 1))
-        correction = max(correction, least)
-    if max(timed) < asked:
+        if max(timed) >= target:
+            points = [(0.0, 0.0), *sorted((saving, net.predicted) for saving, net in timed.items() if saving > 0)]
+            savings, predictions = np.array(points).T
+            correction = target / float(np.interp(target, savings, predictions))
+        else:  # from the fourth attempt on the aim rises, so that noise below the window cannot use up all attempts
+            correction = saved / predicted * target / (target + WINDOW * max(0, attempt - 1))
+        correction = max(correction, lower_bound)
+    if max(timed) < target:
         raise BudgetError(
-            f"`student.budget.reduction` {asked:g} of the latency cannot be reached: of {len(timed)} networks that "
-            f"were timed the fastest saves {max(timed):.4f}; ask for less, add sites, lower "
-            "`student.channel_multiple`, or leave this machine idle"
+            f"`student.budget.reduction` {target:g} of the latency cannot be reached: of {len(timed)} timed networks "
+            f"the fastest saves {max(timed):.4f}; request less, add sites, lower `student.channel_multiple`, or keep "
+            "this machine idle"
         )
-    closest = min(reached for reached in timed if reached >= asked)
+    closest = min(reached for reached in timed if reached >= target)
     return timed[closest].widths, timed[closest].corrected

@@ -1,12 +1,12 @@
-"""Multiplying compactors into the convolution and batch norm before them, and gates into batch norms.
+"""Folding: compactors are multiplied into the convolution and batch norm before them, channel gates into batch norms.
 
-In evaluation mode a compactor K sees K (s (W x - mu) + b) with s = gamma / sqrt(var + eps). With A = K diag(s) that is
-A W x + c, c = K (b - s mu): a convolution W' = A W and a batch norm that adds c. The new batch norm may subtract any
-mean and divide by any deviation as long as its scale and shift undo it, so the statistics are those that W' x has.
-Likewise the rows of W' may have any length, so it is that of W's. Each parameter stays close to what it was, and what
-an optimiser knows about it stays true: training goes on from there.
+In evaluation mode a compactor K computes K (s (W x - mu) + b) with s = gamma / sqrt(var + eps). With A = K diag(s) this
+is A W x + c, c = K (b - s mu): a convolution W' = A W and a batch norm that adds c. The new batch norm may subtract any
+mean and divide by any deviation as long as its scale and shift undo it, so it gets the statistics of W' x. The rows of
+W' may have any length for the same reason, so they get the length of the rows of W. Every parameter stays close to its
+old value, so the optimiser's state remains valid and training continues from there.
 
-Source: Ding et al., "ResRep", ICCV 2021, section 3.3, with statistics and lengths kept.
+Source: Ding et al., "ResRep", ICCV 2021, section 3.3; keeping statistics and lengths is our addition.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,21 +14,20 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from pipeline.compress.compactor import by_row, row_norms
+from pipeline.compress.compactor import expand_rows, row_norms
 from pipeline.models.feature_hooks import FeatureHooks
 from pipeline.models.resnet import RetrievalNet, convert
-from pipeline.models.spec import Layer, indicator_of, is_inner
+from pipeline.models.spec import Layer, indicator_name, is_inner
 
 EPS = 1e-5
 """Epsilon of torch's batch norms."""
 
 
 def fold(net: RetrievalNet, sites: Iterable[str]) -> RetrievalNet:
-    """Remove compactors and gates without changing the function in evaluation mode.
+    """Return a network without the compactors and channel gates of some sites, the same function in evaluation mode.
 
-    Returns:
-        A new network; the mean of each new batch norm is exact, its variance treats channels as uncorrelated
-        (`recentre` measures it).
+    The mean of each new batch norm is exact; its variance is computed as if channels were uncorrelated, and
+    `recalibrate_norms` measures it.
 
     Raises:
         KeyError: If a site has no indicator.
@@ -36,7 +35,7 @@ def fold(net: RetrievalNet, sites: Iterable[str]) -> RetrievalNet:
     folding = tuple(sites)
     state = dict(net.state_dict())
     for site in folding:
-        weight = state.pop(f"{indicator_of(site)}.weight")
+        weight = state.pop(f"{indicator_name(site)}.weight")
         for layer in net.spec.layers():
             if layer.target != site:
                 continue
@@ -49,7 +48,7 @@ def fold(net: RetrievalNet, sites: Iterable[str]) -> RetrievalNet:
 
 
 def _folded(state: Mapping[str, Tensor], layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
-    """Convolution and batch norm of a layer with its compactor's matrix (C', C) multiplied in."""
+    """Return convolution and batch norm of a layer with the matrix (C', C) of its compactor multiplied in."""
     norm = layer.norm
     mean, variance = state[f"{norm}.running_mean"], state[f"{norm}.running_var"]
     scaled = matrix * (state[f"{norm}.weight"] / torch.sqrt(variance + EPS))
@@ -61,11 +60,11 @@ def _folded(state: Mapping[str, Tensor], layer: Layer, matrix: Tensor) -> dict[s
     scale = torch.where(usable, torch.copysign(ratio, scaled.diagonal()), torch.ones_like(ratio))
     moved = scaled / scale[:, None]
     statistics = _norm(norm, moved @ mean, moved.square() @ variance, scale, shift)
-    return {f"{layer.name}.weight": weight / by_row(scale, weight)} | statistics
+    return {f"{layer.name}.weight": weight / expand_rows(scale, weight)} | statistics
 
 
 def _norm(norm: str, mean: Tensor, variance: Tensor, scale: Tensor, shift: Tensor) -> dict[str, Tensor]:
-    """A batch norm with given statistics that multiplies by `scale` and adds `shift`."""
+    """Return a batch norm with these running statistics that multiplies by `scale` and adds `shift`."""
     return {
         f"{norm}.running_mean": mean,
         f"{norm}.running_var": variance,
@@ -75,8 +74,8 @@ def _norm(norm: str, mean: Tensor, variance: Tensor, scale: Tensor, shift: Tenso
 
 
 @torch.no_grad()
-def recentre(net: RetrievalNet, sites: Iterable[str], images: Tensor) -> None:
-    """Give batch norms the statistics that their convolutions have on some images, the function unchanged.
+def recalibrate_norms(net: RetrievalNet, sites: Iterable[str], images: Tensor) -> None:
+    """Replace running statistics of batch norms by those of some images; scale and shift keep the function the same.
 
     Args:
         net: Network in evaluation mode, changed in place.
@@ -84,9 +83,9 @@ def recentre(net: RetrievalNet, sites: Iterable[str], images: Tensor) -> None:
         images: Normalised images (B, 3, H, W).
     """
     norms = {layer.name: layer.norm for layer in net.spec.layers() if layer.target in set(sites)}
-    with FeatureHooks(net, norms, lambda output: torch.stack(torch.var_mean(output, dim=(0, 2, 3)))) as taps:
+    with FeatureHooks(net, norms, lambda output: torch.stack(torch.var_mean(output, dim=(0, 2, 3)))) as hooks:
         net(images)
-        statistics = taps.read()
+        statistics = hooks.read()
     state = net.state_dict()
     for name, norm in norms.items():
         scale = state[f"{norm}.weight"] / torch.sqrt(state[f"{norm}.running_var"] + EPS)

@@ -1,4 +1,4 @@
-"""What a channel is worth: by gradients, by its batch norm's scale, or by chance as a control."""
+"""Importance of channels: by gradients, by the scale of the batch norm, or at random as a control."""
 
 from collections.abc import Iterable
 
@@ -9,39 +9,42 @@ from pipeline.models.resnet import Indicator, RetrievalNet
 
 
 def taylor_scores(indicator: Indicator, level: Tensor) -> Tensor:
-    """First-order estimate of what the training loss would change, squared, if a row were zero.
+    """Estimate, to first order, the squared change of the training loss if a row were zero.
 
-    The gradient is that of the whole loss, retrieval and distillation, after the backward pass and before masked rows
-    lose it. A row that is fading is scored as if it still had its full length, so that it can come back.
+    The gradient is that of the whole loss, retrieval and distillation, before the gradients of masked rows are reset. A
+    fading row is scored as if it had its full length, so that it can be unmasked again.
 
     Source: Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019, equation 8.
 
     Args:
-        indicator: Compactor or gate, with gradients.
-        level: (C,), how far each row has faded: 1 for one that has not.
+        indicator: Compactor or channel gate, after the backward pass.
+        level: (C,) in (0, 1], remaining fraction of the norm of each row; 1 for rows that do not fade.
 
     Returns:
-        (C,), from one batch.
+        Scores (C,) of one batch.
+
+    Raises:
+        ValueError: If there are no gradients.
     """
     if indicator.weight.grad is None:
-        raise ValueError("importance is read after the backward pass")
+        raise ValueError("importance needs gradients; call it after the backward pass")
     products = indicator.weight.grad * indicator.weight.detach()
     effect = products.reshape(len(products), -1).sum(dim=1)
     return (effect / level).square()
 
 
 def magnitude_scores(net: RetrievalNet, sites: Iterable[str]) -> dict[str, Tensor]:
-    """Scales of the batch norms in front of each site, (C,); their mean where several layers write to it.
+    """Return the absolute scales (C,) of the batch norm before each site; their mean if several layers write to it.
 
     Source: Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV 2017.
     """
-    state, found = net.state_dict(), {}
+    state, scores = net.state_dict(), {}
     for site in sites:
         scales = [state[f"{layer.norm}.weight"].abs() for layer in net.spec.layers() if layer.target == site]
-        found[site] = torch.stack(scales).mean(dim=0)
-    return found
+        scores[site] = torch.stack(scales).mean(dim=0)
+    return scores
 
 
 def random_scores(width: int, seed: int) -> Tensor:
-    """Random numbers, (width,)."""
+    """Draw scores (width,) uniformly from [0, 1)."""
     return torch.rand(width, generator=torch.Generator().manual_seed(seed))

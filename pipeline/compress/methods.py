@@ -1,8 +1,8 @@
-"""The methods of stage `student` by name."""
+"""The compression methods of stage `student` by their name in params.yaml."""
 
 import torch
 
-from pipeline.compress import cut_once
+from pipeline.compress import static_pruning
 from pipeline.compress.compression import Compression
 from pipeline.compress.paper import PaperMethod
 from pipeline.compress.shrinker import Shrinker
@@ -12,13 +12,13 @@ from pipeline.models.cost import CostModel
 from pipeline.models.resnet import RetrievalNet
 
 
-def compression(
+def build_compression(
     config: Student, teacher: RetrievalNet, cost: CostModel, steps: int, seed: int, device: torch.device
 ) -> Compression:
-    """Return the method that params.yaml names, before the first step.
+    """Build the method that params.yaml names, for a training of `steps` steps.
 
     Raises:
-        BudgetError: If no widths keep to the budget.
+        BudgetError: If no widths keep the budget.
     """
     spec = teacher.spec
     if config.method == "budget":
@@ -27,12 +27,12 @@ def compression(
         return PaperMethod(spec, config, cost, steps, device)
     plan = SurgeryPlan({})
     if config.method == "static-magnitude":
-        plan, cost = cut_once.by_magnitude(teacher, config, cost)
+        plan, cost = static_pruning.prune_by_magnitude(teacher, config, cost)
     elif config.method == "static-random":
-        plan, cost = cut_once.by_factor(spec, config, cost)
-    return Compression(cost, {site: torch.tensor(rows, device=device) for site, rows in plan.kept.items()})
+        plan, cost = static_pruning.prune_uniformly(spec, config, cost)
+    return Compression(cost, {site: torch.tensor(channels, device=device) for site, channels in plan.kept.items()})
 
 
-def plan_of(chosen: Compression) -> SurgeryPlan:
+def kept_plan(compression: Compression) -> SurgeryPlan:
     """Return the channels of the uncompressed network that are still present."""
-    return SurgeryPlan({site: tuple(channels.tolist()) for site, channels in chosen.kept.items()})
+    return SurgeryPlan({site: tuple(channels.tolist()) for site, channels in compression.kept.items()})

@@ -1,11 +1,12 @@
-"""Shrinker dynamic distillation as published: a memory of teacher features, masks that only grow, and a group lasso.
+"""Method `paper`: capacity dynamic distillation as published, with a memory of teacher features and a group lasso.
 
-For each image, the teacher's nearest neighbours in the memory say which channels their match needs. A channel that is
-among the least contributing ones for all images and all neighbours of a batch is unimportant: from then on retrieval
-moves its row no more, and the lasso, which pulls at every row, takes it to zero or thereabouts.
+For each image, the nearest neighbours of its teacher feature in the memory show which channels a match needs. A channel
+that is among the least contributing ones for all images of a batch and all of their neighbours is unimportant: it is
+masked for the rest of the training, so the losses no longer move its row, and the lasso, which acts on every row,
+drives it towards zero.
 
 Source: Xie et al., "Towards a Smaller Student", CVPR 2023, section 3.3, and its public code; restated for any batch
-size. What the budgeted method does otherwise is told in `capacity`.
+size. `shrinker` describes how method `budget` differs.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.compress.budget import least_widths, shrinking_sites
-from pipeline.compress.compactor import by_row, reset_gradients, row_norms
+from pipeline.compress.budget import minimum_widths, shrinking_sites
+from pipeline.compress.compactor import expand_rows, reset_gradients, row_norms
 from pipeline.compress.compression import Compression
 from pipeline.config import Student
 from pipeline.models.cost import CostModel
@@ -24,8 +25,8 @@ from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
 
 
-def unimportant(student: Tensor, teacher: Tensor, memory: Tensor, neighbours: int, ratio: float) -> Tensor:
-    """Channels that no match of this batch needs.
+def unimportant_channels(student: Tensor, teacher: Tensor, memory: Tensor, neighbours: int, ratio: float) -> Tensor:
+    """Find the channels that contribute little to every match of this batch.
 
     The contribution of channel c to the match of image i with neighbour n is |t[n, c] * s[i, c]|, both features
     L2-normalised over the channels.
@@ -34,11 +35,11 @@ def unimportant(student: Tensor, teacher: Tensor, memory: Tensor, neighbours: in
         student: (B, C), pooled student features behind the compactor.
         teacher: (B, C), pooled teacher features of the same images.
         memory: (M, C), normalised teacher features to find neighbours in.
-        neighbours: k; fewer where the memory holds fewer.
-        ratio: Share of the channels, rounded down, that contribute least to a match; ties with the last of them count.
+        neighbours: k, nearest neighbours by cosine; fewer if the memory holds fewer.
+        ratio: Share of the channels, rounded down, that contribute least to a match; channels that tie count as well.
 
     Returns:
-        (C,) bool: whether a channel is among these for all images and all of their neighbours.
+        (C,) bool, True if a channel is among these for all images and all of their neighbours.
     """
     count = int(ratio * student.shape[1])
     if not len(memory) or not count:
@@ -51,19 +52,19 @@ def unimportant(student: Tensor, teacher: Tensor, memory: Tensor, neighbours: in
 
 
 def lasso_gradient(matrix: Tensor) -> Tensor:
-    """Gradient of the sum of the rows' L2 norms, (C, ...) -> same; zero for a row of zeros."""
+    """Return the gradient of the sum of the rows' L2 norms, (C, ...) -> same; zero for a row of zeros."""
     norms = row_norms(matrix)
-    return matrix / by_row(torch.where(norms > 0, norms, torch.ones_like(norms)), matrix)
+    return matrix / expand_rows(torch.where(norms > 0, norms, torch.ones_like(norms)), matrix)
 
 
 @dataclass
 class PaperSite:
-    """One site.
+    """Mask and memory of one site.
 
     Attributes:
-        masked: (C,) bool, rows that retrieval moves no more.
-        memory: (M, C) float32, normalised teacher features; its first rows until it is full.
-        seen: Features that were ever put into it; the oldest ones are overwritten.
+        masked: (C,) bool, channels with reset gradients.
+        memory: (M, C) float32, normalised teacher features; rows from `seen` on are unused until it is full.
+        seen: Features stored so far, including overwritten ones.
     """
 
     masked: Tensor
@@ -72,19 +73,19 @@ class PaperSite:
 
     @property
     def filled(self) -> Tensor:
-        """What is remembered, (at most M, C)."""
+        """The used part of the memory, (at most M, C)."""
         return self.memory[: self.seen]
 
-    def remember(self, features: Tensor) -> None:
-        """Put normalised features (B, C) into the memory, over the oldest ones where it is full."""
+    def store(self, features: Tensor) -> None:
+        """Store normalised features (B, C), over the oldest ones if the memory is full."""
         limit = len(self.memory)
-        rows = (self.seen + torch.arange(len(features), device=features.device)) % limit
-        self.memory[rows[-limit:]] = features[-limit:]
+        slots = (self.seen + torch.arange(len(features), device=features.device)) % limit
+        self.memory[slots[-limit:]] = features[-limit:]
         self.seen += len(features)
 
 
 class PaperMethod(Compression):
-    """Masks and lasso of the published method; nothing is cut out before surgery, and no reduction is promised."""
+    """Masks and lasso of the published method; channels are cut by stage surgery only, and there is no budget."""
 
     def __init__(self, spec: ArchSpec, config: Student, cost: CostModel, steps: int, device: torch.device) -> None:
         super().__init__(cost)
@@ -97,42 +98,36 @@ class PaperMethod(Compression):
 
     @property
     def kept(self) -> dict[str, Tensor]:
-        """All channels, by site."""
+        """All channels of each site, since none is cut during training."""
         return {name: torch.arange(len(site.masked), device=site.masked.device) for name, site in self.sites.items()}
 
     @property
-    def observed(self) -> tuple[str, ...]:
-        """Sites whose features it looks at."""
+    def observed_sites(self) -> tuple[str, ...]:
+        """All sites with a compactor or channel gate."""
         return tuple(self.sites)
 
-    def remaining(self, net: RetrievalNet) -> dict[str, int]:
-        """Widths of the whole network if all rows that are dead by now were gone, in whole multiples."""
+    def remaining_widths(self, net: RetrievalNet) -> dict[str, int]:
+        """Return the widths of the whole network without rows below the threshold, rounded up to multiples."""
         multiple, widths = self.config.channel_multiple, dict(self.spec.widths)
-        for name, least in least_widths(self.spec, self.sites, multiple).items():
+        for name, minimum in minimum_widths(self.spec, self.sites, multiple).items():
             norms = row_norms(net.indicators()[name].matrix.detach())
-            living = int((norms > self.config.paper.threshold).sum())
-            widths[name] = min(widths[name], max(least, -(-living // multiple) * multiple))
+            count = int((norms > self.config.paper.threshold).sum())
+            widths[name] = min(widths[name], max(minimum, -(-count // multiple) * multiple))
         return widths
 
     def observe(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
-        """Grow the masks from one batch, and remember the teacher's features.
-
-        Args:
-            student: By site, (B, C) pooled features behind the compactor.
-            teacher: By site, (B, C).
-        """
+        """Grow the masks from the features (B, C) of one batch, and store those of the teacher in the memory."""
         paper = self.config.paper
         for name, site in self.sites.items():
-            seen = teacher[name].to(torch.float32)
+            features = teacher[name].to(torch.float32)
             if self.progress >= paper.start:
-                useless = unimportant(
-                    student[name].detach().to(torch.float32), seen, site.filled, paper.neighbours, paper.ratio
+                site.masked = site.masked | unimportant_channels(
+                    student[name].detach().to(torch.float32), features, site.filled, paper.neighbours, paper.ratio
                 )
-                site.masked = site.masked | useless
-            site.remember(functional.normalize(seen))
+            site.store(functional.normalize(features))
 
     def step(self, net: RetrievalNet, optimizer: Callable[[], object], progress: float) -> None:
-        """After the backward pass: take retrieval from masked rows, add the lasso, step."""
+        """Reset the gradients of masked rows, add the gradient of the lasso, and take an optimiser step."""
         indicators = net.indicators()
         if progress >= self.config.paper.start:
             reset_gradients((indicators[name].weight, site.masked) for name, site in self.sites.items())
@@ -143,15 +138,16 @@ class PaperMethod(Compression):
         number = round(progress * self.steps) + 1
         self.progress = number / self.steps
         if number == self.steps:
-            self._close(net)
+            self._zero_small_rows(net)
 
     @torch.no_grad()
-    def _close(self, net: RetrievalNet) -> None:
-        """Make dead rows exactly zero; so many of the longest stay that widths are whole multiples.
+    def _zero_small_rows(self, net: RetrievalNet) -> None:
+        """Zero the rows below the threshold, after the last step.
 
-        Dead ones that stay let hardly anything through, but enough to be told from zeros.
+        The longest of them stay, as many as it takes to make the width a multiple; their norm becomes twice the
+        threshold, small but distinguishable from zero.
         """
-        widths, threshold = self.remaining(net), self.config.paper.threshold
+        widths, threshold = self.remaining_widths(net), self.config.paper.threshold
         for name, indicator in net.indicators().items():
             norms = row_norms(indicator.matrix)
             order = torch.argsort(norms, descending=True, stable=True)
@@ -161,7 +157,7 @@ class PaperMethod(Compression):
             indicator.matrix[filler, filler if indicator.matrix.shape[1] > 1 else 0] = 2 * threshold
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that changes, as tensors by name."""
+        """Return progress, masks and memories, as tensors by name."""
         tensors = {"progress": torch.tensor(self.progress, dtype=torch.float64)}
         for name, site in self.sites.items():
             tensors |= {
@@ -172,10 +168,10 @@ class PaperMethod(Compression):
         return tensors
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore the result of `state_dict`."""
         self.progress = float(tensors["progress"])
         for name, site in self.sites.items():
             site.masked = tensors[f"{name}/masked"].to(site.masked.device)
-            remembered = tensors[f"{name}/memory"]
-            site.memory[: len(remembered)] = remembered.to(site.memory.device)
+            features = tensors[f"{name}/memory"]
+            site.memory[: len(features)] = features.to(site.memory.device)
             site.seen = int(tensors[f"{name}/seen"])

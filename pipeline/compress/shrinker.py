@@ -1,27 +1,28 @@
-"""Method `budget`: the student gives channels up while it learns, until a budget is kept.
+"""Method `budget`: the student shrinks while it learns, until it keeps a budget.
 
-Shrinker dynamic distillation (Xie et al., "Towards a Smaller Student", CVPR 2023) with a budget in the place of the
-lasso's weight. In every step: channels are scored by the gradients of the whole loss; every few steps `Schedule` says
-how much must be masked, `WidthAllocation` how many channels that leaves each site, and `ChannelMasks` which ones these
-are; masked channels lose their gradient (section 3.3) and shrink by the proximal step. `BlockRemoval` does the same
-for whole blocks.
+Capacity dynamic distillation (Xie et al., "Towards a Smaller Student", CVPR 2023) with a budget instead of a weight of
+the lasso. Every step scores the channels by the gradients of the whole loss. Every few steps the masks are revised:
+`Schedule` gives the reduction to mask, `WidthAllocation` the width that it leaves each site, and `ChannelMasks` selects
+the least important channels. Masked channels have their gradients reset (section 3.3) and shrink by a proximal step, so
+that they are exactly zero at a known step. `BlockRemoval` does the same for whole blocks.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.compress.block_removal import BlockRemoval
-from pipeline.compress.budget import WINDOW, BudgetMissedError, droppable, narrowest_widths, shrinking_sites
+from pipeline.compress.budget import WINDOW, BudgetMissedError, removable_blocks, shrinking_sites
 from pipeline.compress.compactor import last_norm, reset_gradients
 from pipeline.compress.compression import Compression
 from pipeline.compress.final_widths import final_widths
 from pipeline.compress.importance import magnitude_scores, random_scores, taylor_scores
 from pipeline.compress.masks import ChannelMasks
 from pipeline.compress.schedule import Schedule
-from pipeline.compress.width_allocation import WidthAllocation
+from pipeline.compress.width_allocation import WidthAllocation, allocate_budget
 from pipeline.config import Student
 from pipeline.models.cost import CostModel
 from pipeline.models.resnet import Indicator, RetrievalNet
@@ -29,10 +30,10 @@ from pipeline.models.spec import ArchSpec
 
 
 class Shrinker(Compression):
-    """Chooses the channels that must go and drives them to zero.
+    """Selects the channels to remove and drives them to zero.
 
     Raises:
-        BudgetError: If no widths keep to the budget; for a latency budget, networks are timed to know that.
+        BudgetError: If no widths keep the budget; a latency budget is checked by timing networks.
     """
 
     def __init__(
@@ -43,40 +44,38 @@ class Shrinker(Compression):
         self.schedule = Schedule(config.budget, steps)
         sites = shrinking_sites(spec, config)
         self.masks = {site: ChannelMasks.start(spec.widths[site], device) for site in sites}
-        blocks = droppable(spec, config, sites)
+        blocks = removable_blocks(spec, config, sites)
         self.blocks = BlockRemoval({last_norm(b): b.sites for b in spec.removable if b.sites in blocks})
         self.finalized = False
         if config.resetting.importance == "random":
             for number, masks in enumerate(self.masks.values()):
                 masks.score = random_scores(len(masks.score), seed + number).to(device)
-        # The same search as at the end, with equal scores: what cannot be reached is refused before any training.
+        # The same search as at the end, with equal scores, so that an unreachable budget fails before any training.
         _, self.cost = self._final_widths({site: np.ones(spec.widths[site]) for site in sites})
 
     @property
     def widths(self) -> dict[str, int]:
-        """Widths of the whole network once every masked channel is gone."""
+        """Widths of the whole network without the masked channels."""
         return {**self.spec.widths, **{site: int((~masks.masked).sum()) for site, masks in self.masks.items()}}
 
     @property
     def kept(self) -> dict[str, Tensor]:
-        """Channels of the uncompressed network that are still present, by site."""
+        """Channels of the uncompressed network that are not cut, by site."""
         return {site: masks.kept for site, masks in self.masks.items()}
 
     @property
-    def compared(self) -> dict[str, Tensor]:
-        """Which of the present channels are to stay, (C,) bool by site; on the CPU."""
+    def compared_channels(self) -> dict[str, Tensor]:
+        """The channels that are not masked, (C,) bool by site; on the CPU."""
         return {site: ~masks.masked for site, masks in self.masks.items()}
 
-    def remaining(self, net: RetrievalNet) -> dict[str, int]:
-        """Return the widths once every masked channel is gone."""
+    def remaining_widths(self, net: RetrievalNet) -> dict[str, int]:
         return self.widths
 
-    def due(self, progress: float) -> float:
-        """Return the reduction that must be masked by now."""
-        return self.schedule.due(progress)
+    def target_reduction(self, progress: float) -> float:
+        return self.schedule.reduction(progress)
 
     def step(self, net: RetrievalNet, optimizer: Callable[[], object], progress: float) -> None:
-        """Score the channels, revise the masks where that is due, step, and shrink the masked channels."""
+        """Score the channels, revise the masks if scheduled, step, and shrink the masked channels."""
         step = round(progress * self.schedule.steps)
         if not self.finalized:
             self.score(net)
@@ -85,7 +84,7 @@ class Shrinker(Compression):
         self.shrink(net, optimizer)
 
     def score(self, net: RetrievalNet) -> None:
-        """Update the importance of all channels from the gradients of this step."""
+        """Update the moving average of the importance of all channels from the gradients of this step."""
         resetting = self.config.resetting
         if resetting.importance != "taylor":
             return
@@ -96,7 +95,7 @@ class Shrinker(Compression):
 
     @torch.no_grad()
     def revise(self, net: RetrievalNet, step: int) -> None:
-        """Choose anew which channels are masked; the last choice, at the end of the schedule, is final."""
+        """Select the masked channels again; the selection at the end of the schedule is final."""
         if self.config.resetting.importance == "magnitude":
             for site, values in magnitude_scores(net, net.indicators()).items():
                 self.masks[site].score = values.detach().clone()
@@ -106,7 +105,8 @@ class Shrinker(Compression):
             self.finalized = True
         else:
             allocation = WidthAllocation.of(self.spec, self.config, self.cost, free)
-            allocation.allocate(self.due(step / self.schedule.steps), limit=self.config.budget.reduction)
+            target = self.schedule.reduction(step / self.schedule.steps)
+            allocation.allocate(target, limit=self.config.budget.reduction)
             widths = allocation.widths
         fading = self.blocks.steps_left(self.masks)
         for site, indicator, masks in self._present(net):
@@ -115,13 +115,13 @@ class Shrinker(Compression):
 
     @torch.no_grad()
     def shrink(self, net: RetrievalNet, optimizer: Callable[[], object]) -> None:
-        """Let the optimiser step; masked channels and fading blocks move by the proximal step alone."""
+        """Take an optimiser step; masked channels and fading blocks move by the proximal step alone."""
         present = [(indicator.weight, masks) for _, indicator, masks in self._present(net) if masks.masked.any()]
         reset_gradients((weight, masks.masked) for weight, masks in present)
-        rows = [masks.shrunk_rows(weight) for weight, masks in present]
+        shrunk_rows = [masks.shrunk_rows(weight) for weight, masks in present]
         norms = list(self.blocks.shrunk_norms(net, self.masks))
-        optimizer()  # its momentum moves masked channels too, which the next lines undo
-        for (weight, masks), shrunk in zip(present, rows, strict=True):
+        optimizer()  # momentum moves masked channels as well; the next lines undo that
+        for (weight, masks), shrunk in zip(present, shrunk_rows, strict=True):
             weight[masks.masked_indices()] = shrunk
             masks.count_step()
         for parameter, faded in norms:
@@ -129,23 +129,23 @@ class Shrinker(Compression):
         self.blocks.commit(self.masks)
 
     def check(self, widths: Mapping[str, int]) -> None:
-        """Refuse a trained student whose living channels do not keep to the budget.
+        """Check that the nonzero channels of a trained student keep the budget.
 
         The reduction may exceed the window if the final timing showed that channels which were already removed saved
         more than estimated.
 
         Raises:
-            BudgetMissedError: With the reduction that was reached.
+            BudgetMissedError: If they do not, with the reduction that was reached.
         """
-        asked, reached = self.config.budget.reduction, self.cost.reduction(self.spec.widths, widths)
-        if reached < asked or (reached > asked + WINDOW and dict(widths) != self.widths):
+        target, reached = self.config.budget.reduction, self.cost.reduction(self.spec.widths, widths)
+        if reached < target or (reached > target + WINDOW and dict(widths) != self.widths):
             raise BudgetMissedError(
-                f"the student ended at a reduction of {reached:.4f}, not in [{asked:g}, {asked + WINDOW:g}]: rows that "
-                "were not chosen are zero, or chosen ones are not; lower `student.optimizer.lr`, and report it"
+                f"the student ended at a reduction of {reached:.4f}, not in [{target:g}, {target + WINDOW:g}], because "
+                "unmasked channels are zero or masked ones are not; lower `student.optimizer.lr`, and report this bug"
             )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return everything that changes, as tensors by name."""
+        """Return masks, scores and the latency correction, as tensors by name."""
         return {
             "finalized": torch.tensor(self.finalized),
             "latency_correction": torch.tensor(self.cost.correction, dtype=torch.float64),
@@ -155,7 +155,7 @@ class Shrinker(Compression):
         }
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore the result of `state_dict`."""
         self.finalized = bool(tensors["finalized"])
         self.cost = self.table.corrected(self.spec.widths, float(tensors["latency_correction"]))
         for site, masks in self.masks.items():
@@ -163,17 +163,10 @@ class Shrinker(Compression):
             self.masks[site] = ChannelMasks(**values)
 
     def _present(self, net: RetrievalNet) -> list[tuple[str, Indicator, ChannelMasks]]:
-        """Return the sites that are still in the network, with compactor or gate and masks."""
+        """Return the sites that are in the network, each with its compactor or channel gate and its masks."""
         return [(site, indicator, self.masks[site]) for site, indicator in net.indicators().items()]
 
     def _final_widths(self, scores: Mapping[str, np.ndarray]) -> tuple[dict[str, int], CostModel]:
-        """Return the widths that the whole budget leaves, and the cost model that agrees with their timing."""
-        asked = self.config.budget.reduction
-
-        def choose(cost: CostModel) -> dict[str, int]:
-            allocation = WidthAllocation.of(self.spec, self.config, cost, scores)
-            allocation.finalize(asked)
-            return allocation.widths
-
-        narrowest = narrowest_widths(self.spec, self.config)
-        return final_widths(choose, self.table, self.spec.widths, narrowest, asked, self.cost.correction)
+        """Return the widths that keep the budget, and the cost model that agrees with their timing."""
+        choose = partial(allocate_budget, self.spec, self.config, scores)
+        return final_widths(choose, self.spec, self.config, self.table, self.cost.correction)

@@ -1,7 +1,7 @@
-"""What the student learns: the teacher's lessons, and to do with less while it learns them.
+"""Stage `student`: distillation from the teacher while a compression method shrinks the student.
 
-Shrinker dynamic distillation (Xie et al., CVPR 2023) with compactors on both sides of each 3x3, a budget, masks that
-can be revised, and proximal shrinking; or one of the methods that it is compared with.
+Capacity dynamic distillation (Xie et al., CVPR 2023) with compactors on both sides of each 3x3 convolution, a budget,
+masks that can be revised and proximal shrinking; or one of the methods that it is compared with.
 """
 
 import logging
@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from pipeline.compress.budget import WINDOW
-from pipeline.compress.compactor import attach, living_channels
+from pipeline.compress.compactor import attach, nonzero_channels
 from pipeline.compress.compression import Compression
-from pipeline.compress.live_shrinking import cut_dead
-from pipeline.compress.methods import compression, plan_of
+from pipeline.compress.live_shrinking import cut_zero_channels
+from pipeline.compress.methods import build_compression, kept_plan
 from pipeline.compress.shrinker import Shrinker
 from pipeline.compress.surgery import SurgeryPlan, cut, cut_spec
 from pipeline.compress.teacher_cache import GIB, TeacherCache
@@ -29,10 +29,10 @@ from pipeline.losses import distill
 from pipeline.losses.registry import extra_losses
 from pipeline.models import cost
 from pipeline.models.cost import CostModel
-from pipeline.models.feature_hooks import FeatureHooks, pooled
+from pipeline.models.feature_hooks import FeatureHooks, average_pool
 from pipeline.models.head import freeze_norms
 from pipeline.models.resnet import ChannelGate, Output, RetrievalNet, convert
-from pipeline.models.spec import ArchSpec, indicator_of, is_inner
+from pipeline.models.spec import ArchSpec, indicator_name, is_inner
 from pipeline.retrieval.evaluate import Indices
 from pipeline.training.loop import Forward, Reshaped, Task
 from pipeline.training.teacher import Validate, build_teacher, retrieval_losses
@@ -40,22 +40,22 @@ from pipeline.training.teacher import Validate, build_teacher, retrieval_losses
 log = logging.getLogger(__name__)
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
-"""Where student and teacher features are compared."""
+"""Where student and teacher features are compared, unless the method needs others."""
 
 CALIBRATION = 128
-"""Training images that folded batch norms are measured on."""
+"""Training images that the statistics of folded batch norms are measured on."""
 
 
 @dataclass
 class StudentTask(Task):
-    """Distillation, and what the method does to the student's channels meanwhile.
+    """Losses of the student, and the compression method that changes its channels.
 
     Attributes:
         teacher: Frozen, in evaluation mode.
         image_size: Height and width, pixels.
-        calibration: Normalised training images (B, 3, H, W) that folded batch norms are measured on.
-        validate: mAP on held-out identities, None where there are none.
-        answers: The teacher's, where they are kept for other students.
+        calibration: Normalised training images (B, 3, H, W) that the statistics of folded batch norms are measured on.
+        validate: Computes mAP on held-out identities; None if none are held out.
+        cache: Stores the outputs of the teacher for other students; None if `runtime.teacher_cache_gib` is 0.
     """
 
     fabric: Fabric
@@ -65,127 +65,129 @@ class StudentTask(Task):
     compression: Compression
     calibration: Tensor
     validate: Validate | None
-    answers: TeacherCache | None = None
+    cache: TeacherCache | None = None
 
     def losses(
         self, net: RetrievalNet, forward: Forward, images: Tensor, labels: Tensor, progress: float
     ) -> dict[str, Tensor]:
-        """Retrieval losses, KL of the logits, distance of the features and of the embeddings.
+        """Compute the weighted retrieval and distillation losses of a batch.
 
-        Batch norms use fixed statistics from `freeze_norms_at` on, those of the head from `freeze_head_norms_at` on.
+        Batch norms are frozen from `freeze_norms_at` on, those of the head from `freeze_head_norms_at` on.
         """
         if progress >= self.config.freeze_norms_at:
             freeze_norms(net)
         elif self._starts_as_teacher and progress >= self.config.freeze_head_norms_at:
             freeze_norms(net.head)
-        taught = self._ask(images) if self.answers is None else self.answers(images, partial(self._ask, images))
-        with FeatureHooks(net, self.compared.values(), pooled) as taps:
+        compute = partial(self._teacher_outputs, images)
+        teacher_outputs = compute() if self.cache is None else self.cache(images, compute)
+        with FeatureHooks(net, self.feature_modules.values(), average_pool) as hooks:
             output = forward(images)
-            features = taps.read()
-        student = {place: _unscaled(net, place, features[module]) for place, module in self.compared.items()}
-        teacher = {place: taught[module] for place, module in self.compared.items()}
+            features = hooks.read()
+        student = {
+            site: _without_gate_gradient(net, site, features[name]) for site, name in self.feature_modules.items()
+        }
+        teacher = {site: teacher_outputs[name] for site, name in self.feature_modules.items()}
         self.compression.observe(student, teacher)
         losses = retrieval_losses(output, labels, self.config)
         losses["kl"] = self.config.distill.kl * distill.soft_targets(
-            self._sharpened(_logits(output)), self._sharpened(taught["logits"]), self.config.distill.temperature
+            self._scaled(_logits(output)), self._scaled(teacher_outputs["logits"]), self.config.distill.temperature
         )
-        kept, compared = self.compression.kept, self.compression.compared
+        kept, compared = self.compression.kept, self.compression.compared_channels
         distances = [
-            _distance(student[place], teacher[place], kept.get(place), compared.get(place)) for place in self.compared
+            _feature_distance(student[site], teacher[site], kept.get(site), compared.get(site))
+            for site in self.feature_modules
         ]
         losses["feature"] = self.config.distill.feature * torch.stack(distances).sum()
-        losses["embedding"] = self.config.distill.embedding * distill.embeddings(output.embedding, taught["embedding"])
+        embedding = teacher_outputs["embedding"]
+        losses["embedding"] = self.config.distill.embedding * distill.embeddings(output.embedding, embedding)
         for name, settings in self.config.distill.extra_losses.items():
-            losses[name] = extra_losses()[name](output.embedding, taught["embedding"], labels, settings)
+            losses[name] = extra_losses()[name](output.embedding, embedding, labels, settings)
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
     @property
     def _starts_as_teacher(self) -> bool:
-        """Whether the student's first function is the teacher's, so that its head may rest on that."""
-        return self.config.init == "teacher" and self.compression.whole
+        """Whether the student initially computes the teacher's function, so the teacher's head statistics fit it."""
+        return self.config.init == "teacher" and self.compression.starts_full
 
     @cached_property
-    def compared(self) -> dict[str, str]:
-        """Where student and teacher are compared: module by site or stage."""
-        return {site: observed(site) for site in self.compression.observed} or {stage: stage for stage in STAGES}
+    def feature_modules(self) -> dict[str, str]:
+        """Module names by site or stage where the features of student and teacher are compared."""
+        sites = self.compression.observed_sites
+        return {site: feature_module(site) for site in sites} or {stage: stage for stage in STAGES}
 
     @torch.no_grad()
-    def _ask(self, images: Tensor) -> dict[str, Tensor]:
-        """The teacher's pooled features (B, C) by module, its ``embedding`` (B, D) and ``logits`` (B, identities)."""
-        with self.fabric.autocast(), FeatureHooks(self.teacher, self.compared.values(), pooled) as taps:
-            said: Output = self.teacher(images)
-            features = taps.read()
+    def _teacher_outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """Return pooled features (B, C) by module name, ``embedding`` (B, D) and ``logits`` (B, identities)."""
+        with self.fabric.autocast(), FeatureHooks(self.teacher, self.feature_modules.values(), average_pool) as hooks:
+            output: Output = self.teacher(images)
+            features = hooks.read()
             if self.config.distill.flip_average:
-                said = _mean(said, self.teacher(images.flip(3)))
-        return {**features, "embedding": said.embedding, "logits": _logits(said)}
+                output = _average(output, self.teacher(images.flip(3)))
+        return {**features, "embedding": output.embedding, "logits": _logits(output)}
 
-    def _sharpened(self, logits: Tensor) -> Tensor:
-        """Logits as the identity loss sees them: cosines times their scale."""
+    def _scaled(self, logits: Tensor) -> Tensor:
+        """Return logits as the identity loss uses them: cosines are multiplied by their scale."""
         return logits * (self.config.losses.scale if self.config.recipe == "scratch" else 1.0)
 
     def step(self, net: RetrievalNet, optimizer: Callable[[], object], progress: float) -> None:
-        """The method's."""
         self.compression.step(net, optimizer, progress)
 
     def reshape(self, net: RetrievalNet) -> Reshaped | None:
-        """Cut out what died in this epoch, where that is wanted."""
+        """Cut out the channels that became zero in this epoch, if `student.shrink` is live."""
         if not isinstance(self.compression, Shrinker) or self.config.shrink == "off":
             return None
-        narrower = cut_dead(net, self.compression, self.calibration)
-        return None if narrower is None else Reshaped(*narrower)
+        return cut_zero_channels(net, self.compression, self.calibration)
 
     def measure(self, net: RetrievalNet, progress: float, validate: bool) -> dict[str, float]:
-        """Shrinker that is left once all that has been given up is gone, and mAP on held-out identities."""
+        """Return the reductions without the channels selected for removal, and mAP on held-out identities."""
         full = self.teacher.spec
-        small = full.model_copy(update={"widths": self.compression.remaining(net)})
+        small = full.model_copy(update={"widths": self.compression.remaining_widths(net)})
         row = {
             "macs_reduction": 1 - cost.macs(small, self.image_size) / cost.macs(full, self.image_size),
             "params_reduction": 1 - cost.params(small) / cost.params(full),
         }
         if self.config.budgeted and self.config.budget.of == "latency":
             row["latency_reduction"] = self.compression.cost.reduction(full.widths, small.widths)
-        due = self.compression.due(progress)
-        if due is not None:
-            row["target_reduction"] = due
+        target = self.compression.target_reduction(progress)
+        if target is not None:
+            row["target_reduction"] = target
         if validate and self.validate:
             row["validation_map"] = self.validate(net)
         return row
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The method's."""
         return self.compression.state_dict()
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """The method's."""
         self.compression.load_state_dict(tensors)
 
     def check(self, net: RetrievalNet) -> None:
-        """Refuse a trained student whose living channels do not keep to the budget; warn where it saves more.
+        """Check that the nonzero channels of a trained student keep the budget; warn if they save more.
 
         Raises:
-            BudgetMissedError: With the reduction that was reached.
+            BudgetMissedError: If they do not, with the reduction that was reached.
         """
-        widths, asked = remaining_spec(net).widths, self.config.budget.reduction
+        widths, target = remaining_spec(net).widths, self.config.budget.reduction
         self.compression.check(widths)
         reached = self.compression.cost.reduction(self.teacher.spec.widths, widths)
-        if self.config.budgeted and reached > asked + WINDOW:
-            log.warning("the student saves %.1f %%, more than the %.1f %% asked: channels that were already removed "
-                        "saved more than estimated, or no timed network came closer",
-                        100 * reached, 100 * asked)  # fmt: skip
+        if self.config.budgeted and reached > target + WINDOW:
+            log.warning("the student saves %.1f %%, more than the requested %.1f %%: channels that were already "
+                        "removed saved more than estimated, or no timed network came closer",
+                        100 * reached, 100 * target)  # fmt: skip
 
     def plan(self) -> SurgeryPlan:
-        """Channels of the uncompressed network that are still present, cut ones left out."""
-        return plan_of(self.compression)
+        """Return the channels of the uncompressed network that were not cut during training."""
+        return kept_plan(self.compression)
 
 
-def _distance(student: Tensor, teacher: Tensor, kept: Tensor | None, compared: Tensor | None) -> Tensor:
-    """Return the distance between the student's features (B, C') and the teacher's (B, C).
+def _feature_distance(student: Tensor, teacher: Tensor, kept: Tensor | None, compared: Tensor | None) -> Tensor:
+    """Return the distance between pooled features of the student (B, C') and of the teacher (B, C).
 
     Args:
-        student: Of the channels that it still has.
-        teacher: Of all channels.
+        student: Features of the channels that the student still has.
+        teacher: Features of all channels.
         kept: (C',), indices of the student's channels; None for all.
-        compared: (C',) bool, which of them stay; None for all.
+        compared: (C',) bool, channels to compare; None for all.
     """
     if kept is not None and len(kept) < teacher.shape[1]:
         teacher = teacher[:, kept]
@@ -194,10 +196,10 @@ def _distance(student: Tensor, teacher: Tensor, kept: Tensor | None, compared: T
     return distill.features(student, teacher, compared)
 
 
-def _mean(one: Output, other: Output) -> Output:
-    """What two looks at the same images say together."""
-    embedding = normalize(one.embedding, dim=1) + normalize(other.embedding, dim=1)
-    return Output(embedding, (_logits(one) + _logits(other)) / 2)
+def _average(output: Output, flipped: Output) -> Output:
+    """Average the outputs for images and for their mirror images; embeddings are normalised first."""
+    embedding = normalize(output.embedding, dim=1) + normalize(flipped.embedding, dim=1)
+    return Output(embedding, (_logits(output) + _logits(flipped)) / 2)
 
 
 def _logits(output: Output) -> Tensor:
@@ -206,76 +208,77 @@ def _logits(output: Output) -> Tensor:
     return output.logits
 
 
-def _unscaled(net: RetrievalNet, place: str, features: Tensor) -> Tensor:
-    """The same pooled features (B, C), with no gradient to the gate that scales them.
+def _without_gate_gradient(net: RetrievalNet, site: str, features: Tensor) -> Tensor:
+    """Return the same pooled features (B, C), without a gradient to the channel gate that scales them.
 
-    A gate is a factor on a stage's outputs. What they lack of the teacher's would be read as importance of the channel,
-    though a channel that is gone is not compared any more; what the stage's later blocks make of it still counts.
+    The gate scales the output of its stage. A gradient from the feature loss there would raise the importance of the
+    channel, although a removed channel is not compared any more. Its effect on later blocks of the stage still counts.
     """
-    gate = net.indicators().get(place)
+    gate = net.indicators().get(site)
     if not isinstance(gate, ChannelGate):
         return features
     factor = torch.where(gate.weight == 0, 1.0, gate.weight)
     return features * (factor.detach() / factor)
 
 
-def observed(site: str) -> str:
-    """Module whose output shows what a dimension carries."""
-    return indicator_of(site) if is_inner(site) else "maxpool" if site == "conv1" else site
+def feature_module(site: str) -> str:
+    """Return the name of the module that outputs the features of a site."""
+    return indicator_name(site) if is_inner(site) else "maxpool" if site == "conv1" else site
 
 
-def spread(rows: Indices, count: int) -> Indices:
-    """At most `count` of the rows, evenly spaced."""
-    return rows[:: max(1, math.ceil(len(rows) / count))]
+def evenly_spaced(indices: Indices, count: int) -> Indices:
+    """Return at most `count` of the indices, evenly spaced."""
+    return indices[:: max(1, math.ceil(len(indices) / count))]
 
 
-def build_student(params: Params, teacher: RetrievalNet, chosen: Compression) -> RetrievalNet:
-    """Build a student before its first epoch: as heavy as the teacher, with indicators, or cut already."""
+def build_student(params: Params, teacher: RetrievalNet, compression: Compression) -> RetrievalNet:
+    """Build the student before its first epoch: pruned by a static method, or full-width with indicators."""
     config = params.student
     if config.method == "static-random":
-        return RetrievalNet(cut_spec(teacher.spec, plan_of(chosen)))
+        return RetrievalNet(cut_spec(teacher.spec, kept_plan(compression)))
     if config.method == "static-magnitude":
-        return cut(convert(teacher, teacher.spec), plan_of(chosen))
+        return cut(convert(teacher, teacher.spec), kept_plan(compression))
     if config.init == "teacher":
         net = convert(teacher, teacher.spec)
     else:
         weights = "imagenet" if config.init == "imagenet" else "none"
         net = build_teacher(params.teacher.model_copy(update={"weights": weights}), teacher.spec.identities)
-    return attach(net, chosen.kept)
+    return attach(net, compression.kept)
 
 
 def student_task(
     fabric: Fabric,
     params: Params,
     teacher: RetrievalNet,
-    budgeted: CostModel,
+    budget_cost: CostModel,
     steps: int,
     calibration: Tensor,
     validate: Validate | None,
-    answers: Path | None = None,
+    cache_folder: Path | None = None,
 ) -> StudentTask:
-    """Set a student's training up; the teacher is moved to the training device and frozen.
+    """Set up the training of a student; the teacher is moved to the training device and frozen.
 
-    `budgeted` is what the budget counts, `steps` the steps of the whole training, `answers` the folder where the
-    teacher's answers are kept for other students, if `runtime.teacher_cache_gib` asks for it.
+    `budget_cost` is the cost that the budget limits, `steps` the length of the whole training, and `cache_folder` the
+    place for outputs of the teacher if `runtime.teacher_cache_gib` is not 0.
 
     Raises:
-        BudgetError: If no widths keep to the budget.
+        BudgetError: If no widths keep the budget.
     """
     config = params.student
     teacher.to(fabric.device).eval().requires_grad_(False)
     size = (params.data.image_size[0], params.data.image_size[1])
-    chosen = compression(config, teacher, budgeted, steps, params.seed, fabric.device)
-    task = StudentTask(fabric, config, teacher, size, chosen, calibration, validate)
-    kept = params.runtime.teacher_cache_gib and not chosen.observed  # nobody else asks about such sites
-    if answers is not None and kept:
+    compression = build_compression(config, teacher, budget_cost, steps, params.seed, fabric.device)
+    task = StudentTask(fabric, config, teacher, size, compression, calibration, validate)
+    shareable = not compression.observed_sites  # other methods do not read features at those sites
+    if cache_folder is not None and shareable and params.runtime.teacher_cache_gib:
         computed = f"{params.runtime.precision} on {fabric.device.type}, torch {torch.__version__}"
-        asked = f"{sorted(task.compared.values())}, flip average {config.distill.flip_average}, {computed}"
-        task.answers = TeacherCache(answers, params.runtime.teacher_cache_gib * GIB, teacher, asked)
+        modules = sorted(task.feature_modules.values())
+        settings = f"{modules}, flip average {config.distill.flip_average}, {computed}"
+        task.cache = TeacherCache(cache_folder, params.runtime.teacher_cache_gib * GIB, teacher, settings)
     return task
 
 
 def remaining_spec(net: RetrievalNet) -> ArchSpec:
-    """What is left of a student after folding its compactors and cutting dead channels, without the classifier."""
-    plan = SurgeryPlan({site: tuple(rows.tolist()) for site, rows in living_channels(net).items()})
+    """Return the spec of a student after folding and cutting its zero channels, without the classifier."""
+    plan = SurgeryPlan({site: tuple(channels.tolist()) for site, channels in nonzero_channels(net).items()})
     return cut_spec(net.spec, plan).model_copy(update={"indicators": (), "identities": 0})

@@ -1,7 +1,7 @@
-"""What the teacher says about a batch, kept on disk for other students that see the same one.
+"""A cache on disk for the outputs of the teacher, shared by students that see the same batches.
 
-A frozen teacher is a function of its images, and images derive from (seed, epoch, sample): students that differ in
-budget, method or schedule need the same outputs. They are found by the images' bytes, so nothing else has to agree.
+The teacher is frozen and every image is a function of (seed, epoch, sample), so students that differ only in budget,
+method or schedule need the same outputs. The key of a batch is a digest of its pixels, so nothing else must agree.
 """
 
 import hashlib
@@ -25,47 +25,42 @@ GIB = 2**30
 
 
 class TeacherCache:
-    """A teacher's answers on disk.
+    """The outputs of one teacher, one safetensors file per batch.
 
     Args:
-        folder: Where the answers of all teachers are.
-        limit: Bytes they may take together, as far as one process can tell; what does not fit is not kept, those of
-            other teachers go first.
-        teacher: Whose answers; it must not change.
-        asked: What is asked for, such as the names of its features: what else an answer depends on.
+        folder: Holds a folder for each teacher.
+        limit: Bytes for all teachers together, as far as this process can measure. If the space is used up, the outputs
+            of other teachers are deleted, oldest first; after that, further outputs are not stored.
+        teacher: A frozen network.
+        settings: What else the outputs depend on, such as the names of the features and the precision.
     """
 
-    def __init__(self, folder: Path, limit: float, teacher: RetrievalNet, asked: str) -> None:
+    def __init__(self, folder: Path, limit: float, teacher: RetrievalNet, settings: str) -> None:
         spec = teacher.spec.model_dump_json()
-        self._folder, self._limit = folder / _digest(teacher.state_dict(), f"{spec} {asked}"), limit
+        self._folder, self._limit = folder / _digest(teacher.state_dict(), f"{spec} {settings}"), limit
         self._folder.mkdir(parents=True, exist_ok=True)
-        os.utime(self._folder)  # the youngest: it goes last
+        os.utime(self._folder)  # most recently used, so deleted last
         self._bytes = _size(folder)
 
-    def __call__(self, images: Tensor, ask: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The answer to a batch, by name.
-
-        Args:
-            images: Normalised images (B, 3, H, W).
-            ask: Asks the teacher itself, in case it has not been asked before.
-        """
+    def __call__(self, images: Tensor, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the outputs for normalised images (B, 3, H, W) by name; run `compute` only if they are not stored."""
         path = self._folder / f"{_digest({'images': images})}.safetensors"
-        with suppress(OSError, SafetensorError):  # never asked, thrown away meanwhile, or damaged
+        with suppress(OSError, SafetensorError):  # not stored, deleted by another training, or damaged
             return {name: tensor.to(images.device) for name, tensor in load_file(path).items()}
-        answer = ask()
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in answer.items()}
-        size = sum(tensor.nbytes for tensor in plain.values())
+        outputs = compute()
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in outputs.items()}
+        size = sum(tensor.nbytes for tensor in tensors.values())
         try:
-            if self._room(size):
-                write_atomically(path, lambda temporary: save_file(plain, temporary))
+            if self._make_room(size):
+                write_atomically(path, lambda temporary: save_file(tensors, temporary))
                 self._bytes += size
-        except (OSError, SafetensorError) as error:  # a full disk costs time, not the training
-            log.warning("the teacher's answers are not kept any more: %s", error)
+        except (OSError, SafetensorError) as error:  # a full disk must not end the training
+            log.warning("the outputs of the teacher are no longer cached: %s", error)
             self._limit = 0
-        return answer
+        return outputs
 
-    def _room(self, size: int) -> bool:
-        """Whether there is room for so many bytes, once other teachers have gone, the oldest first."""
+    def _make_room(self, size: int) -> bool:
+        """Delete outputs of other teachers, oldest first, and return whether `size` bytes fit."""
         others = [path for path in self._folder.parent.iterdir() if path.is_dir() and path != self._folder]
         others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
         while self._bytes + size > self._limit and size <= self._limit and others:
@@ -75,19 +70,19 @@ class TeacherCache:
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
-    """Hexadecimal digest of names, shapes and values."""
-    found = hashlib.blake2b(text.encode(), digest_size=16)
+    """Return a hexadecimal digest of names, shapes and values."""
+    digest = hashlib.blake2b(text.encode(), digest_size=16)
     for name, tensor in tensors.items():
-        plain = tensor.detach().cpu()
-        ordered = plain.permute(0, 2, 3, 1) if plain.dim() == 4 else plain  # as images lie in memory: no copy
-        found.update(f"{name} {tuple(plain.shape)} {plain.dtype}".encode())
-        found.update(ordered.contiguous().numpy().data)
-    return found.hexdigest()
+        tensor = tensor.detach().cpu()
+        in_memory = tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor  # channels_last: avoids a copy
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(in_memory.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _size(folder: Path) -> int:
-    found = 0
-    with suppress(OSError):  # another training makes room
+    size = 0
+    with suppress(OSError):  # another training may delete files at the same time
         for path in folder.rglob("*.safetensors"):
-            found += path.stat().st_size
-    return found
+            size += path.stat().st_size
+    return size

@@ -1,7 +1,7 @@
-"""Widths of all sites under a common budget.
+"""Distribution of a common budget over the widths of all sites.
 
-Whole groups of channels go, and whole blocks where that is allowed, those first whose importance per saved cost is
-lowest. The cost model counts the narrowed network exactly.
+Channels are removed in groups of `student.channel_multiple`, and blocks as a whole if that is allowed; the group or
+block with the lowest importance per saved cost goes first. The cost model counts the narrowed network exactly.
 """
 
 import itertools
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.compress.budget import WINDOW, BudgetError, droppable, least_widths
+from pipeline.compress.budget import WINDOW, BudgetError, minimum_widths, removable_blocks
 from pipeline.config import Student
 from pipeline.models.cost import CostModel, Term
 from pipeline.models.spec import ArchSpec
@@ -22,26 +22,38 @@ Move = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Site:
-    """What a site can give up.
+    """A site that may become narrower.
 
     Attributes:
-        least: Channels it must keep.
+        minimum: Smallest width, unless the whole block is removed.
         scores: Importance of the channels that are not committed, ascending.
     """
 
-    least: int
+    minimum: int
     scores: np.ndarray
 
 
+def allocate_budget(
+    spec: ArchSpec, config: Student, scores: Mapping[str, np.ndarray], cost: CostModel
+) -> dict[str, int]:
+    """Return the widths of the whole network that keep the budget at the lowest loss of importance.
+
+    The arguments and the error are those of `WidthAllocation.of` and `WidthAllocation.finalize`.
+    """
+    allocation = WidthAllocation.of(spec, config, cost, scores)
+    allocation.finalize(config.budget.reduction)
+    return allocation.widths
+
+
 class WidthAllocation:
-    """Widths of all sites under a common budget.
+    """The widths of all sites under a common budget.
 
     Args:
         cost: Cost as a function of widths.
-        full: Widths of the uncompressed network, all dimensions.
-        sites: What may still be given up, by site.
-        multiple: Widths are reduced to whole multiples of it.
-        blocks: Groups of sites that may go together, whatever they must keep otherwise.
+        full: Widths of all sites of the uncompressed network.
+        sites: The sites that may become narrower.
+        multiple: Widths are reduced to multiples of this number.
+        blocks: Inner sites of each block that may be removed as a whole.
     """
 
     def __init__(
@@ -68,33 +80,28 @@ class WidthAllocation:
     def of(
         cls, spec: ArchSpec, config: Student, cost: CostModel, scores: Mapping[str, np.ndarray]
     ) -> "WidthAllocation":
-        """Return the allocation of a student that has given up nothing but its committed channels.
+        """Return the allocation that removes only the committed channels.
 
         Args:
             spec: The uncompressed network.
-            config: Section of params.yaml.
-            cost: What the budget counts.
-            scores: Importance of the channels at each site that are not committed, in any order.
+            config: Section `student` of params.yaml.
+            cost: The cost that the budget limits.
+            scores: Importance of the channels that are not committed, by site, in any order.
         """
-        least = least_widths(spec, scores, config.channel_multiple)
-        sites = {name: Site(least[name], np.sort(free.astype(np.float64))) for name, free in scores.items()}
-        return cls(cost, spec.widths, sites, config.channel_multiple, droppable(spec, config, scores))
+        minimum = minimum_widths(spec, scores, config.channel_multiple)
+        sites = {name: Site(minimum[name], np.sort(free.astype(np.float64))) for name, free in scores.items()}
+        return cls(cost, spec.widths, sites, config.channel_multiple, removable_blocks(spec, config, scores))
 
     @property
     def reduction(self) -> float:
-        """Share of the cost that is gone at the present widths."""
+        """Share of the uncompressed network's cost that the present widths save."""
         return 1 - self._cost(self.widths) / self._base
 
-    def allocate(self, due: float, limit: float) -> None:
-        """Give up what is cheapest until the reduction reaches `due`.
-
-        Args:
-            due: Reduction to reach.
-            limit: Reduction not to exceed; a move that would is skipped.
-        """
+    def allocate(self, target: float, limit: float) -> None:
+        """Reduce widths greedily until the reduction reaches `target`; skip every move that would exceed `limit`."""
         prices = {name: self._price(name) for name in (*self._sites, *self._blocks)}
         reduction = self.reduction
-        while reduction < due:
+        while reduction < target:
             affordable = [
                 (price[0], name, price[1])
                 for name, price in prices.items()
@@ -111,17 +118,18 @@ class WidthAllocation:
                 if changed & {name, *self._blocks.get(name, ())}:
                     prices[name] = self._price(name)
 
-    def finalize(self, asked: float) -> None:
-        """Reach the final reduction: in [asked, asked + `WINDOW`] at the lowest loss of importance.
+    def finalize(self, target: float) -> None:
+        """Reach a reduction in [target, target + `WINDOW`] at the lowest loss of importance.
 
-        Allocates up to `asked`, then looks for the one or two moves (given up, or one given back for another) that land
-        in the window at the lowest loss. Where none do, the two that come closest from below are made, and so on.
+        Allocates up to `target`, then searches for one or two moves (removals, or a removal and a return) that land in
+        the window at the lowest loss. If there are none, the moves that come closest from below are made, and the
+        search is repeated.
 
         Raises:
-            BudgetError: If no moves lead there.
+            BudgetError: If no moves lead into the window.
         """
-        self.allocate(asked, limit=asked)
-        while self.reduction < asked:
+        self.allocate(target, limit=target)
+        while self.reduction < target:
             reduction = self.reduction
             inside: tuple[float, Move] | None = None
             below: tuple[float, Move] | None = None
@@ -131,33 +139,33 @@ class WidthAllocation:
                 if len(together) < sum(map(len, pair)):
                     continue
                 reached = reduction + self._saving(together)
-                if asked <= reached <= asked + WINDOW:
+                if target <= reached <= target + WINDOW:
                     lost = self._lost(together)
-                    inside = min(inside or (lost, together), (lost, together), key=lambda found: found[0])
-                elif reduction < reached < asked:
-                    below = max(below or (reached, together), (reached, together), key=lambda found: found[0])
+                    inside = min(inside or (lost, together), (lost, together), key=lambda candidate: candidate[0])
+                elif reduction < reached < target:
+                    below = max(below or (reached, together), (reached, together), key=lambda candidate: candidate[0])
             best = inside or below
             if best is None:
                 raise BudgetError(
-                    f"no widths in multiples of {self._multiple} give a reduction in [{asked:g}, {asked + WINDOW:g}] "
-                    f"from {reduction:.4f}; change `student.budget.reduction` a little or lower "
+                    f"no widths in multiples of {self._multiple} give a reduction in [{target:g}, {target + WINDOW:g}]:"
+                    f" the closest below gives {reduction:.4f}; change `student.budget.reduction` slightly or lower "
                     "`student.channel_multiple`"
                 )
             self.widths.update(best[1])
 
     def _next(self, name: str) -> Move:
-        """Return the move that gives up the next group of a site, or a block; empty if nothing is left to give up."""
+        """Return the move that removes the next group of a site, or a block; empty if there is none."""
         if name in self._blocks:
             return dict.fromkeys(self._blocks[name], 0) if all(map(self.widths.get, self._blocks[name])) else {}
         smaller = (self.widths[name] - 1) // self._multiple * self._multiple
-        return {name: smaller} if smaller >= self._sites[name].least else {}
+        return {name: smaller} if smaller >= self._sites[name].minimum else {}
 
     def _moves(self, name: str) -> list[Move]:
-        """Return the next move of a site or block, and the one that gives back the last group of a site."""
+        """Return the next removal of a site or block, and the return of the last removed group of a site."""
         moves = [move] if (move := self._next(name)) else []
         if name in self._sites:
             larger = min(self.widths[name] + self._multiple, len(self._sites[name].scores))
-            if 0 < self.widths[name] < larger:  # a removed block does not come back in part
+            if 0 < self.widths[name] < larger:  # a removed block cannot return in part
                 moves.append({name: larger})
         return moves
 

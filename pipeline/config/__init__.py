@@ -1,7 +1,6 @@
-"""Every number of a run, checked before anything heavy is imported.
+"""The schema of params.yaml, which is validated before anything heavy is imported.
 
-`Params` mirrors params.yaml section by section. Nothing has a default here: the file that DVC tracks is the
-whole truth about a run, and a missing key is as much an error as a mistyped one.
+There are no defaults: the file that DVC tracks determines a run completely, so a missing key is an error.
 """
 
 import re
@@ -15,44 +14,44 @@ from pipeline.config.training import Augment, Batch, Budget, Optimizer, Student,
 __all__ = ["Augment", "Batch", "Budget", "Optimizer", "Params", "Student", "Teacher", "Training"]
 
 PUBLISHED = (18, 34, 50, 101, 152)
-"""Depths that torchvision publishes weights of, at width 64."""
+"""Depths with published torchvision weights, at width 64."""
 
 
 class Vehicles(Section):
-    """Size of the rendered default data set (source `vehicles`)."""
+    """Size of the rendered data set (source `vehicles`)."""
 
     train_identities: Annotated[int, Field(ge=2, le=20_000)]
-    """Vehicles in image_train."""
+    """Number of vehicles in the training set (folder image_train)."""
     test_identities: Annotated[int, Field(ge=1, le=20_000)]
-    """Vehicles in image_query and image_test, none of them in image_train."""
+    """Number of vehicles in the test set (folders image_query and image_test); none of them is in the training set."""
     views: Annotated[int, Field(ge=1, le=20)]
-    """Images of a vehicle in each of the six cameras."""
+    """Images of each vehicle in each of the six cameras."""
     size: Annotated[int, Field(ge=16, le=1024)]
     """Height and width of a rendered image, pixels."""
 
 
 class VehicleId(Section):
-    """Which test set of VehicleID (source `vehicleid`)."""
+    """The test set of VehicleID (source `vehicleid`)."""
 
     test_identities: Literal[800, 1600, 2400]
-    """Vehicles in the small, the medium and the large one."""
+    """Number of vehicles in the test set: small, medium or large."""
 
 
 class Custom(Section):
-    """Data of one's own (sources `folder` and `csv`)."""
+    """Your own images (sources `folder` and `csv`)."""
 
     table: Annotated[str, Field(min_length=1)]
-    """Source `csv`: the table, in `data.root`: path, identity and, if known, camera and split."""
+    """Source `csv`: name of the table in `data.root`, with columns path, identity and, if known, camera and split."""
     pattern: str
-    """Source `folder`: regular expression that finds the camera in a file's name, as group `camera`, such as
-    `_(?P<camera>c\\d+)_`; empty where folders say it or nobody knows."""
+    """Source `folder`: regular expression that finds the camera in a file name, as group `camera`, such as
+    `_(?P<camera>c\\d+)_`. Leave it empty if folders name the camera or if it is unknown."""
     test: Annotated[float, Field(gt=0, lt=1)]
-    """Share of the identities that become the test set, where no split is given; each by itself, so that none changes
-    sides when others come."""
+    """Share of the identities that become the test set if no split is given. Each identity is assigned independently,
+    so new identities do not move the others."""
 
     @field_validator("pattern")
     @classmethod
-    def _finds_a_camera(cls, pattern: str) -> str:
+    def _has_camera_group(cls, pattern: str) -> str:
         try:
             groups = re.compile(pattern).groupindex
         except re.error as error:
@@ -63,87 +62,88 @@ class Custom(Section):
 
 
 class Data(Section):
-    """Stage `prepare`."""
+    """Stage `prepare`: the images, their split, and the evaluation protocol."""
 
     source: Annotated[str, Field(min_length=1)]
-    """Layout of the raw data; `vehicles` renders a set of its own in the layout of VeRi-776, `folder` and `csv` are for
-    data of one's own."""
+    """Layout of the raw images. `vehicles` renders a data set in the layout of VeRi-776; `folder` and `csv` are for
+    your own images."""
     root: Annotated[str, Field(min_length=1)]
-    """Folder of the raw data, relative to the repository; a dependency of the stage."""
+    """Folder of the raw images, relative to the repository. It is a DVC dependency of the stage."""
     protocol: Annotated[str, Field(min_length=1)]
-    """How every mAP is computed: `market` leaves out images of the query's identity from its own camera;
-    `query-gallery` leaves out nothing; under `loo` every test image is asked of all others; `vehicleid` draws one image
-    of each identity as gallery, ten times."""
+    """How every mAP is computed. `market` ignores images of the query's identity from the query's camera;
+    `market-trapezoid` does the same with the interpolation of Market-1501's script; `query-gallery` ignores nothing;
+    `loo` compares every test image with all others; `vehicleid` draws one image per identity as the gallery, ten
+    times."""
     image_size: Annotated[list[Annotated[int, Field(ge=16, le=2048)]], Field(min_length=2, max_length=2)]
     """Height and width that every image is resized to, pixels."""
     cache: bool
-    """Keep the resized images as one uint8 array (h * w * 3 bytes an image); else decode at every use."""
+    """Whether the resized images are stored in one uint8 array (3 bytes per pixel), or decoded at every use."""
     validation: Annotated[float, Field(ge=0, le=0.5)]
-    """Share of the training identities held out to validate on; the test set is never validated on."""
+    """Share of the training identities held out for validation; the test set is never used for it."""
     max_quarantined: Fraction
-    """Share of unreadable images above which the stage stops."""
+    """Largest share of unreadable images; the stage fails if there are more."""
     max_leaked: Fraction
-    """Share of test images above which the stage stops when their pixels are in the training set too."""
+    """Largest share of test images with the same pixels as a training image; the stage fails if there are more."""
     near_duplicate_bits: Annotated[int, Field(ge=-1, le=16)]
-    """Bits of a 64-bit perceptual hash in which near duplicates may differ (reported, never refused); -1 looks for
-    none."""
+    """Bits of a 64-bit perceptual hash in which near duplicates may differ; they are only reported. -1 turns the search
+    off."""
     vehicles: Vehicles
     vehicleid: VehicleId
     custom: Custom
 
 
 class Surgery(Section):
-    """Stage `surgery`."""
+    """Stage `surgery`: cutting the zero channels out."""
 
     tolerance: Annotated[float, Field(ge=0, le=1e-2)]
-    """Largest norm of a compactor row that counts as zero; the student's are exactly zero."""
+    """Largest L2 norm of a compactor row that counts as zero. Method `budget` leaves exact zeros."""
     channel_multiple: Annotated[int, Field(ge=1, le=64)]
-    """Widths that are not whole multiples of it are refused."""
+    """Number that every reduced width must be a multiple of; it must divide `student.channel_multiple`."""
 
 
 class Limits(Section):
-    """What an exported file must pass, or there is none."""
+    """The checks that an exported file must pass to be written."""
 
     min_cosine: Annotated[float, Field(gt=0, le=1)]
-    """Smallest cosine between the embeddings of torch and of ONNX Runtime, over all test images."""
+    """Smallest allowed cosine between the embeddings of PyTorch and of ONNX Runtime, over all test images."""
     map_difference: Fraction
-    """Largest absolute difference of mAP between torch and ONNX Runtime."""
+    """Largest allowed absolute difference of mAP between PyTorch and ONNX Runtime."""
     int8_map_loss: Fraction
-    """Largest mAP that the int8 file may lose; if it loses more, or is not faster here, there is none."""
+    """Largest allowed loss of mAP by the int8 file. It must also be faster on this machine."""
 
 
 class Export(Section):
-    """Stage `export`."""
+    """Stage `export`: the ONNX files."""
 
     opset: Annotated[int, Field(ge=18, le=23)]
-    """ONNX operator set."""
+    """Version of the ONNX operator set."""
     precisions: Annotated[list[Literal["fp32", "int8"]], Field(min_length=1)]
-    """Files to write; fp32 must be among them, int8 is tried where it is asked for."""
+    """Files to write: fp32 is required, int8 is written if it passes its checks."""
     licence: Annotated[str, Field(min_length=1)]
-    """What the files may be used for, as card and metadata say it; the data that they learnt from have a word in it."""
+    """Terms of use in the model card and the file's metadata; the licence of the training data may restrict them."""
     limits: Limits
 
     @model_validator(mode="after")
-    def _has_floats(self) -> Self:
+    def _has_fp32(self) -> Self:
         if "fp32" not in self.precisions:
             raise ValueError(f"`precisions` must contain fp32, got {self.precisions}")
         return self
 
 
 class Benchmark(Section):
-    """Stage `benchmark`."""
+    """Stage `benchmark`: latency and the report."""
 
     batches: Annotated[list[Annotated[int, Field(ge=1, le=1024)]], Field(min_length=1)]
-    """Batch sizes to time; must contain 1, the size that `speedup` is told for."""
+    """Batch sizes to time, images. 1 is required, because `speedup` is reported for it."""
     threads: Annotated[list[Annotated[int, Field(ge=0, le=1024)]], Field(min_length=1)]
-    """Intra-op threads to time; 0 stands for all that this process may use."""
+    """Numbers of intra-op threads to time. 0 stands for all that the process may use, and is required."""
     repeats: Annotated[int, Field(ge=3, le=100_000)]
-    """Timed runs of each file at each setting, interleaved."""
+    """Timed calls of each file at each setting; the files are timed in turns."""
     panels: Annotated[int, Field(ge=1, le=100)]
-    """Queries shown in the report."""
+    """Number of queries shown in the report with their nearest images."""
 
     @model_validator(mode="after")
-    def _has_headline(self) -> Self:
+    def _has_reported_setting(self) -> Self:
         if 1 not in self.batches:
             raise ValueError(f"`batches` must contain 1, got {self.batches}")
         if 0 not in self.threads:
@@ -152,79 +152,79 @@ class Benchmark(Section):
 
 
 class Runtime(Section):
-    """Where it runs."""
+    """Hardware, and how training uses it."""
 
     def alone(self) -> "Runtime":
-        """The same on one device, for all that is not training."""
+        """Return the section for one device, for work other than training."""
         return self.model_copy(update={"devices": 1, "nodes": 1, "strategy": "auto"})
 
     accelerator: Literal["auto", "cpu", "gpu"]
-    """`auto` takes a GPU where there is one."""
+    """Kind of device; `auto` uses a GPU if there is one."""
     devices: Count
-    """Devices a node."""
+    """Devices per node."""
     nodes: Count
-    """Machines."""
+    """Number of machines."""
     strategy: Literal["auto", "ddp"]
-    """How Lightning Fabric spreads training over devices."""
+    """How Lightning Fabric distributes training over devices."""
     precision: Literal["auto", "32-true", "bf16-mixed"]
-    """`auto`: bf16-mixed on a GPU that has it, else 32-true."""
+    """Number format of training; `auto` is bf16-mixed on a GPU that supports it, else 32-true."""
     workers: Annotated[int, Field(ge=0, le=256)]
-    """Processes that load images; 0 loads in the training process."""
+    """Processes that load images; 0 loads them in the training process."""
     teacher_cache_gib: Annotated[float, Field(ge=0, le=100_000)]
-    """Disk for the teacher's answers, GiB, so that students that see the same images (another method, budget or
-    schedule) need not ask again; 0 keeps none. The default network's take 10 kB an image and epoch."""
+    """Disk space for outputs of the teacher, GiB, so that further students of the same teacher (with another method,
+    budget or schedule) need not compute them; 0 stores none. The default network takes 10 kB per image and epoch."""
 
 
 class Promotion(Section):
-    """What a new model may cost, to take the place of the one in use."""
+    """The promotion rule: how much worse than the champion a new model may be and still replace it."""
 
     margin: Annotated[float, Field(ge=0, le=1)]
-    """mAP that may be lost: the lower end of the 95 % interval of the difference must lie above minus this."""
+    """Largest allowed loss of mAP, measured by the lower end of the 95 % confidence interval of the difference."""
     max_size_ratio: Annotated[float, Field(gt=0)]
-    """Size of model.onnx that is allowed, as a multiple of the champion's."""
+    """Largest allowed size of model.onnx, as a multiple of the champion's."""
     max_latency_ratio: Annotated[float, Field(gt=0)]
-    """Time for one image that is allowed, as a multiple of the champion's."""
+    """Largest allowed latency of one image, as a multiple of the champion's."""
 
 
 class Tracking(Section):
     """MLflow."""
 
     experiment: Annotated[str, Field(min_length=1)]
-    """Experiment that runs are recorded in."""
+    """MLflow experiment that runs are logged to."""
     model_name: Annotated[str, Field(min_length=1)]
-    """Name in the model registry."""
+    """Name of the model in MLflow's registry."""
     promotion: Promotion
-    """When `publish` makes a challenger the champion."""
+    """The rule by which `publish` promotes a challenger to champion."""
 
 
 class Retrain(Section):
-    """What `smaller-student retrain` and its schedules do beside `dvc repro`."""
+    """What `smaller-student retrain` and its schedules do in addition to `dvc repro`."""
 
     refresh: str
-    """Command that brings new data into `data.root`, run in the checkout before anything else; none where empty."""
+    """Command that fetches new data into `data.root`, run in the repository before the stages. Empty for none."""
     incoming: str
-    """Folder whose files are moved into `data.root`, under the same relative paths; none where empty."""
+    """Folder whose files are moved into `data.root`, with the same relative paths. Empty for none."""
     limit_hours: Annotated[float, Field(gt=0, le=1000)]
-    """Time that the command of `refresh` has, and each stage; a training that is ended goes on at the next run."""
+    """Time limit of the command `refresh` and of each stage, hours. An interrupted training is resumed by the next
+    run."""
     publish: bool
-    """Whether the release is registered, and promoted if the gate lets it pass."""
+    """Whether the release is registered, and promoted if the promotion rule permits."""
     branch: str
-    """Branch that params.yaml, dvc.lock, metrics and plots are committed to, never the one that is checked out; none
-    where empty."""
+    """Branch to commit params.yaml, dvc.lock, metrics and plots to; it must not be checked out. Empty for none."""
 
     @field_validator("branch")
     @classmethod
     def _is_a_branch(cls, value: str) -> str:
         if value and not re.fullmatch(r"[\w.+-]+(/[\w.+-]+)*", value):
-            raise ValueError(f"is no name of a branch, got {value!r}")
+            raise ValueError(f"is not a valid branch name, got {value!r}")
         return value
 
 
 class Params(Section):
-    """The whole of params.yaml."""
+    """The content of params.yaml."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)]
-    """Every random choice derives from it."""
+    """Seed that every random choice derives from."""
     data: Data
     teacher: Teacher
     student: Student
@@ -243,8 +243,8 @@ class Params(Section):
             for stage, section in (("teacher", self.teacher), ("student", self.student)):
                 if section.batch.identities > training:
                     complaints.append(
-                        f"`{stage}.batch.identities` ({section.batch.identities}) exceeds the {int(training)} "
-                        "identities that are left for training"
+                        f"`{stage}.batch.identities` ({section.batch.identities}) must not exceed the {int(training)} "
+                        "identities left for training"
                     )
         if self.student.channel_multiple % self.surgery.channel_multiple:
             complaints.append(
@@ -253,22 +253,22 @@ class Params(Section):
             )
         if self.student.method == "paper" and self.runtime.devices * self.runtime.nodes > 1:
             complaints.append(
-                "`student.method` paper needs one device: its memory is not shared; set `runtime.devices` and "
-                "`runtime.nodes` to 1"
+                "`student.method` paper works on one device only, because its memory of features is not shared; set "
+                "`runtime.devices` and `runtime.nodes` to 1"
             )
         if self.student.method == "paper" and self.surgery.tolerance > self.student.paper.threshold:
             complaints.append(
                 f"`surgery.tolerance` ({self.surgery.tolerance:g}) must not exceed `student.paper.threshold` "
-                f"({self.student.paper.threshold:g}): surgery would cut rows that fill up whole multiples"
+                f"({self.student.paper.threshold:g}), or surgery would cut channels that make a width a multiple"
             )
         if self.student.recipe != self.teacher.recipe:
             complaints.append(
-                f"`student.recipe` ({self.student.recipe}) must equal `teacher.recipe` ({self.teacher.recipe}): their "
-                "logits are compared"
+                f"`student.recipe` ({self.student.recipe}) must equal `teacher.recipe` ({self.teacher.recipe}): "
+                "distillation compares their logits"
             )
         published = self.teacher.depth in PUBLISHED and self.teacher.width == 64
-        for name, asked in (("teacher.weights", self.teacher.weights), ("student.init", self.student.init)):
-            if asked == "imagenet" and not published:
+        for name, weights in (("teacher.weights", self.teacher.weights), ("student.init", self.student.init)):
+            if weights == "imagenet" and not published:
                 complaints.append(
                     f"`{name}` is imagenet, but torchvision publishes no ResNet-{self.teacher.depth} of width "
                     f"{self.teacher.width}: set `teacher.depth` to one of {', '.join(map(str, PUBLISHED))} and "

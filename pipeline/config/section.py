@@ -1,4 +1,4 @@
-"""What every section of params.yaml has in common."""
+"""The base class of all sections of params.yaml."""
 
 from typing import Annotated
 
@@ -9,7 +9,7 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class Section(BaseModel):
-    """A frozen part of params.yaml that refuses keys it does not know."""
+    """A frozen section of params.yaml that rejects unknown keys."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, strict=True

@@ -1,4 +1,7 @@
-"""Stages `teacher` and `student`: recipes, losses, schedules, and how the student becomes smaller."""
+"""Sections `teacher` and `student`: losses, optimiser, distillation and compression.
+
+"The paper" is Xie et al., "Towards a Smaller Student", CVPR 2023.
+"""
 
 from typing import Annotated, Literal, Self
 
@@ -8,77 +11,77 @@ from pipeline.config.section import Fraction, Section
 
 
 class Batch(Section):
-    """A P x K batch."""
+    """Composition of a P x K batch."""
 
     identities: Annotated[int, Field(ge=2, le=4096)]
-    """P, identities in a batch (16 in the paper's code)."""
+    """P, the number of identities in a batch (16 in the paper's code)."""
     instances: Annotated[int, Field(ge=2, le=256)]
-    """K, images of each of them (6 in the paper's code)."""
+    """K, the number of images of each identity (6 in the paper's code)."""
 
 
 class Augment(Section):
-    """Random changes to a training image, drawn from (seed, epoch, sample)."""
+    """Random augmentation of training images, drawn from (seed, epoch, sample)."""
 
     flip: Fraction
     """Probability of a horizontal flip."""
     pad: Annotated[int, Field(ge=0, le=256)]
-    """Pixels of zero padding on every side before the random crop (10 in the paper)."""
+    """Zero padding on each side before the random crop, pixels (10 in the paper)."""
     erase: Fraction
     """Probability of random erasing (0.5 in the paper)."""
     erase_area: Annotated[float, Field(ge=0.02, le=1)]
-    """Largest share of an image that is erased (0.4 in the paper, too much of what few pixels show); the smallest is
-    0.02."""
+    """Largest share of an image that is erased (0.4 in the paper, too much for small images); the smallest is 0.02."""
 
 
 class Losses(Section):
-    """Retrieval losses; `recipe` says which of the numbers are read."""
+    """Settings of the retrieval losses; `recipe` determines which of them are used."""
 
     scale: Annotated[float, Field(gt=0, le=128)]
-    """Factor on the cosine logits (recipe `scratch`)."""
+    """Recipe `scratch`: factor on the cosine logits."""
     margin: Annotated[float, Field(ge=0, lt=1)]
-    """Cosine margin of the true identity (recipe `scratch`)."""
+    """Recipe `scratch`: margin on the cosine of the true identity."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
-    """Label smoothing of the cross entropy (recipe `paper`: 0.1)."""
+    """Recipe `paper`: label smoothing of the cross entropy (0.1 in the paper)."""
     triplet_weight: Annotated[float, Field(ge=0, le=100)]
-    """Weight of the batch-hard triplet loss."""
+    """Both recipes: weight of the batch-hard triplet loss."""
     triplet_margin: Annotated[float, Field(ge=0, le=10)]
-    """Margin of the triplet loss on Euclidean distances (recipe `paper`: 0.35)."""
+    """Recipe `paper`: margin of the triplet loss on Euclidean distances (0.35 in the paper)."""
     triplet_scale: Annotated[float, Field(gt=0, le=128)]
-    """Sharpness of the soft triplet loss on cosine distances (recipe `scratch`)."""
+    """Recipe `scratch`: sharpness of the soft triplet loss on cosine distances."""
 
 
 class Optimizer(Section):
-    """How weights follow gradients."""
+    """Optimiser and learning-rate schedule."""
 
     name: Literal["adamw", "sgd"]
-    """`adamw` (decoupled decay) or `sgd` (Nesterov off, as in the paper)."""
+    """`adamw` (decoupled weight decay) or `sgd` (without Nesterov, as in the paper)."""
     lr: Annotated[float, Field(gt=0, le=10)]
-    """Learning rate at the plateau."""
+    """Largest learning rate, between warm-up and decay."""
     classifier_lr: Annotated[float, Field(gt=0, le=100)]
     """Factor on the learning rate of the identity classifier (1.5 in the paper)."""
     weight_decay: Annotated[float, Field(ge=0, lt=1)]
-    """Weight decay; compactors and gates have none."""
+    """Weight decay; compactors and channel gates have none."""
     momentum: Annotated[float, Field(ge=0, lt=1)]
     """Momentum of `sgd` (0.9 in the paper)."""
     warmup: Fraction
-    """Share of the steps over which the learning rate rises linearly from a tenth."""
+    """Share of the steps in which the learning rate rises linearly from a tenth of `lr`."""
     hold: Fraction
-    """Share of the steps after which the learning rate falls along a cosine."""
+    """Share of the steps after which the learning rate decays along a cosine; at least `warmup`."""
     final_lr: Annotated[float, Field(ge=0, le=1)]
-    """Learning rate of the last step, as a share of `lr`."""
+    """Learning rate at the end, as a share of `lr`."""
 
     @model_validator(mode="after")
-    def _warm_before_cold(self) -> Self:
+    def _warmup_before_decay(self) -> Self:
         if self.warmup > self.hold:
             raise ValueError(f"`warmup` ({self.warmup}) must not exceed `hold` ({self.hold})")
         return self
 
 
 class Training(Section):
-    """What teacher and student training have in common."""
+    """Settings that teacher and student share."""
 
     recipe: Literal["scratch", "paper"]
-    """`scratch`: cosine softmax with a margin and soft triplet; `paper`: smoothed cross entropy and hard triplet."""
+    """The retrieval losses. `scratch`: cosine softmax with a margin and soft triplet loss; `paper`: smoothed cross
+    entropy and hard triplet loss."""
     epochs: Annotated[int, Field(ge=1, le=10_000)]
     """Passes over the training images."""
     validate_every: Annotated[int, Field(ge=1, le=10_000)]
@@ -90,131 +93,131 @@ class Training(Section):
 
 
 class Teacher(Training):
-    """Stage `teacher`."""
+    """Stage `teacher`: the large network."""
 
     depth: Literal[14, 18, 26, 34, 50, 101, 152]
-    """Depth of the ResNet; 18 and 34 have basic blocks, the others bottlenecks."""
+    """Depth of the ResNet, layers; 18 and 34 have basic blocks, the others bottlenecks."""
     width: Annotated[int, Field(ge=8, le=512, multiple_of=8)]
     """Channels of the stem and planes of the first stage (64 in torchvision)."""
     embedding_dim: Annotated[int, Field(ge=8, le=8192)]
     """Length of the embedding (512 in the paper)."""
     last_stride: Literal[1, 2]
-    """Stride of the last stage (1 in re-identification: larger maps, better retrieval)."""
+    """Stride of the last stage; 1, the usual choice in re-identification, keeps larger maps and retrieves better."""
     weights: Annotated[str, Field(min_length=1)]
-    """`none`, `imagenet` (torchvision's published weights) or the path of a torchvision-named state dict
-    (.safetensors)."""
+    """First weights of the backbone: `none` (random), `imagenet` (published by torchvision) or the path of a state dict
+    with torchvision's names (.safetensors)."""
 
 
 class Budget(Section):
-    """How much the student must give up, and when."""
+    """How much is removed from the student, and when (all methods but `paper` and `none`)."""
 
     of: Literal["macs", "params", "latency"]
-    """What is counted: multiply-accumulates or parameters of backbone and embedding head, or the time that ONNX Runtime
-    takes for one image on this machine."""
+    """Unit of the budget: multiply-accumulates or parameters of backbone and embedding head, or the latency of one
+    image in ONNX Runtime on this machine."""
     reduction: Annotated[float, Field(ge=0, lt=1)]
     """Share to remove; the result lies in [reduction, reduction + 0.01]."""
     allow_block_removal: bool
-    """Whether the inner width of a block may reach zero, which drops the block; only where its shortcut is the
-    identity."""
+    """Whether a block may be removed as a whole; possible only if its shortcut is the identity."""
     start: Fraction
-    """Share of the steps after which channels begin to be masked (end of the warm-up)."""
+    """Share of the steps after which channels begin to be masked (the warm-up of the paper)."""
     end: Fraction
-    """Share of the steps after which all of the budget is masked (cubic schedule in between)."""
+    """Share of the steps after which the whole budget is masked, by the cubic schedule of Zhu and Gupta (2017)."""
     fade: Annotated[float, Field(gt=0, le=1)]
-    """Share of the steps that a masked row takes to become exactly zero."""
+    """Share of the steps that a masked channel takes to become exactly zero."""
     every: Annotated[int, Field(ge=1, le=10_000)]
     """Steps between two revisions of the masks."""
 
     @model_validator(mode="after")
-    def _room_to_fade(self) -> Self:
+    def _fades_before_the_end(self) -> Self:
         if self.start >= self.end:
             raise ValueError(f"`start` ({self.start}) must lie before `end` ({self.end})")
         if self.end + self.fade > 1:
             raise ValueError(
-                f"`end` + `fade` must not exceed 1, got {self.end} + {self.fade}: rows masked last could not reach "
-                "zero before training ends"
+                f"`end` + `fade` must not exceed 1, got {self.end} + {self.fade}: the last masked channels would not "
+                "reach zero before the end of training"
             )
         return self
 
 
 class Distill(Section):
-    """What the student takes over from the teacher."""
+    """Distillation: the losses between student and teacher."""
 
     kl: Annotated[float, Field(ge=0, le=100)]
     """Weight of the KL divergence between softened logits (1.0 in the paper)."""
     temperature: Annotated[float, Field(gt=0, le=100)]
     """Temperature of the softened logits (2 in the paper)."""
     feature: Annotated[float, Field(ge=0, le=100)]
-    """Weight of the L2 distance between pooled features (0.5 in the paper): at the compactors with method `paper`; else
-    at the ends of the four stages, whose channels stay comparable when inner widths change."""
+    """Weight of the L2 distance between pooled features (0.5 in the paper). Method `paper` compares them at the
+    compactors; the others at the ends of the four stages, where channels correspond although inner widths change."""
     embedding: Annotated[float, Field(ge=0, le=1000)]
-    """Weight of the cosine distance between embeddings (Budnik and Avrithis, CVPR 2021); 0 in the paper. A teacher that
-    has much left to learn is better not followed that closely."""
+    """Weight of the cosine distance between embeddings (Budnik and Avrithis, CVPR 2021); 0 in the paper. Use it with
+    teachers that are trained to convergence."""
     extra_losses: dict[str, dict[str, float]]
     """Further losses on the embeddings by name, each with its `weight` and settings, such as
     `asymmetric_triplet: {weight: 1.0, margin: 0.1}`; the files in pipeline/losses/ register them."""
     flip_average: bool
-    """Whether the teacher looks at each image's mirror image too and the student learns the mean of both answers. It is
-    better than one of them; the price is one more forward pass of the teacher."""
+    """Whether the outputs of the teacher are averaged over each image and its mirror image. This improves them, and
+    takes one more forward pass of the teacher."""
 
 
 class Resetting(Section):
-    """Whose gradients method `budget` resets: those of the least important channels, by the saved cost."""
+    """Method `budget`: the importance of channels; the gradients of the least important ones are reset."""
 
     importance: Literal["taylor", "magnitude", "random"]
-    """What a channel is worth: `taylor`, what its loss would do to the training loss (Molchanov et al., CVPR 2019,
-    equation 8); `magnitude`, its batch norm's scale (Liu et al., ICCV 2017); `random`, a control."""
+    """Importance of a channel: `taylor`, the squared change of the training loss without it, to first order (Molchanov
+    et al., CVPR 2019, equation 8); `magnitude`, the scale of its batch norm (Liu et al., ICCV 2017); `random`, a
+    control."""
     momentum: Annotated[float, Field(ge=0, lt=1)]
     """Momentum of the moving average of `taylor`."""
 
 
 class Paper(Section):
-    """Retrieval-guided gradient resetting of method `paper`, as published."""
+    """Method `paper`: retrieval-guided gradient resetting as published."""
 
     memory: Annotated[int, Field(ge=1, le=10_000_000)]
-    """Teacher features that are remembered at each site, rows (24,000 in the paper's code)."""
+    """Number of teacher features stored per site (24,000 in the paper's code)."""
     neighbours: Annotated[int, Field(ge=1, le=1000)]
-    """k, nearest of them by cosine for each image (2 in the paper)."""
+    """k, the number of nearest stored features by cosine for each image (2 in the paper)."""
     ratio: Annotated[float, Field(gt=0, lt=1)]
-    """Share of the channels that is unimportant to a match (0.5 in the paper's code)."""
+    """Share of the channels that counts as unimportant for a match (0.5 in the paper's code)."""
     lasso: Annotated[float, Field(ge=0, le=100)]
-    """Weight of the sum of the rows' norms (0.004 in the paper)."""
+    """Weight of the group lasso, the sum of the L2 norms of all rows (0.004 in the paper)."""
     start: Fraction
-    """Share of the steps after which the lasso pulls and masks grow (20 of 120 epochs in the paper)."""
+    """Share of the steps after which the lasso acts and masks grow (20 of 120 epochs in the paper)."""
     threshold: Annotated[float, Field(ge=0, lt=1)]
-    """Largest norm of a row that counts as dead when training ends (1e-5 in ResRep, ICCV 2021)."""
+    """Largest L2 norm of a row that counts as zero at the end of training (1e-5 in ResRep, ICCV 2021)."""
 
 
 class Student(Training):
-    """Stage `student`."""
+    """Stage `student`: the network that shrinks while it learns from the teacher."""
 
     method: Literal["budget", "paper", "static-magnitude", "static-random", "none"]
-    """`budget`: shrink to the budget while learning; `paper`: capacity dynamic distillation as published, which ends
-    where its lasso leads; `static-magnitude`: cut the teacher once by its batch norms' scales, then distil;
-    `static-random`: the same budget by a uniform factor on all widths, distilled from scratch; `none`: distil only."""
+    """The compression method. `budget`: shrink to the budget while learning; `paper`: capacity dynamic distillation as
+    published, where the reduction follows from the lasso; `static-magnitude`: prune the teacher once by the scales of
+    its batch norms, then distil; `static-random`: multiply all widths by one factor, distil from random weights;
+    `none`: distil only."""
     init: Literal["teacher", "imagenet", "random"]
-    """Where the first weights come from; `static-magnitude` and `static-random` have their own."""
+    """First weights of the student; the static methods ignore it."""
     budget: Budget
     sites: Annotated[list[Literal["conv1", "conv2", "stream"]], Field(min_length=1, max_length=3)]
-    """What may become narrower: the outputs of a block's first or second convolution, which get compactors, and the
-    residual stream of each stage, which gets gates."""
+    """What may become narrower: the outputs of a block's first and second convolution, which get compactors, and the
+    residual stream of each stage, which gets a channel gate."""
     channel_multiple: Annotated[int, Field(ge=1, le=64)]
-    """Widths stay whole multiples of it (8: the blocks of ONNX Runtime on AVX2), and at least one."""
+    """Number that every reduced width is a multiple of (ONNX Runtime computes blocks of 8 channels with AVX2)."""
     shrink: Literal["live", "off"]
-    """`live`: rows that died are cut out at the end of each epoch (method `budget`); `off`: only at the end, by stage
-    surgery."""
+    """When zero channels are cut out: `live`, after each epoch (method `budget`); `off`, in stage surgery."""
     distill: Distill
     freeze_norms_at: Fraction
-    """Share of the steps after which all batch norms keep the statistics that they have by then, so that the last steps
-    train the function that will be used; 1 never (as published)."""
+    """Share of the steps after which the statistics of all batch norms are frozen, so that the last steps train the
+    function that is exported; 1 never freezes them (as published)."""
     freeze_head_norms_at: Fraction
-    """The same for the norms of the embedding head, with `init: teacher`: at 0 they keep the teacher's statistics. A
-    batch of few identities tells them badly, and a student would chase that noise. 1 never (as published). Methods that
-    do not start with all of the teacher's channels have no use for it: `static-magnitude` became worse."""
+    """The same for the batch norms of the embedding head, with `init: teacher`; 0 keeps the statistics of the teacher,
+    because those of batches with few identities are noisy; 1 never freezes them (as published). Methods that start with
+    a pruned network ignore it."""
     resetting: Resetting
     paper: Paper
 
     @property
     def budgeted(self) -> bool:
-        """Whether the method keeps to a budget."""
+        """Whether the method keeps a budget."""
         return self.method not in ("paper", "none")

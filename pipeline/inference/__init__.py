@@ -1,1 +1,1 @@
-"""ONNX Runtime, and what a network of any widths costs it."""
+"""ONNX Runtime: sessions, latency, memory, and a latency model over widths."""

@@ -1,4 +1,4 @@
-"""What a file costs besides time: bytes on disk, memory, and layers that run in a slow layout."""
+"""Size on disk and memory of ONNX files, and the layers that ONNX Runtime runs in a slow memory layout."""
 
 import subprocess
 import sys
@@ -14,17 +14,17 @@ import onnx
 from pipeline.inference.session import INPUT, open_session
 
 BLOCKED = "com.microsoft.nchwc"
-"""Domain of ONNX Runtime's convolutions on blocks of channels, faster than its others."""
+"""Domain of ONNX Runtime's convolutions on blocks of channels (NCHWc), which are faster than the others."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one file costs.
+    """Size and memory of one file.
 
     Attributes:
-        bytes: Its size.
-        memory: Bytes of memory that loading it and one call took at their peak; None where the system does not tell.
-        plain_layers: Convolutions in floats that run outside of the fast layout.
+        bytes: Size on disk.
+        memory: Peak memory of loading the file and one call, bytes; None if the system does not report it.
+        plain_layers: Float convolutions that do not run in the fast layout.
     """
 
     bytes: int
@@ -33,13 +33,7 @@ class Footprint:
 
 
 def footprints(files: Mapping[str, Path], image_size: tuple[int, int], batch: int) -> dict[str, Footprint]:
-    """Look at some files.
-
-    Args:
-        files: ONNX files by name; each takes one float32 (B, 3, h, w).
-        image_size: Height and width, pixels.
-        batch: Images in the call whose memory is told.
-    """
+    """Measure ONNX files by name, each with an input of float32 (batch, 3, h, w) and `image_size` (h, w)."""
     return {
         name: Footprint(path.stat().st_size, _memory(path, image_size, batch), plain_layers(path))
         for name, path in files.items()
@@ -47,7 +41,7 @@ def footprints(files: Mapping[str, Path], image_size: tuple[int, int], batch: in
 
 
 def plain_layers(path: Path) -> tuple[str, ...]:
-    """Convolutions of a file that ONNX Runtime does not run on blocks of channels on this machine, by their weights."""
+    """Return the names of the convolutions that ONNX Runtime does not run in the fast layout on this machine."""
     with tempfile.TemporaryDirectory() as folder:
         optimised = Path(folder) / "optimised.onnx"
         open_session(path, 1, optimised=optimised)
@@ -60,33 +54,33 @@ def plain_layers(path: Path) -> tuple[str, ...]:
 
 
 def _memory(path: Path, image_size: tuple[int, int], batch: int) -> int | None:
-    """Measured in a process of its own: memory that was used before would hide it."""
+    """Measure peak memory in a new process, because memory that was used and freed here would hide it."""
     command = [sys.executable, "-m", "pipeline.inference.footprint", str(path), *map(str, image_size), str(batch)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return int(done.stdout) or None
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return int(process.stdout) or None
 
 
 def _peak() -> int:
-    """Largest memory of this process so far, bytes; 0 where the system is not Linux and does not tell.
+    """Return the peak memory of this process, bytes; 0 if the system is not Linux.
 
-    `getrusage` would not do: it counts what the parent held when it started this process.
+    `getrusage` does not work here: it includes the memory that the parent held when it started this process.
     """
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
 
 
-def _forget_peak() -> None:
-    """Let the peak be what is held now: what importing took for a moment would hide what the file takes."""
-    with suppress(OSError):  # where the system has no such thing, or does not allow it
+def _reset_peak() -> None:
+    """Set the peak to the present memory, because the peak of the imports would hide that of the file."""
+    with suppress(OSError):  # not Linux, or not permitted
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def main() -> None:
-    """Write the memory that a file takes to standard output."""
+    """Write the peak memory of loading a file and one call, bytes, to standard output."""
     path, height, width, batch = Path(sys.argv[1]), *map(int, sys.argv[2:])
     pixels = np.zeros((batch, 3, height, width), np.float32)
-    _forget_peak()
+    _reset_peak()
     before = _peak()
     open_session(path).run(None, {INPUT: pixels})
     sys.stdout.write(str(max(_peak() - before, 0)))

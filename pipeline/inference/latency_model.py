@@ -1,8 +1,8 @@
-"""How long each layer takes on this machine, at any widths: what a latency budget counts.
+"""A latency model of this machine: the time of each layer as a function of its widths, for latency budgets.
 
-Some networks of the same depth and random widths are run by ONNX Runtime, whose profile tells the time of every layer
-in its place: alone, a layer would find other caches and another layout. A layer's time is then
-`product * in * out + per_in * in + per_out * out + constant`, fitted to what was measured.
+ONNX Runtime runs networks of the same depth with random widths, and its profiler measures every layer inside of the
+network (alone, a layer would see other cache contents and another memory layout). The time of a layer is fitted as
+`product * in * out + per_left * in + per_right * out + constant`.
 """
 
 import json
@@ -30,51 +30,47 @@ from pipeline.progress import track
 log = logging.getLogger(__name__)
 
 NETWORKS, ROUNDS, CALLS, WARM_UP = 24, 4, 10, 4
-"""Networks that are timed, in rounds, by so many calls after some that do not count."""
+"""Number of sampled networks, of rounds over all of them, and of timed and untimed calls of each in a round."""
 
-Seconds = dict[str, float]
-"""By layer."""
+LayerTimes = dict[str, float]
+"""Seconds by layer name."""
 
 
 def latency_model(spec: ArchSpec, image_size: tuple[int, int], multiple: int) -> CostModel:
-    """Seconds for one image with all threads, as a function of widths.
+    """Measure the latency of one image with all threads, seconds, as a function of widths.
 
-    It takes some seconds for small networks, and a minute for large ones.
+    This takes some seconds for small networks, and a minute for large ones.
     """
-    specs = list(_samples(spec, multiple))
+    specs = list(_sample_specs(spec, multiple))
     files = [timing_graph(sample, image_size) for sample in specs]
     pixels = np.random.default_rng(0).standard_normal((1, 3, *image_size), dtype=np.float32)
-    layers: list[list[Seconds]] = [[] for _ in specs]
+    layers: list[list[LayerTimes]] = [[] for _ in specs]
     totals: list[list[float]] = [[] for _ in specs]
     for _ in track(range(ROUNDS), ROUNDS, "timing layers"):
         for number, file in enumerate(files):
-            layers[number].append(_profile(file, pixels))
-            totals[number].append(_total(file, pixels))
+            layers[number].append(_layer_times(file, pixels))
+            totals[number].append(_total_time(file, pixels))
     fastest = [{name: min(run[name] for run in runs) for name in runs[0]} for runs in layers]
     sizes = [{**fixed_sizes(spec), **sample.widths} for sample in specs]
     terms = [_fit(spec, name, sizes, [run[name] for run in fastest]) for name in fastest[0]]
-    # Between the nodes some time passes that none is charged with, and profiling costs each of them some: `rest` may be
-    # negative. Of single layers only differences matter, and of their sum the whole.
-    whole = np.array([min(runs) for runs in totals])
-    inside = np.array([[sum(term(size) for term in terms), 1.0] for size in sizes])
-    factor, rest = np.linalg.lstsq(inside / whole[:, None], np.ones(len(whole)))[0]
+    # The layers do not sum up to the whole: time passes between nodes, and profiling slows each of them down (`rest`
+    # may be negative). So the layers determine the differences, and the unprofiled times determine the scale.
+    measured = np.array([min(runs) for runs in totals])
+    layer_sums = np.array([[sum(term(size) for term in terms), 1.0] for size in sizes])
+    factor, rest = np.linalg.lstsq(layer_sums / measured[:, None], np.ones(len(measured)))[0]
     share = rest / len(terms)
     scaled = tuple(replace(term.scaled(factor), constant=factor * term.constant + share) for term in terms)
     model = CostModel(scaled, fixed_sizes(spec))
-    errors = [abs(model(sample.widths) / took - 1) for sample, took in zip(specs, whole, strict=True)]
-    log.info("layers timed: a network's time is told to %.1f %% (median), %.1f %% (worst)",
+    errors = [abs(model(sample.widths) / seconds - 1) for sample, seconds in zip(specs, measured, strict=True)]
+    log.info("layers timed: the latency of a network is predicted with an error of %.1f %% (median), %.1f %% (largest)",
              100 * float(np.median(errors)), 100 * max(errors))  # fmt: skip
     return model
 
 
-def kept_latency_model(path: Path, spec: ArchSpec, image_size: tuple[int, int], multiple: int) -> CostModel:
-    """`latency_model`, read from a file where there is one: a training that goes on must count as it began.
+def stored_latency_model(path: Path, spec: ArchSpec, image_size: tuple[int, int], multiple: int) -> CostModel:
+    """Read a latency model from a JSON file, or measure and write it if the file is missing.
 
-    Args:
-        path: JSON file, written where it is missing.
-        spec: The uncompressed network.
-        image_size: Height and width, pixels.
-        multiple: Of the widths that are tried.
+    A resumed training must use the same model as before the interruption.
     """
     if not path.is_file():
         model = latency_model(spec, image_size, multiple)
@@ -83,32 +79,28 @@ def kept_latency_model(path: Path, spec: ArchSpec, image_size: tuple[int, int], 
 
 
 def write_model(path: Path, model: CostModel) -> None:
-    """Write the terms as JSON."""
+    """Write the terms of a latency model as JSON."""
     write_text(path, json.dumps([asdict(term) for term in model.terms], indent=1) + "\n")
 
 
-def kept_share(path: Path, spec: ArchSpec, image_size: tuple[int, int], widths: Mapping[str, int]) -> float:
-    """Share of a network's time that it takes with other widths: both are run in turns, once.
+def stored_latency_ratio(path: Path, spec: ArchSpec, image_size: tuple[int, int], widths: Mapping[str, int]) -> float:
+    """Return the latency with other widths as a fraction of that of `spec`.
 
-    Args:
-        path: JSON file of what was measured before.
-        spec: The uncompressed network.
-        image_size: Height and width, pixels.
-        widths: Of the narrowed one.
+    The ratio is read from a JSON file; if it is missing there, both networks are timed side by side and it is added.
     """
-    known = read_json(path) if path.is_file() else {}
-    asked = json.dumps(dict(widths), sort_keys=True)
-    if asked not in known:
+    ratios = read_json(path) if path.is_file() else {}
+    key = json.dumps(dict(widths), sort_keys=True)
+    if key not in ratios:
         full = spec.model_copy(update={"indicators": (), "identities": 0})
         narrow = full.model_copy(update={"widths": {**spec.widths, **widths}})
         files = {"full": timing_graph(full, image_size), "narrow": timing_graph(narrow, image_size)}
-        known[asked] = 1 / gains(files, "full", image_size)["narrow"].ratio
-        write_text(path, json.dumps(known, indent=1) + "\n")
-    return float(known[asked])
+        ratios[key] = 1 / gains(files, "full", image_size)["narrow"].ratio
+        write_text(path, json.dumps(ratios, indent=1) + "\n")
+    return float(ratios[key])
 
 
-def _samples(spec: ArchSpec, multiple: int) -> Iterator[ArchSpec]:
-    """Specs from the full one to a very narrow one, each site with a share of its own."""
+def _sample_specs(spec: ArchSpec, multiple: int) -> Iterator[ArchSpec]:
+    """Yield specs from the full one to a very narrow one, with a random width at each site."""
     random = np.random.default_rng(0)
     for share in np.geomspace(1.0, 0.06, NETWORKS):
         widths = {}
@@ -118,8 +110,8 @@ def _samples(spec: ArchSpec, multiple: int) -> Iterator[ArchSpec]:
         yield spec.model_copy(update={"widths": widths, "indicators": (), "identities": 0})
 
 
-def _profile(file: bytes, pixels: npt.NDArray[np.float32]) -> Seconds:
-    """Time of each layer by the profile."""
+def _layer_times(file: bytes, pixels: npt.NDArray[np.float32]) -> LayerTimes:
+    """Return the median time of each layer by ONNX Runtime's profiler."""
     with tempfile.TemporaryDirectory() as folder:
         session = open_session(file, profile=Path(folder) / "profile")
         for _ in range(WARM_UP + CALLS):
@@ -129,21 +121,21 @@ def _profile(file: bytes, pixels: npt.NDArray[np.float32]) -> Seconds:
     calls: dict[tuple[str, str], list[float]] = defaultdict(list)
     unnamed: list[dict[str, Any]] = []
     for event in sorted(nodes, key=lambda event: event["ts"]):
-        if "/" not in event["name"]:  # a change of layout, which the next node needs
+        if "/" not in event["name"]:  # a change of memory layout, which counts to the layer of the next node
             unnamed.append(event)
             continue
         layer = event["name"].partition("/")[0]
         for part in (*unnamed, event):
             calls[layer, part["name"]].append(part["dur"] / 1e6)
         unnamed.clear()
-    found: Seconds = defaultdict(float)
+    times: LayerTimes = defaultdict(float)
     for (layer, _), seconds in calls.items():
-        found[layer] += float(np.median(seconds[WARM_UP:]))
-    return dict(found)
+        times[layer] += float(np.median(seconds[WARM_UP:]))
+    return dict(times)
 
 
-def _total(file: bytes, pixels: npt.NDArray[np.float32]) -> float:
-    """Median time of a call, seconds, without a profile."""
+def _total_time(file: bytes, pixels: npt.NDArray[np.float32]) -> float:
+    """Return the median time of a call without the profiler, seconds."""
     session, seconds = open_session(file), []
     for _ in range(WARM_UP + CALLS):
         start = perf_counter()
@@ -153,11 +145,11 @@ def _total(file: bytes, pixels: npt.NDArray[np.float32]) -> float:
 
 
 def _fit(spec: ArchSpec, name: str, sizes: Sequence[Mapping[str, int]], seconds: Sequence[float]) -> Term:
-    """A layer's time as a function of its widths, no part of it negative, relative errors smallest."""
+    """Fit the time of a layer as a function of its widths, by non-negative least squares of the relative errors."""
     layer = next(layer for layer in spec.layers() if layer.name == name)
-    took = np.array(seconds)
+    measured = np.array(seconds)
     left, right = (np.array([size[side] for size in sizes], dtype=float) for side in (layer.source, layer.target))
     features = np.stack([left * right, left, right, np.ones_like(left)], axis=1)
     scale = features.max(axis=0)
-    coefficients, _ = nnls(features / scale / took[:, None], np.ones_like(took))
+    coefficients, _ = nnls(features / scale / measured[:, None], np.ones_like(measured))
     return Term(layer.source, layer.target, *(float(value) for value in coefficients / scale))

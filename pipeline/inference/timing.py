@@ -1,4 +1,4 @@
-"""How long ONNX files take, measured so that they can be compared."""
+"""Latency of ONNX files, measured in turns so that the files can be compared."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,44 +15,45 @@ from pipeline.inference.session import open_session
 from pipeline.progress import track
 
 WARM_UP = 5
-"""Calls of each file before anything counts: memory arenas and clock frequency settle."""
+"""Untimed calls of each file at the start, until memory arenas and clock frequency are stable."""
 
-BURST, SETTLE = 5, 2
-"""Timed calls in a row before it is the next file's turn, and untimed ones before them.
+TURN_CALLS, TURN_WARM_UP = 5, 2
+"""Timed calls in each turn of a file, and untimed calls before them.
 
-Where files took turns call by call, the threads of one session were still spinning when the next was timed: a file of
-43 % of the MACs came out 3.8 times as fast at batch 1 and 1.8 times at batch 32, where timing each alone gave 1.7 and
-2.2. Calls in a row are also how a file is used.
+With turns of a single call, the threads of one session were still spinning while the next session was timed: a file
+with 43 % of the MACs measured 3.8 times as fast at batch 1 and 1.8 times at batch 32, but 1.7 and 2.2 times if each
+file was timed alone. Consecutive calls are also how a file is used.
 """
 
 PAUSE = 0.1
-"""Seconds before each turn: the threads of the sessions that ran before spin on for some time, and with four files on
-two cores a call took three times as long as alone.
+"""Seconds before each turn: threads of the other sessions keep spinning for a while, and with four files on two cores a
+call took three times as long as alone.
 """
 
-COMPARED = 100
-"""Timed calls of each file where only one is to be chosen."""
+COMPARISON_CALLS = 100
+"""Timed calls of each file in `gains`."""
 
 CONFIDENCE = 0.95
-"""Of the interval of a ratio."""
-UNCERTAIN = 0.2
-"""Share of a ratio that its interval may span; where it is wider, the machine was too noisy for a number."""
+"""Confidence level of the interval of a speedup."""
+MIN_TURNS = 6
+"""Turns that the interval needs: the range of five ratios covers the median with a probability of 94 % only."""
+MAX_WIDTH = 0.2
+"""Largest width of the interval of a speedup, as a share of the speedup; if it is wider, the machine was too noisy."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One file at one setting.
+    """The latency of one file at one setting.
 
     Attributes:
-        file: Its key in `measure`'s argument.
-        batch: Images a call.
+        file: Name of the file in the argument of `measure`.
+        batch: Images per call.
         threads: Intra-op threads, 0 for all.
         p50_ms: Median time of a call, milliseconds.
-        p90_ms: Nine calls in ten took at most this, milliseconds.
-        p99_ms: Likewise 99 in a hundred.
-        spread: (p90 - p10) / p50; how far the middle four fifths of the calls lie apart.
-        turns_ms: Median of each turn, in order; another file's turn of the same number met the same state of the
-            machine.
+        p90_ms: 90th percentile, milliseconds.
+        p99_ms: 99th percentile, milliseconds.
+        spread: (p90 - p10) / p50.
+        turns_ms: Median of each turn, in order; the turns of the same number of two files ran next to each other.
     """
 
     file: str
@@ -66,19 +67,19 @@ class Timing:
 
     @property
     def images_per_second(self) -> float:
-        """Throughput at the median."""
+        """Throughput at the median latency."""
         return 1000 * self.batch / self.p50_ms
 
 
 @dataclass(frozen=True)
 class Gain:
-    """How many times as fast one file is as another.
+    """The speedup of one file over another.
 
     Attributes:
-        ratio: Of their p50.
-        low: Lower end of an interval for the median ratio of turns (`CONFIDENCE`).
+        ratio: Ratio of the median latencies; above 1 if the file is faster.
+        low: Lower end of the confidence interval (`CONFIDENCE`) of the median ratio over turns.
         high: Upper end.
-        turns: That were compared; fewer than six allow no such interval, which is from least to greatest then.
+        turns: Number of compared turns; with fewer than `MIN_TURNS` the interval is the range of all ratios.
     """
 
     ratio: float
@@ -88,28 +89,20 @@ class Gain:
 
     @property
     def conclusive(self) -> bool:
-        """Whether the ratio is known well enough to be told."""
-        return self.turns >= LEAST_TURNS and self.high - self.low <= UNCERTAIN * self.ratio
+        """Whether the interval is narrow enough to report the speedup."""
+        return self.turns >= MIN_TURNS and self.high - self.low <= MAX_WIDTH * self.ratio
 
 
 def gain(slow: Timing, fast: Timing) -> Gain:
-    """Compare two files at one setting, turn by turn.
+    """Compute the speedup of `fast` over `slow` at one setting, turn by turn.
 
-    The interval is that of the sign test, from order statistics of the ratios: it assumes nothing about how noise is
-    distributed (Conover, Practical Nonparametric Statistics, 3.2).
-
-    Args:
-        slow: What is compared with.
-        fast: What may be faster.
+    The interval is that of the sign test, from order statistics of the ratios, which needs no assumption about the
+    distribution of the noise (Conover, Practical Nonparametric Statistics, section 3.2).
     """
-    ratios = sorted(left / right for left, right in zip(slow.turns_ms, fast.turns_ms, strict=True))
-    cut = max(int(binom.ppf((1 - CONFIDENCE) / 2, len(ratios), 0.5)) - 1, 0)
+    ratios = sorted(before / after for before, after in zip(slow.turns_ms, fast.turns_ms, strict=True))
+    index = max(int(binom.ppf((1 - CONFIDENCE) / 2, len(ratios), 0.5)) - 1, 0)
     ratio = slow.p50_ms / fast.p50_ms
-    return Gain(ratio, min(ratios[cut], ratio), max(ratios[-1 - cut], ratio), len(ratios))
-
-
-LEAST_TURNS = 6
-"""With five, least and greatest ratio hold the median in 94 % of the cases."""
+    return Gain(ratio, min(ratios[index], ratio), max(ratios[-1 - index], ratio), len(ratios))
 
 
 def measure(
@@ -121,14 +114,14 @@ def measure(
 ) -> list[Timing]:
     """Time calls of ONNX files on the CPU.
 
-    At each setting the files take turns of a few calls, each round begun by another file and every other round the
-    other way about, so that a drift of the machine, and what a file leaves to the next one, meets all of them alike.
-    A turn begins with untimed calls (see `BURST`).
+    At each setting the files take turns of a few calls (see `TURN_CALLS`). The first file changes from round to round,
+    and every second round runs in reverse, so a drift of the machine and the effect of the file before are the same for
+    all files.
 
     Args:
-        files: ONNX files by the name that the result has for them; each takes one float32 (B, 3, h, w).
+        files: ONNX files by name, each with one input of float32 (B, 3, h, w).
         image_size: Height and width, pixels.
-        batches: Images a call.
+        batches: Images per call.
         threads: Intra-op threads, 0 for all that this process may use.
         repeats: Timed calls of each file at each setting.
 
@@ -145,40 +138,40 @@ def measure(
         seconds: dict[str, list[list[float]]] = {name: [] for name in names}
         for name in names:
             _calls(sessions[name], feeds[name], WARM_UP)
-        for turn, done in enumerate(range(0, repeats, BURST)):
+        for turn, done in enumerate(range(0, repeats, TURN_CALLS)):
             for name in _order(names, turn):
                 sleep(PAUSE)
-                _calls(sessions[name], feeds[name], SETTLE)
-                seconds[name].append(_calls(sessions[name], feeds[name], min(BURST, repeats - done)))
+                _calls(sessions[name], feeds[name], TURN_WARM_UP)
+                seconds[name].append(_calls(sessions[name], feeds[name], min(TURN_CALLS, repeats - done)))
         timings += [summarise(name, batch, count, seconds[name]) for name in names]
     return timings
 
 
 def _order(names: Sequence[str], turn: int) -> list[str]:
-    """Whose turn it is in one round: each begins equally often, and each pair goes both ways equally often."""
+    """Return the order of the files in a round: over all rounds, first places and orders of pairs are balanced."""
     first = turn // 2 % len(names)
     order = [*names[first:], *names[:first]]
     return order[::-1] if turn % 2 else order
 
 
-def gains(files: Mapping[str, bytes], of: str, image_size: tuple[int, int]) -> dict[str, Gain]:
-    """How much faster than one of some files each of them is, on one image with all threads.
+def gains(files: Mapping[str, bytes], reference: str, image_size: tuple[int, int]) -> dict[str, Gain]:
+    """Return the speedup of each file over a reference, for one image with all threads.
 
     Args:
-        files: Content by name.
-        of: Name of the one to compare with.
-        image_size: As in `measure`.
+        files: Contents of the ONNX files by name.
+        reference: Name of the file to compare with.
+        image_size: Height and width, pixels.
     """
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: Path(folder) / f"{number}.onnx" for number, name in enumerate(files)}
         for name, path in paths.items():
             path.write_bytes(files[name])
-        timings = {timing.file: timing for timing in measure(paths, image_size, [1], [0], COMPARED)}
-    return {name: gain(timings[of], timings[name]) for name in files}
+        timings = {timing.file: timing for timing in measure(paths, image_size, [1], [0], COMPARISON_CALLS)}
+    return {name: gain(timings[reference], timings[name]) for name in files}
 
 
 def _calls(session: Any, feed: Mapping[str, npt.NDArray[np.float32]], number: int) -> list[float]:
-    """Seconds of each of some calls in a row."""
+    """Return the seconds that each of some consecutive calls took."""
     seconds = []
     for _ in range(number):
         start = perf_counter()
@@ -188,14 +181,7 @@ def _calls(session: Any, feed: Mapping[str, npt.NDArray[np.float32]], number: in
 
 
 def summarise(file: str, batch: int, threads: int, turns: Sequence[Sequence[float]]) -> Timing:
-    """Boil the calls of one file at one setting down.
-
-    Args:
-        file: Name of the file.
-        batch: Images a call.
-        threads: Intra-op threads, 0 for all.
-        turns: Seconds of each call, by turn; at least one.
-    """
+    """Summarise the calls of one file at one setting; `turns` are the seconds of each call, by turn."""
     milliseconds = 1000 * np.concatenate([np.asarray(turn, np.float64) for turn in turns])
     p10, p50, p90, p99 = np.quantile(milliseconds, (0.1, 0.5, 0.9, 0.99)).tolist()
     medians = tuple(float(1000 * np.median(turn)) for turn in turns)

@@ -1,6 +1,6 @@
-"""A network as ONNX, straight from its spec, for what depends on widths alone: how long it takes.
+"""ONNX graphs with random weights, built from a spec, to measure latency, which depends on the widths only.
 
-Batch norms are folded, as ONNX Runtime does with an exported network; the weights are random.
+Batch norms are folded, as ONNX Runtime does with an exported network.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ OPSET, IR = 18, 10
 
 
 class _Graph:
-    """Nodes and weights, gathered in order."""
+    """The nodes and weights of a graph under construction."""
 
     def __init__(self, sizes: dict[str, int]) -> None:
         self.sizes = sizes
@@ -27,18 +27,18 @@ class _Graph:
         self._random = np.random.default_rng(0)
 
     def add(self, operator: str, inputs: list[str], name: str, **attributes: Any) -> str:
-        """Append a node whose output has its name."""
+        """Append a node, and return the name of its output, which is the name of the node."""
         self.nodes.append(helper.make_node(operator, inputs, [name], name=name, **attributes))
         return name
 
     def constant(self, name: str, shape: tuple[int, ...], scale: float) -> str:
-        """Append random weights."""
+        """Append a normally distributed weight, and return its name."""
         values: npt.NDArray[np.float32] = self._random.standard_normal(shape, dtype=np.float32) * np.float32(scale)
         self.weights.append(numpy_helper.from_array(values, name))
         return name
 
-    def convolution(self, layer: Layer, source: str, *then: str) -> str:
-        """Append a convolution with its folded batch norm, and what follows it; all named after the layer."""
+    def convolution(self, layer: Layer, source: str, *operators: str) -> str:
+        """Append a convolution with a folded batch norm, then `operators`; all nodes are named after the layer."""
         channels, out, kernel = self.sizes[layer.source], self.sizes[layer.target], layer.kernel
         weight = self.constant(
             f"{layer.name}.weight", (out, channels, kernel, kernel), (2 / (channels * kernel**2)) ** 0.5
@@ -48,20 +48,15 @@ class _Graph:
             "Conv", [source, weight, bias], f"{layer.name}/Conv",
             kernel_shape=[kernel] * 2, strides=[layer.stride] * 2, pads=[kernel // 2] * 4,
         )  # fmt: skip
-        for operator in then:
+        for operator in operators:
             output = self.add(operator, [output], f"{layer.name}/{operator}")
         return output
 
 
 def timing_graph(spec: ArchSpec, image_size: tuple[int, int]) -> bytes:
-    """An ONNX file that computes what a network of this spec computes, with other numbers.
+    """Return the content of an ONNX file with the layers of a spec, without indicators and classifier.
 
-    Args:
-        spec: Indicators and classifier are left out.
-        image_size: Height and width, pixels.
-
-    Returns:
-        The file's content. Each node is named ``LAYER/OPERATOR`` after the layer that it belongs to.
+    Images have `image_size` (height, width). Each node is named ``LAYER/OPERATOR`` after its layer.
     """
     graph = _Graph({IMAGE: 3, EMBEDDING: spec.embedding_dim, **spec.widths})
     layers = {layer.name: layer for layer in spec.layers()}

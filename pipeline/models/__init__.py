@@ -1,1 +1,1 @@
-"""The networks: architecture as data, residual blocks with compactor slots, cost."""
+"""Architectures as data, the networks they describe, and their cost."""

@@ -1,4 +1,4 @@
-"""Outputs of inner modules, by module name."""
+"""Forward hooks that collect the outputs of inner modules by module name."""
 
 from collections.abc import Callable, Iterable
 from types import TracebackType
@@ -7,45 +7,39 @@ from typing import Self
 from torch import Tensor, nn
 
 
-def whole(output: Tensor) -> Tensor:
-    """The output itself; a ReLU behind it may change it in place."""
+def unchanged(output: Tensor) -> Tensor:
+    """Return the output itself, without a copy: a ReLU behind it may change it in place."""
     return output
 
 
-def pooled(output: Tensor) -> Tensor:
-    """Mean over the positions of a feature map, (B, C, H, W) -> (B, C)."""
+def average_pool(output: Tensor) -> Tensor:
+    """Average a feature map over its positions, (B, C, H, W) -> (B, C)."""
     return output.mean(dim=(2, 3))
 
 
 class FeatureHooks:
-    """Catches what named modules put out; reading empties it, so that nothing outlives its batch.
+    """Collects the outputs of named modules in a forward pass; reading them clears them, so no batch is kept in memory.
 
     Args:
-        net: Network that is listened to.
         names: Module names, such as ``layer3`` or ``layer3.5.compactor2``.
-        view: What is kept of an output.
+        transform: Applied to each output before it is stored.
     """
 
-    def __init__(self, net: nn.Module, names: Iterable[str], view: Callable[[Tensor], Tensor] = whole) -> None:
-        self._caught: dict[str, Tensor] = {}
-        self._view = view
-        self._handles = [net.get_submodule(name).register_forward_hook(self._catch(name)) for name in names]
+    def __init__(self, net: nn.Module, names: Iterable[str], transform: Callable[[Tensor], Tensor] = unchanged) -> None:
+        self._outputs: dict[str, Tensor] = {}
+        self._transform = transform
+        self._handles = [net.get_submodule(name).register_forward_hook(self._hook(name)) for name in names]
 
-    def _catch(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            self._caught[name] = self._view(output)
+            self._outputs[name] = self._transform(output)
 
         return hook
 
     def read(self) -> dict[str, Tensor]:
-        """What the last forward pass put out, by module name."""
-        caught, self._caught = self._caught, {}
-        return caught
-
-    def close(self) -> None:
-        """Stop listening."""
-        for handle in self._handles:
-            handle.remove()
+        """Return the outputs of the last forward pass by module name, and clear them."""
+        outputs, self._outputs = self._outputs, {}
+        return outputs
 
     def __enter__(self) -> Self:
         return self
@@ -53,4 +47,5 @@ class FeatureHooks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        for handle in self._handles:
+            handle.remove()

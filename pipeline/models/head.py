@@ -1,4 +1,4 @@
-"""From a feature map to an embedding, and from an embedding to identities."""
+"""The embedding head and the identity classifier."""
 
 import torch
 from torch import Tensor, nn
@@ -8,11 +8,7 @@ from torch.nn import functional
 class EmbeddingHead(nn.Module):
     """Global average pooling, batch norm, ReLU, linear map without bias, batch norm.
 
-    Source: the public code of Xie et al., CVPR 2023. Embeddings are compared by cosine.
-
-    Args:
-        channels: Channels of the feature map.
-        embedding_dim: Length of the embedding.
+    Embeddings are compared by cosine. Source: the public code of Xie et al., CVPR 2023.
     """
 
     def __init__(self, channels: int, embedding_dim: int) -> None:
@@ -28,12 +24,10 @@ class EmbeddingHead(nn.Module):
 
 
 class Classifier(nn.Linear):
-    """Scores of an embedding for each training identity.
+    """Linear classifier over the training identities, without bias.
 
     Args:
-        embedding_dim: Length of the embedding.
-        identities: Number of training identities.
-        cosine: Whether to return cosines (both sides L2-normalised) or inner products.
+        cosine: Return cosines (embedding and weights L2-normalised) instead of inner products.
     """
 
     def __init__(self, embedding_dim: int, identities: int, cosine: bool) -> None:
@@ -45,21 +39,21 @@ class Classifier(nn.Linear):
             nn.init.normal_(self.weight, std=0.001)
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """Score embeddings, (B, D) -> (B, identities)."""
+        """Compute logits, (B, D) -> (B, identities)."""
         if not self.cosine:
             return super().forward(embedding)
-        with torch.autocast(embedding.device.type, enabled=False):  # half precision cannot tell near cosines apart
+        with torch.autocast(embedding.device.type, enabled=False):  # 16 bits are too coarse for cosines near 1
             unit = functional.normalize(embedding.to(self.weight.dtype))
             return functional.linear(unit, functional.normalize(self.weight))
 
 
 def freeze_norms(module: nn.Module) -> None:
-    """Keep the statistics of all batch norms as they are, until `train` is called on it."""
+    """Freeze the running statistics of all batch norms, until `module.train()` is called again."""
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
             norm.eval()
 
 
 def l2_normalise(embedding: Tensor) -> Tensor:
-    """Scale rows to length 1; a row of zeros stays zero."""
+    """Scale embeddings (B, D) to length 1; an embedding of zeros stays zero."""
     return functional.normalize(embedding, eps=torch.finfo(embedding.dtype).eps)

@@ -1,7 +1,8 @@
 """Residual networks with torchvision's names, any widths, and a slot for a compactor behind each inner convolution.
 
-One block has three lives: plain (the slot is an identity), with compactors (a 1x1 convolution sits in the slot), and
-folded (the slot is an identity again, the block is narrower). torchvision's state dicts load without renaming.
+The slot holds an `nn.Identity` in a plain network and a `Compactor` (a 1x1 convolution) while the network is
+compressed; after folding it is an identity again and the block is narrower. torchvision's state dicts load without
+renaming.
 
 Source: He et al., CVPR 2016; slots for compactors: Ding et al., ICCV 2021.
 """
@@ -16,15 +17,15 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from pipeline.models.head import Classifier, EmbeddingHead
-from pipeline.models.spec import BLOCKS, ArchSpec, Block, indicator_of
+from pipeline.models.spec import BLOCKS, ArchSpec, Block, indicator_name
 
 
 class Output(NamedTuple):
-    """What a network says about a batch.
+    """The outputs of a network for a batch.
 
     Attributes:
         embedding: (B, D), not normalised.
-        logits: (B, identities), or None where the network has no classifier.
+        logits: (B, identities), or None if the network has no classifier.
     """
 
     embedding: Tensor
@@ -32,10 +33,9 @@ class Output(NamedTuple):
 
 
 class Compactor(nn.Conv2d):
-    """A 1x1 convolution that starts as the identity; a row that becomes zero marks a channel that can go.
+    """A 1x1 convolution initialised to the identity; a zero row marks an output channel that can be removed.
 
-    Args:
-        channels: Channels in and out.
+    Source: Ding et al., "ResRep", ICCV 2021.
     """
 
     def __init__(self, channels: int) -> None:
@@ -50,12 +50,10 @@ class Compactor(nn.Conv2d):
 
 
 class ChannelGate(nn.Module):
-    """A factor on each channel of a stage's stream, shared by all that write to it; it starts at 1.
+    """A learnable scale of each channel of a residual stream, shared by all layers that write to it; initially 1.
 
-    Where it is zero, the channel is zero throughout the stage, since the block's input is non-negative.
-
-    Args:
-        channels: Channels of the stream.
+    A scale of 0 makes the channel zero throughout the stage, because every layer that writes to the stream is scaled by
+    it.
     """
 
     def __init__(self, channels: int) -> None:
@@ -64,17 +62,17 @@ class ChannelGate(nn.Module):
 
     @property
     def matrix(self) -> Tensor:
-        """The factors as rows (C, 1); a view."""
+        """The scales as rows (C, 1); a view."""
         return self.weight[:, None]
 
     def forward(self, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-        """Normalise and scale, (B, C, H, W) -> same; the norm's scale and shift take the factors, not the map."""
+        """Normalise and scale, (B, C, H, W) -> same; the gate multiplies the norm's scale and shift, not the map."""
         scaled = {name: norm.get_parameter(name) * self.weight for name in ("weight", "bias")}
         return cast(Tensor, functional_call(norm, scaled, (x,)))
 
 
-class Ungated(nn.Module):
-    """In the place of a gate: every channel as the norm leaves it."""
+class IdentityGate(nn.Module):
+    """Takes the place of a `ChannelGate` in a stream that has none: it only applies the norm."""
 
     def forward(self, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
         """Normalise, (B, C, H, W) -> same."""
@@ -82,16 +80,14 @@ class Ungated(nn.Module):
 
 
 Indicator = Compactor | ChannelGate
-"""What tells by its rows which channels are needed: ``weight`` (C, ...) and ``matrix`` (C, n)."""
+"""A "channel importance indicator" in the words of Xie et al. (CVPR 2023): a compactor or a channel gate.
+
+Both have a ``weight`` (C, ...) and a ``matrix`` (C, n), a view; the norm of row c shows whether channel c is needed.
+"""
 
 
 class ResidualBlock(nn.Module):
-    """A basic block (3x3, 3x3) or a bottleneck (1x1, 3x3, 1x1).
-
-    Args:
-        block: Its place in the spec.
-        spec: Whose widths it takes.
-    """
+    """A basic block (3x3, 3x3) or a bottleneck (1x1, 3x3, 1x1)."""
 
     def __init__(self, block: Block, spec: ArchSpec) -> None:
         super().__init__()
@@ -117,7 +113,7 @@ class ResidualBlock(nn.Module):
             )
 
     def forward(self, x: Tensor, gate: nn.Module) -> Tensor:
-        """Transform a feature map, (B, C, H, W) -> (B, C', H', W'); `gate` is the stage's."""
+        """Transform a feature map, (B, C, H, W) -> (B, C', H', W'); `gate` belongs to the stage."""
         y = x
         for index in range(1, self.depth):
             y = self.get_submodule(f"bn{index}")(self.get_submodule(f"conv{index}")(y))
@@ -128,16 +124,16 @@ class ResidualBlock(nn.Module):
         return functional.relu(y + x, inplace=True)
 
 
-class Gone(nn.Module):
-    """What is left of a block that was removed: its shortcut, the identity."""
+class RemovedBlock(nn.Module):
+    """Takes the place of a removed block: only the identity shortcut is left."""
 
     def forward(self, x: Tensor, gate: nn.Module) -> Tensor:
-        """Return the feature map, which is non-negative already."""
+        """Return the feature map; the ReLU would not change it, since it is non-negative already."""
         return x
 
 
 class Stage(nn.ModuleList):
-    """Residual blocks that share a stream."""
+    """The residual blocks of a stage, which share a residual stream."""
 
     def forward(self, x: Tensor, gate: nn.Module) -> Tensor:
         """Transform a feature map, (B, C, H, W) -> (B, C', H', W')."""
@@ -147,11 +143,7 @@ class Stage(nn.ModuleList):
 
 
 class RetrievalNet(nn.Module):
-    """Backbone, embedding head and, where the spec asks for it, an identity classifier.
-
-    Args:
-        spec: What to build.
-    """
+    """Backbone, embedding head and, if the spec has identities, an identity classifier."""
 
     def __init__(self, spec: ArchSpec) -> None:
         super().__init__()
@@ -160,19 +152,19 @@ class RetrievalNet(nn.Module):
         self.conv1 = nn.Conv2d(3, stem, kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        blocks = (ResidualBlock(block, spec) if spec.has(block) else Gone() for block in spec.blocks())
+        blocks = (ResidualBlock(block, spec) if spec.has(block) else RemovedBlock() for block in spec.blocks())
         for index, count in enumerate(BLOCKS[spec.depth]):
             stage = Stage(itertools.islice(blocks, count))
             self.add_module(f"layer{index + 1}", stage)
         present = set(spec.indicators)
         self.gates = nn.ModuleDict(
-            {name: ChannelGate(spec.widths[name]) if name in present else Ungated() for name in spec.stream}
+            {name: ChannelGate(spec.widths[name]) if name in present else IdentityGate() for name in spec.stream}
         )
         self.head = EmbeddingHead(spec.widths["layer4"], spec.embedding_dim)
         self.classifier = Classifier(spec.embedding_dim, spec.identities, spec.cosine) if spec.identities else None
 
     def forward(self, x: Tensor) -> Output:
-        """Embed normalised images, (B, 3, H, W)."""
+        """Compute embeddings and logits of normalised images (B, 3, H, W)."""
         x = self.maxpool(functional.relu(self.gates[self.spec.stem](self.bn1, self.conv1(x)), inplace=True))
         for index in range(len(BLOCKS[self.spec.depth])):
             name = f"layer{index + 1}"
@@ -181,62 +173,68 @@ class RetrievalNet(nn.Module):
         return Output(embedding, None if self.classifier is None else self.classifier(embedding))
 
     def indicators(self) -> dict[str, Indicator]:
-        """Compactors and gates by site."""
-        found = {site: self.get_submodule(indicator_of(site)) for site in self.spec.indicators}
-        return {site: module for site, module in found.items() if isinstance(module, Compactor | ChannelGate)}
+        """Return the compactors and channel gates by site."""
+        modules = {site: self.get_submodule(indicator_name(site)) for site in self.spec.indicators}
+        return {site: module for site, module in modules.items() if isinstance(module, Compactor | ChannelGate)}
 
     def load_backbone(self, state: Mapping[str, Tensor], origin: str) -> None:
-        """Load a torchvision state dict into everything but head and classifier.
+        """Load a torchvision state dict into the backbone; head and classifier keep their weights.
 
         Args:
             state: Tensors by torchvision name; ``fc.*`` is ignored.
-            origin: Where they come from, for the message.
+            origin: Where the weights come from, for the error message.
 
         Raises:
-            ValueError: If names or shapes differ from this network's.
+            ValueError: If names or shapes differ from those of this network.
         """
-        own = self.state_dict()
-        # Files of before 2018 do not count batches, and nothing here reads the count.
+        current = self.state_dict()
+        # State dicts from before 2018 lack `num_batches_tracked`, and nothing here reads it.
         counts = "num_batches_tracked"
-        wanted = {name for name in own if not name.startswith(("head.", "classifier.")) and not name.endswith(counts)}
-        given = {n: tensor for n, tensor in state.items() if not n.startswith("fc.") and not n.endswith(counts)}
-        missing, unknown = sorted(wanted - set(given)), sorted(set(given) - wanted)
+        expected = {
+            name for name in current if not name.startswith(("head.", "classifier.")) and not name.endswith(counts)
+        }
+        loaded = {n: tensor for n, tensor in state.items() if not n.startswith("fc.") and not n.endswith(counts)}
+        missing, unknown = sorted(expected - set(loaded)), sorted(set(loaded) - expected)
         shapes = [
-            f"{name} {tuple(given[name].shape)}, wanted {tuple(own[name].shape)}"
-            for name in sorted(wanted & set(given))
-            if given[name].shape != own[name].shape
+            f"{name} {tuple(loaded[name].shape)}, expected {tuple(current[name].shape)}"
+            for name in sorted(expected & set(loaded))
+            if loaded[name].shape != current[name].shape
         ]
         if missing or unknown or shapes:
-            faults = [
-                f"{len(names)} {what} (first: {names[0]})"
-                for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
+            mismatches = [
+                f"{len(names)} {kind} (first: {names[0]})"
+                for kind, names in (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
                 if names
             ]
             raise ValueError(
-                f"the weights from {origin} are not those of a ResNet-{self.spec.depth} with a stem of "
-                f"{self.spec.widths[self.spec.stem]} channels: {', '.join(faults)}; set `depth` and `width` to what "
-                "the file holds"
+                f"the weights from {origin} do not fit a ResNet-{self.spec.depth} with a stem of "
+                f"{self.spec.widths[self.spec.stem]} channels: {', '.join(mismatches)}; set `depth` and `width` to "
+                "those of the weights"
             )
-        self.load_state_dict(own | given, strict=True)
+        self.load_state_dict(current | loaded, strict=True)
 
 
 def convert(net: RetrievalNet, spec: ArchSpec, state: Mapping[str, Tensor] | None = None) -> RetrievalNet:
-    """A network of another spec with the same weights, where they still fit.
+    """Return a network of another spec with the weights, dtype, device and mode of `net`.
 
     Args:
-        net: Network whose weights, dtype, device and mode are taken over.
-        spec: What to build; it may have other compactors (new ones start as the identity) or no classifier.
-        state: Weights to load instead of the network's own.
+        net: Network to copy; not changed.
+        spec: Spec to build; it may add or lack compactors and channel gates (new ones are the identity) and the
+            classifier.
+        state: Weights to load instead of those of `net`.
 
     Raises:
         RuntimeError: If a shape does not fit.
-        KeyError: If a weight is missing that is no compactor's.
+        KeyError: If the weights lack a tensor that does not belong to a compactor or channel gate.
     """
     reference = net.conv1.weight
     converted = RetrievalNet(spec).to(device=reference.device, dtype=reference.dtype)
-    given = net.state_dict() if state is None else state
-    own = converted.state_dict()
-    slots = tuple(f"{indicator_of(site)}." for site in spec.indicators)
-    loaded = {name: own[name] if name not in given and name.startswith(slots) else given[name] for name in own}
+    weights = net.state_dict() if state is None else state
+    initial = converted.state_dict()
+    indicators = tuple(f"{indicator_name(site)}." for site in spec.indicators)
+    loaded = {
+        name: initial[name] if name not in weights and name.startswith(indicators) else weights[name]
+        for name in initial
+    }
     converted.load_state_dict(loaded, strict=True)
     return converted.to(memory_format=torch.channels_last).train(net.training)

@@ -1,12 +1,12 @@
-"""An architecture as data: what a network is, from which it can be rebuilt anywhere.
+"""Architectures as data: a spec is stored as JSON, and the network is rebuilt from it.
 
-Every channel dimension that can change has a name, and `ArchSpec.widths` holds its size:
+A channel dimension of variable width is called a *site*. It has a name, and `ArchSpec.widths` holds its width:
 
-- ``conv1``: output of the stem (of a bottleneck net; a basic net's stem feeds the stream of ``layer1`` itself, since
-  its first shortcut is the identity),
-- ``layer1`` ... ``layer4``: the residual stream of a stage,
-- ``layer3.5.conv1``, ``layer3.5.conv2``: the inner widths of a block, named after the convolution whose output they
-  are (a basic block has only ``conv1``). They are 0 where the block is gone, which its shortcut must allow.
+- ``conv1``: the output of the stem in a network with bottlenecks; with basic blocks the stem writes to the residual
+  stream ``layer1`` itself, because the first shortcut is the identity;
+- ``layer1`` ... ``layer4``: the residual stream of a stage;
+- ``layer3.5.conv1``, ``layer3.5.conv2``: the inner widths of a block, named after the convolution that has this output
+  (a basic block has only ``conv1``). Both are 0 if the block is removed, which requires an identity shortcut.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ BLOCKS: dict[int, tuple[int, int, int, int]] = {
     101: (3, 4, 23, 3),
     152: (3, 8, 36, 3),
 }
-"""Blocks in each stage by depth (He et al., CVPR 2016, table 1; 14 and 26 are bottleneck nets of 4 and 8 blocks)."""
+"""Blocks per stage by depth (He et al., CVPR 2016, table 1); 14 and 26 have 4 and 8 bottleneck blocks."""
 
 BASIC = frozenset({18, 34})
 """Depths with basic blocks (two 3x3 convolutions); the others have bottlenecks (1x1, 3x3, 1x1)."""
@@ -34,23 +34,22 @@ EXPANSION = 4
 
 
 INPUT, EMBEDDING = "input", "embedding"
-"""Dimensions that never change: the image's three channels and the embedding."""
+"""Dimensions of fixed size: the three channels of an image, and the embedding."""
 
 HEAD_NORM = "head.bn1"
-"""Batch norm on the last stage's stream, with no convolution of its own."""
+"""Batch norm in the head, on the residual stream of the last stage; no convolution precedes it."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution, or the embedding's linear map, and the batch norm behind it.
+    """A convolution, or the linear map to the embedding, and the batch norm that follows it.
 
     Attributes:
         name: Module name, such as ``layer3.5.conv2``.
         norm: Module name of the batch norm.
-        source: Dimension of its input.
-        target: Dimension of its output.
-        kernel: Height and width of its kernel.
-        stride: Its stride.
+        source: Name of the input dimension.
+        target: Name of the output dimension.
+        kernel: Height and width of the square kernel.
     """
 
     name: str
@@ -63,15 +62,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Block:
-    """One residual block of a spec.
+    """A residual block of a spec.
 
     Attributes:
         name: Module name, such as ``layer3.5``.
-        stage: Name of its stage, such as ``layer3``.
-        source: Dimension of its input: the stage's, or the one before.
-        sites: Dimensions of its inner widths, in the order of the convolutions.
+        stage: Name of the stage, such as ``layer3``; also the dimension that the block writes to.
+        source: Dimension that the block reads: the stream of its stage, or of the stage before.
+        sites: Inner sites, in the order of the convolutions.
         stride: Stride of the first 3x3 convolution and of the shortcut.
-        shortcut: Whether the shortcut is a convolution (else the identity).
+        shortcut: True if the shortcut is a convolution, False if it is the identity.
     """
 
     name: str
@@ -83,16 +82,16 @@ class Block:
 
 
 class ArchSpec(BaseModel):
-    """A residual retrieval network.
+    """The architecture of a residual retrieval network.
 
     Attributes:
         depth: Key of `BLOCKS`.
         last_stride: Stride of the last stage.
         embedding_dim: Length of the embedding.
-        identities: Indices of the classifier, 0 for none.
-        cosine: Whether the classifier compares directions (cosines) or takes inner products.
-        indicators: Sites with a compactor or gate.
-        widths: Channels by dimension name.
+        identities: Classes of the identity classifier; 0 if there is no classifier.
+        cosine: True if the classifier returns cosines, False if it returns inner products.
+        indicators: Sites with a compactor or a channel gate.
+        widths: Channels by site.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -115,15 +114,9 @@ class ArchSpec(BaseModel):
         identities: int = 0,
         cosine: bool = False,
     ) -> Self:
-        """The uncompressed network.
+        """Return the spec of an uncompressed network.
 
-        Args:
-            depth: Key of `BLOCKS`.
-            width: Channels of the stem and planes of the first stage (64 gives torchvision's network).
-            embedding_dim: Length of the embedding.
-            last_stride: Stride of the last stage.
-            identities: Indices of the classifier, 0 for none.
-            cosine: Kind of classifier.
+        `width` is the number of channels of the stem and of planes of the first stage; 64 gives torchvision's networks.
         """
         widths = {} if depth in BASIC else {"conv1": width}
         for index, count in enumerate(BLOCKS[depth]):
@@ -143,55 +136,55 @@ class ArchSpec(BaseModel):
         )
 
     @model_validator(mode="after")
-    def _complete(self) -> Self:
+    def _validate(self) -> Self:
         if self.depth not in BLOCKS:
-            raise ValueError(f"depth {self.depth} is none of {sorted(BLOCKS)}")
-        wanted = {*self.stream, *self.sites}
-        if wrong := wanted ^ set(self.widths):
-            raise ValueError(f"widths of depth {self.depth} are missing or unknown: {sorted(wrong)}")
-        gone = {site for block in self.removable if not any(self._inner(block)) for site in block.sites}
-        if bad := {name: width for name, width in self.widths.items() if width < 1 and name not in gone}:
+            raise ValueError(f"depth must be one of {sorted(BLOCKS)}, got {self.depth}")
+        expected = {*self.stream, *self.sites}
+        if mismatched := expected ^ set(self.widths):
+            raise ValueError(f"widths of depth {self.depth} are missing or unknown: {sorted(mismatched)}")
+        removed = {site for block in self.removable if not any(self._inner_widths(block)) for site in block.sites}
+        if invalid := {site: width for site, width in self.widths.items() if width < 1 and site not in removed}:
             raise ValueError(
-                f"widths must be at least 1, or 0 throughout a block whose shortcut is the identity, got {bad}"
+                f"widths must be at least 1, or 0 throughout a block with an identity shortcut, got {invalid}"
             )
-        if unknown := set(self.indicators) - (wanted - gone):
+        if unknown := set(self.indicators) - (expected - removed):
             raise ValueError(f"indicators at unknown sites: {sorted(unknown)}")
         return self
 
     @property
     def basic(self) -> bool:
-        """Whether blocks are basic ones."""
+        """Whether the network has basic blocks, not bottlenecks."""
         return self.depth in BASIC
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Inner dimensions of all blocks."""
+        """Inner sites of all blocks, from input to output."""
         return tuple(site for block in self.blocks() for site in block.sites)
 
     @property
     def stem(self) -> str:
-        """Dimension of the stem's output."""
+        """Site of the stem's output."""
         return "layer1" if self.basic else "conv1"
 
     @property
     def stream(self) -> tuple[str, ...]:
-        """Dimensions that shortcuts carry from block to block, from input to output."""
+        """Sites of the stem and of the residual streams, from input to output."""
         return tuple(dict.fromkeys([self.stem, *(block.stage for block in self.blocks())]))
 
     @property
     def removable(self) -> tuple[Block, ...]:
-        """Blocks that a network can do without: their shortcut is the identity."""
+        """Blocks that may be removed because their shortcut is the identity."""
         return tuple(block for block in self.blocks() if not block.shortcut)
 
-    def _inner(self, block: Block) -> list[int]:
+    def _inner_widths(self, block: Block) -> list[int]:
         return [self.widths[site] for site in block.sites]
 
     def has(self, block: Block) -> bool:
-        """Whether a block is still there."""
-        return all(self._inner(block))
+        """Return whether a block is present, not removed."""
+        return all(self._inner_widths(block))
 
     def layers(self) -> Iterator[Layer]:
-        """Everything that multiplies, from input to output; nothing of blocks that are gone."""
+        """Yield convolutions and the head's linear map, from input to output, without those of removed blocks."""
         yield Layer("conv1", "bn1", INPUT, self.stem, 7, 2)
         for block in filter(self.has, self.blocks()):
             chain, kernels = (block.source, *block.sites, block.stage), (3, 3) if self.basic else (1, 3, 1)
@@ -205,7 +198,7 @@ class ArchSpec(BaseModel):
         yield Layer("head.fc", "head.bn2", "layer4", EMBEDDING, 1, 1)
 
     def blocks(self) -> Iterator[Block]:
-        """The residual blocks, gone ones included, from input to output."""
+        """Yield the residual blocks, including removed ones, from input to output."""
         source = self.stem
         for index, count in enumerate(BLOCKS[self.depth]):
             stage = f"layer{index + 1}"
@@ -219,19 +212,19 @@ class ArchSpec(BaseModel):
                     source=source,
                     sites=(f"{name}.conv1",) if self.basic else (f"{name}.conv1", f"{name}.conv2"),
                     stride=stage_stride if first else 1,
-                    # torchvision gives the first block of a basic net's first stage no shortcut convolution
+                    # as in torchvision: with basic blocks, the very first block has the right width and stride already
                     shortcut=first and not (self.basic and index == 0),
                 )
                 source = stage
 
 
 def is_inner(site: str) -> bool:
-    """Whether a dimension is an inner width of a block, not of the stream."""
+    """Return whether a site is an inner width of a block, not the stem or a residual stream."""
     return "." in site
 
 
-def indicator_of(site: str) -> str:
-    """Module name of what marks a dimension's channels as dispensable.
+def indicator_name(site: str) -> str:
+    """Return the module name of the compactor or channel gate of a site.
 
     ``layer1.0.conv2`` -> ``layer1.0.compactor2`` (a 1x1 convolution), ``layer1`` -> ``gates.layer1`` (a vector).
     """

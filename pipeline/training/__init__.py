@@ -1,1 +1,1 @@
-"""Training: one loop, one state object, and what teacher and student add to it."""
+"""Training: the one training loop, its optimiser and saved state, and the losses of the teacher."""

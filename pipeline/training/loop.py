@@ -1,4 +1,4 @@
-"""The only training loop. What is particular to teacher or student comes in as a `Task`."""
+"""The only training loop; a `Task` adds the losses and hooks of the teacher or the student."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -13,19 +13,25 @@ from torch import Tensor
 from pipeline.config import Optimizer, Training
 from pipeline.models.resnet import Output, RetrievalNet
 from pipeline.progress import track
-from pipeline.training.optimizer import build, learning_rate, load_state_tensors, set_learning_rate, state_tensors
+from pipeline.training.optimizer import (
+    build_optimizer,
+    learning_rate,
+    load_state_tensors,
+    set_learning_rate,
+    state_tensors,
+)
 from pipeline.training.state import Checkpoints, TrainingState
 
 log = logging.getLogger(__name__)
 
 READ_EVERY = 50
-"""Steps after which a diverged loss is found, at the latest."""
+"""Steps between two checks for a diverged loss; each check waits for the device."""
 
 Batch = tuple[Tensor, Tensor, Tensor]
-"""Images (B, 3, H, W) uint8, labels (B,), rows of the manifest (B,)."""
+"""Images (B, 3, H, W) uint8, labels (B,), image indices in the manifest (B,)."""
 
 Forward = Callable[[Tensor], Output]
-"""A network's forward pass."""
+"""The forward pass of a network, from normalised images (B, 3, H, W)."""
 
 
 class DivergedError(RuntimeError):
@@ -33,37 +39,41 @@ class DivergedError(RuntimeError):
 
 
 class Loader(Protocol):
-    """Batches of an epoch; the same for the same epoch."""
+    """Yields batches that depend only on the epoch; its length is the number of batches per epoch."""
 
     def __len__(self) -> int: ...
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Batches of one epoch, counted from 0."""
+        """Yield the batches of an epoch, counted from 0."""
         ...
 
 
 class Reshaped(NamedTuple):
-    """A narrower network, and what maps a parameter's name and a tensor of its old shape to the new shape."""
+    """A narrower network, and a function from a parameter's name and a tensor of its old shape to the new shape."""
 
     net: RetrievalNet
     carry: Callable[[str, Tensor], Tensor]
 
 
 class Task(ABC):
-    """What is particular to one training; by default the network keeps its shape and there is nothing to remember."""
+    """The losses and hooks of one kind of training; by default the network keeps its shape and there is no state."""
 
     @abstractmethod
     def losses(
         self, net: RetrievalNet, forward: Forward, images: Tensor, labels: Tensor, progress: float
     ) -> dict[str, Tensor]:
-        """Return the named losses of a batch of normalised images; ``loss`` is the one to minimise.
+        """Return the losses of a batch by name; ``loss`` is the one that is minimised.
 
-        `forward` runs `net` as Fabric wants it run (it may spread over devices); `progress` is the share of the
-        training done before.
+        Args:
+            net: Network in training mode.
+            forward: Runs `net` as wrapped by Fabric (on several devices, gradients are synchronised).
+            images: Normalised images (B, 3, H, W).
+            labels: Identities (B,).
+            progress: Share of the training done before this step, in [0, 1).
         """
 
     def step(self, net: RetrievalNet, optimizer: Callable[[], object], progress: float) -> None:
-        """Let the optimiser step, and do what must be done around it."""
+        """Take an optimiser step, after the backward pass."""
         optimizer()
 
     def reshape(self, net: RetrievalNet) -> Reshaped | None:
@@ -71,24 +81,24 @@ class Task(ABC):
         return None
 
     def measure(self, net: RetrievalNet, progress: float, validate: bool) -> dict[str, float]:
-        """Return what else belongs into the epoch's row of the curve."""
+        """Return further values for the epoch's row of the curve, with those of a validation if `validate` is set."""
         return {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what the task must remember."""
+        """Return the state to save with a checkpoint, as tensors by name."""
         return {}
 
-    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027 - most have nothing to restore
-        """Restore what `state_dict` returned."""
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027 - most tasks have no state
+        """Restore the result of `state_dict`."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """One training, from the first epoch or from where it was interrupted.
+    """A training, from the first epoch or from the last saved state.
 
     Attributes:
-        preprocess: From uint8 images (B, 3, H, W) to what the network takes.
-        report: Called with each row of the curve, restored rows included.
+        preprocess: Converts uint8 images (B, 3, H, W) to normalised ones.
+        report: Receives each row of the curve, including restored rows.
     """
 
     fabric: Fabric
@@ -100,7 +110,7 @@ class Fit:
     report: Callable[[dict[str, float]], None]
 
     def run(self, start: Callable[[], RetrievalNet]) -> RetrievalNet:
-        """Train, from the network that `start` makes or from a saved state, and return the network in evaluation mode.
+        """Train the network that `start` builds, or continue from a saved state; return it in evaluation mode.
 
         Raises:
             DivergedError: If the loss becomes NaN or infinite; the last good state stays on disk.
@@ -110,12 +120,12 @@ class Fit:
         return net.eval()
 
     def states(self, start: Callable[[], RetrievalNet]) -> Iterator[TrainingState]:
-        """Train epoch by epoch: yield the state that training begins with, and that after each epoch."""
+        """Train epoch by epoch; yield the initial or restored state, and the state after each epoch."""
         optimizer: Optimizer = self.config.optimizer
         state = self.checkpoints.restore(optimizer, self.fabric)
         if state is None:
             net = start().to(self.fabric.device).to(memory_format=torch.channels_last)
-            state = TrainingState(net, build(net, optimizer))
+            state = TrainingState(net, build_optimizer(net, optimizer))
         else:
             self.task.load_state_dict(state.extra)
         for row in state.curve:
@@ -134,8 +144,8 @@ class Fit:
         net, epoch = state.net, state.epoch
         wrapped, optimizer = self.fabric.setup(net, state.optimizer)
         net.train()
-        # The curve's sums stay on the device, because reading a number waits for all that the device has to do. They
-        # are float64, as Python's numbers are, so that no digit of the curve depends on where they are added up.
+        # Losses are summed on the device, because reading a value waits for all queued work. The sums are float64 like
+        # Python's floats, so that the curve has the same digits wherever they are added up.
         sums: dict[str, Tensor] = {}
         checked, steps = 0, len(self.loader)
         batches = track(self.loader.epoch(epoch), steps, f"epoch {epoch + 1} of {self.config.epochs}")
@@ -153,11 +163,11 @@ class Fit:
             if number % READ_EVERY == 0 or number == steps:
                 if not sums["loss"].isfinite():  # a sum stays NaN or infinite once a loss was
                     raise DivergedError(
-                        f"the loss became NaN or infinite in epoch {epoch + 1}, steps {checked + 1} to {number}; lower "
-                        f"`optimizer.lr`, or look at {_values(losses)}"
+                        f"the loss became NaN or infinite in epoch {epoch + 1}, steps {checked + 1} to {number}: "
+                        f"{_values(losses)}; lower `optimizer.lr`"
                     )
                 checked = number
-        for buffer in net.buffers():  # each device has seen other images; all go on with the mean of their statistics
+        for buffer in net.buffers():  # devices process different images; all continue with the mean of their statistics
             if buffer.is_floating_point():
                 buffer.copy_(cast(Tensor, self.fabric.all_reduce(buffer, reduce_op="mean")))
         net.eval()
@@ -166,7 +176,7 @@ class Fit:
         if reshaped is not None:
             carried = state_tensors(state.optimizer, net)
             done.net = reshaped.net
-            done.optimizer = build(done.net, self.config.optimizer)
+            done.optimizer = build_optimizer(done.net, self.config.optimizer)
             load_state_tensors(done.optimizer, done.net, carried, reshaped.carry)
         validate = done.epoch % self.config.validate_every == 0 or done.epoch == self.config.epochs
         measured = self.task.measure(done.net, done.epoch / self.config.epochs, validate)
@@ -176,10 +186,10 @@ class Fit:
 
 
 def _values(tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """Read scalars from the device, by name."""
+    """Return scalar tensors as floats; this waits for the device."""
     return {name: float(value.detach()) for name, value in tensors.items()}
 
 
 def _summary(row: dict[str, float]) -> str:
-    """A row of the curve in a line."""
+    """Format a row of the curve for the log."""
     return ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")

@@ -1,4 +1,4 @@
-"""Everything a training needs to go on, as one object, and its generations on disk."""
+"""The state of a training, as one object and as files to resume from."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from pipeline.config import Optimizer
 from pipeline.files import write_atomically
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
-from pipeline.training.optimizer import build, load_state_tensors, state_tensors
+from pipeline.training.optimizer import build_optimizer, load_state_tensors, state_tensors
 
 log = logging.getLogger(__name__)
 
@@ -24,21 +24,20 @@ GENERATIONS = 2
 """Saved states that are kept: the newest, and one to fall back on."""
 
 Saved = tuple[dict[str, str], dict[str, Tensor]]
-"""What a file holds: its header, and tensors by name."""
+"""Content of a file: header, and tensors by name."""
 
 
 @dataclass
 class TrainingState:
-    """A training after some epochs.
+    """The state after an epoch.
 
-    Random choices derive from (seed, epoch, sample), so no generator's state belongs to it.
+    All random choices derive from (seed, epoch, sample), so there is no state of random generators.
 
     Attributes:
-        net: The network, as narrow as it is by now.
-        optimizer: Over the network's parameters.
-        epoch: Epochs done.
-        curve: One row an epoch: named losses and what else was measured.
-        extra: What the task remembers, by name.
+        net: The network, which may be narrower than at the start.
+        epoch: Number of completed epochs.
+        curve: One row per epoch: mean losses and further measured values.
+        extra: State of the task, by name.
     """
 
     net: RetrievalNet
@@ -58,7 +57,7 @@ class TrainingState:
 
     @classmethod
     def build(cls, saved: Saved, config: Optimizer, device: torch.device) -> "TrainingState":
-        """Make a state from what was read."""
+        """Build a state from the content of a file."""
         header, tensors = saved
 
         def part(prefix: str) -> dict[str, Tensor]:
@@ -67,7 +66,7 @@ class TrainingState:
         net = RetrievalNet(ArchSpec.model_validate_json(header["spec"]))
         net.load_state_dict(part("net/"), strict=True)
         net = net.to(device).to(memory_format=torch.channels_last)
-        optimizer = build(net, config)
+        optimizer = build_optimizer(net, config)
         load_state_tensors(optimizer, net, part("optimizer/"))
         return cls(net, optimizer, int(header["epoch"]), json.loads(header["curve"]), part("extra/"))
 
@@ -84,10 +83,10 @@ def read(path: Path) -> Saved:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The states of one training: files named by epoch in a folder of its own.
+    """The saved states of one training, as files named by epoch.
 
     Attributes:
-        folder: Its name tells apart trainings with other params, inputs, code or library versions.
+        folder: Folder of this training only; its name depends on params, inputs, code and library versions.
     """
 
     folder: Path
@@ -96,15 +95,15 @@ class Checkpoints:
         return sorted(self.folder.glob("epoch-*.safetensors"), reverse=True)
 
     def save(self, state: TrainingState) -> None:
-        """Write the newest generation and drop those that are no longer needed."""
+        """Write a state and delete all but the newest `GENERATIONS`."""
         state.save(self.folder / f"epoch-{state.epoch:05d}.safetensors")
         for path in self._generations()[GENERATIONS:]:
             path.unlink()
 
     def restore(self, config: Optimizer, fabric: Fabric) -> TrainingState | None:
-        """Return the newest state that can be read, the same on every device; None where there is none.
+        """Return the newest readable state, the same on every device; None if there is none.
 
-        The first device chooses and sends what it read: only it saves states, and nodes need not share a folder.
+        The first device reads and broadcasts it: only that device saves states, and nodes need not share a folder.
         """
         saved, state = None, None
         for path in self._generations() if fabric.is_global_zero else ():
@@ -112,7 +111,7 @@ class Checkpoints:
                 saved = read(path)
                 state = TrainingState.build(saved, config, fabric.device)
             except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
-                log.warning("%s cannot be read (%s); the state before it is tried", path.name, error)
+                log.warning("%s cannot be read (%s); trying the state before it", path.name, error)
                 saved = None
                 continue
             log.info("resuming after epoch %d, from %s", state.epoch, path.name)
@@ -123,5 +122,5 @@ class Checkpoints:
         return state
 
     def clear(self) -> None:
-        """Forget this training: its result is written."""
+        """Delete the saved states, once the result is written."""
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What the teacher learns: to tell identities apart, and to bring images of one close together."""
+"""Training of the teacher: identity classification and a triplet loss, with validation on held-out identities."""
 
 import logging
 from collections.abc import Callable
@@ -24,36 +24,38 @@ from pipeline.training.loop import Forward, Task
 log = logging.getLogger(__name__)
 
 Validate = Callable[[RetrievalNet], float]
-"""mAP of a network on the held-out training identities."""
+"""Computes mAP of a network on the held-out training identities."""
 
 
 def retrieval_losses(output: Output, labels: Tensor, config: Training) -> dict[str, Tensor]:
-    """Weighted identity and triplet loss of a batch, by name.
+    """Return the weighted identity and triplet loss of a batch; `config.recipe` selects the pair of losses.
 
     Args:
         output: Embeddings (B, D) and logits (B, identities).
-        labels: (B,), identities.
-        config: Section of params.yaml; `recipe` chooses the pair of losses.
+        labels: Identities (B,).
+        config: Section `teacher` or `student` of params.yaml.
+
+    Raises:
+        ValueError: If the network has no classifier.
     """
-    numbers = config.losses
+    settings = config.losses
     if output.logits is None:
-        raise ValueError("a network without a classifier cannot be trained")
+        raise ValueError("training needs a network with a classifier")
     if config.recipe == "scratch":
-        of_identity = identity.cosine_margin(output.logits, labels, numbers.scale, numbers.margin)
-        of_triplets = triplet.soft(output.embedding, labels, numbers.triplet_scale)
+        identity_loss = identity.cosine_margin(output.logits, labels, settings.scale, settings.margin)
+        triplet_loss = triplet.soft(output.embedding, labels, settings.triplet_scale)
     else:
-        of_identity = identity.smoothed(output.logits, labels, numbers.label_smoothing)
-        of_triplets = triplet.hard(output.embedding, labels, numbers.triplet_margin)
-    return {"identity": of_identity, "triplet": numbers.triplet_weight * of_triplets}
+        identity_loss = identity.smoothed(output.logits, labels, settings.label_smoothing)
+        triplet_loss = triplet.hard(output.embedding, labels, settings.triplet_margin)
+    return {"identity": identity_loss, "triplet": settings.triplet_weight * triplet_loss}
 
 
 @dataclass(frozen=True)
 class TeacherTask(Task):
-    """Plain retrieval training.
+    """Retrieval training without compression.
 
     Attributes:
-        config: Section of params.yaml.
-        validate: mAP on held-out identities, None where there are none.
+        validate: Computes mAP on held-out identities; None if none are held out.
     """
 
     config: Teacher
@@ -62,19 +64,17 @@ class TeacherTask(Task):
     def losses(
         self, net: RetrievalNet, forward: Forward, images: Tensor, labels: Tensor, progress: float
     ) -> dict[str, Tensor]:
-        """Identity and triplet loss."""
         losses = retrieval_losses(forward(images), labels, self.config)
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
     def measure(self, net: RetrievalNet, progress: float, validate: bool) -> dict[str, float]:
-        """MAP on held-out identities, now and then."""
         return {"validation_map": self.validate(net)} if validate and self.validate else {}
 
 
-def validation(
+def validator(
     manifest: Manifest, images: Images, protocol: str, preprocess: Callable[[Tensor], Tensor], device: torch.device
 ) -> Validate | None:
-    """Scores networks on the held-out training identities, never on the test set; None where none are held out."""
+    """Return a function that computes mAP on the held-out training identities; None if none are held out."""
     if not len(manifest.indices("validation-query")):
         return None
 
@@ -86,27 +86,27 @@ def validation(
 
 
 def build_teacher(config: Teacher, identities: int) -> RetrievalNet:
-    """Build a teacher before its first epoch.
+    """Build the teacher before its first epoch, with pretrained weights if `config.weights` names any.
 
     Raises:
-        ValueError: If weights are asked for that do not fit.
-        FileNotFoundError: If there is no such file of weights.
-        ConnectionError: If torchvision's weights are asked for and cannot be had.
+        ValueError: If the weights do not fit the network.
+        FileNotFoundError: If the file of weights does not exist.
+        ConnectionError: If torchvision's weights cannot be downloaded.
     """
     cosine = config.recipe == "scratch"
     spec = ArchSpec.full(config.depth, config.width, config.embedding_dim, config.last_stride, identities, cosine)
     net = RetrievalNet(spec)
     if config.weights != "none":
-        net.load_backbone(pretrained(config.weights, config.depth), config.weights)
+        net.load_backbone(pretrained_weights(config.weights, config.depth), config.weights)
     return net
 
 
-def pretrained(weights: str, depth: int) -> dict[str, Tensor]:
+def pretrained_weights(weights: str, depth: int) -> dict[str, Tensor]:
     """Load a torchvision-named state dict: torchvision's published weights (``imagenet``) or a .safetensors file.
 
     Raises:
-        ValueError: If torchvision publishes no weights of this depth, or the file is no safetensors file.
-        FileNotFoundError: If there is no such file.
+        ValueError: If torchvision publishes no weights of this depth, or the file is not a safetensors file.
+        FileNotFoundError: If the file does not exist.
         ConnectionError: If the download fails.
     """
     if weights == "imagenet":
@@ -119,15 +119,16 @@ def pretrained(weights: str, depth: int) -> dict[str, Tensor]:
             return dict(torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(check_hash=True))
         except (URLError, OSError) as error:
             raise ConnectionError(
-                f"the published weights of {name} cannot be had ({error}); set `weights` to none or a file's path"
+                f"torchvision's weights of {name} cannot be downloaded ({error}); set `weights` to none or the path of "
+                "a file"
             ) from error
     path = Path(weights)
     if not path.is_file():
-        raise FileNotFoundError(f"`weights` names {weights}, which is no file; set it to none, imagenet or a path")
+        raise FileNotFoundError(f"`weights` is {weights}, which is not a file; set it to none, imagenet or a path")
     try:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(
-            f"`weights` names {weights}, which is no safetensors file ({error}); write a state dict that you trust "
+            f"`weights` is {weights}, which is not a safetensors file ({error}); write a state dict that you trust "
             "with `safetensors.torch.save_file`"
         ) from error

@@ -1,4 +1,4 @@
-"""Networks whose every number is random, so that nothing is equal by accident."""
+"""Networks with random weights, statistics and zero rows."""
 
 from collections.abc import Callable
 
@@ -11,8 +11,8 @@ from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
 
 
-def scramble(net: RetrievalNet, seed: int) -> RetrievalNet:
-    """Fill weights and statistics with random numbers."""
+def randomise_norms(net: RetrievalNet, seed: int) -> RetrievalNet:
+    """Fill batch norms with random numbers, so that nothing is equal by accident."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in net.modules():
@@ -24,16 +24,16 @@ def scramble(net: RetrievalNet, seed: int) -> RetrievalNet:
     return net.double().eval()
 
 
-def kill_rows(net: RetrievalNet, seed: int, multiple: int) -> None:
-    """Mix channels in every compactor, change every gate, then zero random rows and blocks; whole multiples stay."""
+def zero_random_rows(net: RetrievalNet, seed: int, multiple: int) -> None:
+    """Change every compactor and channel gate, then zero random rows and blocks; widths stay multiples."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for indicator in net.indicators().values():
             channels = indicator.weight.shape[0]
             indicator.weight += 0.1 * torch.randn(indicator.weight.shape, generator=generator, dtype=torch.float64)
             groups = int(torch.randint(1, channels // multiple + 1, (1,), generator=generator))
-            dead = torch.randperm(channels, generator=generator)[groups * multiple :]
-            indicator.weight[dead] = 0.0
+            zeroed = torch.randperm(channels, generator=generator)[groups * multiple :]
+            indicator.weight[zeroed] = 0.0
         for block in net.spec.removable:
             if torch.rand((), generator=generator) < 0.3:
                 for site in block.sites:
@@ -43,12 +43,12 @@ def kill_rows(net: RetrievalNet, seed: int, multiple: int) -> None:
 
 
 @pytest.fixture
-def dying_net() -> Callable[..., RetrievalNet]:
+def net_with_zero_rows() -> Callable[..., RetrievalNet]:
     def make(depth: int = 14, seed: int = 0, multiple: int = 8, identities: int = 0) -> RetrievalNet:
         torch.manual_seed(seed)
-        net = scramble(RetrievalNet(ArchSpec.full(depth, 16, 24, identities=identities)), seed)
+        net = randomise_norms(RetrievalNet(ArchSpec.full(depth, 16, 24, identities=identities)), seed)
         net = attach(net, net.spec.widths)
-        kill_rows(net, seed, multiple)
+        zero_random_rows(net, seed, multiple)
         return net
 
     return make

@@ -1,4 +1,4 @@
-"""The budget: exact, within its window, aligned, and honest about what cannot be."""
+"""Budgets end in their window at allowed widths, and unreachable ones are rejected."""
 
 from pathlib import Path
 
@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from pipeline.compress.budget import (
     WINDOW,
     BudgetError,
+    check_reachable,
     cost_model,
-    least_widths,
-    refuse_unreachable,
+    minimum_widths,
     shrinking_sites,
 )
-from pipeline.compress.schedule import scheduled
+from pipeline.compress.schedule import cubic_schedule
 from pipeline.compress.width_allocation import Site, WidthAllocation
 from pipeline.config import Student
 from pipeline.models import cost
@@ -27,18 +27,18 @@ ROOT = Path(__file__).parents[2]
 
 
 def student(sites: tuple[str, ...] = ("conv1", "conv2"), **budget: object) -> Student:
-    found = load_preset(ROOT, "vehicles").student
-    return found.model_copy(update={"sites": list(sites), "budget": found.budget.model_copy(update=budget)})
+    section = load_preset(ROOT, "vehicles").student
+    return section.model_copy(update={"sites": list(sites), "budget": section.budget.model_copy(update=budget)})
 
 
-def refuse(spec: ArchSpec, config: Student) -> None:
-    refuse_unreachable(spec, config, cost_model(spec, config, SIZE))
+def check(spec: ArchSpec, config: Student) -> None:
+    check_reachable(spec, config, cost_model(spec, config, SIZE))
 
 
-def offers(spec: ArchSpec, multiple: int, seed: int = 0) -> dict[str, Site]:
+def random_sites(spec: ArchSpec, multiple: int, seed: int = 0) -> dict[str, Site]:
     rng = np.random.default_rng(seed)
-    least = least_widths(spec, spec.sites, multiple)
-    return {site: Site(least[site], np.sort(rng.gamma(2, size=spec.widths[site]))) for site in spec.sites}
+    minimum = minimum_widths(spec, spec.sites, multiple)
+    return {site: Site(minimum[site], np.sort(rng.gamma(2, size=spec.widths[site]))) for site in spec.sites}
 
 
 @settings(max_examples=60, deadline=None)
@@ -46,79 +46,79 @@ def offers(spec: ArchSpec, multiple: int, seed: int = 0) -> dict[str, Site]:
     depth=st.sampled_from([18, 26, 50]),
     of=st.sampled_from(["macs", "params"]),
     multiple=st.sampled_from([1, 8]),
-    asked=st.floats(0.2, 0.7),
+    target=st.floats(0.2, 0.7),
     seed=st.integers(0, 1000),
 )
 def test_the_reduction_lies_in_its_window_and_widths_are_multiples(
-    depth: int, of: str, multiple: int, asked: float, seed: int
+    depth: int, of: str, multiple: int, target: float, seed: int
 ) -> None:
     spec = ArchSpec.full(depth, 32, 128)
     model = cost.params_model(spec) if of == "params" else cost.macs_model(spec, SIZE)
-    allocation = WidthAllocation(model, spec.widths, offers(spec, multiple, seed), multiple)
-    allocation.finalize(asked)
+    allocation = WidthAllocation(model, spec.widths, random_sites(spec, multiple, seed), multiple)
+    allocation.finalize(target)
     narrow = spec.model_copy(update={"widths": allocation.widths})
     count = cost.params if of == "params" else lambda s: cost.macs(s, SIZE)
-    assert asked <= 1 - count(narrow) / count(spec) <= asked + WINDOW
+    assert target <= 1 - count(narrow) / count(spec) <= target + WINDOW
     assert all(allocation.widths[site] % multiple == 0 and allocation.widths[site] >= multiple for site in spec.sites)
 
 
 def test_the_reduction_is_tracked_exactly_while_allocating() -> None:
     spec = ArchSpec.full(26, 32, 128)
     model = cost.macs_model(spec, SIZE)
-    allocation = WidthAllocation(model, spec.widths, offers(spec, 8), 8)
-    for due in (0.1, 0.3, 0.5):
-        allocation.allocate(due, limit=0.6)
+    allocation = WidthAllocation(model, spec.widths, random_sites(spec, 8), 8)
+    for target in (0.1, 0.3, 0.5):
+        allocation.allocate(target, limit=0.6)
         assert allocation.reduction == 1 - model(allocation.widths) / model(spec.widths)
-        assert due <= allocation.reduction <= 0.6
+        assert target <= allocation.reduction <= 0.6
 
 
-def test_allocating_never_passes_its_limit() -> None:
+def test_allocating_never_exceeds_its_limit() -> None:
     spec = ArchSpec.full(14, 16, 32)
-    allocation = WidthAllocation(cost.macs_model(spec, SIZE), spec.widths, offers(spec, 8), 8)
+    allocation = WidthAllocation(cost.macs_model(spec, SIZE), spec.widths, random_sites(spec, 8), 8)
     allocation.allocate(0.4, limit=0.401)
     assert allocation.reduction <= 0.401
 
 
-def test_channels_that_retrieval_does_not_need_go_first() -> None:
+def test_channels_with_the_lowest_importance_are_removed_first() -> None:
     spec = ArchSpec.full(26, 32, 128)
-    sites = offers(spec, 8)
-    useless = "layer3.1.conv2"
-    sites[useless] = Site(8, np.full(128, 1e-9))
+    sites = random_sites(spec, 8)
+    unimportant = "layer3.1.conv2"
+    sites[unimportant] = Site(8, np.full(128, 1e-9))
     allocation = WidthAllocation(cost.macs_model(spec, SIZE), spec.widths, sites, 8)
     allocation.allocate(0.03, limit=1.0)
-    assert {site for site in spec.sites if allocation.widths[site] < spec.widths[site]} == {useless}
+    assert {site for site in spec.sites if allocation.widths[site] < spec.widths[site]} == {unimportant}
 
 
-def test_a_narrow_site_keeps_what_it_has() -> None:
+def test_the_minimum_of_a_site_narrower_than_the_multiple_is_its_width() -> None:
     spec = ArchSpec.full(26, 8, 32)
     spec = spec.model_copy(update={"widths": spec.widths | {"layer1.0.conv1": 5}})
-    assert least_widths(spec, spec.sites, 8)["layer1.0.conv1"] == 5
+    assert minimum_widths(spec, spec.sites, 8)["layer1.0.conv1"] == 5
 
 
-@pytest.mark.parametrize(("embedding", "multiple", "least"), [(100, 8, 104), (100, 1, 100), (2048, 8, 1024)])
-def test_the_last_stream_spans_the_embedding(embedding: int, multiple: int, least: int) -> None:
+@pytest.mark.parametrize(("embedding", "multiple", "minimum"), [(100, 8, 104), (100, 1, 100), (2048, 8, 1024)])
+def test_the_last_stream_spans_the_embedding(embedding: int, multiple: int, minimum: int) -> None:
     spec = ArchSpec.full(26, 32, embedding)
-    found = least_widths(spec, spec.widths, multiple)
-    assert found.pop("layer4") == least and set(found.values()) == {multiple}
+    widths = minimum_widths(spec, spec.widths, multiple)
+    assert widths.pop("layer4") == minimum and set(widths.values()) == {multiple}
 
 
-def test_the_unreachable_is_refused_with_the_floor_and_what_binds() -> None:
+def test_an_unreachable_budget_is_rejected_with_the_largest_reduction_and_the_most_expensive_layers() -> None:
     spec = ArchSpec.full(26, 32, 256)
     with pytest.raises(BudgetError, match=r"0\.8 cannot be reached.*reduction is 0\.7334.*layer4 \d+%"):
-        refuse(spec, student(reduction=0.8))
-    refuse(spec, student(reduction=0.73))
-    refuse(spec, student(reduction=0.75, allow_block_removal=True))
-    refuse(spec, student(("conv1", "conv2", "stream"), reduction=0.97))
+        check(spec, student(reduction=0.8))
+    check(spec, student(reduction=0.73))
+    check(spec, student(reduction=0.75, allow_block_removal=True))
+    check(spec, student(("conv1", "conv2", "stream"), reduction=0.97))
 
 
-def test_sites_that_basic_blocks_lack_are_refused() -> None:
+def test_sites_that_basic_blocks_lack_are_rejected() -> None:
     with pytest.raises(BudgetError, match=r"`student\.sites` \['conv2'\] names no site of a ResNet-18"):
         shrinking_sites(ArchSpec.full(18, 32, 256), student(("conv2",)))
 
 
-def test_a_block_that_is_worth_little_goes_first_and_whole() -> None:
+def test_a_block_with_low_importance_is_removed_first_and_as_a_whole() -> None:
     spec = ArchSpec.full(26, 32, 128)
-    sites, block = offers(spec, 8), ("layer3.1.conv1", "layer3.1.conv2")
+    sites, block = random_sites(spec, 8), ("layer3.1.conv1", "layer3.1.conv2")
     for site in block:
         sites[site] = Site(8, np.full(128, 1e-6))
     allocation = WidthAllocation(cost.params_model(spec), spec.widths, sites, 8, [block])
@@ -131,16 +131,16 @@ def test_a_block_that_is_worth_little_goes_first_and_whole() -> None:
     assert 0.5 <= 1 - cost.params(narrow) / cost.params(spec) <= 0.5 + WINDOW
 
 
-def test_the_published_ceilings_of_one_and_two_sided_compactors_hold() -> None:
-    # one compactor a block, behind the 3x3: 70.4 % of the MACs of a ResNet-101 at most; two: 91.9 %
+def test_compactors_behind_one_or_both_inner_convolutions_reach_their_largest_possible_reduction() -> None:
+    # of the MACs of a ResNet-101: at most 70.4 % with one compactor per block, behind the 3x3, and 91.9 % with two
     spec = ArchSpec.full(101, 64, 512)
     model = cost.macs_model(spec, (256, 256))
-    for sites, ceiling in (([s for s in spec.sites if s.endswith("conv2")], 0.704), (list(spec.sites), 0.919)):
-        floor = {**spec.widths, **least_widths(spec, sites, 1)}
-        assert 1 - model(floor) / model(spec.widths) == pytest.approx(ceiling, abs=0.006)
+    for sites, largest in (([s for s in spec.sites if s.endswith("conv2")], 0.704), (list(spec.sites), 0.919)):
+        narrowest = {**spec.widths, **minimum_widths(spec, sites, 1)}
+        assert 1 - model(narrowest) / model(spec.widths) == pytest.approx(largest, abs=0.006)
 
 
 def test_the_schedule_rises_from_start_to_end() -> None:
-    assert scheduled(0.1, 0.1, 0.5) == 0.0
-    assert scheduled(0.3, 0.1, 0.5) == 1 - 0.5**3
-    assert scheduled(0.5, 0.1, 0.5) == scheduled(1.0, 0.1, 0.5) == 1.0
+    assert cubic_schedule(0.1, 0.1, 0.5) == 0.0
+    assert cubic_schedule(0.3, 0.1, 0.5) == 1 - 0.5**3
+    assert cubic_schedule(0.5, 0.1, 0.5) == cubic_schedule(1.0, 0.1, 0.5) == 1.0

@@ -1,4 +1,4 @@
-"""The published method, against a slow and literal reading of it."""
+"""The published method against a slow, literal implementation."""
 
 import math
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.compress.compactor import attach, row_norms
-from pipeline.compress.paper import PaperMethod, PaperSite, lasso_gradient, unimportant
+from pipeline.compress.paper import PaperMethod, PaperSite, lasso_gradient, unimportant_channels
 from pipeline.compress.surgery import plan_cut
 from pipeline.config import Student
 from pipeline.models.cost import macs_model
@@ -33,7 +33,7 @@ def literal_mask(
     """Channels in the lowest `ratio` of the contributions for every image and every one of its k neighbours."""
     channels = len(student[0])
     lowest = int(ratio * channels)
-    useless = set(range(channels))
+    unimportant = set(range(channels))
     if not memory or not lowest:
         return set()
     for image in range(len(student)):
@@ -41,8 +41,8 @@ def literal_mask(
         by_cosine = sorted(memory, key=lambda row: -sum(a * b for a, b in zip(t, row, strict=True)))
         for neighbour in by_cosine[:k]:
             contribution = [abs(neighbour[c] * s[c]) for c in range(channels)]
-            useless &= set(sorted(range(channels), key=lambda c: contribution[c])[:lowest])
-    return useless
+            unimportant &= set(sorted(range(channels), key=lambda c: contribution[c])[:lowest])
+    return unimportant
 
 
 def batches(seed: int, images: int, channels: int, number: int) -> list[tuple[Tensor, Tensor]]:
@@ -64,7 +64,7 @@ def batches(seed: int, images: int, channels: int, number: int) -> list[tuple[Te
     ratio=st.floats(0.05, 0.95),
     limit=st.integers(1, 30),
 )
-def test_masks_are_those_of_a_literal_implementation(
+def test_masks_equal_those_of_a_literal_implementation(
     seed: int, images: int, channels: int, k: int, ratio: float, limit: int
 ) -> None:
     empty = torch.zeros(limit, channels, dtype=torch.float64)
@@ -72,22 +72,22 @@ def test_masks_are_those_of_a_literal_implementation(
     memory: list[list[float]] = []
     mask: set[int] = set()
     for student, teacher in batches(seed, images, channels, 6):
-        site.masked |= unimportant(student, teacher, site.filled, k, ratio)
-        site.remember(torch.nn.functional.normalize(teacher))
+        site.masked |= unimportant_channels(student, teacher, site.filled, k, ratio)
+        site.store(torch.nn.functional.normalize(teacher))
         mask |= literal_mask(student.tolist(), teacher.tolist(), memory, k, ratio)
         memory = (memory + [unit(row) for row in teacher.tolist()])[-limit:]
         assert set(torch.nonzero(site.masked).flatten().tolist()) == mask
     assert len(site.filled) == len(memory)
 
 
-def test_channels_that_tie_are_treated_alike() -> None:
+def test_channels_that_tie_are_treated_the_same() -> None:
     student, teacher = torch.ones(2, 4), torch.ones(2, 4)
-    assert unimportant(student, teacher, teacher / 2, 2, 0.5).all()
+    assert unimportant_channels(student, teacher, teacher / 2, 2, 0.5).all()
     student[:, 0] = 3.0
-    assert unimportant(student, teacher, teacher / 2, 2, 0.5).tolist() == [False, True, True, True]
+    assert unimportant_channels(student, teacher, teacher / 2, 2, 0.5).tolist() == [False, True, True, True]
 
 
-def test_the_lasso_pulls_every_row_with_the_same_force_and_leaves_zeros_alone() -> None:
+def test_the_lasso_gradient_has_length_1_for_every_row_and_0_for_zero_rows() -> None:
     matrix = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 1e-20]], dtype=torch.float64)
     expected = torch.tensor([[0.6, 0.8], [0.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     torch.testing.assert_close(lasso_gradient(matrix), expected)
@@ -103,62 +103,62 @@ def section(**paper: object) -> Student:
     return Student.model_validate(student)
 
 
-def test_masked_rows_get_the_lasso_alone_and_the_others_both() -> None:
-    tested = PaperMethod(SPEC, section(start=0.0, lasso=0.25), MACS, 10, torch.device("cpu"))
-    net = attach(RetrievalNet(SPEC), tested.sites)
+def test_masked_rows_get_the_gradient_of_the_lasso_only_and_other_rows_both() -> None:
+    method = PaperMethod(SPEC, section(start=0.0, lasso=0.25), MACS, 10, torch.device("cpu"))
+    net = attach(RetrievalNet(SPEC), method.sites)
     assert all(site.endswith("conv2") for site in net.spec.indicators)
     net(torch.randn(4, 3, 32, 32)).embedding.sum().backward()
     site = "layer2.0.conv2"
     weight = net.indicators()[site].weight
     retrieval = weight.grad.clone()
-    tested.sites[site].masked[3:7] = True
-    tested.step(net, lambda: None, 0.0)
+    method.sites[site].masked[3:7] = True
+    method.step(net, lambda: None, 0.0)
     lasso = 0.25 * lasso_gradient(weight.detach())
     torch.testing.assert_close(weight.grad[3:7], lasso[3:7])
     torch.testing.assert_close(weight.grad[:3], (retrieval + lasso)[:3])
     assert retrieval[3:7].any()
 
 
-def test_before_its_start_nothing_is_masked_or_pulled() -> None:
-    tested = PaperMethod(SPEC, section(start=0.5), MACS, 10, torch.device("cpu"))
-    net = attach(RetrievalNet(SPEC), tested.sites)
-    features = {name: torch.randn(4, len(site.masked)) for name, site in tested.sites.items()}
+def test_before_the_start_nothing_is_masked_and_the_lasso_does_not_act() -> None:
+    method = PaperMethod(SPEC, section(start=0.5), MACS, 10, torch.device("cpu"))
+    net = attach(RetrievalNet(SPEC), method.sites)
+    features = {name: torch.randn(4, len(site.masked)) for name, site in method.sites.items()}
     for step in range(5):
-        tested.observe(features, features)
+        method.observe(features, features)
         net(torch.randn(4, 3, 32, 32)).embedding.sum().backward()
         before = {name: indicator.weight.grad.clone() for name, indicator in net.indicators().items()}
-        tested.step(net, lambda: None, step / 10)
+        method.step(net, lambda: None, step / 10)
         assert all(torch.equal(before[name], indicator.weight.grad) for name, indicator in net.indicators().items())
-    assert not any(site.masked.any() for site in tested.sites.values())
-    tested.observe(features, features)
-    assert any(site.masked.any() for site in tested.sites.values())
+    assert not any(site.masked.any() for site in method.sites.values())
+    method.observe(features, features)
+    assert any(site.masked.any() for site in method.sites.values())
 
 
 @pytest.mark.parametrize(("norms", "width"), [([1.0] * 9 + [1e-7] * 7, 16), ([1.0] * 3 + [1e-7] * 13, 8)])
-def test_at_the_end_dead_rows_are_zero_and_widths_are_multiples(norms: list[float], width: int) -> None:
-    tested = PaperMethod(SPEC, section(), MACS, 10, torch.device("cpu"))
-    net = attach(RetrievalNet(SPEC), tested.sites)
+def test_at_the_end_small_rows_are_zero_and_widths_are_multiples(norms: list[float], width: int) -> None:
+    method = PaperMethod(SPEC, section(), MACS, 10, torch.device("cpu"))
+    net = attach(RetrievalNet(SPEC), method.sites)
     site = "layer2.0.conv2"
     with torch.no_grad():
         net.indicators()[site].weight *= torch.tensor(norms)[:, None, None, None]
-    assert tested.remaining(net)[site] == width
-    tested.step(net, lambda: None, 0.9)
-    living = row_norms(net.indicators()[site].matrix.detach()) > 0
-    assert int(living.sum()) == width
-    assert living[: min(width, norms.count(1.0))].all()
-    assert tested.remaining(net)[site] == norms.count(1.0) // 8 * 8 + 8
+    assert method.remaining_widths(net)[site] == width
+    method.step(net, lambda: None, 0.9)
+    nonzero = row_norms(net.indicators()[site].matrix.detach()) > 0
+    assert int(nonzero.sum()) == width
+    assert nonzero[: min(width, norms.count(1.0))].all()
+    assert method.remaining_widths(net)[site] == norms.count(1.0) // 8 * 8 + 8
     net = net.eval()
-    assert len(plan_cut(net, 1e-6, 8, SPEC).kept[site]) == width  # surgery sees the same
+    assert len(plan_cut(net, 1e-6, 8, SPEC).kept[site]) == width
 
 
-def test_it_survives_its_state_dict() -> None:
-    tested = PaperMethod(SPEC, section(start=0.0, memory=10), MACS, 10, torch.device("cpu"))
+def test_the_method_is_restored_from_its_state_dict() -> None:
+    method = PaperMethod(SPEC, section(start=0.0, memory=10), MACS, 10, torch.device("cpu"))
     for _ in range(4):
-        features = {name: torch.randn(4, len(site.masked)) for name, site in tested.sites.items()}
-        tested.observe(features, features)
-        tested.progress += 0.1
-    other = PaperMethod(SPEC, section(start=0.0, memory=10), MACS, 10, torch.device("cpu"))
-    other.load_state_dict(tested.state_dict())
-    assert all(torch.equal(value, other.state_dict()[name]) for name, value in tested.state_dict().items())
-    assert torch.equal(other.sites["layer1.0.conv2"].memory, tested.sites["layer1.0.conv2"].memory)
-    assert other.sites["layer1.0.conv2"].seen == tested.sites["layer1.0.conv2"].seen == 16
+        features = {name: torch.randn(4, len(site.masked)) for name, site in method.sites.items()}
+        method.observe(features, features)
+        method.progress += 0.1
+    restored = PaperMethod(SPEC, section(start=0.0, memory=10), MACS, 10, torch.device("cpu"))
+    restored.load_state_dict(method.state_dict())
+    assert all(torch.equal(value, restored.state_dict()[name]) for name, value in method.state_dict().items())
+    assert torch.equal(restored.sites["layer1.0.conv2"].memory, method.sites["layer1.0.conv2"].memory)
+    assert restored.sites["layer1.0.conv2"].seen == method.sites["layer1.0.conv2"].seen == 16

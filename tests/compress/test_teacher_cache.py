@@ -1,4 +1,4 @@
-"""What a teacher said is found again, byte by byte, and never too much of it."""
+"""The cache of teacher outputs returns the same bytes, and keeps its limit."""
 
 from pathlib import Path
 
@@ -16,18 +16,18 @@ def network(seed: int) -> RetrievalNet:
     return RetrievalNet(ArchSpec.full(14, 8, 8)).eval()
 
 
-class Teacher:
-    """Counts how often it is asked."""
+class CountingTeacher:
+    """Counts its forward passes."""
 
     def __init__(self, seed: int = 0) -> None:
-        self.net, self.asked = network(seed), 0
+        self.net, self.calls = network(seed), 0
 
-    def about(self, answers: TeacherCache, images: Tensor) -> Tensor:
-        def ask() -> dict[str, Tensor]:
-            self.asked += 1
+    def embed(self, cache: TeacherCache, images: Tensor) -> Tensor:
+        def compute() -> dict[str, Tensor]:
+            self.calls += 1
             return {"embedding": self.net(images).embedding.detach()}
 
-        return answers(images, ask)["embedding"]
+        return cache(images, compute)["embedding"]
 
 
 @pytest.fixture
@@ -35,49 +35,49 @@ def images() -> Tensor:
     return torch.randn(3, 3, 32, 32).contiguous(memory_format=torch.channels_last)
 
 
-def test_the_same_images_are_asked_about_once(tmp_path: Path, images: Tensor) -> None:
-    teacher = Teacher()
-    first = teacher.about(TeacherCache(tmp_path, 1e9, teacher.net, ""), images)
-    again = teacher.about(TeacherCache(tmp_path, 1e9, teacher.net, ""), images.clone())
-    assert teacher.asked == 1
+def test_outputs_for_the_same_images_are_computed_once(tmp_path: Path, images: Tensor) -> None:
+    teacher = CountingTeacher()
+    first = teacher.embed(TeacherCache(tmp_path, 1e9, teacher.net, ""), images)
+    again = teacher.embed(TeacherCache(tmp_path, 1e9, teacher.net, ""), images.clone())
+    assert teacher.calls == 1
     assert torch.equal(first, again)
     images[2, 1, 5, 7] += 1e-6
-    teacher.about(TeacherCache(tmp_path, 1e9, teacher.net, ""), images)
-    assert teacher.asked == 2
+    teacher.embed(TeacherCache(tmp_path, 1e9, teacher.net, ""), images)
+    assert teacher.calls == 2
 
 
-@pytest.mark.parametrize("other", ["teacher", "question"])
-def test_another_teacher_or_question_has_answers_of_its_own(tmp_path: Path, images: Tensor, other: str) -> None:
-    first, second = Teacher(), Teacher(seed=1 if other == "teacher" else 0)
-    first.about(TeacherCache(tmp_path, 1e9, first.net, "a"), images)
-    second.about(TeacherCache(tmp_path, 1e9, second.net, "b" if other == "question" else "a"), images)
-    assert second.asked == 1
+@pytest.mark.parametrize("changed", ["teacher", "settings"])
+def test_another_teacher_or_other_settings_have_separate_outputs(tmp_path: Path, images: Tensor, changed: str) -> None:
+    first, second = CountingTeacher(), CountingTeacher(seed=1 if changed == "teacher" else 0)
+    first.embed(TeacherCache(tmp_path, 1e9, first.net, "a"), images)
+    second.embed(TeacherCache(tmp_path, 1e9, second.net, "b" if changed == "settings" else "a"), images)
+    assert second.calls == 1
 
 
-def test_no_more_is_kept_than_the_limit_allows(tmp_path: Path, images: Tensor) -> None:
-    teacher = Teacher()
-    answers = TeacherCache(tmp_path, 2 * 3 * 8 * 4, teacher.net, "")  # two batches of 3 embeddings of 8 numbers
+def test_the_cache_stops_storing_at_its_limit(tmp_path: Path, images: Tensor) -> None:
+    teacher = CountingTeacher()
+    cache = TeacherCache(tmp_path, 2 * 3 * 8 * 4, teacher.net, "")  # two batches of 3 embeddings of 8 numbers
     for shift in range(4):
-        teacher.about(answers, images + shift)
+        teacher.embed(cache, images + shift)
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2
-    teacher.about(answers, images)
-    assert teacher.asked == 4
+    teacher.embed(cache, images)
+    assert teacher.calls == 4
 
 
-def test_answers_of_other_teachers_make_room(tmp_path: Path, images: Tensor) -> None:
-    first, second = Teacher(), Teacher(seed=1)
-    first.about(TeacherCache(tmp_path, 1e9, first.net, ""), images)
-    answers = TeacherCache(tmp_path, 3 * 8 * 4, second.net, "")
+def test_outputs_of_other_teachers_are_deleted_to_make_room(tmp_path: Path, images: Tensor) -> None:
+    first, second = CountingTeacher(), CountingTeacher(seed=1)
+    first.embed(TeacherCache(tmp_path, 1e9, first.net, ""), images)
+    cache = TeacherCache(tmp_path, 3 * 8 * 4, second.net, "")
     for _ in range(2):
-        second.about(answers, images)
-    assert second.asked == 1
+        second.embed(cache, images)
+    assert second.calls == 1
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
 
 
-def test_a_damaged_answer_is_asked_for_again(tmp_path: Path, images: Tensor) -> None:
-    teacher = Teacher()
-    first = teacher.about(TeacherCache(tmp_path, 1e9, teacher.net, ""), images)
-    (kept,) = tmp_path.rglob("*.safetensors")
-    kept.write_bytes(kept.read_bytes()[:-5])
-    assert torch.equal(teacher.about(TeacherCache(tmp_path, 1e9, teacher.net, ""), images), first)
-    assert teacher.asked == 2
+def test_damaged_outputs_are_computed_again(tmp_path: Path, images: Tensor) -> None:
+    teacher = CountingTeacher()
+    first = teacher.embed(TeacherCache(tmp_path, 1e9, teacher.net, ""), images)
+    (stored,) = tmp_path.rglob("*.safetensors")
+    stored.write_bytes(stored.read_bytes()[:-5])
+    assert torch.equal(teacher.embed(TeacherCache(tmp_path, 1e9, teacher.net, ""), images), first)
+    assert teacher.calls == 2

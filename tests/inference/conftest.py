@@ -1,4 +1,4 @@
-"""A file to open."""
+"""The content of a small ONNX file."""
 
 import pytest
 

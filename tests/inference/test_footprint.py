@@ -1,4 +1,4 @@
-"""Size, memory and layout of a file."""
+"""Size, memory and layout of ONNX files."""
 
 from pathlib import Path
 
@@ -11,13 +11,13 @@ from pipeline.inference.footprint import footprints, plain_layers
 
 
 def network(path: Path, channels: int, weights: int = 0) -> Path:
-    """Three convolutions, 3 -> 32 -> channels -> 32, and weights that only take room."""
+    """Write three convolutions, 3 -> 32 -> channels -> 32, and a tensor of `weights` numbers that takes space only."""
     rng = np.random.default_rng(0)
     shapes = {
         "first.weight": (32, 3, 3, 3),
         "second.weight": (channels, 32, 3, 3),
         "third.weight": (32, channels, 3, 3),
-        "room": (max(weights, 1),),
+        "padding": (max(weights, 1),),
     }
     tensors = [
         numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name) for name, shape in shapes.items()
@@ -26,8 +26,8 @@ def network(path: Path, channels: int, weights: int = 0) -> Path:
         helper.make_node("Conv", ["image", "first.weight"], ["a"], pads=[1] * 4),
         helper.make_node("Conv", ["a", "second.weight"], ["b"], pads=[1] * 4),
         helper.make_node("Conv", ["b", "third.weight"], ["c"], pads=[1] * 4),
-        helper.make_node("ReduceSum", ["room"], ["room_sum"], keepdims=0),
-        helper.make_node("Add", ["c", "room_sum"], ["embedding"]),
+        helper.make_node("ReduceSum", ["padding"], ["padding_sum"], keepdims=0),
+        helper.make_node("Add", ["c", "padding_sum"], ["embedding"]),
     ]
     image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 3, 16, 16])
     embedding = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, None)
@@ -37,19 +37,19 @@ def network(path: Path, channels: int, weights: int = 0) -> Path:
     return path
 
 
-def test_layers_of_odd_widths_are_named(tmp_path):
+def test_layers_with_odd_widths_are_listed(tmp_path):
     optimised = plain_layers(network(tmp_path / "good.onnx", 32))
     if optimised:
         pytest.skip("ONNX Runtime has no convolutions on blocks of channels on this processor")
     assert plain_layers(network(tmp_path / "odd.onnx", 33)) == ("third",)
 
 
-def test_memory_is_that_of_the_file_alone(tmp_path):
-    held = np.ones(50_000_000, np.float32)  # this process's own 200 MB must not count
+def test_memory_is_that_of_the_file_only(tmp_path):
+    held = np.ones(50_000_000, np.float32)  # 200 MB of this process must not count
     small, large = network(tmp_path / "small.onnx", 32), network(tmp_path / "large.onnx", 32, weights=20_000_000)
-    found = footprints({"small": small, "large": large}, (16, 16), batch=2)
+    result = footprints({"small": small, "large": large}, (16, 16), batch=2)
     assert held.sum() == 50_000_000
-    assert found["large"].bytes == large.stat().st_size > 80_000_000
-    if found["small"].memory is not None:
-        assert found["small"].memory < 60_000_000
-        assert found["large"].memory > found["small"].memory + 70_000_000
+    assert result["large"].bytes == large.stat().st_size > 80_000_000
+    if result["small"].memory is not None:
+        assert result["small"].memory < 60_000_000
+        assert result["large"].memory > result["small"].memory + 70_000_000

@@ -1,4 +1,4 @@
-"""ONNX Runtime is opened in one way, at one place."""
+"""ONNX Runtime is opened in one place, without telemetry."""
 
 import ast
 import os
@@ -20,19 +20,19 @@ def test_telemetry_is_off_before_any_file_imports_the_runtime():
                 modules += [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 modules.append(node.module or "")
-        own = [module for module in modules if module.split(".")[0] == "onnxruntime"]
-        if own and path.name != "session.py":
-            assert "pipeline.inference.session" in modules[: modules.index(own[0])], path
+        runtime = [module for module in modules if module.split(".")[0] == "onnxruntime"]
+        if runtime and path.name != "session.py":
+            assert "pipeline.inference.session" in modules[: modules.index(runtime[0])], path
     assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
 
 
-@pytest.mark.parametrize(("asked", "given"), [(0, available_threads()), (1, 1), (3, 3)])
-def test_zero_threads_are_all_that_there_are(content, tmp_path, asked, given):
+@pytest.mark.parametrize(("requested", "expected"), [(0, available_threads()), (1, 1), (3, 3)])
+def test_zero_threads_stands_for_all_available_ones(content, tmp_path, requested, expected):
     path = tmp_path / "model.onnx"
     path.write_bytes(content)
-    assert open_session(path, asked).get_session_options().intra_op_num_threads == given
+    assert open_session(path, requested).get_session_options().intra_op_num_threads == expected
 
 
-def test_a_missing_file_comes_with_its_remedy(tmp_path):
+def test_the_error_for_a_missing_file_names_the_remedy(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"model\.onnx is missing; run `dvc repro`"):
         open_session(tmp_path / "model.onnx")

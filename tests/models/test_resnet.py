@@ -1,4 +1,4 @@
-"""Our networks against torchvision's, and a spec against what it builds."""
+"""Networks against torchvision's, and specs against the networks they describe."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from pipeline.models.spec import ArchSpec
 
 
 def counted_macs(net: nn.Module, size: tuple[int, int]) -> int:
-    """Multiply-accumulates as hooks count them, layer by layer."""
+    """Count multiply-accumulates by forward hooks, layer by layer."""
     total = 0
 
     def count(module: nn.Module, _inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -34,20 +34,20 @@ def test_torchvision_weights_give_torchvision_features(depth: int) -> None:
     ours.load_backbone(state, "torchvision")  # with and without the counts that old files lack
     theirs.fc = nn.Identity()
     image = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), FeatureHooks(ours, ["layer4"]) as taps:
+    with torch.no_grad(), FeatureHooks(ours, ["layer4"]) as hooks:
         ours(image)
-        torch.testing.assert_close(taps.read()["layer4"].mean(dim=(2, 3)), theirs(image))
+        torch.testing.assert_close(hooks.read()["layer4"].mean(dim=(2, 3)), theirs(image))
 
 
-def test_weights_of_another_depth_are_refused_with_names_and_remedy() -> None:
+def test_weights_of_another_depth_are_rejected_with_names_and_remedy() -> None:
     net = RetrievalNet(ArchSpec.full(50, 64, 128))
-    with pytest.raises(ValueError, match=r"not those of a ResNet-50.*missing.*set `depth` and `width`"):
+    with pytest.raises(ValueError, match=r"do not fit a ResNet-50.*missing.*set `depth` and `width`"):
         net.load_backbone(torchvision.models.resnet18().state_dict(), "resnet18.pth")
 
 
 @pytest.mark.parametrize("depth", [14, 18, 26, 34, 50, 101])
 @pytest.mark.parametrize("last_stride", [1, 2])
-def test_cost_from_the_spec_is_what_the_network_does(depth: int, last_stride: int) -> None:
+def test_the_cost_of_a_spec_is_that_of_the_network(depth: int, last_stride: int) -> None:
     spec = ArchSpec.full(depth, 16, 24, last_stride)
     narrower = {site: width - 1 - index % 5 for index, (site, width) in enumerate(spec.widths.items())}
     spec = spec.model_copy(update={"widths": spec.widths | {site: narrower[site] for site in spec.sites}})
@@ -56,26 +56,26 @@ def test_cost_from_the_spec_is_what_the_network_does(depth: int, last_stride: in
     assert cost.macs(spec, (65, 48)) == counted_macs(net, (65, 48))
 
 
-def test_a_spec_survives_json() -> None:
+def test_a_spec_is_restored_from_json() -> None:
     spec = ArchSpec.full(26, 16, 32, identities=7, cosine=True).model_copy(update={"indicators": ("layer2.1.conv2",)})
     assert ArchSpec.model_validate_json(spec.model_dump_json()) == spec
 
 
 @pytest.mark.parametrize(
-    ("change", "complaint"),
+    ("change", "message"),
     [
-        ({"depth": 19}, "depth 19 is none of"),
+        ({"depth": 19}, r"depth must be one of .*, got 19"),
         ({"widths": {"conv1": 8}}, "missing or unknown"),
         ({"indicators": ("layer9.0.conv1",)}, "unknown sites"),
     ],
 )
-def test_a_spec_that_makes_no_network_is_refused(change: dict[str, object], complaint: str) -> None:
+def test_an_invalid_spec_is_rejected(change: dict[str, object], message: str) -> None:
     content = ArchSpec.full(26, 16, 32).model_dump() | change
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(ValueError, match=message):
         ArchSpec.model_validate(content)
 
 
-def test_converting_without_a_weight_names_it() -> None:
+def test_converting_names_a_missing_weight() -> None:
     net = RetrievalNet(ArchSpec.full(14, 8, 16))
     state = dict(net.state_dict())
     del state["layer3.0.conv2.weight"]
@@ -83,17 +83,17 @@ def test_converting_without_a_weight_names_it() -> None:
         convert(net, net.spec, state)
 
 
-def test_taps_are_empty_once_read_and_silent_once_closed() -> None:
+def test_hooks_are_empty_after_reading_and_removed_on_exit() -> None:
     net = RetrievalNet(ArchSpec.full(14, 8, 16)).eval()
-    with FeatureHooks(net, ["layer1.0.compactor1", "layer2"]) as taps:
+    with FeatureHooks(net, ["layer1.0.compactor1", "layer2"]) as hooks:
         net(torch.zeros(1, 3, 32, 32))
-        assert set(taps.read()) == {"layer1.0.compactor1", "layer2"}
-        assert taps.read() == {}
+        assert set(hooks.read()) == {"layer1.0.compactor1", "layer2"}
+        assert hooks.read() == {}
     net(torch.zeros(1, 3, 32, 32))
-    assert taps.read() == {}
+    assert hooks.read() == {}
 
 
-def test_only_whole_blocks_with_an_identity_shortcut_may_be_gone() -> None:
+def test_only_whole_blocks_with_an_identity_shortcut_may_be_removed() -> None:
     spec = ArchSpec.full(26, 8, 16)
 
     def without(*sites: str) -> ArchSpec:
@@ -105,5 +105,5 @@ def test_only_whole_blocks_with_an_identity_shortcut_may_be_gone() -> None:
     assert not any(layer.name.startswith("layer2.1.") for layer in narrow.layers())
     assert net(torch.randn(2, 3, 32, 32)).embedding.shape == (2, 16)
     for sites in (("layer2.1.conv1",), ("layer2.0.conv1", "layer2.0.conv2"), ("layer2",)):
-        with pytest.raises(ValueError, match="or 0 throughout a block whose shortcut is the identity"):
+        with pytest.raises(ValueError, match="or 0 throughout a block with an identity shortcut"):
             without(*sites)

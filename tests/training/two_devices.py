@@ -1,6 +1,6 @@
-"""A student trained on two devices, as a program: each process writes down what it ended with.
+"""Program that trains a student on several devices; each process writes its result to a file.
 
-Arguments: a folder for each device's states and result, and a JSON file with params.
+Arguments: a folder for the states and results of the devices, and a JSON file with params.
 """
 
 import sys
@@ -14,7 +14,7 @@ from pipeline.runtime import launch
 from pipeline.training.loop import Fit
 from pipeline.training.state import Checkpoints
 from pipeline.training.teacher import build_teacher
-from tests.training.test_fit import IDENTITIES, STEPS, RandomImages, cost_of, digest, preprocess
+from tests.training.short_training import IDENTITIES, STEPS, RandomImages, cost_of, digest, preprocess
 
 if __name__ == "__main__":
     folder, content = Path(sys.argv[1]), Path(sys.argv[2]).read_text()
@@ -25,12 +25,12 @@ if __name__ == "__main__":
     steps = STEPS * params.student.epochs
     task = student_task(fabric, params, teacher, cost_of(params, teacher), steps, calibration, None)
     loader = RandomImages(device=fabric.global_rank)
-    own = folder / str(fabric.global_rank)  # as on two nodes that share no folder
+    states = folder / str(fabric.global_rank)  # like two nodes without a shared folder
     epochs: list[str] = []
-    fit = Fit(fabric, params.student, task, loader, preprocess, Checkpoints(own), lambda row: None)
+    fit = Fit(fabric, params.student, task, loader, preprocess, Checkpoints(states), lambda row: None)
     for state in fit.states(lambda: build_student(params, teacher, task.compression)):
         epochs.append(str(state.epoch))
     task.check(state.net)
-    ended = {**state.net.state_dict(), **task.state_dict()}
-    text = f"{torch.get_num_threads()} {digest(ended)} epochs {' '.join(epochs)}"
+    result = {**state.net.state_dict(), **task.state_dict()}
+    text = f"{torch.get_num_threads()} {digest(result)} epochs {' '.join(epochs)}"
     (folder / f"{fabric.global_rank}.txt").write_text(text)

@@ -1,0 +1,338 @@
+"""Training of the student: budgets, live shrinking, distillation and frozen norms."""
+
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity, normalize
+
+from pipeline.compress.budget import BudgetMissedError
+from pipeline.compress.compactor import attach, nonzero_channels, row_norms
+from pipeline.compress.shrinker import Shrinker
+from pipeline.compress.student import _without_gate_gradient, build_student, evenly_spaced, remaining_spec
+from pipeline.compress.surgery import largest_difference, run_surgery
+from pipeline.config import Params
+from pipeline.models import cost
+from pipeline.models.feature_hooks import FeatureHooks, average_pool
+from pipeline.models.resnet import RetrievalNet
+from pipeline.models.spec import ArchSpec
+from pipeline.training.optimizer import build_optimizer, load_state_tensors, state_tensors
+from pipeline.training.teacher import build_teacher
+from tests.training.short_training import IDENTITIES, STEPS, RandomImages, change, digest, prepared, preprocess
+
+
+@pytest.mark.parametrize("shrink", ["live", "off"])
+def test_a_student_reaches_its_budget_and_does_not_change_its_teacher(
+    params: Params, teacher: RetrievalNet, tmp_path: Path, shrink: str
+) -> None:
+    params = change(params, "student", shrink=shrink)
+    before = digest(teacher.state_dict())
+    task, fit, rows = prepared(params, teacher, tmp_path)
+    net = fit.run(lambda: build_student(params, teacher, task.compression))
+    small = remaining_spec(net)
+    reduction = 1 - cost.macs(small, (32, 32)) / cost.macs(teacher.spec, (32, 32))
+    assert 0.4 <= reduction <= 0.41
+    assert rows[-1]["macs_reduction"] == reduction
+    assert all(small.widths[site] % 8 == 0 for site in small.sites)
+    assert digest(teacher.state_dict()) == before
+    task.check(net)
+    plan = task.plan()
+    if shrink == "live":
+        assert net.spec.widths == small.widths
+        assert {site: len(kept) for site, kept in plan.kept.items()} == {
+            site: small.widths[site] for site in small.sites
+        }
+    else:
+        assert net.spec.widths == teacher.spec.widths
+        masked = task.compression.masks["layer4.0.conv1"].masked
+        assert torch.equal(row_norms(net.indicators()["layer4.0.conv1"].matrix.detach()) == 0, masked)
+    result = run_surgery(net, teacher.spec, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
+    assert result.net.spec == small
+    assert result.max_abs_diff <= 1e-10
+
+
+def test_a_live_cut_does_not_change_how_far_rows_have_faded(
+    params: Params, teacher: RetrievalNet, tmp_path: Path
+) -> None:
+    task, _, _ = prepared(params, teacher, tmp_path)
+    assert isinstance(task.compression, Shrinker)
+    net = build_student(params, teacher, task.compression).eval()
+    site = task.compression.masks["layer4.0.conv1"]
+    norms = torch.linspace(0.1, 2.0, len(site.kept))
+    norms[3:8] = 0.0
+    site.masked[:16] = True
+    site.steps_left[:16] = 5
+    site.full_norm[:16] = 1.0
+    with torch.no_grad():
+        net.indicators()["layer4.0.conv1"].weight *= norms[:, None, None, None]
+    reshaped = task.reshape(net)
+    assert reshaped is not None
+    matrix = reshaped.net.indicators()["layer4.0.conv1"].matrix.detach()
+    expected = torch.where(torch.arange(len(norms)) < 16, norms, torch.ones_like(norms))[norms > 0]
+    torch.testing.assert_close(matrix, torch.diag(expected))
+    assert task.compression.masks["layer4.0.conv1"].steps_left.tolist() == [5] * 11 + [0] * (len(norms) - 16)
+    image = preprocess(next(RandomImages().epoch(5))[0])
+    assert largest_difference(net, reshaped.net, image) < 1e-4
+
+
+def test_batch_norms_after_a_live_cut_have_the_statistics_of_the_faded_network(
+    params: Params, teacher: RetrievalNet, tmp_path: Path
+) -> None:
+    task, _, _ = prepared(params, teacher, tmp_path)
+    assert isinstance(task.compression, Shrinker)
+    net = build_student(params, teacher, task.compression).eval()
+    for name, zeroed in (("layer4.0.conv1", 0), ("layer4.0.conv2", 8)):
+        task.compression.masks[name].masked[:16] = True
+        task.compression.masks[name].full_norm[:16] = 1.0
+        with torch.no_grad():
+            net.indicators()[name].weight[:16] *= 0.1
+            net.indicators()[name].weight[: zeroed or 1] = 0.0
+    reshaped = task.reshape(net)
+    assert reshaped is not None
+    narrow = reshaped.net
+    with FeatureHooks(narrow, ["layer4.0.conv2"]) as hooks, torch.no_grad():
+        narrow(task.calibration)
+        variance, mean = torch.var_mean(hooks.read()["layer4.0.conv2"], dim=(0, 2, 3))
+    torch.testing.assert_close(narrow.layer4[0].bn2.running_mean, mean)
+    torch.testing.assert_close(narrow.layer4[0].bn2.running_var, variance)
+
+
+def test_rows_that_fade_across_the_end_of_an_epoch_are_cut_in_time(
+    params: Params, teacher: RetrievalNet, tmp_path: Path
+) -> None:
+    """Some rows of a site become zero in an epoch, others in the next; the schedule ends with the last step."""
+    content = params.model_dump()
+    content["student"]["budget"] |= {"start": 0.0, "end": 0.7, "fade": 0.3, "every": 1}
+    task, fit, _ = prepared(Params.model_validate(content), teacher, tmp_path)
+    net = fit.run(lambda: build_student(params, teacher, task.compression))
+    task.check(net)
+    assert isinstance(task.compression, Shrinker)
+    assert not any(site.masked.any() for site in task.compression.masks.values())
+    assert net.spec.widths == remaining_spec(net).widths
+
+
+def test_basic_blocks_shrink_as_well(params: Params, tmp_path: Path) -> None:
+    content = params.model_dump()
+    content["teacher"] |= {"depth": 18}
+    content["student"]["sites"] = ["conv1"]
+    params = Params.model_validate(content)
+    torch.manual_seed(0)
+    teacher = build_teacher(params.teacher, IDENTITIES).eval()
+    test_a_student_reaches_its_budget_and_does_not_change_its_teacher(params, teacher, tmp_path, "live")
+
+
+def test_with_flip_averaging_the_student_learns_the_mean_of_both_outputs(
+    params: Params, teacher: RetrievalNet, tmp_path: Path
+) -> None:
+    distill = params.student.distill.model_copy(update={"embedding": 10.0, "flip_average": True})
+    params = change(params, "student", distill=distill.model_dump())
+    task, _, _ = prepared(params, teacher, tmp_path)
+    images, labels, _ = next(RandomImages().epoch(0))
+    images = preprocess(images)
+    with torch.no_grad():
+        losses = task.losses(teacher, teacher, images, labels, 0.0)  # the student is the teacher itself
+        plain, flipped = (normalize(teacher(view).embedding, dim=1) for view in (images, images.flip(3)))
+    cosine = cosine_similarity(plain, plain + flipped)
+    assert cosine.min() < 0.999
+    torch.testing.assert_close(losses["embedding"], 10 * (1 - cosine).mean())
+    assert losses["feature"] == 0 and losses["kl"] > 0
+
+
+def test_cached_teacher_outputs_lead_to_the_same_student(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
+    digests, calls = [], []
+    for number, gib in enumerate((0.0, 1.0, 1.0)):
+        params = change(params, "runtime", teacher_cache_gib=gib)
+        task, fit, _ = prepared(params, teacher, tmp_path / str(number), tmp_path / "cache")
+        calls.append(0)
+
+        def count(*_: object) -> None:
+            calls[-1] += 1
+
+        handle = task.teacher.register_forward_hook(count)
+        digests.append(digest(fit.run(partial(build_student, params, teacher, task.compression)).state_dict()))
+        handle.remove()
+    assert calls[0] == calls[1] >= STEPS * params.student.epochs
+    assert calls[2] == 0
+    assert len(set(digests)) == 1
+
+
+def test_the_feature_loss_of_a_stage_has_no_gradient_to_its_own_channel_gate() -> None:
+    torch.manual_seed(0)
+    net = attach(RetrievalNet(ArchSpec.full(14, 8, 8)), ["layer1", "layer2", "layer3"])
+    with torch.no_grad():
+        net.gates["layer2"].weight.uniform_(0.5, 2.0)
+        net.gates["layer2"].weight[3] = 0.0
+    with FeatureHooks(net, ["layer2"], average_pool) as hooks:
+        net(torch.randn(4, 3, 32, 32))
+        features = hooks.read()["layer2"]
+    detached = _without_gate_gradient(net, "layer2", features)
+    torch.testing.assert_close(detached, features)
+    detached.square().sum().backward()
+    earlier, own = net.gates["layer1"].weight.grad, net.gates["layer2"].weight.grad
+    assert earlier.abs().max() > 1e-3
+    assert own.abs().max() < 1e-4 * features.square().sum()
+
+
+@pytest.mark.parametrize(
+    ("method", "share", "frozen"),
+    [("budget", 0.0, True), ("budget", 1.0, False), ("paper", 0.0, True), ("static-magnitude", 0.0, False)],
+)
+def test_the_norms_of_the_head_are_frozen_if_the_student_starts_as_its_teacher(
+    params: Params, teacher: RetrievalNet, tmp_path: Path, method: str, share: float, frozen: bool
+) -> None:
+    params = change(params, "student", freeze_norms_at=1.0, freeze_head_norms_at=share, method=method)
+    task, fit, _ = prepared(params, teacher, tmp_path)
+    net = fit.run(lambda: build_student(params, teacher, task.compression))
+    if method == "budget":
+        assert net.spec.widths != teacher.spec.widths  # it was cut during training
+    if method == "static-magnitude":
+        teacher = build_student(params, teacher, task.compression)
+    assert torch.equal(net.head.bn1.running_var, teacher.head.bn1.running_var) is frozen
+    assert torch.equal(net.head.bn2.running_var, teacher.head.bn2.running_var) is frozen
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_all_norms_are_frozen_in_the_last_steps(
+    params: Params, teacher: RetrievalNet, tmp_path: Path, share: float
+) -> None:
+    """The statistics change until then; the weights change until the end."""
+    params = change(params, "student", freeze_norms_at=share, freeze_head_norms_at=1.0, method="none")
+    task, fit, _ = prepared(params, teacher, tmp_path)
+    statistics, weights = [], []
+    for state in fit.states(lambda: build_student(params, teacher, task.compression)):
+        statistics.append(digest({name: value for name, value in state.net.named_buffers() if "running" in name}))
+        weights.append(digest(dict(state.net.named_parameters())))
+    changed = [before != after for before, after in pairwise(statistics)]
+    assert changed == [(epoch + 1) / params.student.epochs <= share for epoch in range(params.student.epochs)]
+    assert all(before != after for before, after in pairwise(weights))
+
+
+def test_a_student_that_misses_its_budget_is_rejected(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
+    task, _, _ = prepared(params, teacher, tmp_path)
+    with pytest.raises(BudgetMissedError, match=r"ended at a reduction of 0\.0000, not in \[0\.4, 0\.41\]"):
+        task.check(build_student(params, teacher, task.compression))
+
+
+@pytest.mark.parametrize(("correction", "warns"), [(1.0, False), (1.5, True)])
+def test_a_student_that_saves_more_than_requested_is_logged(
+    params: Params,
+    teacher: RetrievalNet,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    correction: float,
+    warns: bool,
+) -> None:
+    task, _, _ = prepared(change(params, "student", method="static-magnitude"), teacher, tmp_path)
+    task.compression.cost = task.compression.cost.corrected(teacher.spec.widths, correction)
+    task.check(build_student(change(params, "student", method="static-magnitude"), teacher, task.compression))
+    assert ("more than the requested 40.0 %" in caplog.text) == warns
+
+
+def test_a_schedule_that_ends_near_the_last_step_is_completed(
+    params: Params, teacher: RetrievalNet, tmp_path: Path
+) -> None:
+    content = params.model_dump()
+    content["student"]["epochs"] = 1
+    content["student"]["budget"] |= {"end": 0.97, "fade": 0.01, "every": 4}
+    task, fit, _ = prepared(Params.model_validate(content), teacher, tmp_path)
+    fit.run(lambda: build_student(params, teacher, task.compression))
+    assert isinstance(task.compression, Shrinker)
+    assert task.compression.finalized
+
+
+def test_live_shrinking_carries_the_state_of_the_optimiser(
+    params: Params, teacher: RetrievalNet, tmp_path: Path
+) -> None:
+    task, _, _ = prepared(params, teacher, tmp_path)
+    net = build_student(params, teacher, task.compression)
+    optimizer = build_optimizer(net, params.student.optimizer)
+    net(preprocess(next(RandomImages().epoch(0))[0])).embedding.square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        net.indicators()["layer2.0.conv1"].weight[8:] = 0.0
+    reshaped = task.reshape(net.eval())
+    assert reshaped is not None
+    assert reshaped.net.spec.widths["layer2.0.conv1"] == 8
+    renewed = build_optimizer(reshaped.net, params.student.optimizer)
+    load_state_tensors(renewed, reshaped.net, state_tensors(optimizer, net), reshaped.carry)
+    old, new = state_tensors(optimizer, net), state_tensors(renewed, reshaped.net)
+    torch.testing.assert_close(new["exp_avg/layer2.0.conv2.weight"], old["exp_avg/layer2.0.conv2.weight"][:, :8])
+    torch.testing.assert_close(new["exp_avg/layer1.0.conv1.weight"], old["exp_avg/layer1.0.conv1.weight"])
+    torch.testing.assert_close(new["exp_avg/layer2.0.conv1.weight"], old["exp_avg/layer2.0.conv1.weight"][:8])
+    torch.testing.assert_close(new["exp_avg/layer2.0.bn1.weight"], old["exp_avg/layer2.0.bn1.weight"][:8])
+    compactor = "layer2.0.compactor1.weight"
+    torch.testing.assert_close(new[f"exp_avg_sq/{compactor}"], old[f"exp_avg_sq/{compactor}"][:8, :8])
+    assert new.keys() == old.keys()
+    for name in ("conv1.weight", "bn1.weight"):  # similar weights keep the state valid
+        before, after = net.state_dict()[f"layer2.0.{name}"][:8], reshaped.net.state_dict()[f"layer2.0.{name}"]
+        assert torch.cosine_similarity(before.flatten(), after.flatten(), dim=0) > 0.9
+    image = preprocess(next(RandomImages().epoch(5))[0])
+    assert largest_difference(net, reshaped.net, image) < 1e-4
+
+
+def test_nothing_shrinks_with_method_none(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
+    params = change(params, "student", method="none", epochs=1)
+    task, fit, _ = prepared(params, teacher, tmp_path)
+    net = fit.run(lambda: build_student(params, teacher, task.compression))
+    assert net.spec == teacher.spec
+    assert nonzero_channels(net) == {}
+
+
+@pytest.mark.parametrize("method", ["static-magnitude", "static-random"])
+def test_a_static_student_is_narrow_from_the_first_step_and_keeps_the_budget(
+    params: Params, teacher: RetrievalNet, tmp_path: Path, method: str
+) -> None:
+    params = change(params, "student", method=method, epochs=1, sites=["conv1", "conv2", "stream"])
+    task, fit, rows = prepared(params, teacher, tmp_path)
+    first = build_student(params, teacher, task.compression)
+    net = fit.run(lambda: first)
+    assert net.spec.widths == first.spec.widths
+    assert 0.4 <= rows[0]["macs_reduction"] <= 0.41
+    kept = task.plan().kept["layer3.1.conv1"]
+    if method == "static-magnitude":
+        weight = teacher.layer3[1].conv1.weight[list(kept)][:, list(task.plan().kept["layer3"])]
+        assert torch.equal(build_student(params, teacher, task.compression).layer3[1].conv1.weight, weight)
+    else:
+        assert kept == tuple(range(len(kept)))
+    result = run_surgery(net, teacher.spec, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
+    assert result.net.spec.widths == net.spec.widths
+
+
+def test_the_published_method_leaves_zero_rows_in_multiples_and_surgery_cuts_them(
+    params: Params, teacher: RetrievalNet, tmp_path: Path
+) -> None:
+    content = params.model_dump()
+    content["student"]["method"] = "paper"
+    content["student"]["optimizer"] |= {"name": "sgd", "lr": 0.01}
+    content["student"]["paper"] |= {"start": 0.2, "lasso": 5.0, "ratio": 0.9, "threshold": 0.5}
+    task, fit, rows = prepared(Params.model_validate(content), teacher, tmp_path)
+    net = fit.run(lambda: build_student(params, teacher, task.compression))
+    small = remaining_spec(net)
+    assert net.spec.widths == teacher.spec.widths
+    assert rows[0]["macs_reduction"] == 0.0
+    assert rows[-1]["macs_reduction"] == 1 - cost.macs(small, (32, 32)) / cost.macs(teacher.spec, (32, 32)) > 0.1
+    assert all(width % 8 == 0 for width in small.widths.values())
+    result = run_surgery(net, teacher.spec, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
+    assert result.net.spec.widths == small.widths
+
+
+def test_whole_blocks_are_removed_if_allowed(params: Params, teacher: RetrievalNet, tmp_path: Path) -> None:
+    content = params.model_dump()
+    content["student"]["budget"] |= {"reduction": 0.66, "allow_block_removal": True}
+    params = Params.model_validate(content)
+    task, fit, _ = prepared(params, teacher, tmp_path)
+    net = fit.run(lambda: build_student(params, teacher, task.compression))
+    task.check(net)
+    removed = [block.name for block in net.spec.blocks() if not net.spec.has(block)]
+    assert removed
+    assert all(f"{name}.conv1.weight" not in net.state_dict() for name in removed)
+    assert 0.66 <= 1 - cost.macs(net.spec, (32, 32)) / cost.macs(teacher.spec, (32, 32)) <= 0.67
+    result = run_surgery(net, teacher.spec, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
+    assert result.net.spec.widths == net.spec.widths
+
+
+def test_calibration_images_are_evenly_spaced() -> None:
+    assert list(evenly_spaced(torch.arange(10).numpy(), 4)) == [0, 3, 6, 9]
+    assert list(evenly_spaced(torch.arange(3).numpy(), 4)) == [0, 1, 2]
