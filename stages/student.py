@@ -59,7 +59,7 @@ def student(run: Run) -> StudentRecord:
     validate = validation(manifest, images, params.data.protocol, normalise, fabric.device)
     calibration = normalise(as_tensor(images.batch(spread(manifest.indices("train"), CALIBRATION))).to(fabric.device))
     steps = len(loader) * config.epochs
-    task = student_task(fabric, params, teacher, budgeted, steps, calibration, validate, run.files.answers)
+    task = student_task(fabric, params, teacher, budgeted, steps, calibration, validate, run.files.teacher_outputs)
     fit = Fit(fabric, config, task, loader, normalise, checkpoints, run.curve)
     net = fit.run(lambda: build_student(params, teacher, task.compression))
     task.check(net)

@@ -35,7 +35,7 @@ def run(start: Start, files: Files, *words: str, server: str) -> None:
     assert done.returncode == 0, out + err
 
 
-def test_executions_are_complete_whatever_dvc_ran(pipeline: Files, start: Start, server: str) -> None:
+def test_executions_are_complete_whichever_stages_dvc_ran(pipeline: Files, start: Start, server: str) -> None:
     run(start, pipeline, "dvc", "repro", server=server)
     student = pipeline.root / "stages" / "student.py"
     student.write_text(student.read_text() + "\n# changed\n")
@@ -67,7 +67,7 @@ def test_executions_are_complete_whatever_dvc_ran(pipeline: Files, start: Start,
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_ends_as_killed_when_its_stage_is(
+def test_the_run_of_a_killed_stage_is_killed(
     pipeline: Files, start: Start, serve: Serve, tmp_path: Path, number: signal.Signals
 ) -> None:
     client = MlflowClient(serve(f"sqlite:///{tmp_path / 'mlflow.db'}"))

@@ -44,7 +44,7 @@ def of(root: Path) -> list[psutil.Process]:
     return found
 
 
-def test_all_of_it_works_on_this_machine_only_and_ends_with_ctrl_c(
+def test_the_stack_listens_on_this_machine_only_and_ends_with_ctrl_c(
     make: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
     root, log = tmp_path / "checkout", tmp_path / "log"

@@ -54,7 +54,7 @@ def table(recorded: Files, serve: Callable[[str], str], page: Page) -> Locator:
     return page.get_by_role("grid")
 
 
-def test_teacher_and_student_stand_in_one_table_with_their_figures(table: Locator, page: Page, tmp_path: Path) -> None:
+def test_teacher_and_student_are_in_one_table_with_their_metrics(table: Locator, page: Page, tmp_path: Path) -> None:
     # The grid keeps names and figures in two halves; a run is the same line of both.
     lines = table.locator(".ag-row")
     names = [table.get_by_role("link", name=stage, exact=True) for stage in RECORDS]

@@ -53,7 +53,7 @@ def written(files: Files) -> Counter[tuple[str, str, int, float]]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_nothing_is_lost_or_doubled(
+def test_nothing_is_lost_or_duplicated(
     pipeline: Files,
     start: Start,
     server: str,

@@ -40,7 +40,7 @@ def address(release: Path, gallery: Path, tmp_path: Path) -> Iterator[str]:
     server.wait(10)
 
 
-def test_a_dropped_picture_is_found_in_both_columns(page: Page, address: str, tmp_path: Path) -> None:
+def test_a_dropped_image_is_found_in_both_columns(page: Page, address: str, tmp_path: Path) -> None:
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))

@@ -105,7 +105,7 @@ def champion(stack: Stack) -> str:
     return str(client.get_model_version_by_alias("smaller-student", "champion").version)
 
 
-def test_who_has_no_password_is_let_in_nowhere_and_passwords_are_in_no_command(stack: Stack) -> None:
+def test_servers_need_a_password_and_no_command_line_has_one(stack: Stack) -> None:
     mlflow, prefect = stack.variables["MLFLOW_PORT"], stack.variables["PREFECT_PORT"]
     calls = (f"{mlflow}/api/2.0/mlflow/experiments/search", f"{prefect}/api/flows/count")
     for call in calls:
@@ -117,7 +117,7 @@ def test_who_has_no_password_is_let_in_nowhere_and_passwords_are_in_no_command(s
     assert not [line for line in commands if any(secret in line for secret in secrets)]
 
 
-def test_a_scheduled_run_trains_passes_the_gate_and_its_model_can_be_fetched_and_run(
+def test_a_scheduled_run_is_promoted_and_its_model_can_be_downloaded_and_run(
     stack: Stack, server: SyncPrefectClient, tmp_path: Path
 ) -> None:
     deployment = server.read_deployment_by_name(WEEKLY).id
@@ -146,13 +146,13 @@ def test_a_scheduled_run_trains_passes_the_gate_and_its_model_can_be_fetched_and
     assert "dvc.lock" in results.stdout
 
 
-def test_with_nothing_new_nothing_is_done(stack: Stack, server: SyncPrefectClient) -> None:
+def test_a_run_without_changes_ends_as_no_change(stack: Stack, server: SyncPrefectClient) -> None:
     run = ended(server, start(server))
     assert run.state_name == "NoChange"
     assert champion(stack) == "1"
 
 
-def test_new_images_and_an_event_retrain(stack: Stack, server: SyncPrefectClient) -> None:
+def test_an_event_retrains_with_new_images(stack: Stack, server: SyncPrefectClient) -> None:
     for identity, camera, view in layouts.views(31, 8, 3, 2):
         path = stack.root / "incoming" / f"thing {identity}" / f"cam{camera}" / f"{view}.png"
         layouts.picture(path, identity, camera, view)
@@ -174,7 +174,7 @@ def test_new_images_and_an_event_retrain(stack: Stack, server: SyncPrefectClient
     assert str(MlflowClient().get_model_version_by_alias("smaller-student", "challenger").version) == "2"
 
 
-def test_the_search_page_shows_what_the_champion_finds(stack: Stack) -> None:
+def test_the_search_page_serves_the_champion(stack: Stack) -> None:
     wait_until(lambda: stack.healthy("search"), 90)
 
 
@@ -219,7 +219,7 @@ def unlocked(stack: Stack) -> bool:
 
 
 @pytest.mark.parametrize("way", ["cancel", "worker killed"])
-def test_a_training_that_is_cut_off_ends_at_once_and_the_next_goes_on(
+def test_an_interrupted_training_ends_at_once_and_the_next_run_resumes(
     stack: Stack, server: SyncPrefectClient, way: str, record_property: Callable[[str, object], None]
 ) -> None:
     set_params(stack.root, student={"epochs": 60})
@@ -246,7 +246,7 @@ def test_a_training_that_is_cut_off_ends_at_once_and_the_next_goes_on(
         assert champion(stack) == "3"
 
 
-def test_a_worse_one_is_rejected_and_the_champion_stays(stack: Stack, server: SyncPrefectClient) -> None:
+def test_a_worse_model_is_rejected_and_the_champion_stays(stack: Stack, server: SyncPrefectClient) -> None:
     set_params(stack.root, student={"epochs": 3})
     run = ended(server, start(server))
     assert run.state_name == "Rejected" and run.state is not None
@@ -256,7 +256,7 @@ def test_a_worse_one_is_rejected_and_the_champion_stays(stack: Stack, server: Sy
     assert "mAP +" in done.stdout
 
 
-def test_fifty_late_runs_end_in_one_at_most(stack: Stack, server: SyncPrefectClient) -> None:
+def test_of_fifty_late_runs_at_most_one_works(stack: Stack, server: SyncPrefectClient) -> None:
     deployment = server.read_deployment_by_name(WEEKLY).id
     worker = psutil.Process(stack.processes["worker"].pid)
     worker.suspend()
@@ -274,7 +274,7 @@ def test_fifty_late_runs_end_in_one_at_most(stack: Stack, server: SyncPrefectCli
     assert found.total() == 50
 
 
-def test_the_doctor_gives_back_what_the_dead_hold(
+def test_the_doctor_releases_slots_and_ends_lost_runs(
     stack: Stack, server: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files, deployment = Files(stack.root, stack.root), server.read_deployment_by_name(WEEKLY)
@@ -306,7 +306,7 @@ def test_the_doctor_gives_back_what_the_dead_hold(
     assert again is not None and again.is_completed()  # the slot is there for the next one
 
 
-def test_another_checkout_does_not_take_the_deployments_of_a_worker(
+def test_another_checkout_cannot_take_over_the_deployments_of_a_worker(
     stack: Stack, server: SyncPrefectClient, tmp_path: Path
 ) -> None:
     shutil.copy(stack.root / "prefect.yaml", tmp_path)
@@ -318,9 +318,7 @@ def test_another_checkout_does_not_take_the_deployments_of_a_worker(
     assert [one.ok for one in found if one.name == "runs"] == [None, None]  # only there it can be seen who is dead
 
 
-def test_a_pool_of_the_users_own_name_is_looked_at_as_the_usual_one(
-    stack: Stack, server: SyncPrefectClient, tmp_path: Path
-) -> None:
+def test_a_work_pool_with_another_name_is_checked_too(stack: Stack, server: SyncPrefectClient, tmp_path: Path) -> None:
     text = (stack.root / "prefect.yaml").read_text()
     (tmp_path / "prefect.yaml").write_text(text.replace("name: smaller-student\n    job", "name: cluster\n    job"))
 
@@ -341,7 +339,7 @@ def test_a_pool_of_the_users_own_name_is_looked_at_as_the_usual_one(
         server.delete_work_pool("cluster")
 
 
-def test_the_doctor_finds_the_stack_well(stack: Stack) -> None:
+def test_the_doctor_reports_no_problem_of_the_stack(stack: Stack) -> None:
     done = command(stack, "pipeline", "doctor")
     lines = [line for line in done.stdout.splitlines() if line.startswith(("ok", "bad"))]
     told = {line.split()[1]: line for line in lines}
