@@ -1,7 +1,7 @@
 """Split a lock file into locked.txt (installed with hashes) and torch.txt (installed from another index).
 
-split-lock.py LOCK [torch]: with the second argument, torch and torchvision go to torch.txt without hashes, since another
-index has other files, and packages that only their CUDA builds need are omitted.
+split-lock.py LOCK [torch]: with the second argument, torch and torchvision go to torch.txt without hashes, since
+another index has other files, and packages that only their CUDA builds need are omitted.
 """
 
 import re

@@ -38,7 +38,6 @@ class Files(NamedTuple):
         return self.root / "params.yaml"
 
     def artifacts(self, stage: str) -> Path:
-        """Return the folder of a stage's DVC outs."""
         return self.root / "artifacts" / stage
 
     def metrics(self, stage: str) -> Path:

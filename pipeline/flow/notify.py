@@ -17,14 +17,7 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import (
-    FlowRunFilter,
-    FlowRunFilterDeploymentId,
-    FlowRunFilterExpectedStartTime,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-)
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.filters import FlowRunFilter
 from prefect.events import emit_event
 from prefect.runtime import deployment
 from prefect.states import Cancelled
@@ -59,19 +52,15 @@ def skip_stale_runs(now: datetime) -> None:
     if not deployment.id:
         return
     with _best_effort("the end of overdue runs"), get_client(sync_client=True) as client:
-        waiting = client.read_flow_runs(
-            flow_run_filter=FlowRunFilter(
-                deployment_id=FlowRunFilterDeploymentId(any_=[UUID(deployment.id)]),
-                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
-                expected_start_time=FlowRunFilterExpectedStartTime.model_validate({"before_": now}),
-            )
-        )
-        for run in waiting:
-            if run.parameters.get("force"):
-                continue
-            client.set_flow_run_state(
-                run.id, Cancelled(name="Skipped", message=f"the run that began at {now:%H:%M} has done its work")
-            )
+        waiting = {
+            "deployment_id": {"any_": [deployment.id]},
+            "state": {"type": {"any_": ["SCHEDULED"]}},
+            "expected_start_time": {"before_": now},
+        }
+        message = f"the run that began at {now:%H:%M} has done its work"
+        for run in client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(waiting)):
+            if not run.parameters.get("force"):
+                client.set_flow_run_state(run.id, Cancelled(name="Skipped", message=message))
 
 
 class Progress:
@@ -89,7 +78,6 @@ class Progress:
                 self._update()
 
     def done(self) -> None:
-        """Set the progress to 100 %."""
         self._percent = 100.0
         self._update()
 

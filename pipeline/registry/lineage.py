@@ -105,7 +105,6 @@ class Lineage:
 
     @property
     def champion(self) -> Promotion | None:
-        """Promotion of the present champion."""
         return self.champions[-1] if self.champions else None
 
     @property

@@ -69,8 +69,6 @@ class Registry:
     def __init__(self, client: MlflowClient, name: str) -> None:
         self.client, self.name = client, name
 
-    # --- reading ------------------------------------------------------------------------------------------------------
-
     def lineage(self) -> Lineage:
         """Read the lineage without checking for manual changes in MLflow."""
         versions: list[ModelVersion] = []
@@ -116,10 +114,7 @@ class Registry:
         raise RegistryError(f"{self.name} has no `{alias}`; `smaller-student publish` creates one")
 
     def tags(self, version: str) -> dict[str, str]:
-        """Read the tags of a version."""
         return dict(self.client.get_model_version(self.name, version).tags)
-
-    # --- files --------------------------------------------------------------------------------------------------------
 
     def cached_download(self, version: str, models: Path) -> Path:
         """Return the folder of a version's files below `models`, named after their digest; download them once."""
@@ -162,8 +157,6 @@ class Registry:
                 raise ReleaseError(f"version {version} of {self.name} is not what was published; publish it again")
             check_release(downloaded)
             downloaded.rename(folder)
-
-    # --- writing ------------------------------------------------------------------------------------------------------
 
     def publish(
         self, folder: Path, upload: Callable[[], str], tags: dict[str, str], decide: Decide

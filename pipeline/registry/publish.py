@@ -28,7 +28,6 @@ class Published:
 
     @property
     def sentence(self) -> str:
-        """The outcome in one sentence."""
         outcome = "is champion" if self.decision.passed else "stays challenger"
         return f"version {self.version} {outcome}: {self.decision.reason}"
 

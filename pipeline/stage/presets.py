@@ -114,20 +114,20 @@ def upgrade(root: Path, path: Path) -> list[str]:
     Raises:
         ParamsError: If the file cannot be read, or a section has no lines to insert keys into, such as `{a: 1}`.
     """
-    mine, complete = read(path), _read_preset(root, COMPLETE)
-    added = list(_missing(mine.content, complete.content))
-    renamed = [f"renamed `{old}` to `{new}`" for old, new, _ in mine.renamed]
+    current, complete = read(path), _read_preset(root, COMPLETE)
+    added = list(_missing(current.content, complete.content))
+    renamed = [f"renamed `{old}` to `{new}`" for old, new, _ in current.renamed]
     if not added and not renamed:
         return []
-    newline = "\r\n" if "\r\n" in mine.text else "\n"
-    edits = [(key.start_mark.index, key.end_mark.index, new.rpartition(".")[2]) for _, new, key in mine.renamed]
-    if not mine.text.endswith("\n"):
-        edits.append((len(mine.text), len(mine.text), newline))
-    for index, lines in _insertions(mine.text, mine.root, complete.text, complete.root):
+    newline = "\r\n" if "\r\n" in current.text else "\n"
+    edits = [(key.start_mark.index, key.end_mark.index, new.rpartition(".")[2]) for _, new, key in current.renamed]
+    if not current.text.endswith("\n"):
+        edits.append((len(current.text), len(current.text), newline))
+    for index, lines in _insertions(current.text, current.root, complete.text, complete.root):
         edits.append((index, index, lines.replace("\n", newline)))
-    text = _edited(mine.text, edits)
+    text = _edited(current.text, edits)
     try:
-        done = parse(path, text).content == _merge(complete.content, mine.content)
+        done = parse(path, text).content == _merge(complete.content, current.content)
     except ParamsError:
         done = False
     if not done:  # sections in braces, merge keys
@@ -136,13 +136,13 @@ def upgrade(root: Path, path: Path) -> list[str]:
     return [*renamed, *(f"added `{key}`" for key in added)]
 
 
-def _missing(mine: Mapping[str, Any], complete: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield `name: value` of each key that `mine` lacks; `load` reports values of a wrong type."""
+def _missing(current: Mapping[str, Any], complete: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield `name: value` of each key that `current` lacks; `load` reports values of a wrong type."""
     for name, value in complete.items():
         if isinstance(value, Mapping) and value:  # an empty mapping is a value
-            if isinstance(section := mine.get(name, {}), Mapping):
+            if isinstance(section := current.get(name, {}), Mapping):
                 yield from _missing(section, value, f"{prefix}{name}.")
-        elif name not in mine:
+        elif name not in current:
             yield f"{prefix}{name}: {json.dumps(value)}"
 
 
@@ -152,15 +152,15 @@ def _insertions(
     """Yield an index in `text` and the lines of `complete_text` to insert there, for each key missing in a section."""
     if section.flow_style:
         return
-    mine = entries(section)
+    current = entries(section)
     first = section.value[0][0].start_mark
     index = _start(text, first.index, first.column)
     for name, (key, value) in entries(complete).items():
-        if name in mine:
-            my_key, my_value = mine[name]
-            if isinstance(my_value, MappingNode) and isinstance(value, MappingNode) and _follows(my_key, my_value):
-                yield from _insertions(text, my_value, complete_text, value)
-            index = _end(text, my_key, my_value)
+        if name in current:
+            old_key, old_value = current[name]
+            if isinstance(old_value, MappingNode) and isinstance(value, MappingNode) and _follows(old_key, old_value):
+                yield from _insertions(text, old_value, complete_text, value)
+            index = _end(text, old_key, old_value)
         else:
             start = key.start_mark.index - key.start_mark.column
             lines = complete_text[start : _end(complete_text, key, value)]
@@ -171,8 +171,8 @@ def _insertions(
 def _start(text: str, index: int, column: int) -> int:
     """Return the index of the line of a key, or of the comment lines directly above it."""
     above = text[: text.rfind("\n", 0, index) + 1]
-    found = re.search(rf"(?:^ {{0,{column}}}#.*\n)*\Z", above, re.MULTILINE)
-    return found.start() if found else len(above)
+    comments = re.search(rf"(?:^ {{0,{column}}}#.*\n)*\Z", above, re.MULTILINE)
+    return comments.start() if comments else len(above)
 
 
 def _end(text: str, key: ScalarNode, value: Node) -> int:

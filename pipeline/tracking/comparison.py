@@ -6,9 +6,10 @@ from datetime import datetime
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from pipeline.tracking.metrics import cells
 from pipeline.tracking.store import TrackingError
 
-COLUMNS = {
+COLUMNS: dict[str, tuple[str, str, float]] = {
     "teacher/mAP": ("teacher", "{:.4f}", 1),
     "eval/mAP": ("mAP", "{:.4f}", 1),
     "model/params_reduction": ("params", "{:.1%}", -1),
@@ -63,17 +64,13 @@ def _find(runs: Sequence[Run], prefix: str) -> Run:
 
 
 def _row(run: Run) -> dict[str, str]:
-    metrics, tags = run.data.metrics, run.data.tags
-    cells = {
-        heading: form.format(metrics[key] / divisor) if key in metrics else ""
-        for key, (heading, form, divisor) in COLUMNS.items()
-    }
+    tags = run.data.tags
     commit = tags.get("git_commit", "")[:7] + ("+" if tags.get("git_dirty") == "true" else "")
     start = datetime.fromtimestamp(run.info.start_time / 1000).astimezone()
     return {
         "run": run.info.run_id[:8],
         "start": f"{start:%m-%d %H:%M}",
         "status": run.info.status.lower(),
-        **cells,
+        **cells(run.data.metrics, COLUMNS),
         "commit": commit,
     }

@@ -97,7 +97,7 @@ def load_curves(path: Path) -> list[dict[str, float]]:
 
 # --- result table -----------------------------------------------------------------------------------------------------
 
-COLUMNS = {
+COLUMNS: dict[str, tuple[str, str, float]] = {
     "eval/mAP": ("mAP", "{:.4f}", 1),
     "eval/rank1": ("rank-1", "{:.4f}", 1),
     "model/params": ("params", "{:.2f} M", 1e6),
@@ -110,16 +110,19 @@ COLUMNS = {
 
 def result_table(files: Files) -> list[dict[str, str]]:
     """Return one formatted row for the network of each stage that has run."""
-    rows = []
-    for stage in ("teacher", "student", "surgery", "export"):
-        if files.metrics(stage).is_file():
-            values = final_metrics(files, stage)
-            cells = {
-                heading: form.format(values[key] / divisor) if key in values else ""
-                for key, (heading, form, divisor) in COLUMNS.items()
-            }
-            rows.append({"stage": stage, **cells, "p50": _latency(files, stage)})
-    return rows
+    stages = [stage for stage in ("teacher", "student", "surgery", "export") if files.metrics(stage).is_file()]
+    return [
+        {"stage": stage, **cells(final_metrics(files, stage), COLUMNS), "p50": _latency(files, stage)}
+        for stage in stages
+    ]
+
+
+def cells(values: Mapping[str, float], columns: Mapping[str, tuple[str, str, float]]) -> dict[str, str]:
+    """Format values by heading; missing ones are empty."""
+    return {
+        heading: form.format(values[key] / divisor) if key in values else ""
+        for key, (heading, form, divisor) in columns.items()
+    }
 
 
 def _latency(files: Files, stage: str) -> str:

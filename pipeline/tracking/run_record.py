@@ -78,7 +78,6 @@ class RunRecord(BaseModel):
     waited: float = 0.0
 
     def to_json(self) -> str:
-        """Return the record as JSON without default values."""
         return self.model_dump_json(indent=1, exclude_defaults=True) + "\n"
 
     @property
@@ -104,12 +103,10 @@ class ExecutionRecords:
 
     @property
     def id(self) -> str:
-        """`Execution.id`."""
         return self.folder.name.partition("-")[2]
 
     @property
     def kind(self) -> str:
-        """`Execution.kind`."""
         return self.folder.name.partition("-")[0]
 
     @property
@@ -136,8 +133,6 @@ class ExecutionRecords:
         path = self.folder / "notices.txt"
         return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
-    # --- reading and writing ------------------------------------------------------------------------------------------
-
     def read(self, name: str) -> RunRecord | None:
         """Read a record; None if it is missing, damaged or of an incompatible version."""
         try:
@@ -146,7 +141,6 @@ class ExecutionRecords:
             return None
 
     def write(self, name: str, record: RunRecord) -> None:
-        """Write a record atomically."""
         write_text(self.folder / f"{name}.json", record.to_json())
 
     def execution(self) -> RunRecord | None:
@@ -156,8 +150,8 @@ class ExecutionRecords:
     def stages(self) -> dict[str, RunRecord]:
         """Return the records of stages by name, ordered by start time; a stage that ran twice has two."""
         names = [path.stem for path in self.folder.glob("*.json") if path.stem != EXECUTION]
-        found = {name: record for name in names if (record := self.read(name)) is not None and record.stage}
-        return dict(sorted(found.items(), key=lambda item: item[1].began))
+        records = {name: record for name in names if (record := self.read(name)) is not None and record.stage}
+        return dict(sorted(records.items(), key=lambda item: item[1].began))
 
     def new_name(self, stage: str) -> str:
         """Return an unused name for a record of a stage: `teacher`, then `teacher-2`."""
@@ -227,7 +221,6 @@ class ExecutionRecords:
             return {}
 
     def save_synced(self, uri: str, state: dict[str, dict[str, Any]]) -> None:
-        """Save what was uploaded to a tracking server."""
         write_json(self._synced_file(uri), state)
 
     def _synced_file(self, uri: str) -> Path:
@@ -247,9 +240,9 @@ class ExecutionRecords:
 
 def all_executions(files: Files) -> Iterator[ExecutionRecords]:
     """Yield the records of all executions, the oldest first."""
-    found = [ExecutionRecords(path.parent) for path in _runs_folder(files).glob(f"*/{EXECUTION}.json")]
-    starts = [(record.began, number) for number, records in enumerate(found) if (record := records.execution())]
-    yield from (found[number] for _, number in sorted(starts))
+    every = [ExecutionRecords(path.parent) for path in _runs_folder(files).glob(f"*/{EXECUTION}.json")]
+    starts = [(record.began, number) for number, records in enumerate(every) if (record := records.execution())]
+    yield from (every[number] for _, number in sorted(starts))
 
 
 def _runs_folder(files: Files) -> Path:

@@ -81,8 +81,8 @@ def check_uri(uri: str) -> None:
 
 def _sqlite(uri: str) -> tuple[str, str, str]:
     """Split the URI of an SQLite file into scheme, path and query; empty strings for any other URI."""
-    found = re.fullmatch(r"(sqlite(?:\+\w+)?):///([^?]*)(\?.*)?", uri, re.IGNORECASE)
-    return (found[1], found[2], found[3] or "") if found else ("", "", "")
+    match = re.fullmatch(r"(sqlite(?:\+\w+)?):///([^?]*)(\?.*)?", uri, re.IGNORECASE)
+    return (match[1], match[2], match[3] or "") if match else ("", "", "")
 
 
 def root_cause(error: BaseException) -> str:

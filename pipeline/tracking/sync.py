@@ -60,7 +60,6 @@ class Sync:
 
     @cached_property
     def client(self) -> MlflowClient:
-        """Client of the store, which is opened at the first use."""
         return store.open_store(self.files)
 
     def upload_all(self) -> None:
@@ -224,7 +223,6 @@ def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def _ms(seconds: float) -> int:
-    """Convert seconds to the milliseconds of MLflow."""
     return int(seconds * 1000)
 
 

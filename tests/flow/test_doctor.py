@@ -134,9 +134,7 @@ def test_hardlink_locks_of_dvc_are_respected(
         found.fix()
     holder.kill()
     holder.wait()
-    (
-        pipeline.root / ".dvc" / "tmp" / "lock"
-    ).unlink()  # hard links outlive their holder
+    (pipeline.root / ".dvc" / "tmp" / "lock").unlink()  # hard links outlive their holder
     found.fix()
     assert not bad(doctor.dvc_locks(pipeline))
 

@@ -315,7 +315,8 @@ def test_another_checkout_cannot_take_over_the_deployments_of_a_worker(
         done.returncode and f"a worker of pool smaller-student works in {stack.root}, not in {tmp_path}" in done.stderr
     )
     found = list(doctor.prefect(Files(tmp_path, tmp_path)))
-    assert [check.ok for check in found if check.name == "runs"] == [None, None]  # unknown: only checked in its own checkout
+    # None: only the doctor in the other checkout can check its runs
+    assert [check.ok for check in found if check.name == "runs"] == [None, None]
 
 
 def test_a_work_pool_with_another_name_is_checked_too(stack: Stack, server: SyncPrefectClient, tmp_path: Path) -> None:
