@@ -25,9 +25,8 @@ def checkout(tmp_path: Path) -> Files:
     """A checkout with params.yaml and stages that return fixed metrics; it uses the library under test."""
     smoke = preset_text(ROOT, "smoke")
     assert "  publish: true " in smoke
-    (tmp_path / "params.yaml").write_text(
-        smoke.replace("  publish: true ", "  publish: false ")
-    )  # fake stages export no model
+    # Fake stages export no model that could be published.
+    (tmp_path / "params.yaml").write_text(smoke.replace("  publish: true ", "  publish: false "))
     (tmp_path / "stages").mkdir()
     (tmp_path / "stages" / "__init__.py").write_text((ROOT / "stages" / "__init__.py").read_text())
     for stage in RECORDS:

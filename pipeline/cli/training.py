@@ -18,7 +18,7 @@ def preset(
         bool, typer.Option("--upgrade", help="Add missing keys to params.yaml and rename old ones; keep its values.")
     ] = False,
 ) -> None:
-    """Write params.yaml from a preset, or update an older one."""
+    """Write params.yaml from a preset, or update an existing one."""
     from pipeline.stage import presets
     from pipeline.stage.params_file import load
 
@@ -62,7 +62,7 @@ def compare(
     run: Annotated[
         list[str] | None, typer.Argument(help="MLflow run ids of executions to compare; prefixes suffice.")
     ] = None,
-    last: Annotated[int, typer.Option(help="Number of latest executions to compare.", min=0)] = 0,
+    last: Annotated[int, typer.Option(help="Compare the latest executions; 0: show this checkout.", min=0)] = 0,
 ) -> None:
     """Show the results of this checkout's stages, or compare executions in MLflow."""
     from rich.console import Console
@@ -94,7 +94,7 @@ def evaluate(
     file: Annotated[
         Path,
         typer.Argument(
-            help=".npz file with query, query_ids, query_cameras, gallery, gallery_ids and gallery_cameras."
+            help=".npz file: query, gallery (N, D); query_ids, query_cameras, gallery_ids, gallery_cameras (N,)."
         ),
     ],
     protocol: Annotated[str, typer.Option(help="Evaluation protocol, such as market or loo.")],
