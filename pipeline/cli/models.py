@@ -1,13 +1,17 @@
 """Commands for MLflow, the model registry and the environment."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.cli.app import Refusal, app, short
 from pipeline.files import Files
 from pipeline.stage.run import log_to_stderr
+
+if TYPE_CHECKING:
+    from pipeline.registry.model_registry import Registry
 
 
 @app.command()
@@ -51,17 +55,21 @@ def publish(
     typer.echo(published.sentence)
 
 
+def _registry() -> AbstractContextManager["Registry"]:
+    from pipeline.registry.publish import open_registry
+    from pipeline.stage.params_file import load
+
+    files = Files.here()
+    return open_registry(files, load(files.params))
+
+
 @app.command(epilog="Example: smaller-student pull --alias best --out model")
 def pull(
     out: Annotated[Path, typer.Option(help="Folder to create; it must not exist.")] = Path("model"),
     alias: Annotated[str, typer.Option(help="champion, challenger, best, or a version number.")] = "champion",
 ) -> None:
     """Download a model from the registry and verify it."""
-    from pipeline.registry.publish import open_registry
-    from pipeline.stage.params_file import load
-
-    files = Files.here()
-    with open_registry(files, load(files.params)) as registry:
+    with _registry() as registry:
         version = registry.version_of(alias)
         registry.download(version, out)
     typer.echo(f"downloaded version {version} to {short(out)}; card.md there explains how to run it")
@@ -75,11 +83,7 @@ def rollback(
     ] = None,
 ) -> None:
     """Make an earlier version champion again."""
-    from pipeline.registry.publish import open_registry
-    from pipeline.stage.params_file import load
-
-    files = Files.here()
-    with open_registry(files, load(files.params)) as registry:
+    with _registry() as registry:
         withdrawn, champion = registry.roll_back(to)
     typer.echo(f"version {champion} is champion again" + "".join(f", version {v} was withdrawn" for v in withdrawn))
 
@@ -90,11 +94,7 @@ def history() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pipeline.registry.publish import open_registry
-    from pipeline.stage.params_file import load
-
-    files = Files.here()
-    with open_registry(files, load(files.params)) as registry:
+    with _registry() as registry:
         if promotions := registry.lineage().promotions:
             table = Table()
             for heading in ("since (UTC)", "champion", "action", "reason"):
