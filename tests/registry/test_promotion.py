@@ -132,11 +132,7 @@ def test_a_larger_test_set_of_the_same_split_is_compared_and_downloads_are_prune
         (params(share=0.4), params(share=0.6), (drawn, drawn)),
         (params("csv"), params("csv"), (listed(1, 2, 3), listed(3, 4, 5))),
         (params("csv"), params("market1501"), (listed(1, 2, 3), listed(3, 4, 5))),
-        (
-            params(seed=0),
-            params(seed=1),
-            (drawn, lambda items, _: drawn(items, params(seed=2))),
-        ),  # prepared with a third
+        (params(seed=0), params(seed=1), (drawn, lambda items, _: drawn(items, params(seed=2)))),  # not yet prepared
     ],
 )
 def test_a_champion_that_may_have_been_trained_on_test_identities_is_rejected(
