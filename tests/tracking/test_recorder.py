@@ -178,12 +178,12 @@ FORKING = """
 import os, sys, time
 from pathlib import Path
 from pipeline.files import Files
-from pipeline.tracking.execution import current
+from pipeline.tracking.execution import current_execution
 from pipeline.stage.params_file import load
 from pipeline.tracking.recorder import StageRun
 files = Files(Path.cwd(), Path.cwd())
 try:
-    with StageRun(files, load(files.params), current(), "teacher"):
+    with StageRun(files, load(files.params), current_execution(), "teacher"):
         child = os.fork()
         if child == 0:
             time.sleep(45)
