@@ -1,4 +1,4 @@
-# Each target is what a person could have typed; VENV may be shared by several clones.
+# VENV may be shared by several clones.
 VENV ?= .venv
 PYTHON ?= python3
 LOCK := $(shell cksum < requirements.lock | cut -d ' ' -f 1)
@@ -11,15 +11,15 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
 .PHONY: setup demo evidence test test-stack lint docs docs-pictures deploy stack up down ui lock clean
 
-# The environment, and this checkout's own command in it (a shared one may hold another clone's). The lock is whole, so
-# pip resolves nothing (older ones take an unlocked, newer release for a package that another wants with an extra).
+# The environment with this checkout's command (a shared environment may have that of another clone). The lock file is
+# complete, so --no-deps keeps pip from resolving (older pips install an unlocked release for packages with extras).
 setup: $(STAMP)
 	@[ "$$(cat $(VENV)/.checkout 2>/dev/null)" = "$(CURDIR)" ] || { \
 	    python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . && \
 	    echo "$(CURDIR)" > $(VENV)/.checkout; }
 
 $(STAMP):
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is required; set PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	python -m pip install --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
 	touch $@
@@ -28,12 +28,12 @@ demo: setup
 	python -m dvc repro
 	python -m pipeline compare
 
-# Hours, in DVC's queue; run it again to go on after an interruption.
+# Takes hours, in DVC's queue; run it again to resume after an interruption.
 evidence: setup
 	python -m pipeline preset evidence
 	python -m benchmarks.evidence
 
-# Two at a time, each on one processor: threads of torch that have none of their own wait for one another at full speed.
+# Two processes with one thread each: torch threads that share a core slow each other down by busy waiting.
 test: setup
 	OMP_NUM_THREADS=1 python -m pytest -m "not stack" -n 2 --dist loadfile
 
@@ -54,11 +54,11 @@ docs: setup
 docs-pictures: setup
 	python -m docs.make_pictures
 
-# Work pool, schedules and the automation for lost runs, at the server that PREFECT_API_URL names.
+# Create the work pool, schedules and automation for lost runs on the server at PREFECT_API_URL.
 deploy: setup
 	python -m pipeline.flow.deploy
 
-# MLflow, Prefect, a worker and the search page for one user (Procfile); Ctrl-C ends all. `make stack MLFLOW_PORT=5001`.
+# MLflow, Prefect, a worker and the search page for one user (Procfile); Ctrl-C stops all. `make stack MLFLOW_PORT=5001`.
 stack: export MLFLOW_PORT ?= 5000
 stack: export PREFECT_PORT ?= 4200
 stack: export SEARCH_PORT ?= 8000
@@ -74,13 +74,13 @@ stack: setup
 
 -include docker/.env
 
-# The same over PostgreSQL and with log-in, as containers (docker/compose.yaml), which work as the owner of the checkout.
-# TARGET=gpu: the worker gets the NVIDIA cards.
+# The same as containers, with PostgreSQL and passwords (docker/compose.yaml); they run as the owner of the checkout.
+# TARGET=gpu gives the worker access to NVIDIA GPUs.
 COMPOSE = docker compose -f docker/compose.yaml $(if $(filter gpu,$(TARGET)),-f docker/compose.gpu.yaml)
 OWNER = $(shell ls -nd . | awk '{print $$$(1)}')
 
 up:
-	@[ "$(call OWNER,3)" != 0 ] || { echo "The checkout is root's, and containers do not run as root: chown -R USER ."; exit 2; }
+	@[ "$(call OWNER,3)" != 0 ] || { echo "The checkout belongs to root, but containers do not run as root; run: chown -R USER ."; exit 2; }
 	sh docker/make-secrets.sh
 	HOST_UID=$(call OWNER,3) HOST_GID=$(call OWNER,4) $(COMPOSE) up --build --detach
 

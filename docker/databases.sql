@@ -1,4 +1,4 @@
--- Run once, when the cluster is made.
+-- Run once, when the cluster is created.
 CREATE DATABASE mlflow;
 CREATE DATABASE mlflow_auth;
 CREATE DATABASE prefect;

@@ -1,7 +1,7 @@
-"""Whether a service does what it is there for: one real call, with log-in. Needs nothing but Python.
+"""Health check of a service by one real request, using only the standard library.
 
-health.py URL [JSON [LOGIN]]: GET, or POST where there is JSON; LOGIN is `user:password`, with `@FILE` for what stands
-in a file. Exit code 0 if the answer is 200.
+health.py URL [JSON [LOGIN]] sends GET, or POST if JSON is given. LOGIN is `user:password`; `@FILE` in it is replaced by
+the content of a file. The exit code is 0 if the response is 200.
 """
 
 import base64
@@ -13,14 +13,14 @@ from pathlib import Path
 
 
 def main(url: str, body: str = "", login: str = "") -> None:
-    """Call, and fail unless it works."""
+    """Send the request, and raise an error if it fails."""
     headers = {"Content-Type": "application/json"}
     if login:
-        user = re.sub(r"@(.+)$", lambda found: Path(found[1]).read_text(encoding="utf-8").strip(), login)
+        user = re.sub(r"@(.+)$", lambda match: Path(match[1]).read_text(encoding="utf-8").strip(), login)
         headers["Authorization"] = "Basic " + base64.b64encode(user.encode()).decode()
-    request = urllib.request.Request(url, body.encode() or None, headers)  # noqa: S310 (our own address)
-    with urllib.request.urlopen(request, timeout=8) as answer:  # noqa: S310
-        json.load(answer)
+    request = urllib.request.Request(url, body.encode() or None, headers)  # noqa: S310 (address from compose.yaml)
+    with urllib.request.urlopen(request, timeout=8) as response:  # noqa: S310
+        json.load(response)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes the passwords that are missing in a folder: random ones, that only their owner may read; made by root, they belong
-# to the owner of the folder above, as whom the containers read them.
+# Creates the missing passwords in a folder: random, and readable by their owner only. If root runs it, they belong to the
+# owner of the parent folder, who runs the containers.
 set -eu
 umask 077
 folder=${1:-docker/secrets}

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The search page of the champion: waits until there is one and a gallery, embeds it, serves. What it fetched before goes.
+# Serves the search page of the champion: waits for a champion and a gallery, embeds the gallery, and deletes old downloads.
 set -eu
 folder=${TMPDIR:-/tmp}/smaller-student-search-$PORT
 rm -rf "$folder"

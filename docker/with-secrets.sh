@@ -1,6 +1,6 @@
 #!/bin/sh
-# Lets NAME be what stands in the file that NAME_FILE names (of those in a folder `secrets`), then becomes the program:
-# passwords stand neither in the command, where `ps` shows them, nor in compose.yaml.
+# For each variable NAME_FILE with a path in a folder `secrets`, sets NAME to the content of the file; then runs the program.
+# So passwords appear neither in the command, where `ps` would show them, nor in compose.yaml.
 set -eu
 for name in $(env | sed -n 's|^\([A-Z_][A-Z0-9_]*\)_FILE=.*/secrets/[a-z0-9_]*$|\1|p'); do
     eval "file=\$${name}_FILE"

@@ -1,1 +1,1 @@
-"""From images of identities seen by cameras to a small, verified retrieval network."""
+"""Train, compress, export and track image-retrieval (re-identification) networks."""

@@ -1,7 +1,7 @@
-"""The only place that knows a path, and the only way a file is written.
+"""Paths of a checkout, and atomic writing of files.
 
-Everything a stage writes goes through `write_atomically`: a temporary file beside the target, flushed to the disk,
-moved over it, and the folder flushed too, so that a reader sees the old file or the new one and never half of either.
+`write_atomically` writes a temporary file beside the target, flushes it to the disk, renames it over the target and
+flushes the folder, so a reader sees either the old file or the new one.
 """
 
 import csv
@@ -20,8 +20,8 @@ class Files(NamedTuple):
     """Paths of one checkout.
 
     Attributes:
-        root: Folder that holds dvc.yaml; stages run there.
-        state: Folder for local state that must survive `dvc exp run --temp` (the repository's own root).
+        root: Folder with dvc.yaml, in which stages run.
+        state: Folder for local state that must survive `dvc exp run --temp`: the root of the repository itself.
     """
 
     root: Path
@@ -29,7 +29,7 @@ class Files(NamedTuple):
 
     @classmethod
     def here(cls) -> "Files":
-        """The checkout that the current process runs in; `DVC_ROOT` names the state's when DVC runs it."""
+        """Return the paths of the current directory; under DVC, `DVC_ROOT` is the repository that keeps the state."""
         root = Path.cwd()
         return cls(root, Path(os.environ.get("DVC_ROOT", root)))
 
@@ -38,7 +38,6 @@ class Files(NamedTuple):
         return self.root / "params.yaml"
 
     def artifacts(self, stage: str) -> Path:
-        """Folder with the outs of a stage."""
         return self.root / "artifacts" / stage
 
     def metrics(self, stage: str) -> Path:
@@ -52,7 +51,7 @@ class Files(NamedTuple):
 
     @property
     def checkpoints(self) -> Path:
-        """Training states, outside of DVC's outs: DVC deletes those before a stage runs."""
+        """Training states; they are not DVC outs, because DVC deletes outs before a stage runs."""
         return self.state / ".checkpoints"
 
     @property
@@ -62,7 +61,7 @@ class Files(NamedTuple):
 
     @property
     def tracking(self) -> Path:
-        """Records of what ran, locks, and downloaded models."""
+        """Run records, locks and downloaded models."""
         return self.state / ".tracking"
 
     @property
@@ -84,8 +83,8 @@ class Files(NamedTuple):
 
     @property
     def warnings(self) -> Path:
-        """What is odd about images, and copies that look alike."""
-        return self.artifacts("warnings.csv")
+        """Suspicious images and near-duplicates."""
+        return self.root / "artifacts" / "warnings.csv"
 
     @property
     def quarantine(self) -> Path:
@@ -101,17 +100,18 @@ class Files(NamedTuple):
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that it is either there in full or not at all.
+    """Write a file completely or not at all; missing folders are created.
 
     Args:
-        path: Target; its folder is made where it is missing.
-        write: Called with a temporary path in the same folder (a rename across file systems is a copy).
+        path: Target.
+        write: Writes the content to the path that it gets: a temporary file in the folder of `path`, because a rename
+            is atomic only within one file system.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        temporary.chmod(0o666 & ~_UMASK)  # some writers (safetensors) make files that only their owner may read
+        temporary.chmod(0o666 & ~_UMASK)  # safetensors creates files that only their owner may read
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -121,8 +121,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    if os.name == "nt":  # Windows has no handle on a folder to flush
+    """Flush a folder, so that a rename in it survives a power cut."""
+    if os.name == "nt":  # Windows cannot open a folder to flush it
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -132,27 +132,27 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text with Unix line ends, atomically."""
+    """Write UTF-8 text with Unix line endings atomically."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """CSV with Unix line ends."""
+    """Format a table as CSV with Unix line endings."""
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     return text.getvalue()
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON in the order of `content`, atomically."""
+    """Write JSON atomically; keys keep their order."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON.
+    """Read a JSON file.
 
     Raises:
-        FileNotFoundError: Naming the stage's remedy, where there is no such file.
+        FileNotFoundError: If there is no such file; the message names the command that creates it.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))

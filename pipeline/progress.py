@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of long loops: a bar on a terminal, a log line every ten seconds elsewhere."""
 
 import logging
 import sys
@@ -11,28 +11,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 log = logging.getLogger(__name__)
 
-QUIET_SECONDS = 10.0
-"""Time between two lines where there is no terminal; shorter work than this says nothing."""
+LOG_INTERVAL = 10.0
+"""Seconds between two log lines; shorter loops log nothing."""
 
 T = TypeVar("T")
 
 
 def track(items: Iterable[T], total: int, label: str) -> Iterator[T]:
-    """Pass `items` on and show how far they have come.
-
-    Args:
-        items: What is worked through.
-        total: How many there are.
-        label: What is being done, in two or three words.
-    """
+    """Yield `items` and show how many of `total` are done; `label` names the work in two or three words."""
     if sys.stderr.isatty():
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             yield from bar.track(items, total=total, description=label)
         return
-    said = time.monotonic()
+    last_log = time.monotonic()
     for done, item in enumerate(items, start=1):
         yield item
-        if time.monotonic() - said >= QUIET_SECONDS and done < total:
-            said = time.monotonic()
+        if time.monotonic() - last_log >= LOG_INTERVAL and done < total:
+            last_log = time.monotonic()
             log.info("%s: %d of %d", label, done, total)

@@ -1,7 +1,7 @@
-"""What a stage reports: frozen records that become metrics/<stage>.json and come back from it.
+"""Metrics of each stage: the content of metrics/<stage>.json.
 
-Numbers only. Rates are fractions in [0, 1]; `macs` are multiply-accumulates for one image at the run's size; `params`
-and `macs` count backbone and embedding head, never the classifier.
+All values are numbers. Rates are fractions in [0, 1]; `macs` are multiply-accumulates for one image of size
+`data.image_size`; `params` and `macs` count backbone and embedding head, not the classifier.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def flat(self) -> dict[str, float]:
-        """The numbers under dotted names, nested ones joined with a dot."""
+        """Return all numbers; names of nested ones are joined with dots."""
         return dict(_flatten("", self.model_dump(exclude_none=True)))
 
 
@@ -29,7 +29,16 @@ def _flatten(prefix: str, numbers: dict[str, Any]) -> Iterator[tuple[str, float]
 
 
 class Scores(Record):
-    """Retrieval quality under the protocol of the run; `recall` by k where the protocol quotes that."""
+    """Retrieval quality under the protocol of the run.
+
+    Attributes:
+        map: Mean average precision.
+        minp: Mean inverse negative penalty (Ye et al., 2021).
+        queries: All queries, including the dropped ones.
+        dropped: Queries without a match in the gallery, which no average counts.
+        recall: Recall at k by k, for protocols that report it.
+        map_deviation: Standard deviation of mAP over the repetitions of a protocol that draws its galleries at random.
+    """
 
     map: float
     rank1: float
@@ -43,7 +52,7 @@ class Scores(Record):
 
 
 class PrepareRecord(Record):
-    """Stage `prepare`: counts of images, except identities and cameras."""
+    """Metrics of stage `prepare`; all counts except `identities` and `cameras` are numbers of images."""
 
     images: int
     identities: int
@@ -58,14 +67,17 @@ class PrepareRecord(Record):
 
 
 class TeacherRecord(Scores):
-    """Stage `teacher`."""
+    """Metrics of stage `teacher`."""
 
     params: int
     macs: int
 
 
 class StudentRecord(TeacherRecord):
-    """Stage `student`: params and macs as after folding and cutting; latency, estimated, where the budget is of it."""
+    """Metrics of stage `student`; `params` and `macs` are those after folding and surgery.
+
+    `latency_reduction` is estimated, and present only if `student.budget.of` is latency.
+    """
 
     params_reduction: float
     macs_reduction: float
@@ -74,7 +86,7 @@ class StudentRecord(TeacherRecord):
 
 
 class SurgeryRecord(TeacherRecord):
-    """Stage `surgery`; `max_abs_diff` compares embeddings in float64 before and after."""
+    """Metrics of stage `surgery`; `max_abs_diff` compares float64 embeddings before and after it."""
 
     params_reduction: float
     macs_reduction: float
@@ -83,9 +95,10 @@ class SurgeryRecord(TeacherRecord):
 
 
 class ExportRecord(Record):
-    """Stage `export`: mAP and bytes of model.onnx and of the other files; smallest cosine with torch, of floats.
+    """Metrics of stage `export`; `map` and `bytes` are those of model.onnx.
 
-    `map_student_on_teacher` is that of the student's queries in a gallery that the teacher has embedded.
+    `min_cosine` is the smallest cosine similarity between the embeddings of a float file and those of torch;
+    `map_student_on_teacher` searches a gallery embedded by the teacher with queries embedded by the student.
     """
 
     map: float
@@ -106,7 +119,7 @@ class ExportRecord(Record):
 
 
 class Latency(Record):
-    """One file at one setting, milliseconds a call."""
+    """Percentiles of the latency of one ONNX file at one setting, in milliseconds per call."""
 
     p50: float
     p90: float
@@ -114,11 +127,12 @@ class Latency(Record):
 
 
 class BenchmarkRecord(Record):
-    """Stage `benchmark`: `speedup` is the ratio of p50 at batch 1 with all threads; `realised` its share of the ideal.
+    """Metrics of stage `benchmark`.
 
-    `teacher`, `student` and `int8` hold latencies by setting, named `batch<B>_threads<T>` (T = `all` or a number).
-    `conclusive` is 1 where the 95 % interval from `speedup_low` to `speedup_high` is narrow. Memory is the peak of
-    loading a file and one call of the largest batch, bytes.
+    `speedup` is the ratio of p50 latencies at batch 1 with all threads, `ideal_speedup` the ratio of MACs, and
+    `realised` the quotient of the two. `conclusive` is 1 if the 95 % interval [`speedup_low`, `speedup_high`] is
+    narrow. `teacher`, `student` and `int8` hold latencies by setting `batch<B>_threads<T>` (T is `all` or a number).
+    Memory is the peak in bytes of loading a file and running the largest batch once.
     """
 
     speedup: float
@@ -144,4 +158,4 @@ RECORDS: dict[str, type[Record]] = {
     "export": ExportRecord,
     "benchmark": BenchmarkRecord,
 }
-"""The stages, in the order in which they run, and what each reports."""
+"""Stages in the order in which they run, and the class of their metrics."""

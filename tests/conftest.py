@@ -1,4 +1,4 @@
-"""A checkout in which every stage takes milliseconds."""
+"""Fixtures: a checkout with fake stages that take milliseconds."""
 
 import os
 import signal
@@ -22,10 +22,11 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Files:
-    """Params, and stages that report fixed numbers; the library is the one under test."""
+    """A checkout with params.yaml and stages that return fixed metrics; it uses the library under test."""
     smoke = preset_text(ROOT, "smoke")
     assert "  publish: true " in smoke
-    (tmp_path / "params.yaml").write_text(smoke.replace("  publish: true ", "  publish: false "))  # there is no model
+    # Fake stages export no model that could be published.
+    (tmp_path / "params.yaml").write_text(smoke.replace("  publish: true ", "  publish: false "))
     (tmp_path / "stages").mkdir()
     (tmp_path / "stages" / "__init__.py").write_text((ROOT / "stages" / "__init__.py").read_text())
     for stage in RECORDS:
@@ -35,7 +36,7 @@ def checkout(tmp_path: Path) -> Files:
 
 @pytest.fixture
 def pipeline(checkout: Files) -> Files:
-    """The checkout with DVC and a pipeline of those stages."""
+    """The checkout with DVC and a pipeline of the fake stages."""
     previous: list[str] = ["params.yaml"]
     stages = {}
     for stage in RECORDS:
@@ -57,7 +58,7 @@ def pipeline(checkout: Files) -> Files:
 
 @pytest.fixture
 def reported(checkout: Files) -> Files:
-    """The checkout after all stages have run somewhere: their files are there, MLflow knows nothing."""
+    """The checkout with the files of all stages, none of which is tracked in MLflow."""
     for stage in RECORDS:
         write_json(checkout.metrics(stage), NUMBERS[stage])
         write_json(checkout.timings(stage), {"seconds": {"total": 1.5}})
@@ -70,7 +71,7 @@ def reported(checkout: Files) -> Files:
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts Python in a checkout; what still runs after the test is killed."""
+    """Starts Python in a checkout; processes that still run after the test are killed."""
     started = []
 
     def begin(files: Files, *words: str, **extra: str) -> "subprocess.Popen[str]":
@@ -83,7 +84,7 @@ def start() -> Iterator[Start]:
         process = subprocess.Popen(
             [sys.executable, *words], cwd=files.root, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            # A shell's background jobs ignore Ctrl-C and would hand that down.
+            # Background jobs of a shell ignore Ctrl-C, and child processes would inherit that.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         started.append(process)
@@ -92,7 +93,7 @@ def start() -> Iterator[Start]:
     yield begin
     for process in started:
         if process.poll() is None:
-            for below in [*psutil.Process(process.pid).children(recursive=True), process]:
+            for running in [*psutil.Process(process.pid).children(recursive=True), process]:
                 with suppress(psutil.NoSuchProcess):
-                    below.kill()
+                    running.kill()
         process.communicate()

@@ -1,4 +1,4 @@
-"""What the stages of a test checkout are and report."""
+"""Fake stages of test checkouts, and the metrics that they return."""
 
 import json
 import subprocess
@@ -49,7 +49,7 @@ from pipeline.files import write_text
 from pipeline.stage.run import Run, run_stage
 from pipeline.records import RECORDS
 
-class GateError(RuntimeError):
+class CheckError(RuntimeError):
     exit_code = 4
 
 def {stage}(run: Run):
@@ -60,7 +60,7 @@ def {stage}(run: Run):
     logging.getLogger("pipeline.{stage}").info("naps")
     time.sleep(float(os.environ.get("NAP", "0")))
     if os.environ.get("FAIL") == run.stage:
-        raise GateError("the parity is gone; train again")
+        raise CheckError("the parity is gone; train again")
     write_text(run.out / "result.txt", str(run.params.seed))
     if run.stage == "benchmark":
         write_text(run.files.report / "index.html", "<h1>report</h1>")
@@ -72,7 +72,7 @@ if __name__ == "__main__":
 
 
 def source(stage: str) -> str:
-    """Text of stages/<stage>.py."""
+    """Return the content of stages/<stage>.py."""
     return STAGE.format(stage=stage, numbers=json.dumps(NUMBERS[stage]))
 
 
@@ -82,7 +82,7 @@ OFF = {"SMALLER_STUDENT_TRACKING": "off"}
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    """Wait for what another process does."""
+    """Wait until a condition holds that another process fulfils."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
-    """A folder with three presets, which the commands run in."""
+    """A checkout with three presets, as the current directory."""
     for name in ("vehicles", "smoke"):
         write_text(tmp_path / "presets" / f"{name}.yaml", (ROOT / "presets" / f"{name}.yaml").read_text())
     write_text(tmp_path / "presets" / "larger.yaml", "# Larger\n\nseed: 1\n")
@@ -31,7 +31,7 @@ def smaller_student(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     return int(caught.value.code or 0)
 
 
-def test_a_preset_becomes_params_yaml(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preset_writes_params_yaml(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     assert smaller_student(monkeypatch, "preset", "smoke") == 0
     assert smaller_student(monkeypatch, "preset", "larger") == 0  # a preset may be replaced
     assert files.params.read_text() == preset_text(files.root, "larger")
@@ -40,17 +40,17 @@ def test_a_preset_becomes_params_yaml(files: Files, monkeypatch: pytest.MonkeyPa
     assert files.params.read_bytes() == (ROOT / "params.yaml").read_bytes()
 
 
-def test_an_unknown_preset_is_answered_with_the_known_ones(
+def test_the_error_of_an_unknown_preset_lists_the_available_ones(
     files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert smaller_student(monkeypatch, "preset", "smok") == 2
     assert capsys.readouterr().err == (
-        "smaller-student: preset `smok` is unknown; nearest: `smoke`; there are: larger, smoke, vehicles\n"
+        "smaller-student: preset `smok` is unknown; nearest: `smoke`; available: larger, smoke, vehicles\n"
     )
     assert not files.params.exists()
 
 
-def test_changes_of_ones_own_are_overwritten_only_by_force(
+def test_an_edited_params_yaml_is_overwritten_only_by_force(
     files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for own in ("seed: 7\n", "seed: [\n", preset_text(ROOT, "smoke").replace("seed: 0", "seed: 7")):
@@ -60,14 +60,14 @@ def test_changes_of_ones_own_are_overwritten_only_by_force(
         assert load(files.params).seed == 0
 
 
-def test_comments_and_order_are_no_changes_of_ones_own(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changes_of_comments_and_order_do_not_need_force(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = preset_text(ROOT, "smoke").replace("seed: 0 ", "").splitlines()
     write_text(files.params, "\r\n".join([*lines, "# mine", "seed: 0"]))
     assert smaller_student(monkeypatch, "preset", "larger") == 0
     assert load(files.params).seed == 1
 
 
-def test_a_preset_that_is_wrong_is_not_written(
+def test_an_invalid_preset_is_not_written(
     files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_text(files.root / "presets" / "broken.yaml", "# Broken\n\nteacher:\n  epocs: 3\n  depth: 27\ndata: 1\n")
@@ -80,7 +80,7 @@ def test_a_preset_that_is_wrong_is_not_written(
     assert not files.params.exists()
 
 
-def test_a_params_file_of_ones_own_gets_new_keys_and_then_has_them(
+def test_upgrade_adds_missing_keys_once(
     files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = preset_text(ROOT, "smoke").replace("seed: 0 ", "seed: 7 ")
@@ -90,33 +90,33 @@ def test_a_params_file_of_ones_own_gets_new_keys_and_then_has_them(
     assert load(files.params).seed == 7
     before = files.params.stat()
     assert smaller_student(monkeypatch, "preset", "--upgrade") == 0
-    assert capsys.readouterr().out == "params.yaml: has every key already\n"
+    assert capsys.readouterr().out == "params.yaml: no key is missing\n"
     assert files.params.stat() == before
 
 
-def test_what_an_upgrade_leaves_is_named(
+def test_upgrade_reports_remaining_errors(
     files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = preset_text(ROOT, "smoke").replace("near_duplicate_bits: 4 ", "near_duplicate_bit: 3 ")
     write_text(files.params, own)
-    for out in ("params.yaml: added `data.near_duplicate_bits: 4`\n", "params.yaml: has every key already\n"):
+    for out in ("params.yaml: added `data.near_duplicate_bits: 4`\n", "params.yaml: no key is missing\n"):
         assert smaller_student(monkeypatch, "preset", "--upgrade") == 2
-        told = capsys.readouterr()
-        assert told.out == out
+        output = capsys.readouterr()
+        assert output.out == out
         unknown = "`data.near_duplicate_bit` is unknown; nearest: `data.near_duplicate_bits` (line "
-        assert told.err.startswith(f"smaller-student: params.yaml: {unknown}")
+        assert output.err.startswith(f"smaller-student: params.yaml: {unknown}")
 
 
 @pytest.mark.parametrize("words", [[], ["smoke", "--upgrade"]])
-def test_a_preset_is_named_or_params_are_upgraded(
+def test_preset_needs_either_a_name_or_upgrade(
     files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
     assert smaller_student(monkeypatch, "preset", *words) == 2
-    assert "name a preset (larger, smoke, vehicles), or say `--upgrade`" in capsys.readouterr().err
+    assert "name a preset (larger, smoke, vehicles), or use `--upgrade`" in capsys.readouterr().err
     assert not files.params.exists()
 
 
-def test_compare_shows_each_network_and_where_the_results_lie(
+def test_compare_shows_each_network_and_the_paths_of_the_results(
     files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "140")
@@ -142,7 +142,7 @@ def test_compare_before_the_first_run_names_the_remedy(
     assert capsys.readouterr().err == "smaller-student: no stage has run yet; run `dvc repro` first\n"
 
 
-def test_retrain_refuses_bad_params_at_once(
+def test_retrain_rejects_invalid_params_at_once(
     files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_text(files.params, "seed: x\n")

@@ -1,4 +1,4 @@
-"""The command `smaller-student`; what is heavy is imported by the command that needs it."""
+"""The command `smaller-student`; heavy modules are imported by the commands that need them."""
 
 import sys
 from pathlib import Path
@@ -14,12 +14,12 @@ def main() -> None:
 
 
 def _retrain() -> int:
-    """Take the flow's lock before anything heavy is imported: a second caller is refused within a second."""
+    """Acquire the lock of the flow before Prefect is imported, so that a second caller fails within a second."""
     from pipeline.files import Files
-    from pipeline.system.locks import BusyError, retraining
+    from pipeline.system.locks import BusyError, retrain_lock
 
     try:
-        with retraining(Files.here()):
+        with retrain_lock(Files.here()):
             from pipeline.cli.commands import run
 
             return run()

@@ -1,4 +1,4 @@
-"""What all commands share."""
+"""The Typer application, and helpers that all commands share."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,40 +9,40 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 app = typer.Typer(
-    help="An image-retrieval network that shrinks while it learns.",
+    help="Compress image-retrieval networks: run the pipeline, track and publish results, and search images.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-DEBUG = typer.Option("--debug", help="Show tracebacks.")
-
 
 @app.callback()
-def _options(debug: Annotated[bool, DEBUG] = False) -> None:  # read from sys.argv where errors are reported
-    pass
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    pass  # `run_guarded` reads the option from sys.argv
 
 
 class Refusal(ValueError):
-    """The command cannot do what is asked; its text says why."""
+    """The command cannot be executed with these arguments or in this state."""
 
     exit_code = 2
 
 
-def table(rows: list[dict[str, str]], title: str | None = None) -> "Table":
-    """Texts to the left, figures to the right."""
+def to_table(rows: list[dict[str, str]], title: str | None = None) -> "Table":
+    """Build a rich table of rows with the same keys; text is left-aligned, numbers are right-aligned."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    shown = Table(title=title, box=SIMPLE_HEAD, padding=0)
+    table = Table(title=title, box=SIMPLE_HEAD, padding=0)
     for heading in rows[0]:
-        text = heading in ("stage", "run", "began", "ended", "commit")
-        shown.add_column(heading, justify="left" if text else "right")
+        is_text = heading in ("stage", "run", "start", "status", "commit")
+        table.add_column(heading, justify="left" if is_text else "right")
     for row in rows:
-        shown.add_row(*row.values())
-    return shown
+        table.add_row(*row.values())
+    return table
 
 
 def short(path: Path) -> Path:
-    """A path as people would write it here."""
+    """Return a path relative to the current directory, if it lies below it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

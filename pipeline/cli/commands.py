@@ -8,5 +8,5 @@ __all__ = ["app", "models", "run", "search", "training"]
 
 
 def run() -> int:
-    """Do what the command line asks for, and return the exit code."""
+    """Run the command in `sys.argv`, and return the exit code."""
     return run_guarded("smaller-student", app)

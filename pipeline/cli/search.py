@@ -1,4 +1,4 @@
-"""Commands for the exported files."""
+"""Commands that use exported models: index, search, serve, verify, compatible."""
 
 import json
 from contextlib import suppress
@@ -11,16 +11,14 @@ from pipeline.cli.app import app, short
 from pipeline.files import Files
 from pipeline.stage.run import log_to_stderr
 
-MODEL = typer.Option(help="ONNX file of a release.")
 
-
-@app.command()
+@app.command(epilog="Example: smaller-student index --gallery photos --out index")
 def index(
-    gallery: Annotated[Path, typer.Option(help="Folder of images, searched in depth.")],
-    out: Annotated[Path, typer.Option(help="Folder of the index.")],
-    model: Annotated[Path, MODEL] = Path("artifacts/export/model.onnx"),
+    gallery: Annotated[Path, typer.Option(help="Folder of images, including its subfolders.")],
+    out: Annotated[Path, typer.Option(help="Folder for the index.")],
+    model: Annotated[Path, typer.Option(help="ONNX file of a release.")] = Path("artifacts/export/model.onnx"),
 ) -> None:
-    """Embed a gallery, so that it can be searched."""
+    """Embed the images of a gallery for searching."""
     from pipeline.search.index import build, check_place
 
     log_to_stderr("index")
@@ -30,27 +28,27 @@ def index(
     typer.echo(f"{len(built)} images in {short(out)}, embedded by {model.name}")
 
 
-@app.command()
+@app.command(epilog="Example: smaller-student search --index index --query car.jpg --top 5 --out hits.png")
 def search(
-    index: Annotated[Path, typer.Option(help="What `smaller-student index` wrote.")],
-    query: Annotated[Path, typer.Option(help="Image to ask for.")],
-    top: Annotated[int, typer.Option(help="How many images to find.", min=1)] = 10,
-    out: Annotated[Path | None, typer.Option(help="PNG file to draw query and finds in.")] = None,
-    model: Annotated[Path | None, typer.Option(help="The index's model, where it lies elsewhere now.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print finds as JSON.")] = False,
+    index: Annotated[Path, typer.Option(help="Folder written by `smaller-student index`.")],
+    query: Annotated[Path, typer.Option(help="Query image.")],
+    top: Annotated[int, typer.Option(help="Number of images to find.", min=1)] = 10,
+    out: Annotated[Path | None, typer.Option(help="PNG file for a picture of the query and its hits.")] = None,
+    model: Annotated[Path | None, typer.Option(help="ONNX file of the index, if it was moved.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the hits as JSON.")] = False,
 ) -> None:
-    """Find the images of a gallery that are most like one."""
+    """Find the gallery images most similar to a query image."""
     from dataclasses import asdict
 
     from pipeline.search.index import open_index
 
-    asked = open_index(index, model)
-    picture = asked.query(query)
-    hits = asked.search(asked.model.embed(picture), top)
+    opened = open_index(index, model)
+    picture = opened.query(query)
+    hits = opened.search(opened.model.embed(picture), top)
     if out is not None:
         from pipeline.report.panels import save_finds
 
-        save_finds(out, asked.model.name, picture[0], [asked.query(asked.path(hit.place))[0] for hit in hits])
+        save_finds(out, opened.model.name, picture[0], [opened.query(opened.path(hit.place))[0] for hit in hits])
     if as_json:
         typer.echo(json.dumps([asdict(hit) for hit in hits], ensure_ascii=False))
         return
@@ -58,18 +56,20 @@ def search(
         typer.echo(f"{hit.similarity:.4f}  {hit.path}")
 
 
-@app.command()
+@app.command(epilog="Example: smaller-student serve --index index --port 8000")
 def serve(
-    index: Annotated[list[Path], typer.Option(help="What `smaller-student index` wrote; each is a column.")],
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is reached from other machines.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(help="Port to listen at; 0 for a free one.", min=0, max=65535)] = 8000,
-    name: Annotated[list[str] | None, typer.Option(help="Host name that the page is called by, if not localhost.")] = (
-        None
-    ),
+    index: Annotated[
+        list[Path], typer.Option(help="Folder written by `smaller-student index`; repeat it to compare models.")
+    ],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 accepts connections from other machines.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 chooses a free one.", min=0, max=65535)] = 8000,
+    name: Annotated[
+        list[str] | None, typer.Option(help="Host name in the page's address, if not localhost; can be repeated.")
+    ] = None,
 ) -> None:
-    """Search by a page in the browser."""
+    """Serve a web page for searching by image."""
     import uvicorn
 
     from pipeline.search.index import open_index
@@ -77,8 +77,8 @@ def serve(
 
     hosts = allowed_hosts(host, name or [])
     indexes = [open_index(folder) for folder in index]
-    for folder in sorted({str(asked.gallery) for asked in indexes}):
-        typer.echo(f"images of {folder} are shown")
+    for folder in sorted({str(opened.gallery) for opened in indexes}):
+        typer.echo(f"serving the images of {folder}")
     with listen(host, port) as listener, suppress(KeyboardInterrupt):
         typer.echo(f"http://{(name or [host])[0]}:{listener.getsockname()[1]}/")
         config = uvicorn.Config(application(indexes, hosts), log_level="warning", access_log=False)
@@ -87,32 +87,30 @@ def serve(
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(help="What stage `export` wrote, or what was downloaded.")] = Path(
-        "artifacts/export"
-    ),
+    folder: Annotated[
+        Path, typer.Argument(help="Release folder, as stage `export` or `smaller-student pull` writes it.")
+    ] = Path("artifacts/export"),
 ) -> None:
-    """Hash all files of a release, and run its models on the picture that goes with them."""
+    """Check the hashes of a release, and the embeddings of its sample picture."""
     from pipeline.export.sample import check_release
 
-    for name, close in check_release(folder).items():
-        typer.echo(f"{name}: SHA-256 as written, cosine {close:.6f} with the embedding that was written")
+    for name, cosine in check_release(folder).items():
+        typer.echo(f"{name}: SHA-256 matches, cosine with the expected embedding {cosine:.6f}")
 
 
-@app.command()
+@app.command(epilog="Example: smaller-student compatible old/model.onnx")
 def compatible(
-    old: Annotated[Path, typer.Argument(help="ONNX file of an older release, whose gallery there is.")],
-    new: Annotated[Path, typer.Option(help="ONNX file that shall take its place.")] = Path(
-        "artifacts/export/model.onnx"
-    ),
+    old: Annotated[Path, typer.Argument(help="ONNX file that embedded the present gallery.")],
+    new: Annotated[Path, typer.Option(help="ONNX file to replace it.")] = Path("artifacts/export/model.onnx"),
 ) -> None:
-    """Say whether a gallery must be embedded anew, by this checkout's test set."""
+    """Test on this checkout's test set whether a new model needs a new index of the gallery."""
     from pipeline.search.gallery_compatibility import compatible as run
     from pipeline.stage.params_file import load
 
     log_to_stderr("compatible")
     files = Files.here()
-    found = run(files, load(files.params), old, new)
-    shown = {"both old": found.old, "new queries, old gallery": found.mixed, "both new": found.new}
-    for what, value in shown.items():
-        typer.echo(f"{what:26} mAP {'-' if value is None else f'{value:.4f}'}")
-    typer.echo(found.verdict)
+    result = run(files, load(files.params), old, new)
+    scores = {"both old": result.old, "new queries, old gallery": result.mixed, "both new": result.new}
+    for models, value in scores.items():
+        typer.echo(f"{models:26} mAP {'-' if value is None else f'{value:.4f}'}")
+    typer.echo(result.verdict)

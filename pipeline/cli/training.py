@@ -1,4 +1,4 @@
-"""Commands that run the pipeline, and show what it led to."""
+"""Commands that configure and run the pipeline, and show its results."""
 
 import json
 from pathlib import Path
@@ -6,47 +6,49 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.app import Refusal, app, short, table
+from pipeline.cli.app import Refusal, app, short, to_table
 from pipeline.files import Files, write_text
 
 
-@app.command()
+@app.command(epilog="Example: smaller-student preset market1501-r50")
 def preset(
-    name: Annotated[str | None, typer.Argument(help="A file in presets/, without its ending.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite a params.yaml with values of your own.")] = False,
-    upgrade: Annotated[bool, typer.Option("--upgrade", help="Add new keys to params.yaml, keep its values.")] = False,
+    name: Annotated[str | None, typer.Argument(help="Name of a file in presets/, without .yaml.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a params.yaml that you have edited.")] = False,
+    upgrade: Annotated[
+        bool, typer.Option("--upgrade", help="Add missing keys to params.yaml and rename old ones; keep its values.")
+    ] = False,
 ) -> None:
-    """Write params.yaml with the values of a preset, or bring your own up to date."""
+    """Write params.yaml from a preset, or update an existing one."""
     from pipeline.stage import presets
     from pipeline.stage.params_file import load
 
     files = Files.here()
     if (name is None) is not upgrade:
-        raise Refusal(f"name a preset ({', '.join(presets.names(files.root))}), or say `--upgrade`")
+        raise Refusal(f"name a preset ({', '.join(presets.names(files.root))}), or use `--upgrade`")
     if name is None:
         changes = presets.upgrade(files.root, files.params)
-        for change in changes or ["has every key already"]:
+        for change in changes or ["no key is missing"]:
             typer.echo(f"params.yaml: {change}")
-        load(files.params)  # names what is still wrong, such as unknown keys
+        load(files.params)  # reports remaining errors, such as unknown keys
         return
     text = presets.preset_text(files.root, name)
     if files.params.exists() and not force and not presets.is_preset(files.root, files.params):
-        raise Refusal("params.yaml holds changes of your own; `--force` overwrites them")
+        raise Refusal("params.yaml has been edited; `--force` overwrites it")
     write_text(files.params, text)
-    typer.echo(f"params.yaml is preset {name} now; `dvc repro` runs it")
+    typer.echo(f"wrote preset {name} to params.yaml; `dvc repro` runs it")
 
 
 @app.command()
 def retrain(
-    force: Annotated[bool, typer.Option(help="Record an execution even if nothing changed.")] = False,
+    force: Annotated[bool, typer.Option(help="Track an execution in MLflow even if nothing changed.")] = False,
 ) -> None:
-    """Run what changed, as a Prefect flow."""
+    """Fetch new data, run the stages that changed, and publish the result."""
     from pipeline.stage.params_file import load
     from pipeline.tracking.store import check_uri, tracking_uri
 
     files = Files.here()
     load(files.params)
-    check_uri(tracking_uri(files))  # a wrong one is refused before Prefect is imported, which takes seconds
+    check_uri(tracking_uri(files))  # before Prefect is imported, which takes seconds
     from pipeline.flow.retrain import retrain as flow
 
     state = flow(force=force, return_state=True)
@@ -55,14 +57,14 @@ def retrain(
     typer.echo(f"{state.name}: {state.message}")
 
 
-@app.command()
+@app.command(epilog="Example: smaller-student compare --last 5")
 def compare(
-    run: Annotated[list[str] | None, typer.Argument(help="Run ids of executions in MLflow, or their beginnings.")] = (
-        None
-    ),
-    last: Annotated[int, typer.Option(help="Show so many executions, the latest ones.", min=0)] = 0,
+    run: Annotated[
+        list[str] | None, typer.Argument(help="MLflow run ids of executions to compare; prefixes suffice.")
+    ] = None,
+    last: Annotated[int, typer.Option(help="Compare the latest executions; 0: show this checkout.", min=0)] = 0,
 ) -> None:
-    """Show what each stage of this checkout led to; or executions side by side, as MLflow knows them."""
+    """Show the results of this checkout's stages, or compare executions in MLflow."""
     from rich.console import Console
 
     from pipeline.tracking import metrics
@@ -70,35 +72,39 @@ def compare(
     files, console = Files.here(), Console()
     if run or last:
         from pipeline.stage.params_file import load
-        from pipeline.tracking.comparison import executions
-        from pipeline.tracking.store import connected
+        from pipeline.tracking.comparison import executions_table
+        from pipeline.tracking.store import connect
 
         params = load(files.params)
-        with connected(files) as client:
-            console.print(table(executions(client, params.tracking.experiment, run or [], last)))
+        with connect(files) as client:
+            console.print(to_table(executions_table(client, params.tracking.experiment, run or [], last)))
         return
-    rows = metrics.table(files)
+    rows = metrics.result_table(files)
     if not rows:
         raise Refusal("no stage has run yet; run `dvc repro` first")
-    scored = metrics.protocol(files)
-    console.print(table(rows, f"{f'Protocol {scored}, batch' if scored else 'Batch'} 1, all threads"))
-    for what, path in (("report", files.report / "index.html"), ("ONNX", files.artifacts("export") / "model.onnx")):
+    protocol = metrics.last_protocol(files)
+    console.print(to_table(rows, f"{f'Protocol {protocol}, batch' if protocol else 'Batch'} 1, all threads"))
+    for label, path in (("report", files.report / "index.html"), ("ONNX", files.artifacts("export") / "model.onnx")):
         if path.is_file():
-            console.print(f"{what}: {short(path)}", highlight=False, soft_wrap=True)
+            console.print(f"{label}: {short(path)}", highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog="Example: smaller-student evaluate embeddings.npz --protocol market --rerank")
 def evaluate(
     file: Annotated[
         Path,
-        typer.Argument(help="A .npz file: query, query_ids, query_cameras; gallery, gallery_ids, gallery_cameras."),
+        typer.Argument(
+            help=".npz file: query, gallery (N, D); query_ids, query_cameras, gallery_ids, gallery_cameras (N,)."
+        ),
     ],
-    protocol: Annotated[str, typer.Option(help="How to score, such as market or loo.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
-    rerank: Annotated[bool, typer.Option(help="Rank again by k-reciprocal neighbours.")] = False,
-    optimistic: Annotated[bool, typer.Option(help="Let positives come first among equally similar images.")] = False,
+    protocol: Annotated[str, typer.Option(help="Evaluation protocol, such as market or loo.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
+    rerank: Annotated[bool, typer.Option(help="Apply k-reciprocal re-ranking.")] = False,
+    optimistic: Annotated[
+        bool, typer.Option(help="Rank positives first among equally similar images; default: negatives first.")
+    ] = False,
 ) -> None:
-    """Score embeddings of any origin."""
+    """Compute retrieval metrics of embeddings from any model."""
     import time
 
     from pipeline.protocols import PROTOCOLS
@@ -112,26 +118,26 @@ def evaluate(
     started = time.perf_counter()
     ties: Ties = "positives first" if optimistic else "negatives first"
     similarity = Reranked if rerank else Cosine
-    found = scoring.evaluate(protocol, archive.query, archive.gallery, similarity=similarity, ties=ties)
-    figures = scoring.figures(protocol, found) | {"seconds": round(time.perf_counter() - started, 3)}
+    result = scoring.evaluate(protocol, archive.query, archive.gallery, similarity=similarity, ties=ties)
+    values = scoring.figures(protocol, result) | {"seconds": round(time.perf_counter() - started, 3)}
     if as_json:
-        typer.echo(json.dumps(figures))
+        typer.echo(json.dumps(values))
         return
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table(title=f"Protocol {protocol}: {PROTOCOLS[protocol].summary}", show_header=False)
-    for name, value in figures.items():
-        shown.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
-    Console().print(shown)
+    table = Table(title=f"Protocol {protocol}: {PROTOCOLS[protocol].summary}", show_header=False)
+    for name, value in values.items():
+        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    Console().print(table)
 
 
 @app.command()
 def unpack(
-    archive: Annotated[Path, typer.Argument(help="A .zip or .tar file, compressed or not.")],
-    target: Annotated[Path, typer.Argument(help="Folder to make; it must not exist.")],
+    archive: Annotated[Path, typer.Argument(help=".zip or .tar file, compressed or not.")],
+    target: Annotated[Path, typer.Argument(help="Folder to create; it must not exist.")],
 ) -> None:
-    """Unpack a data set's archive; nothing but regular files inside of the folder is ever written."""
+    """Extract the regular files of a data set archive, or nothing if any entry is unsafe."""
     from pipeline.data.unpack import unpack as run
 
-    typer.echo(f"{run(archive, target)} files in {target}")
+    typer.echo(f"extracted {run(archive, target)} files to {target}")

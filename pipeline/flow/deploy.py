@@ -1,6 +1,6 @@
-"""`make deploy`: work pool, deployments of prefect.yaml, and the automation that notices runs whose machine died.
+"""`make deploy`: create the work pool, the deployments of prefect.yaml, and an automation for runs whose machine died.
 
-Doing it again changes nothing that is as it should be.
+Repeated calls are safe.
 """
 
 import logging
@@ -30,118 +30,123 @@ log = logging.getLogger(__name__)
 
 FLOW = "retrain"
 POOL = "smaller-student"
-ZOMBIES = "smaller-student: runs whose machine died"
-BEAT = "prefect.flow-run.heartbeat"
-LOST = "no sign of life; the next run goes on from there"
-SILENCE = timedelta(minutes=10)
-"""Without a heartbeat for so long a run counts as crashed; one beats every 30 s, or every 180 s if started by hand."""
+AUTOMATION = "smaller-student: runs whose machine died"
+HEARTBEAT = "prefect.flow-run.heartbeat"
+LOST = "no heartbeat for ten minutes; the next run resumes after the last finished epoch"
+HEARTBEAT_TIMEOUT = timedelta(minutes=10)
+"""A run without a heartbeat for so long counts as crashed; they come every 30 s, or 180 s if started by hand."""
 
 
 class DeployError(RuntimeError):
-    """Prefect cannot be told."""
+    """The deployments cannot be created."""
 
 
 def deploy() -> None:
-    """Tell the server that PREFECT_API_URL, or the profile in use, names.
+    """Create everything on the server of PREFECT_API_URL or of the active Prefect profile.
 
     Raises:
-        DeployError: If there is no server, or it refuses.
+        DeployError: If there is no server, it rejects a request, or its worker uses another checkout.
     """
     settings = get_current_settings()
     if not settings.api.url:
-        raise DeployError("there is no Prefect server: set PREFECT_API_URL (`make stack` starts one)")
-    named = pools(Path.cwd())
+        raise DeployError("no Prefect server is configured; set PREFECT_API_URL (`make stack` starts a server)")
+    pools = work_pools(Path.cwd())
     with get_client(sync_client=True) as client:
-        _not_anothers(client, named, Path.cwd().resolve())
-        if POOL in named:  # pools of other kinds are made by hand
+        _check_worker_checkout(client, pools, Path.cwd().resolve())
+        if POOL in pools:  # the user creates other pools
             with suppress(ObjectAlreadyExists):
                 client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
-                log.info("work pool %s is there", POOL)
-        _watch_for_zombies(client)
+                log.info("created work pool %s", POOL)
+        _create_automation(client)
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise DeployError(f"`prefect deploy --all` failed: {(done.stderr or done.stdout).strip()[-800:]}")
-    log.info("deployments of prefect.yaml are at %s", settings.api.url)
+    log.info("created or updated the deployments of prefect.yaml at %s", settings.api.url)
 
 
-def pools(root: Path) -> list[str]:
-    """Work pools that prefect.yaml names for the flow.
+def work_pools(root: Path) -> list[str]:
+    """Return the work pools of the flow's deployments in prefect.yaml.
 
     Raises:
-        DeployError: If it cannot be read, or names none.
+        DeployError: If the file cannot be read, or has no deployment of the flow.
     """
     path = root / "prefect.yaml"
     try:
-        said = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-        ours = [one for one in said["deployments"] if re.split("[.:]", one["entrypoint"])[-1] == FLOW]
-        found = dict.fromkeys(one["work_pool"]["name"] for one in ours)
+        content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        ours = [entry for entry in content["deployments"] if re.split("[.:]", entry["entrypoint"])[-1] == FLOW]
+        pools = dict.fromkeys(entry["work_pool"]["name"] for entry in ours)
     except (OSError, YAMLError) as error:
         raise DeployError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     except (KeyError, TypeError) as error:
-        reason = f" (it lacks {error})" if isinstance(error, KeyError) else ""
-        raise DeployError(f"{path} does not describe deployments{reason}; compare the repository's") from error
-    if not found:
-        raise DeployError(f"{path} has no deployment of the flow `{FLOW}`")
-    return list(found)
+        reason = f" ({error} is missing)" if isinstance(error, KeyError) else ""
+        raise DeployError(f"{path} has no valid `deployments`{reason}; compare the repository's file") from error
+    if not pools:
+        raise DeployError(f"{path} has no deployment of the flow `{FLOW}`; compare the repository's file")
+    return list(pools)
 
 
-def deployments(client: SyncPrefectClient, named: list[str]) -> list[DeploymentResponse]:
-    """Those of this flow in the work pools of prefect.yaml; others on the server are none of ours."""
+def deployments(client: SyncPrefectClient, pools: list[str]) -> list[DeploymentResponse]:
+    """Return the deployments of this flow in the work pools of prefect.yaml."""
     return client.read_deployments(
         flow_filter=FlowFilter(name=FlowFilterName(any_=[FLOW])),
-        work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=named)),
+        work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=pools)),
     )
 
 
-def folder_of(deployment: DeploymentResponse) -> Path | None:
-    """The checkout that a deployment's runs work in, as the worker knows it; None where they fetch one."""
+def working_directory(deployment: DeploymentResponse) -> Path | None:
+    """Return the checkout in which a deployment's runs work; None if they clone one."""
     steps = deployment.pull_steps or []
-    found = [step["directory"] for one in steps for step in one.values() if "directory" in step]
-    return Path(found[-1]) if found else None
+    folders = [options["directory"] for step in steps for options in step.values() if "directory" in options]
+    return Path(folders[-1]) if folders else None
 
 
-def online(client: SyncPrefectClient, pool: str) -> int:
-    """How many workers work for a pool."""
-    return sum(one.status == WorkerStatus.ONLINE for one in client.read_workers_for_work_pool(pool))
+def workers_online(client: SyncPrefectClient, pool: str) -> int:
+    """Return the number of online workers of a work pool."""
+    return sum(worker.status == WorkerStatus.ONLINE for worker in client.read_workers_for_work_pool(pool))
 
 
-def _not_anothers(client: SyncPrefectClient, named: list[str], here: Path) -> None:
-    """Deployments name one checkout: a worker elsewhere, such as in a container, would not find this one."""
-    for one in deployments(client, named):
-        folder, pool = folder_of(one), str(one.work_pool_name)
-        if folder not in (None, here) and online(client, pool):
+def _check_worker_checkout(client: SyncPrefectClient, pools: list[str], here: Path) -> None:
+    """Check that no online worker uses another checkout: deployments hold one path, which only one of them can have.
+
+    Raises:
+        DeployError: If one does.
+    """
+    for deployment in deployments(client, pools):
+        folder, pool = working_directory(deployment), str(deployment.work_pool_name)
+        if folder not in (None, here) and workers_online(client, pool):
             raise DeployError(
-                f"a worker of pool {pool} works in {folder}, not in {here}: run this there, or end it first (two "
-                "minutes later it counts as gone)"
+                f"a worker of pool {pool} works in {folder}, not in {here}; deploy from there, or stop that worker and "
+                "wait two minutes"
             )
 
 
-def _watch_for_zombies(client: SyncPrefectClient) -> None:
-    """Prefect leaves runs whose machine died in state Running for ever, and then starts no other one."""
-    wanted = AutomationCore(
-        name=ZOMBIES,
-        description="Without it such a run stays in state Running for ever. Kept by `make deploy`.",
+def _create_automation(client: SyncPrefectClient) -> None:
+    """Create the automation that marks lost runs as crashed; they would stay Running and block all later runs."""
+    final = ("Completed", "Failed", "Cancelled", "Crashed")
+    automation = AutomationCore(
+        name=AUTOMATION,
+        description="Marks runs without a heartbeat as Crashed; they would stay Running. Created by `make deploy`.",
         trigger=EventTrigger(
-            after={BEAT},
-            expect={BEAT, *(f"prefect.flow-run.{kind}" for kind in ("Completed", "Failed", "Cancelled", "Crashed"))},
+            after={HEARTBEAT},
+            expect={HEARTBEAT, *(f"prefect.flow-run.{state}" for state in final)},
             match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
-            match_related=ResourceSpecification(  # others on this server may say so more rarely
+            match_related=ResourceSpecification(  # other flows on this server may send heartbeats less often
                 {"prefect.resource.role": ["flow"], "prefect.resource.name": [FLOW]}
             ),
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,
-            within=SILENCE,
+            within=HEARTBEAT_TIMEOUT,
         ),
         actions=[ChangeFlowRunState(name=None, force=False, state=StateType.CRASHED, message=LOST)],
     )
-    there = client.read_automations_by_name(ZOMBIES)
-    if there:
-        client.update_automation(there[0].id, wanted)
+    existing = client.read_automations_by_name(AUTOMATION)
+    if existing:
+        client.update_automation(existing[0].id, automation)
     else:
-        client.create_automation(wanted)
-        log.info("automation `%s` is there", ZOMBIES)
+        client.create_automation(automation)
+        log.info("created automation `%s`", AUTOMATION)
 
 
 def main() -> None:

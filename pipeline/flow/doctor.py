@@ -1,4 +1,4 @@
-"""`smaller-student doctor`: find what the other tools do not show; `--fix` removes what is certainly dead."""
+"""`smaller-student doctor`: check the environment, and with `--fix` remove stale locks and lost runs."""
 
 import os
 import re
@@ -23,26 +23,26 @@ from prefect.states import Crashed
 
 from pipeline.files import Files
 from pipeline.flow import dvc_rwlock
-from pipeline.flow.deploy import POOL, ZOMBIES, deployments, folder_of, online, pools
+from pipeline.flow.deploy import AUTOMATION, POOL, deployments, work_pools, workers_online, working_directory
 from pipeline.stage.params_file import ParamsError, load
 from pipeline.system.locks import holder, is_held
-from pipeline.tracking.run_record import executions
-from pipeline.tracking.store import UriError, cause, check_uri, open_store, tracking_uri
+from pipeline.tracking.run_record import all_executions
+from pipeline.tracking.store import UriError, check_uri, open_store, root_cause, tracking_uri
 from pipeline.tracking.sync import sync
 
-ENOUGH = 5 * 2**30
-"""Free bytes below which a training may end before it is done."""
+MIN_FREE_BYTES = 5 * 2**30
+"""Free disk space below which a training may fail."""
 MIN_AGE = timedelta(minutes=5)
-"""A run that began later may not hold its lock yet."""
+"""Minimum age of a run that counts as lost; a younger one may not hold its lock yet."""
 FIX = "`smaller-student doctor --fix`"
 LOGIN = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 REMEDIES = {
-    "Invalid Host": "add that name to its `--allowed-hosts` (MLFLOW_SERVER_ALLOWED_HOSTS), which replaces the defaults",
+    "Invalid Host": "add that name and the default names to its `--allowed-hosts` (MLFLOW_SERVER_ALLOWED_HOSTS)",
     "error code 401": LOGIN,
     "error code 403": LOGIN,
     "mlflow db upgrade": "back the database up, then `mlflow db upgrade URI`",
 }
-"""What helps where MLflow's answer has these words."""
+"""Remedy for each text that an error of MLflow may contain."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,9 @@ class Check:
     """Result of one check.
 
     Attributes:
-        name: One or two words.
-        ok: Whether all is well; None for information.
-        message: What was found.
-        remedy: What to do; empty where nothing is to be done.
-        fix: Does it, where that is safe.
+        ok: Whether the check passed; None for information.
+        remedy: What the user should do; may be empty.
+        fix: Carries out the remedy, if that is safe.
     """
 
     name: str
@@ -65,7 +63,7 @@ class Check:
 
 
 def examine(files: Files) -> Iterator[Check]:
-    """Run all checks, one after the other; one that fails does not end the others."""
+    """Run all checks; an exception in one does not end the others."""
     for check in (libraries, disk, sources, dvc_locks, own_locks, mlflow, prefect):
         try:
             yield from check(files)
@@ -75,33 +73,33 @@ def examine(files: Files) -> Iterator[Check]:
 
 
 def libraries(files: Files) -> Iterator[Check]:
-    """Compare what is installed with requirements.lock."""
-    locked: dict[str, list[str]] = {}  # a library may have several versions, for other Pythons and systems
-    for name, wanted in re.findall(r"^([\w.-]+)==([^ ;\\]+)", _text(files.root / "requirements.lock"), re.M):
-        locked.setdefault(name, []).append(wanted)
-    other = []
+    """Compare the installed libraries with requirements.lock."""
+    locked: dict[str, list[str]] = {}  # a library may be locked at several versions, for different Pythons and systems
+    for name, pinned in re.findall(r"^([\w.-]+)==([^ ;\\]+)", _text(files.root / "requirements.lock"), re.M):
+        locked.setdefault(name, []).append(pinned)
+    different = []
     for name, versions in locked.items():
         with suppress(PackageNotFoundError):
             if (installed := version(name)).partition("+")[0] not in versions:
-                other.append(f"{name} {installed} (locked {' or '.join(versions)})")
-    if other:
-        yield Check("libraries", False, f"{len(other)} differ: {', '.join(other[:5])}", "`make setup`")
+                different.append(f"{name} {installed} (locked {' or '.join(versions)})")
+    if different:
+        yield Check("libraries", False, f"{len(different)} differ: {', '.join(different[:5])}", "run `make setup`")
     elif locked:
-        yield Check("libraries", True, f"as requirements.lock says ({len(locked)} versions)")
+        yield Check("libraries", True, f"versions are those of requirements.lock ({len(locked)} libraries)")
     else:
-        yield Check("libraries", None, f"not compared: there is no requirements.lock in {files.root}")
+        yield Check("libraries", None, f"not checked: {files.root} has no requirements.lock")
 
 
 def disk(files: Files) -> Iterator[Check]:
-    """Measure the room for the checkout and for temporary files."""
+    """Check the free disk space for the checkout and for temporary files."""
     for folder in {path.stat().st_dev: path for path in (Path(tempfile.gettempdir()), files.root)}.values():
         free = shutil.disk_usage(folder).free
-        remedy = "" if free >= ENOUGH else "make room; `dvc gc --workspace` drops outputs that are not in use"
-        yield Check("disk", free >= ENOUGH, f"{free / 2**30:.1f} GiB are free in {folder}", remedy)
+        remedy = "" if free >= MIN_FREE_BYTES else "free disk space; `dvc gc --workspace` deletes unused outputs"
+        yield Check("disk", free >= MIN_FREE_BYTES, f"{free / 2**30:.1f} GiB free in {folder}", remedy)
 
 
 def sources(files: Files) -> Iterator[Check]:
-    """Look whether params.yaml is accepted and dvc.lock is merged."""
+    """Check that params.yaml is valid and dvc.lock has no merge conflicts."""
     try:
         load(files.params)
         yield Check("params.yaml", True, "is valid")
@@ -110,26 +108,26 @@ def sources(files: Files) -> Iterator[Check]:
         yield Check("params.yaml", False, str(error).splitlines()[0], remedy)
     for number, line in enumerate(_text(files.root / "dvc.lock").splitlines(), start=1):
         if line.startswith(("<<<<<<<", ">>>>>>>")):
-            yield Check("dvc.lock", False, f"has merge markers in line {number}", "`git checkout --ours dvc.lock`")
+            yield Check("dvc.lock", False, f"has merge markers in line {number}", "run `git checkout --ours dvc.lock`")
             break
 
 
 def dvc_locks(files: Files) -> Iterator[Check]:
-    """Look for what stops DVC for no reason (see `rwlock`)."""
-    remedy = f"{FIX} removes DVC's lock table unless somebody works in this checkout"
+    """Check for stale entries in DVC's lock table (see `dvc_rwlock`)."""
+    remedy = f"{FIX} deletes DVC's lock table unless a process works in this checkout"
     for sentence in dvc_rwlock.defects(files):
         yield Check("dvc locks", False, sentence, remedy, partial(dvc_rwlock.release_dead, files))
 
 
 def own_locks(files: Files) -> Iterator[Check]:
-    """Say who retrains or runs a stage; the system releases these locks when their process ends."""
+    """Report who retrains or runs a stage; the system releases these locks when their process ends."""
     for name, what in (("retrain", "a retraining"), ("stage", "a stage")):
         if is_held(path := files.tracking / f"{name}.lock"):
             yield Check("locks", None, f"{what} is running: {holder(path)}")
 
 
 def mlflow(files: Files) -> Iterator[Check]:
-    """Call the store: a server answers `/health` even while it rejects everything else."""
+    """Check the MLflow store by a real request: a server answers `/health` even while it rejects all others."""
     uri, user = tracking_uri(files), os.environ.get("MLFLOW_TRACKING_USERNAME")
     try:
         check_uri(uri)
@@ -138,96 +136,97 @@ def mlflow(files: Files) -> Iterator[Check]:
         yield Check("mlflow", False, message, remedy)
         return
     if uri.endswith(str(files.mlflow_db)) and not files.mlflow_db.is_file():
-        yield Check("mlflow", True, f"{uri} is created by the first run")
+        yield Check("mlflow", True, f"{uri} will be created by the first run")
     else:
         try:
             open_store(files).search_experiments(max_results=1)
-            yield Check("mlflow", True, f"{uri} answers" + (f" to {user}" if user else ""))
+            yield Check("mlflow", True, f"{uri} answers" + (f" to user {user}" if user else ""))
         except Exception as error:  # of MLflow, requests, SQLAlchemy or a driver
-            later = "start or repair it; until then runs stay on disk, and `smaller-student sync` uploads them"
-            remedy = next((remedy for words, remedy in REMEDIES.items() if words in str(error)), later)
-            yield Check("mlflow", False, f"{uri} cannot be used: {cause(error)}", remedy)
+            default = "start or repair it; until then runs stay on disk, and `smaller-student sync` uploads them later"
+            remedy = next((remedy for text, remedy in REMEDIES.items() if text in str(error)), default)
+            yield Check("mlflow", False, f"{uri} cannot be used: {root_cause(error)}", remedy)
     if count := unsynced(files):
-        message = f"{count} executions are not uploaded completely; their runs may look as if they still ran"
-        remedy = "`smaller-student sync` uploads them and ends runs whose process is gone"
+        message = f"{count} ended executions are not uploaded completely, so MLflow may show them as running"
+        remedy = "`smaller-student sync` uploads them"
         yield Check("mlflow", False, message, remedy, lambda: sync(files))
 
 
 def unsynced(files: Files) -> int:
     """Count executions that ended and were not uploaded to MLflow completely."""
     uri, count = tracking_uri(files), 0
-    for records in executions(files):
+    for records in all_executions(files):
         running = [record.process.alive for record in records.stages().values() if record.status == "RUNNING"]
-        living = any(alive is not False for alive in running)  # None: on another host, which cannot be seen from here
-        count += not living and bool(running or records.pending(uri))
+        alive = any(state is not False for state in running)  # None: on another host, which cannot be checked
+        count += not alive and bool(running or records.pending(uri))
     return count
 
 
 def prefect(files: Files) -> Iterator[Check]:
-    """Call the server, and compare what it has with what `make deploy` puts there."""
+    """Check the Prefect server, and what `make deploy` creates on it."""
     if not (url := get_current_settings().api.url):
-        message = "no server (PREFECT_API_URL): `smaller-student retrain` works, schedules do not"
-        yield Check("prefect", None, message, "`make stack` starts one")
+        message = "PREFECT_API_URL is not set: `smaller-student retrain` works, schedules do not"
+        yield Check("prefect", None, message, "`make stack` starts a server")
         return
     with get_client(sync_client=True, httpx_settings={"timeout": 5}) as client:
         try:
-            there = {pool.name for pool in client.read_work_pools()}
+            existing = {pool.name for pool in client.read_work_pools()}
             yield Check("prefect", True, f"{url} answers")
-        except Exception as error:  # of many libraries
+        except Exception as error:  # of Prefect, httpx or a proxy
             remedy = "set PREFECT_API_AUTH_STRING" if "401" in str(error) else "start it"
-            yield Check("prefect", False, f"{url} cannot be used: {cause(error)}", remedy)
+            yield Check("prefect", False, f"{url} cannot be used: {root_cause(error)}", remedy)
             return
-        named = pools(files.root)
-        mine = deployments(client, named)
-        missing = [f"work pool {pool}" for pool in named if pool not in there]
-        missing += [] if mine else ["deployments"]
-        missing += [] if client.read_automations_by_name(ZOMBIES) else ["automation for lost runs"]
+        pools = work_pools(files.root)
+        ours = deployments(client, pools)
+        missing = [f"work pool {pool}" for pool in pools if pool not in existing]
+        missing += [] if ours else ["deployments"]
+        missing += [] if client.read_automations_by_name(AUTOMATION) else ["automation for lost runs"]
         if missing:
-            by_hand = "" if set(named) <= {POOL, *there} else "`prefect work-pool create NAME --type TYPE`, then "
-            yield Check("prefect", False, f"it has no {', no '.join(missing)}", f"{by_hand}`make deploy`")
+            own_pools = set(pools) <= {POOL, *existing}
+            remedy = "`make deploy`" if own_pools else "`prefect work-pool create NAME --type TYPE`, then `make deploy`"
+            yield Check("prefect", False, f"the server has no {', no '.join(missing)}", f"run {remedy}")
             return
-        for pool in named:
-            workers = online(client, pool)
-            remedy = "" if workers else f"`prefect worker start --pool {pool} --limit 1`, or `make stack`"
+        for pool in pools:
+            workers = workers_online(client, pool)
+            remedy = "" if workers else f"run `prefect worker start --pool {pool} --limit 1`, or `make stack`"
             yield Check("worker", bool(workers), f"{workers} online for pool {pool}", remedy)
-        for deployment in mine:
-            if (folder := folder_of(deployment)) == files.root.resolve():
+        for deployment in ours:
+            if (folder := working_directory(deployment)) == files.root.resolve():
                 yield from _runs(files, client, deployment)
             else:
-                message = f"{deployment.name} works in {folder or 'a checkout that it fetches'}, not in {files.root}"
-                yield Check("runs", None, message, "only there can be seen whether its runs are alive")
+                message = f"{deployment.name} works in {folder or 'a checkout that it clones'}, not in {files.root}"
+                yield Check("runs", None, message, "run the doctor there to check whether its runs are alive")
 
 
 def _runs(files: Files, client: SyncPrefectClient, deployment: DeploymentResponse) -> Iterator[Check]:
-    """Find runs whose process is gone, and concurrency slots that no run holds."""
+    """Check a deployment for runs whose process is gone, and for concurrency slots that no run holds."""
     fix = partial(_release, files, deployment.id)
     for run in _lost(files, client, deployment.id):
         since = f"{run.state_name} since {run.start_time:%Y-%m-%d %H:%M}"
-        message = f"{deployment.name}/{run.name} is {since}, but nothing retrains this checkout"
-        remedy = f"{FIX} marks it as crashed; first look whether a worker runs elsewhere"
+        message = f"{deployment.name}/{run.name} is {since}, but no process retrains this checkout"
+        remedy = f"{FIX} marks it as crashed; first check that no worker runs on another machine"
         yield Check("runs", False, message, remedy, fix)
     active, limit = len(_active(client, deployment.id)), deployment.global_concurrency_limit
     if limit is not None and limit.active_slots > active:
-        message = f"{deployment.name} has {limit.active_slots} slots taken and {active} runs that could hold them"
-        yield Check("slots", False, message, f"{FIX} releases them; so does their grace period", fix)
+        message = f"{deployment.name} has {limit.active_slots} slots taken, but {active} active runs"
+        yield Check("slots", False, message, f"{FIX} releases them; Prefect does so after the grace period", fix)
 
 
 def _active(client: SyncPrefectClient, deployment: UUID) -> list[FlowRun]:
     states = ["RUNNING", "PENDING", "CANCELLING"]
-    wanted = {"deployment_id": {"any_": [deployment]}, "state": {"type": {"any_": states}}}
-    return client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(wanted))
+    active = {"deployment_id": {"any_": [deployment]}, "state": {"type": {"any_": states}}}
+    return client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(active))
 
 
 def _lost(files: Files, client: SyncPrefectClient, deployment: UUID) -> list[FlowRun]:
-    """Active runs that cannot be running: whoever retrains holds the lock of the checkout."""
+    """Return active runs without a process: a real one would hold the lock of the checkout."""
     if is_held(files.tracking / "retrain.lock"):
         return []
-    began = datetime.now(UTC) - MIN_AGE
-    return [run for run in _active(client, deployment) if run.start_time is not None and run.start_time <= began]
+    latest_start = datetime.now(UTC) - MIN_AGE
+    return [run for run in _active(client, deployment) if run.start_time is not None and run.start_time <= latest_start]
 
 
 def _release(files: Files, deployment: UUID) -> None:
-    """Mark lost runs as crashed, and release slots that no run holds, by what is there now."""
+    """Mark lost runs as crashed, and release slots that no run holds."""
     with get_client(sync_client=True) as client:
         for run in _lost(files, client, deployment):
             client.set_flow_run_state(run.id, Crashed(message="its process is gone"), force=True)

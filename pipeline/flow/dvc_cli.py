@@ -1,4 +1,4 @@
-"""Processes of dvc."""
+"""Run the dvc command."""
 
 import json
 import re
@@ -6,19 +6,19 @@ import subprocess
 import sys
 from contextlib import AbstractContextManager
 
-from pipeline.system.process import running
+from pipeline.system.process import child_process
 
 DVC = (sys.executable, "-m", "dvc")
-ENDED = re.compile(r"failed to run: .*, exited with (-?\d+)")
-"""How dvc tells the exit code of a stage."""
+STAGE_FAILED = re.compile(r"failed to run: .*, exited with (-?\d+)")
+"""Message by which dvc reports the exit code of a stage."""
 
 
 class StageError(RuntimeError):
-    """A stage failed; what dvc said stands in the log."""
+    """A stage or a dvc command failed."""
 
 
-def changes() -> list[str]:
-    """Stages whose inputs, outputs or params differ from dvc.lock.
+def changed_stages() -> list[str]:
+    """Return the stages whose dependencies, outputs or params differ from dvc.lock.
 
     Raises:
         StageError: If `dvc status` fails.
@@ -30,5 +30,5 @@ def changes() -> list[str]:
 
 
 def dvc(*words: str, hours: float = 1000, **extra: str) -> "AbstractContextManager[subprocess.Popen[str]]":
-    """A dvc process; see `running`."""
-    return running(*DVC, *words, hours=hours, **extra)
+    """Start a dvc process; see `child_process`."""
+    return child_process(*DVC, *words, hours=hours, **extra)

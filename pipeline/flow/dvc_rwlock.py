@@ -1,8 +1,8 @@
 """Repair DVC's lock table (`.dvc/tmp/rwlock`) in the two cases that DVC does not repair itself.
 
-DVC drops entries whose process is gone. It cannot know that another program got the process id of a killed dvc, which
-happens within seconds in a container that restarts: it then refuses to run until somebody deletes the table. And a
-table that it cannot read, because a dvc was killed while writing it, ends every command without naming a remedy.
+DVC drops entries whose process is gone, but does not notice that the process id of a killed dvc was reused, which
+happens within seconds in a restarted container: it then fails until the table is deleted. And if a dvc was killed while
+it wrote the table, the table is damaged and every dvc command fails without naming a remedy.
 """
 
 import json
@@ -13,41 +13,41 @@ from pathlib import Path
 import psutil
 
 from pipeline.files import Files
-from pipeline.system.locks import BusyError, retraining, running_stage
-from pipeline.tracking.execution import runs_dvc
+from pipeline.system.locks import BusyError, retrain_lock, stage_lock
+from pipeline.tracking.execution import is_dvc_command
 
 
 def defects(files: Files) -> list[str]:
-    """Say in one sentence each what in the table stops DVC; empty where a dvc of the table is alive."""
+    """Return a sentence for each defect of the table that blocks DVC; empty if a dvc in the table is running."""
     path = _table(files)
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
         read = [entry for readers in held.get("read", {}).values() for entry in readers]
-        noted = {int(entry["pid"]): str(entry["cmd"]) for entry in [*held.get("write", {}).values(), *read]}
+        commands = {int(entry["pid"]): str(entry["cmd"]) for entry in [*held.get("write", {}).values(), *read]}
     except FileNotFoundError:
         return []
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         return [f"{path} is damaged ({type(error).__name__}: {error})"]
-    alive = {pid: command for pid, command in noted.items() if psutil.pid_exists(pid)}
+    alive = {pid: command for pid, command in commands.items() if psutil.pid_exists(pid)}
     if any(map(_is_dvc, alive)):
         return []
     return [f"process {pid} (`{command}`) is gone" for pid, command in alive.items()]
 
 
 def release_dead(files: Files) -> list[str]:
-    """Remove a table that stops DVC although nobody works in the checkout.
+    """Delete a table that blocks DVC although no process works in the checkout.
 
     Returns:
-        What was wrong, one sentence each; empty where there was nothing to do.
+        One sentence for each repaired defect.
 
     Raises:
-        BusyError: If somebody works in this checkout.
+        BusyError: If a process works in the checkout.
     """
     if not defects(files):
         return []
-    with _at_rest(files):
+    with _idle_checkout(files):
         if found := defects(files):
-            _table(files).unlink()  # what DVC's own message advises
+            _table(files).unlink()  # the remedy that DVC documents
         return [f"{sentence}: its locks are released" for sentence in found]
 
 
@@ -57,29 +57,32 @@ def _table(files: Files) -> Path:
 
 def _is_dvc(pid: int) -> bool:
     try:
-        return runs_dvc(psutil.Process(pid).cmdline())
+        return is_dvc_command(psutil.Process(pid).cmdline())
     except psutil.NoSuchProcess:
         return False
-    except psutil.Error:  # of another user: assume that it is one
+    except psutil.Error:  # a process of another user: assume that it is dvc
         return True
 
 
 @contextmanager
-def _at_rest(files: Files) -> Iterator[None]:
-    """Hold every lock that somebody who works in this checkout would hold.
+def _idle_checkout(files: Files) -> Iterator[None]:
+    """Hold every lock that a process working in the checkout would hold.
 
-    The process ids of another container mean nothing here, but its file locks are visible: that of a retraining, that
-    of a stage, and DVC's own, which it holds except while a stage runs.
+    Process ids of other containers mean nothing here, but their file locks are visible: those of a retraining, of a
+    stage, and of DVC, which holds its own except while a stage runs.
+
+    Raises:
+        BusyError: If another process holds one of them.
     """
     from dvc.config import Config  # takes a second
     from dvc.lock import LockError, make_lock
 
     folder = _table(files).parent
     hardlink = bool(Config(str(files.root / ".dvc"))["core"].get("hardlink_lock", False))  # for NFS
-    with retraining(files), running_stage(files), ExitStack() as held:
+    with retrain_lock(files), stage_lock(files), ExitStack() as held:
         try:
             for name in ("lock", "rwlock.lock"):
                 held.enter_context(make_lock(str(folder / name), tmp_dir=str(folder), hardlink_lock=hardlink))
         except LockError as error:
-            raise BusyError("busy: a dvc works in this checkout; wait for it or end it") from error
+            raise BusyError("busy: dvc is running in this checkout; wait for it or end it") from error
         yield

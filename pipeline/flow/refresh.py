@@ -1,4 +1,4 @@
-"""Bring new data in before a retraining: run the user's command, and move files from a folder into `data.root`."""
+"""Fetch new data before a retraining: run `retrain.refresh`, and move files from `retrain.incoming` to `data.root`."""
 
 import filecmp
 import logging
@@ -14,60 +14,60 @@ from pipeline.config import Params
 from pipeline.data import custom
 from pipeline.data.manifest import DataError, is_inside
 from pipeline.files import Files, csv_text, sync_folder, write_atomically, write_text
-from pipeline.system.process import TimeLimitError, running
+from pipeline.system.process import TimeLimitError, child_process
 
 log = logging.getLogger(__name__)
 
 MIN_AGE = 10.0
-"""Seconds since the last change of a file: a younger one may still be written."""
+"""Seconds since the last change of a file below which it may be incomplete."""
 MAX_WAIT = 120.0
-"""Seconds to wait for young files; what is still written then is left for the next run."""
-UNFINISHED = (".part", ".tmp", ".crdownload", ".filepart")
-"""Endings of files that something still writes."""
+"""Seconds to wait for incomplete files before they are left for the next run."""
+PARTIAL_SUFFIXES = (".part", ".tmp", ".crdownload", ".filepart")
+"""Suffixes of files that a download is still writing."""
 
 
 class RefreshError(RuntimeError):
-    """New data did not come, or cannot be ingested."""
+    """New data could not be fetched or ingested."""
 
     exit_code = 3
 
 
 class RefusedError(RefreshError):
-    """The same would happen again at once."""
+    """New data cannot be ingested, and a retry would fail in the same way."""
 
 
 def check_incoming(files: Files, params: Params) -> None:
-    """Refuse files in `retrain.incoming` that no run can ingest.
+    """Check that the files in `retrain.incoming` can be ingested.
 
     Raises:
-        RefusedError: If `data.source` is not `folder` or `csv` and files lie there, or if `data.root` does.
+        RefusedError: If the folder holds files although `data.source` is not `folder` or `csv`, or holds `data.root`.
     """
     folder, root, source = files.root / params.retrain.incoming, files.root / params.data.root, params.data.source
     if not params.retrain.incoming or not folder.is_dir():
         return
     if root.resolve().is_relative_to(folder.resolve()):
-        raise RefusedError(f"`data.root` ({root}) is or lies in `retrain.incoming` ({folder}); name another folder")
+        raise RefusedError(f"`data.root` ({root}) is in `retrain.incoming` ({folder}); set one to another folder")
     if source not in ("folder", "csv") and (count := len(list(_visible(folder)))):
-        why = "renders its own images" if source == "vehicles" else "has published lists that name its images"
+        why = "renders its own images" if source == "vehicles" else "has a published list of its images"
         raise RefusedError(
-            f"{folder} holds {count} files, but `data.source` {source} {why}; move them away, or set `data.source` to "
-            "folder or csv"
+            f"{folder} holds {count} new files, but `data.source` {source} {why}; move them away, or set `data.source` "
+            "to folder or csv"
         )
 
 
 def refresh(files: Files, params: Params) -> list[str]:
-    """Run `retrain.refresh`, then ingest what lies in `retrain.incoming`.
+    """Run `retrain.refresh`, then move the files of `retrain.incoming` to `data.root`.
 
     Returns:
-        Paths of the files that were moved, relative to `data.root`.
+        Paths of the new files, relative to `data.root`.
 
     Raises:
         RefreshError: If the command fails.
-        RefusedError: If the files cannot be ingested; then nothing is moved.
+        RefusedError: If the files cannot be ingested; nothing is moved then.
     """
     if params.retrain.refresh:
         _run(params.retrain.refresh, params.retrain.limit_hours)
-    check_incoming(files, params)  # after the command, which may have brought some
+    check_incoming(files, params)  # again, since the command may have added files
     folder, root = files.root / params.retrain.incoming, files.root / params.data.root
     if not params.retrain.incoming or not folder.is_dir():
         return []
@@ -76,117 +76,119 @@ def refresh(files: Files, params: Params) -> list[str]:
     moved = (
         _ingest_with_table(paths, folder, root, table) if params.data.source == "csv" else ingest(paths, folder, root)
     )
-    for left in sorted((path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()), reverse=True):
-        if not any(left.iterdir()):
-            left.rmdir()
+    subfolders = [path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()]
+    for subfolder in sorted(subfolders, reverse=True):
+        if not any(subfolder.iterdir()):
+            subfolder.rmdir()
     return moved
 
 
 def _run(command: str, hours: float) -> None:
     last = ""
     try:
-        with running(*shlex.split(command), hours=hours) as process:
+        with child_process(*shlex.split(command), hours=hours) as process:
             for line in process.stdout or ():
                 if line := line.rstrip():
                     last = line
                     log.info(line)
             code = process.wait()
     except TimeLimitError as error:
-        raise RefusedError(f"`retrain.refresh`: {error} (`retrain.limit_hours`)") from error
+        raise RefusedError(f"`retrain.refresh`: {error}; raise `retrain.limit_hours`, or make it faster") from error
     if code:
-        raise RefreshError(f"`retrain.refresh` ended with {code}: {last}")
+        raise RefreshError(f"`retrain.refresh` failed with exit code {code}: {last}")
 
 
 def _complete_files(folder: Path) -> list[Path]:
-    """List regular files that nobody writes any more, by name; wait for young ones for a while."""
+    """Return the complete regular files, sorted by name; wait up to MAX_WAIT seconds for incomplete ones."""
     before: dict[Path, tuple[int, int]] = {}
     deadline = time.monotonic() + MAX_WAIT
     while True:
-        found = {path: (state.st_size, state.st_mtime_ns) for path, state in _finished(folder)}
-        # A file that has not changed between two looks is complete too: another machine's clock may be ahead.
-        young = {
+        states = {path: (state.st_size, state.st_mtime_ns) for path, state in _candidates(folder)}
+        # An unchanged file is complete even if its time lies in the future: another machine's clock may be ahead.
+        incomplete = {
             path
-            for path, state in found.items()
+            for path, state in states.items()
             if time.time() - state[1] / 1e9 < MIN_AGE and before.get(path) != state
         }
-        if not young or time.monotonic() > deadline:
+        if not incomplete or time.monotonic() > deadline:
             break
-        log.info("%d files may still be written: looking again in %.0f s", len(young), MIN_AGE)
+        log.info("%d new files may be incomplete; checking again in %.0f s", len(incomplete), MIN_AGE)
         time.sleep(MIN_AGE)
-        before = found
-    complete = [path for path in found if path not in young]
+        before = states
+    complete = [path for path in states if path not in incomplete]
     for path in sorted(set(_visible(folder)) - set(complete)):
-        plain = path.is_file() and not path.is_symlink()
-        log.warning("%s stays where it is: %s", path, "still written" if plain else "no plain file")
+        regular = path.is_file() and not path.is_symlink()
+        log.warning("%s is not ingested: it is %s", path, "incomplete" if regular else "not a regular file")
     return complete
 
 
 def _visible(folder: Path) -> Iterator[Path]:
-    """Everything that is no folder and not hidden, by name."""
+    """Yield everything except folders and hidden files, sorted by name."""
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if not hidden and (path.is_symlink() or not path.is_dir()):
             yield path
 
 
-def _finished(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Regular files whose names do not say that something still writes them."""
+def _candidates(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Yield regular files without a partial suffix, and their state."""
     for path in _visible(folder):
-        if path.is_file() and not path.is_symlink() and not path.name.lower().endswith(UNFINISHED):
-            with suppress(FileNotFoundError):  # whoever writes it has renamed it
+        if path.is_file() and not path.is_symlink() and not path.name.lower().endswith(PARTIAL_SUFFIXES):
+            with suppress(FileNotFoundError):  # renamed meanwhile
                 yield path, path.stat()
 
 
 def ingest(paths: Sequence[Path], folder: Path, target: Path) -> list[str]:
-    """Move files from below one folder to the same relative paths below another, each in one step.
+    """Move files from below `folder` to the same relative paths below `target`, each atomically.
 
-    A file that is there with the same content is only removed, so that after a crash the next call continues.
+    If the target has a file with the same content, the new one is deleted; so the next call continues after a crash.
 
     Returns:
-        Relative paths of those that were not there.
+        Relative paths of the files that are new in `target`.
 
     Raises:
-        RefusedError: Before anything is moved, if another content is there.
+        RefusedError: If the target has a file with different content; nothing is moved then.
     """
-    places = {path: target / path.relative_to(folder) for path in paths}
-    if taken := [place for path, place in places.items() if place.exists() and not filecmp.cmp(path, place, False)]:
+    targets = {path: target / path.relative_to(folder) for path in paths}
+    if taken := [new for old, new in targets.items() if new.exists() and not filecmp.cmp(old, new, False)]:
         raise RefusedError(
-            f"{taken[0]} exists with another content ({len(taken)} such files); nothing was moved: rename the new ones"
+            f"{taken[0]} exists with different content ({len(taken)} such files), so nothing was moved; rename the new "
+            "files"
         )
     moved = []
-    for path, place in places.items():
-        if place.exists():
-            path.unlink()
+    for old, new in targets.items():
+        if new.exists():
+            old.unlink()
             continue
-        _move(path, place)
-        moved.append(place.relative_to(target).as_posix())
+        _move(old, new)
+        moved.append(new.relative_to(target).as_posix())
     return moved
 
 
-def _move(path: Path, place: Path) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
+def _move(old: Path, new: Path) -> None:
+    new.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.rename(path, place)
-        sync_folder(place.parent)
+        os.rename(old, new)
+        sync_folder(new.parent)
     except OSError:  # another file system
-        write_atomically(place, lambda temporary: shutil.copyfile(path, temporary))
-        path.unlink()
+        write_atomically(new, lambda temporary: shutil.copyfile(old, temporary))
+        old.unlink()
 
 
 def _ingest_with_table(paths: Sequence[Path], folder: Path, root: Path, name: str) -> list[str]:
-    """Move images and append the rows of the table that came with them (source csv); without a table all wait for it.
+    """Move images, and append the rows of the table that came with them to the table in `root` (source csv).
 
-    First the images, then the rows, then the new table goes: interrupted anywhere, the next call finds images and rows
-    that are there already, and does the rest. The tables have the same name below `folder` and `root`.
+    Without a table the images stay where they are. Images are moved first, then rows are appended, then the new table
+    is deleted; after an interruption the next call skips what is done. Both tables are called `name`.
 
     Raises:
-        RefusedError: Before anything is moved, if the tables do not fit together or an image is missing.
+        RefusedError: If the tables contradict each other or an image is missing; nothing is moved then.
     """
     new, table = folder / name, root / name
     images = {path.relative_to(folder).as_posix(): path for path in paths if path != new}
     if new not in paths:
         if images:
-            log.warning("%d files stay in %s: there is no complete table %s with their rows", len(images), folder, new)
+            log.warning("%d files stay in %s: their table %s is missing or incomplete", len(images), folder, new)
         return []
     try:
         columns, rows = custom.read_rows(new)
@@ -196,25 +198,25 @@ def _ingest_with_table(paths: Sequence[Path], folder: Path, root: Path, name: st
         labels, added = {row["path"]: row for row in old_rows}, []
         for row in rows:
             path = row["path"]
-            unfinished = [folder / f"{path}{ending}" for ending in ("", *UNFINISHED)]
-            if is_inside(path) and path not in images and any(other.is_file() for other in unfinished):
-                log.warning("%d files stay in %s: %s is still written", len(images) + 1, folder, path)
+            partial = [folder / f"{path}{suffix}" for suffix in ("", *PARTIAL_SUFFIXES)]
+            if is_inside(path) and path not in images and any(file.is_file() for file in partial):
+                log.warning("%d files stay in %s: image %s is incomplete", len(images) + 1, folder, path)
                 return []
             if not is_inside(path) or not (path in images or (root / path).is_file()):
-                raise DataError(f"{new}: there is no image for the row {','.join(row.values())}")
+                raise DataError(f"{new}: the image of row {','.join(row.values())} is missing")
             if labels.setdefault(path, row) is row:
                 added.append(row)
             elif labels[path] != row:
                 raise DataError(f"{new}: {path} is listed already, as {','.join(labels[path].values())}")
         custom.check_splits(new, labels.values())
     except DataError as error:
-        raise RefusedError(f"{error}; nothing was moved: correct the table") from error
-    if nameless := sorted(images.keys() - labels):
-        log.warning("%d files stay in %s: no row names them, such as %s", len(nameless), folder, nameless[0])
+        raise RefusedError(f"{error}; nothing was moved; correct the table") from error
+    if unlisted := sorted(images.keys() - labels):
+        log.warning("%d files stay in %s: the table does not list them, such as %s", len(unlisted), folder, unlisted[0])
     moved = ingest([path for name, path in images.items() if name in labels], folder, root)
     if added:
         text = csv_text(old_columns, ([row[column] for column in old_columns] for row in added))
-        if table.exists():  # its text stays as it is
+        if table.exists():  # keep its text unchanged
             before = table.read_bytes().decode()
             text = before + ("" if before.endswith("\n") else "\n") + text.partition("\n")[2]
         write_text(table, text)

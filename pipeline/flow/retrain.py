@@ -1,7 +1,7 @@
-"""Prefect flow `retrain`: new data, the stages of `dvc repro` as tasks, publication; one writer at a time.
+"""Prefect flow `retrain`: fetch new data, run each stage of `dvc repro` as a task, publish the result.
 
-Runs with no server of its own (`smaller-student retrain`: Prefect then starts one for the time of the run), or by a
-worker for the deployments of prefect.yaml. Mutual exclusion rests on a lock of the system, not on Prefect.
+It runs by `smaller-student retrain`, for which Prefect starts a temporary server, or by a worker for the deployments of
+prefect.yaml. A file lock, not Prefect, ensures that only one retraining of a checkout runs.
 """
 
 import os
@@ -19,125 +19,127 @@ from pipeline.config import Params
 from pipeline.export.release import ReleaseError
 from pipeline.files import Files
 from pipeline.flow import dvc_rwlock, notify
-from pipeline.flow.dvc_cli import ENDED, StageError, changes, dvc
+from pipeline.flow.dvc_cli import STAGE_FAILED, StageError, changed_stages, dvc
 from pipeline.flow.refresh import RefreshError, RefusedError, check_incoming
-from pipeline.flow.refresh import refresh as bring
+from pipeline.flow.refresh import refresh as fetch_new_data
 from pipeline.records import RECORDS
-from pipeline.registry import publish as publishing
 from pipeline.registry.model_registry import RegistryError
-from pipeline.registry.publish import Published
+from pipeline.registry.publish import Published, last_published
+from pipeline.registry.publish import publish as publish_release
 from pipeline.stage import params_file
 from pipeline.system import git_cli
-from pipeline.system.locks import BusyError, note_retraining, retraining, retraining_began
+from pipeline.system.locks import BusyError, last_retraining_start, retrain_lock, save_retraining_start
 from pipeline.system.process import TimeLimitError, die_with_parent
 from pipeline.tracking import recorder
-from pipeline.tracking.execution import VARIABLE, Execution
+from pipeline.tracking.execution import EXECUTION_VARIABLE, Execution
 from pipeline.tracking.store import TrackingError, check_uri, tracking_uri
 
-ENGINE = "PREFECT__FLOW_RUN_ID"
-"""Environment variable of a process that a worker started for one run."""
-PATIENCE = 5.0
-"""Seconds that a run of a schedule waits for the lock: the doctor holds it for a moment."""
-FINAL = "Refused"
-"""Name of the state of a stage that would end the same way again: params, data, a gate, the time it has."""
-HOPELESS = {2, 3, 4}
-"""Exit codes of such stages (see `stage`)."""
-
-
+WORKER_VARIABLE = "PREFECT__FLOW_RUN_ID"
+"""Environment variable that Prefect sets in a process that a worker started."""
+LOCK_TIMEOUT = 5.0
+"""Seconds that a run started by a worker waits for the lock, which the doctor holds for a moment."""
+NO_RETRY = "Refused"
+"""Name of the state of a task that would fail again in the same way: params, data, a failed check, the time limit."""
+NO_RETRY_CODES = {2, 3, 4}
+"""Exit codes of a stage that lead to this state (see `pipeline.stage.run`)."""
 ERRORS = (params_file.ParamsError, RefreshError, StageError, TrackingError, git_cli.CommitError)
-"""Errors that become a failed state, with their sentence as its message."""
+"""Errors whose message becomes that of the failed flow run, without a traceback."""
 
 
-def _hopeful(_: object, __: TaskRun, state: State[None]) -> bool:
-    return state.name != FINAL
+def _may_retry(_: object, __: TaskRun, state: State[None]) -> bool:
+    return state.name != NO_RETRY
 
 
 @flow(name="retrain", log_prints=False)
 def retrain(force: bool = False) -> State[None]:
-    """Bring everything up to date: data, stages, the model in use.
+    """Fetch new data, run the stages that changed, and publish the exported model.
 
     Args:
-        force: Record an execution even if nothing changed: each stage then comes from what is there. Nothing is
-            computed again whose inputs are the same.
+        force: Track an execution in MLflow even if nothing changed; unchanged stages are not computed again.
 
     Returns:
-        Completed, under the name Promoted or Rejected where something was published, NoChange where there was nothing
-        to do; Cancelled, under the name Busy or Skipped, where another run does it or has done it; Failed, with the
-        reason as message.
+        Completed with the name Promoted or Rejected if a model was published, NoChange if there was nothing to do, else
+        Completed. Cancelled with the name Busy if another run works, or Skipped if one has done the work since this run
+        was due. Failed with the reason as message.
     """
-    if ENGINE in os.environ:
-        die_with_parent()  # a worker that is killed tells nobody
+    if WORKER_VARIABLE in os.environ:
+        die_with_parent()  # a killed worker does not stop its runs
     files = Files.here()
     try:
-        with retraining(files, PATIENCE if ENGINE in os.environ else 0):
-            now = datetime.now().astimezone()
+        with retrain_lock(files, LOCK_TIMEOUT if WORKER_VARIABLE in os.environ else 0):
+            start = datetime.now().astimezone()
             state = _retrain(files, force)
-            if state.is_completed():  # else what waits must still be done
-                note_retraining(files, now)
-                notify.skip_stale_runs(now)
+            if state.is_completed():  # otherwise the waiting runs still have work to do
+                save_retraining_start(files, start)
+                notify.skip_stale_runs(start)
             return state
     except BusyError as error:
         return Cancelled(name="Busy", message=str(error))
-    except ERRORS as error:  # raised, they would be tracebacks
+    except ERRORS as error:  # raising would log a traceback
         return Failed(name=type(error).__name__.removesuffix("Error"), message=str(error))
 
 
 def _retrain(files: Files, force: bool) -> State[None]:
-    with suppress(BusyError):  # somebody works here by hand: DVC says so
+    with suppress(BusyError):  # somebody uses DVC here by hand; `dvc repro` reports it
         for line in dvc_rwlock.release_dead(files):
             get_run_logger().info(line)
-    checked = params_file.load(files.params)
+    params = params_file.load(files.params)
     check_uri(tracking_uri(files))
-    check_incoming(files, checked)
-    due, began = flow_run.scheduled_start_time, retraining_began(files)
-    if began is not None and due is not None and due < began and not force:
-        return Cancelled(name="Skipped", message=f"was due before the last retraining began ({began:%Y-%m-%d %H:%M})")
-    if checked.retrain.refresh or checked.retrain.incoming:
-        _ended(refresh(files, checked, return_state=True), RefreshError)
-    changed = changes()
-    recorder.complete_last(files, checked, lambda: changed)
-    unpublished = checked.retrain.publish and publishing.remembered(files, checked) is None
+    check_incoming(files, params)
+    due, last_start = flow_run.scheduled_start_time, last_retraining_start(files)
+    if last_start is not None and due is not None and due < last_start and not force:
+        message = f"the run was due before the last retraining began ({last_start:%Y-%m-%d %H:%M}), so it has no work"
+        return Cancelled(name="Skipped", message=message)
+    if params.retrain.refresh or params.retrain.incoming:
+        _raise_if_failed(refresh(files, params, return_state=True), RefreshError)
+    changed = changed_stages()
+    recorder.complete_last_execution(files, params, lambda: changed)
+    unpublished = params.retrain.publish and last_published(files, params) is None
     if not changed and not unpublished and not force:
-        _commit(files, checked, "nothing changed")  # if the last run could not
+        _commit(files, params, "nothing changed")  # in case the last run failed to commit
         return Completed(name="NoChange", message="nothing changed since the last run")
-    get_run_logger().info("changed: %s", ", ".join(changed) or "nothing")
+    get_run_logger().info("changed stages: %s", ", ".join(changed) or "none")
     if changed or force:
-        _stages(files, checked)
+        _run_stages(files, params)
     notify.results(files)
-    message, name = f"ran {', '.join(changed) or 'nothing anew'}", "Completed"
-    if checked.retrain.publish:
-        found = _published(files, checked)
-        notify.promotion(files, checked, found)
-        message, name = found.sentence, "Promoted" if found.decision.passed else "Rejected"
-    _commit(files, checked, message)
+    message, name = f"ran {', '.join(changed) or 'no stage, since none changed'}", "Completed"
+    if params.retrain.publish:
+        published = _publish(files, params)
+        notify.promotion(files, params, published)
+        message, name = published.sentence, "Promoted" if published.decision.passed else "Rejected"
+    _commit(files, params, message)
     return Completed(name=name, message=message)
 
 
-def _commit(files: Files, checked: Params, message: str) -> None:
-    """Commit the results to `retrain.branch`, if it is set and does not have them.
+def _commit(files: Files, params: Params, message: str) -> None:
+    """Commit the results to `retrain.branch` if it is set.
 
     Raises:
-        CommitError: With the reason; the next run tries again.
+        CommitError: If the commit fails; the next run tries again.
     """
-    if checked.retrain.branch:
-        get_run_logger().info(git_cli.record(files.root, checked.retrain.branch, f"Retrained: {message}"))
+    if params.retrain.branch:
+        get_run_logger().info(git_cli.commit_results(files.root, params.retrain.branch, f"Retrained: {message}"))
 
 
-def _stages(files: Files, checked: Params) -> None:
-    """Run all stages, as one execution."""
-    os.environ[recorder.FLOW_RUN] = str(flow_run.id or "")  # stages inherit it
+def _run_stages(files: Files, params: Params) -> None:
+    """Run all stages as one execution.
+
+    Raises:
+        StageError: If a stage fails.
+    """
+    os.environ[recorder.FLOW_RUN] = str(flow_run.id or "")  # inherited by the stages
     execution = Execution.new_flow()
     try:
         for stage in RECORDS:
             run = reproduce.with_options(name=stage, task_run_name=stage)
-            _ended(run(stage, execution.key, checked.retrain.limit_hours, return_state=True), StageError)
-        recorder.complete(files, checked, execution)
+            _raise_if_failed(run(stage, execution.key, params.retrain.limit_hours, return_state=True), StageError)
+        recorder.record_cached_stages(files, params, execution)
     finally:
-        _synchronise(files)
+        _upload_runs(files)
 
 
-def _synchronise(files: Files) -> None:
-    """Bring MLflow up to date; a server that is out of reach fails no retraining."""
+def _upload_runs(files: Files) -> None:
+    """Upload run records to MLflow; a failure is only logged, since `smaller-student sync` can repeat it."""
     from pipeline.tracking.sync import sync  # imports mlflow
 
     if not recorder.enabled():
@@ -150,18 +152,22 @@ def _synchronise(files: Files) -> None:
         get_run_logger().warning(notice)
 
 
-def _ended(state: State[Any], error: type[RuntimeError]) -> None:
+def _raise_if_failed(state: State[Any], error: type[RuntimeError]) -> None:
     if not state.is_completed():
         raise error(state.message)
 
 
-def _published(files: Files, checked: Params) -> Published:
-    """What the registry says of the release; it is asked once."""
-    if (known := publishing.remembered(files, checked)) is None:
-        _ended(publish(files, checked, return_state=True), TrackingError)
-        known = publishing.remembered(files, checked)
-    assert known is not None  # noqa: S101 - the task remembers what it found
-    return known
+def _publish(files: Files, params: Params) -> Published:
+    """Publish the release unless it was published before, and return the outcome.
+
+    Raises:
+        TrackingError: If publishing fails.
+    """
+    if (published := last_published(files, params)) is None:
+        _raise_if_failed(publish(files, params, return_state=True), TrackingError)
+        published = last_published(files, params)
+    assert published is not None  # noqa: S101 - saved by the task
+    return published
 
 
 @task(
@@ -170,40 +176,42 @@ def _published(files: Files, checked: Params) -> Published:
     persist_result=False,
     retries=2,
     retry_delay_seconds=30,
-    retry_condition_fn=_hopeful,
+    retry_condition_fn=_may_retry,
 )
-def refresh(files: Files, checked: Params) -> State[None]:
-    """New data: `retrain.refresh`, `retrain.incoming`."""
+def refresh(files: Files, params: Params) -> State[None]:
+    """Run `retrain.refresh`, and move the files of `retrain.incoming` to `data.root`."""
     try:
-        came = bring(files, checked)
+        new = fetch_new_data(files, params)
     except RefreshError as error:
-        return Failed(name=FINAL if isinstance(error, RefusedError) else "Failed", message=str(error))
-    return Completed(message=f"{len(came)} new files")
+        return Failed(name=NO_RETRY if isinstance(error, RefusedError) else "Failed", message=str(error))
+    return Completed(message=f"{len(new)} new files")
 
 
-@task(cache_policy=NO_CACHE, persist_result=False, retries=1, retry_delay_seconds=10, retry_condition_fn=_hopeful)
-def reproduce(stage: str, owner: str, hours: float) -> State[None]:
-    """`dvc repro` of one stage, its output line by line in the log; what failed by chance is tried once more."""
+@task(cache_policy=NO_CACHE, persist_result=False, retries=1, retry_delay_seconds=10, retry_condition_fn=_may_retry)
+def reproduce(stage: str, execution: str, hours: float) -> State[None]:
+    """Run `dvc repro` for one stage, and log its output line by line; an unexpected failure is retried once.
+
+    `execution` is the key of the execution that the stage belongs to, `hours` the time limit.
+    """
     log, progress, code = get_run_logger(), notify.Progress(stage), 0
     try:
-        with dvc("repro", "--single-item", stage, hours=hours, **{VARIABLE: owner}) as process:
+        with dvc("repro", "--single-item", stage, hours=hours, **{EXECUTION_VARIABLE: execution}) as process:
             for line in process.stdout or ():
                 if line := line.rstrip():
                     log.info(line)
                     progress.read(line)
-                if found := ENDED.search(line):
-                    code = int(found[1])
-            ended = process.wait()
+                if match := STAGE_FAILED.search(line):
+                    code = int(match[1])
+            dvc_code = process.wait()
     except TimeLimitError as error:
-        return Failed(
-            name=FINAL, message=f"stage {stage}: {error} (`retrain.limit_hours`); the next run goes on from there"
-        )
-    if not ended:
+        remedy = "raise `retrain.limit_hours`; the next run resumes after the last finished epoch"
+        return Failed(name=NO_RETRY, message=f"stage {stage}: {error}; {remedy}")
+    if not dvc_code:
         progress.done()
         return Completed(message=f"stage {stage} is up to date")
     return Failed(
-        name=FINAL if code in HOPELESS else "Failed",
-        message=f"stage {stage} failed (`dvc repro` ended with {ended}); its reason stands above in the log",
+        name=NO_RETRY if code in NO_RETRY_CODES else "Failed",
+        message=f"stage {stage} failed (exit code {dvc_code} of `dvc repro`); the log above has the reason",
     )
 
 
@@ -213,14 +221,14 @@ def reproduce(stage: str, owner: str, hours: float) -> State[None]:
     persist_result=False,
     retries=2,
     retry_delay_seconds=30,
-    retry_condition_fn=_hopeful,
+    retry_condition_fn=_may_retry,
 )
-def publish(files: Files, checked: Params) -> State[None]:
-    """Register the release, and let it become champion if the gate lets it pass."""
+def publish(files: Files, params: Params) -> State[None]:
+    """Register the release in artifacts/export, and promote it if it passes the promotion rule."""
     try:
-        found = publishing.publish(files, checked, files.artifacts("export"))
+        published = publish_release(files, params, files.artifacts("export"))
     except (TrackingError, BusyError) as error:
-        return Failed(message=f"{error}; the release lies in {files.artifacts('export')}, the next run publishes it")
-    except (RegistryError, ReleaseError) as error:  # somebody must act first
-        return Failed(name=FINAL, message=str(error))
-    return Completed(message=found.sentence)
+        return Failed(message=f"{error}; the release stays in {files.artifacts('export')}, the next run publishes it")
+    except (RegistryError, ReleaseError) as error:  # the user must act first
+        return Failed(name=NO_RETRY, message=str(error))
+    return Completed(message=published.sentence)

@@ -1,14 +1,14 @@
-"""Promotions: which versions of a model became champion, in which order, and whether somebody changed that by hand.
+"""Order of promotions of a registered model, derived from its versions, and detection of manual changes in MLflow.
 
-MLflow creates a version together with its tags in one transaction and numbers it; the tags record whether the version
-passed the gate and which promotion it follows (`gate`, `replaces`). Everybody therefore sees promotions in the same
-order. A version that does not follow the last one was overtaken, does not count, and is compared again. A rollback is a
-version too (`restores`), like the commit that `git revert` makes.
+MLflow creates a version together with its tags in one transaction and numbers it. The tags record whether the version
+passed the promotion rule and which promotion it follows (`gate`, `replaces`), so every process derives the same order.
+A version that passed but does not follow the last promotion does not count: another promotion came first, and the
+version is compared again. A rollback is a version too (`restores`), like the commit that `git revert` makes.
 
-The alias, and tags that are written later, cannot give that order, because MLflow overwrites both unconditionally:
-2 and 3 pass against 1, 2 becomes champion, then the promoter of 3 moves the alias and is killed before it reads again.
-Version 3 is left as champion, although it fails against 2. The alias is therefore only a copy of what the versions
-record: it may lag behind by one command, but never stands at a version that failed.
+Aliases, and tags that are written later, cannot give that order, because MLflow overwrites both unconditionally. For
+example, versions 2 and 3 pass against 1, 2 becomes champion, then the promoter of 3 moves the alias and is killed
+before it reads again: 3 would stay champion although it fails against 2. The alias is therefore only a copy of what the
+versions record: it may lag behind by one command, but never points at a version that failed.
 """
 
 from collections.abc import Iterable
@@ -18,11 +18,12 @@ from datetime import UTC, datetime
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
 CHAMPION, CHALLENGER, BEST = "champion", "challenger", "best"
-GATE, PASSED, REASON, REPLACES, RESTORES = "gate", "passed", "reason", "replaces", "restores"
-"""Tags of a version; `best` is one, too."""
+"""Aliases; BEST is also a tag of a version: the version with the best mAP so far, or ITSELF."""
+DECISION, PASSED, FAILED, REASON, REPLACES, RESTORES = "gate", "passed", "failed", "reason", "replaces", "restores"
+"""Tags of a version, and the two values of DECISION."""
 NONE, ITSELF = "none", "itself"
 PROMOTED, SHOWN = "promoted", "shown"
-"""Tags of the registered model (version that records the last promotion) and of a version (its aliases were set)."""
+"""Tags of the registered model (version of the last promotion) and of a version (its aliases were set)."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,11 @@ class Promotion:
     """A change of the champion.
 
     Attributes:
-        number: Version that records it.
-        version: Champion from then on; an earlier one than `number` after a rollback.
-        best: Version with the best mAP until then.
+        number: Version that records the change.
+        version: New champion: `number`, or an earlier version after a rollback.
+        best: Version with the best mAP up to this promotion.
         action: `promote` or `rollback`.
-        reason: In one sentence.
-        when: In UTC.
+        when: Time in UTC.
     """
 
     number: str
@@ -46,25 +46,25 @@ class Promotion:
     when: datetime
 
     @classmethod
-    def of(cls, one: ModelVersion) -> "Promotion":
-        """Read the tags of the version that records it."""
-        number, tags = str(one.version), one.tags
+    def from_version(cls, recorded: ModelVersion) -> "Promotion":
+        """Read a promotion from the tags of the version that records it."""
+        number, tags = str(recorded.version), recorded.tags
         version, best = tags.get(RESTORES, number), tags.get(BEST, ITSELF)
         action = "rollback" if RESTORES in tags else "promote"
-        when = datetime.fromtimestamp(one.creation_timestamp / 1000, UTC)
+        when = datetime.fromtimestamp(recorded.creation_timestamp / 1000, UTC)
         return cls(number, version, version if best == ITSELF else best, action, tags.get(REASON, ""), when)
 
 
 @dataclass
 class Lineage:
-    """What the versions of a model record.
+    """Promotions recorded by the versions of a model.
 
     Attributes:
-        versions: All that are not deleted, by number.
-        promotions: Valid ones, the first one first.
-        champions: Those that a rollback can go back to; the last one is in use.
-        withdrawn: Versions that a rollback took back.
-        gap: Deletion that makes the order of promotions unknown; empty where there is none.
+        versions: All versions that are not deleted, by number.
+        promotions: Valid promotions, the oldest first.
+        champions: Promotions that a rollback can return to; the last one is the present champion.
+        withdrawn: Versions that a rollback withdrew.
+        gap: Description of a deletion that makes the order of promotions unknown; empty if there is none.
     """
 
     versions: dict[str, ModelVersion]
@@ -74,65 +74,66 @@ class Lineage:
     gap: str = ""
 
     @classmethod
-    def of(cls, versions: Iterable[ModelVersion]) -> "Lineage":
-        """Follow the promotions of versions in ascending order."""
-        found = cls({str(one.version): one for one in versions})
-        for number, one in found.versions.items():
-            before = one.tags.get(REPLACES, NONE)
-            if one.tags.get(GATE) != PASSED or not one.tags.keys() & {REPLACES, RESTORES}:
+    def from_versions(cls, versions: Iterable[ModelVersion]) -> "Lineage":
+        """Derive the lineage from all versions in ascending order."""
+        lineage = cls({str(version.version): version for version in versions})
+        for number, version in lineage.versions.items():
+            replaced = version.tags.get(REPLACES, NONE)
+            if version.tags.get(DECISION) != PASSED or not version.tags.keys() & {REPLACES, RESTORES}:
                 continue
-            if RESTORES in one.tags or (before == found.last and not found.gap):
-                found._add(Promotion.of(one))
-            elif before != NONE and before not in found.versions:
-                found.gap = f"version {before}, which version {number} replaced, was deleted in MLflow"
-        return found
+            if RESTORES in version.tags or (replaced == lineage.last and not lineage.gap):
+                lineage._add(Promotion.from_version(version))
+            elif replaced != NONE and replaced not in lineage.versions:
+                lineage.gap = f"version {replaced}, which version {number} replaced, was deleted in MLflow"
+        return lineage
 
-    def _add(self, made: Promotion) -> None:
-        if made.action == "rollback":  # takes back those after the version, or the present one if it is none of them
-            names = [one.version for one in self.champions]
+    def _add(self, promotion: Promotion) -> None:
+        if promotion.action == "rollback":  # withdraws the champions after the restored version, or only the last one
+            names = [champion.version for champion in self.champions]
             others = len(names) if self.gap else len(names) - 1
-            kept = names.index(made.version) if made.version in names else others
-            self.withdrawn = self.withdrawn.union(names[kept:]) - {made.version}
+            kept = names.index(promotion.version) if promotion.version in names else others
+            self.withdrawn = self.withdrawn.union(names[kept:]) - {promotion.version}
             self.champions = self.champions[:kept]
             self.gap = ""
-        self.promotions.append(made)
-        self.champions.append(made)
+        self.promotions.append(promotion)
+        self.champions.append(promotion)
 
     @property
     def last(self) -> str:
-        """Version that records the last promotion."""
+        """Version that records the last promotion, or NONE."""
         return self.promotions[-1].number if self.promotions else NONE
 
     @property
     def champion(self) -> Promotion | None:
-        """The one in use."""
         return self.champions[-1] if self.champions else None
 
     @property
     def passed(self) -> list[str]:
-        """Versions that passed the gate, and so may be named champion."""
+        """Versions that passed the promotion rule, to which a rollback may go."""
         return [
-            name for name, one in self.versions.items() if one.tags.get(GATE) == PASSED and RESTORES not in one.tags
+            number
+            for number, version in self.versions.items()
+            if version.tags.get(DECISION) == PASSED and RESTORES not in version.tags
         ]
 
-    def problem(self, model: RegisteredModel) -> str:
-        """What was deleted or moved in MLflow; empty where nothing was.
+    def manual_change(self, model: RegisteredModel) -> str:
+        """Describe what was deleted or moved by hand in MLflow; empty if nothing was.
 
         Args:
-            model: As it was before the versions were read, so that a promotion in between is no problem.
+            model: The registered model, read before the versions, so that a promotion in between is not reported.
         """
-        alias, shown, now = model.aliases.get(CHAMPION), model.tags.get(PROMOTED), self.champion
+        alias, shown, champion = model.aliases.get(CHAMPION), model.tags.get(PROMOTED), self.champion
         if self.gap:
             return self.gap
-        if shown is not None and shown not in [one.number for one in self.promotions]:
+        if shown is not None and shown not in [promotion.number for promotion in self.promotions]:
             return f"version {shown}, the last one that was promoted, was deleted in MLflow, or its tags were"
-        if now is None:
+        if champion is None:
             return f"alias `{CHAMPION}` is at version {alias}, whose promotion is not recorded" if alias else ""
-        if missing := {now.version, now.best} - self.versions.keys():
+        if missing := {champion.version, champion.best} - self.versions.keys():
             return f"version {min(missing)}, the champion or the best one so far, was deleted in MLflow"
-        # A promoter that is slow, or was killed before it noted `shown`, may have set the alias last.
-        late = {one.version for one in self.promotions if SHOWN not in self.versions[one.number].tags}
-        if shown == now.number and str(alias) not in late | {now.version}:
-            became = f"moved to version {alias}" if alias else "deleted"
-            return f"alias `{CHAMPION}` was {became} in MLflow, but version {now.version} was promoted last"
+        # A promoter that is slow, or was killed before it set the tag SHOWN, may have set the alias last.
+        late = {promotion.version for promotion in self.promotions if SHOWN not in self.versions[promotion.number].tags}
+        if shown == champion.number and str(alias) not in late | {champion.version}:
+            change = f"moved to version {alias}" if alias else "deleted"
+            return f"alias `{CHAMPION}` was {change} in MLflow, but version {champion.version} was promoted last"
         return ""

@@ -1,8 +1,8 @@
-"""Versions of a release in MLflow's model registry: publish, fetch, promote and roll back.
+"""Versions of releases in MLflow's model registry: publish, download, promote and roll back.
 
-A release is compared first and registered afterwards (see `promotions`). What people delete or move in MLflow shows in
-a comparison of the versions, the alias and the registered model's tag `promoted` (the last promotion). Until somebody
-names the champion, nothing is promoted then.
+A release is compared first and registered afterwards (see `lineage`). Versions or aliases that were deleted or moved by
+hand in MLflow are detected from the versions, the alias and the tag `promoted` of the registered model. Nothing is
+promoted then until the user names the champion (`smaller-student rollback --to VERSION`).
 """
 
 import contextlib
@@ -25,7 +25,8 @@ from pipeline.registry.lineage import (
     BEST,
     CHALLENGER,
     CHAMPION,
-    GATE,
+    DECISION,
+    FAILED,
     ITSELF,
     PASSED,
     PROMOTED,
@@ -43,261 +44,270 @@ from pipeline.tracking import store
 log = logging.getLogger(__name__)
 
 ARTIFACTS = "export"
-"""Folder of a release in a run's artifacts."""
+"""Artifact folder of a release in a run."""
 ATTEMPTS = 5
-"""Comparisons of one challenger while others are promoted."""
+"""Maximum comparisons of one challenger while other versions are promoted."""
 DIGEST = "release_digest"
 """Tag of versions and runs: SHA-256 of the release's SHA256SUMS."""
 
 Decide = Callable[[str | None, str | None], tuple[Decision, bool]]
-"""Compares a challenger with champion and best (versions, None where there is none).
+"""Compares a challenger with the versions `champion` and `best` (None if there is none).
 
-Returns the decision, and whether the challenger is the best now.
+Returns the decision, and whether the challenger is the best version now.
 """
 
 
 class RegistryError(RuntimeError):
-    """The registry does not have what was requested, or was changed by hand."""
+    """The registry lacks a requested version or alias, or was changed by hand."""
 
     exit_code = 3
 
 
 class Registry:
-    """Versions of one model."""
+    """A registered model and its versions."""
 
     def __init__(self, client: MlflowClient, name: str) -> None:
         self.client, self.name = client, name
 
-    # --- reading ------------------------------------------------------------------------------------------------------
-
     def lineage(self) -> Lineage:
-        """What the versions record, whatever was deleted or moved."""
-        found: list[ModelVersion] = []
+        """Read the lineage without checking for manual changes in MLflow."""
+        versions: list[ModelVersion] = []
         token: str | None = None
-        while True:  # in an order that does not change from page to page
+        while True:  # sorted, so that pages do not overlap
             page = self.client.search_model_versions(f"name = '{self.name}'", 200, ["version_number ASC"], token)
-            found += page
+            versions += page
             token = page.token
             if not token:
-                return Lineage.of(found)
+                return Lineage.from_versions(versions)
 
-    def checked(self) -> Lineage:
-        """What the versions record.
+    def checked_lineage(self) -> Lineage:
+        """Read the lineage, and check that nothing was deleted or moved by hand in MLflow.
 
         Raises:
-            RegistryError: If something was deleted or moved in MLflow; naming the remedy.
+            RegistryError: If something was.
         """
         models = self.client.search_registered_models(f"name = '{self.name}'")
-        found = self.lineage()
-        if models and (problem := found.problem(models[0])):
+        lineage = self.lineage()
+        if models and (change := lineage.manual_change(models[0])):
             remedy = (
-                f"name the champion (one of {', '.join(found.passed)}) by `smaller-student rollback --to VERSION`"
-                if found.passed
-                else "no version that passed the gate is left, so choose another `tracking.model_name`"
+                f"name the champion (one of {', '.join(lineage.passed)}) by `smaller-student rollback --to VERSION`"
+                if lineage.passed
+                else "no version that passed the promotion rule is left, so choose another `tracking.model_name`"
             )
-            raise RegistryError(f"{problem}; {remedy}")
-        return found
+            raise RegistryError(f"{change}; {remedy}")
+        return lineage
 
     def version_of(self, alias: str) -> str:
-        """Version that is `champion` or `best`, or that another alias stands at, or a version itself.
+        """Return the version of `champion`, `best` or another alias; a version number is returned unchanged.
 
         Raises:
-            RegistryError: If there is none, or something was deleted or moved in MLflow.
+            RegistryError: If there is none, or something was deleted or moved by hand in MLflow.
         """
         if alias.isdecimal():
             return alias
         if alias in (CHAMPION, BEST):
-            if now := self.checked().champion:
-                return now.version if alias == CHAMPION else now.best
+            if champion := self.checked_lineage().champion:
+                return champion.version if alias == CHAMPION else champion.best
         else:
             with contextlib.suppress(MlflowException):
                 return str(self.client.get_model_version_by_alias(self.name, alias).version)
-        raise RegistryError(f"{self.name} has no `{alias}`; `smaller-student publish` makes one")
+        raise RegistryError(f"{self.name} has no `{alias}`; `smaller-student publish` creates one")
 
     def tags(self, version: str) -> dict[str, str]:
-        """Tags of a version."""
         return dict(self.client.get_model_version(self.name, version).tags)
 
-    # --- files --------------------------------------------------------------------------------------------------------
-
-    def fetched(self, version: str, models: Path) -> Path:
-        """Folder of a version's files below `models`, downloaded at the first call and named after their hash."""
+    def cached_download(self, version: str, models: Path) -> Path:
+        """Return the folder of a version's files below `models`, named after their digest; download them once."""
         folder = models / self.tags(version).get(DIGEST, "unknown")[:16]
         if not folder.is_dir():
             self.download(version, folder)
         return folder
 
     def prune(self, models: Path) -> None:
-        """Delete what `fetched` downloaded, champion and best excepted; no other process may be comparing."""
-        found = self.lineage()
-        used = {found.champion.version, found.champion.best} if found.champion else set()
-        kept = {one.tags.get(DIGEST, "")[:16] for name, one in found.versions.items() if name in used}
+        """Delete the downloads of `cached_download` except champion and best; no other process may be comparing."""
+        lineage = self.lineage()
+        used = {lineage.champion.version, lineage.champion.best} if lineage.champion else set()
+        kept = {version.tags.get(DIGEST, "")[:16] for number, version in lineage.versions.items() if number in used}
         for folder in list(models.iterdir()) if models.is_dir() else ():
             if folder.is_dir() and folder.name not in kept:
-                with tempfile.TemporaryDirectory(dir=models, prefix=".pruned-") as gone:
-                    folder.rename(Path(gone) / folder.name)  # a kill leaves no half of it under its name
+                with tempfile.TemporaryDirectory(dir=models, prefix=".pruned-") as trash:
+                    folder.rename(Path(trash) / folder.name)  # a kill leaves no incomplete folder under this name
 
     def download(self, version: str, folder: Path) -> None:
-        """Fetch a version's files and check them; the folder is there in full or not at all.
+        """Download a version's files and check them; the folder is created complete or not at all.
 
         Raises:
-            RegistryError: If MLflow does not have them.
-            ReleaseError: If they are not what was published.
+            RegistryError: If the files cannot be downloaded, or the folder exists.
+            ReleaseError: If the files differ from the published ones.
         """
         if folder.exists():
             raise RegistryError(f"{folder} exists; choose another folder or remove it")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as scratch:
             try:
-                written = self.tags(version).get(DIGEST)
+                digest = self.tags(version).get(DIGEST)
                 uri = self.client.get_model_version_download_uri(self.name, version)
-                found = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=scratch))
+                downloaded = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=scratch))
             except (MlflowException, OSError) as error:
                 reason = str(error).splitlines()[0]
-                raise RegistryError(f"version {version} of {self.name} cannot be fetched ({reason})") from error
-            if written is None:
-                raise RegistryError(f"version {version} of {self.name} was not made by `smaller-student publish`")
-            if release_digest(found) != written:
+                raise RegistryError(f"version {version} of {self.name} cannot be downloaded ({reason})") from error
+            if digest is None:
+                raise RegistryError(f"version {version} of {self.name} was not created by `smaller-student publish`")
+            if release_digest(downloaded) != digest:
                 raise ReleaseError(f"version {version} of {self.name} is not what was published; publish it again")
-            check_release(found)
-            found.rename(folder)
-
-    # --- writing ------------------------------------------------------------------------------------------------------
+            check_release(downloaded)
+            downloaded.rename(folder)
 
     def publish(
-        self, folder: Path, run: Callable[[], str], tags: dict[str, str], decide: Decide
+        self, folder: Path, upload: Callable[[], str], tags: dict[str, str], decide: Decide
     ) -> tuple[str, Decision]:
         """Compare a release with the champion, and register it as `challenger`, or as `champion` if it passes.
 
-        Files that are registered already get a second version only if it is that which promotes them.
+        Files that are registered already get a second version only if that version promotes them.
 
         Args:
-            folder: The release on this machine.
-            run: Returns the id of a run that has it among its artifacts.
-            tags: Further tags of the version.
-            decide: Compares it.
+            folder: Folder of the release.
+            upload: Uploads the release if necessary; returns the id of the run that has it among its artifacts.
+            tags: Additional tags of the version.
+            decide: Applies the promotion rule.
 
         Returns:
-            The version, and the decision.
+            Version of the release, and the decision.
 
         Raises:
-            RegistryError: If something was deleted or moved in MLflow; nothing is registered then.
-            BusyError: If others were promoted again and again meanwhile.
+            RegistryError: If something was deleted or moved by hand in MLflow; nothing is registered then.
+            BusyError: If other versions were promoted during each of ATTEMPTS comparisons.
         """
-        with contextlib.suppress(MlflowException):  # it exists
-            text = "ONNX files for image retrieval; `champion` is in use, `challenger` was published last."
+        with contextlib.suppress(MlflowException):  # the model exists
+            text = "ONNX files for image retrieval. `champion` is in use, `challenger` was published last."
             self.client.create_registered_model(self.name, description=text)
         tags = {**tags, DIGEST: release_digest(folder)}
         for _ in range(ATTEMPTS):
-            found = self.checked()
-            now, last = found.champion, found.last
-            same = [name for name, one in found.versions.items() if one.tags.get(DIGEST) == tags[DIGEST]]
-            if now is not None and now.version in same:
-                self.show(now.number)
-                return now.version, Decision(True, "it is the champion already")
-            if found.withdrawn.intersection(same):
-                return same[-1], Decision(False, "it was taken back by `rollback`")
-            decision, better = decide(now.version if now else None, now.best if now else None)
-            tags |= {GATE: PASSED if decision.passed else "failed", REASON: decision.reason, REPLACES: last}
-            tags[BEST] = ITSELF if now is None or better else now.best
+            lineage = self.checked_lineage()
+            champion = lineage.champion
+            same = [number for number, version in lineage.versions.items() if version.tags.get(DIGEST) == tags[DIGEST]]
+            if champion is not None and champion.version in same:
+                self.set_aliases(champion.number)
+                return champion.version, Decision(True, "it is the champion already")
+            if lineage.withdrawn.intersection(same):
+                return same[-1], Decision(False, "it was withdrawn by `rollback`")
+            decision, better = decide(champion.version if champion else None, champion.best if champion else None)
+            tags |= {
+                DECISION: PASSED if decision.passed else FAILED,
+                REASON: decision.reason,
+                REPLACES: lineage.last,
+                BEST: ITSELF if champion is None or better else champion.best,
+            }
             if decision.passed or not same:
                 if same:
-                    source, holder = found.versions[same[-1]].source, found.versions[same[-1]].run_id
+                    source, run = lineage.versions[same[-1]].source, lineage.versions[same[-1]].run_id
                 else:
-                    holder = run()
-                    source = f"{self.client.get_run(holder).info.artifact_uri}/{ARTIFACTS}"
-                version = self._create(source or "", holder, tags, f"PromotionPolicy: {decision.reason}.")
-            elif (version := same[-1]) not in [one.number for one in found.promotions]:  # those keep what they passed
-                for name in (GATE, REASON):
-                    self.client.set_model_version_tag(self.name, version, name, tags[name])
-            self.client.set_registered_model_alias(self.name, CHALLENGER, version)
+                    run = upload()
+                    source = f"{self.client.get_run(run).info.artifact_uri}/{ARTIFACTS}"
+                outcome = "Passed" if decision.passed else "Failed"
+                number = self._create(source or "", run, tags, f"{outcome} the promotion rule: {decision.reason}.")
+            elif (number := same[-1]) not in _numbers(lineage):  # a promotion keeps the tags with which it passed
+                for name in (DECISION, REASON):
+                    self.client.set_model_version_tag(self.name, number, name, tags[name])
+            self.client.set_registered_model_alias(self.name, CHALLENGER, number)
             if not decision.passed:
-                return version, decision
-            self.show(version)
-            if version in [one.number for one in self.lineage().promotions]:
-                return version, decision
-            log.info("another promotion came between: version %s is compared again", version)
-        raise BusyError(f"others promoted {ATTEMPTS} times meanwhile; try again")
+                return number, decision
+            self.set_aliases(number)
+            if number in _numbers(self.lineage()):
+                return number, decision
+            log.info("another version was promoted meanwhile: comparing version %s again", number)
+        raise BusyError(f"other versions were promoted during {ATTEMPTS} comparisons; try again")
 
     def roll_back(self, to: str | None = None) -> tuple[list[str], str]:
-        """Make an earlier version champion, whatever else is promoted at the same time.
+        """Make an earlier version champion, even if other versions are promoted at the same time.
 
         Args:
-            to: A version that passed the gate; the champion before the present one where None.
+            to: A version that passed the promotion rule; None: the previous champion.
 
         Returns:
-            Versions that were taken back, and the champion.
+            Versions that were withdrawn, and the champion.
 
         Raises:
-            RegistryError: If there is no such version, or (without `to`) something was deleted or moved in MLflow.
+            RegistryError: If there is no such version, or (without `to`) something was changed by hand in MLflow.
         """
-        found, reason = self.lineage(), "named by `rollback --to`"
+        lineage, reason = self.lineage(), "named by `rollback --to`"
         if to is None:
-            champions = self.checked().champions
+            champions = self.checked_lineage().champions
             if len(champions) < 2:
                 raise RegistryError(f"{self.name} has no champion before the present one")
-            to, reason = champions[-2].version, f"version {champions[-1].version} was taken back"
-        if to not in found.passed:
-            known = ", ".join(found.passed) or "none did"
-            raise RegistryError(f"version {to} of {self.name} is missing or did not pass the gate; these did: {known}")
-        one, model = found.versions[to], self.client.get_registered_model(self.name)
+            to, reason = champions[-2].version, f"version {champions[-1].version} was withdrawn"
+        if to not in lineage.passed:
+            passed = ", ".join(lineage.passed) or "none"
+            raise RegistryError(
+                f"version {to} of {self.name} is missing or did not pass the promotion rule; these did: {passed}"
+            )
+        version, model = lineage.versions[to], self.client.get_registered_model(self.name)
         best = str(model.aliases.get(BEST, ITSELF))  # versions of 0.1.0 have no tag for it
-        tags = {BEST: best, **one.tags, RESTORES: to, REASON: reason}
+        tags = {BEST: best, **version.tags, RESTORES: to, REASON: reason}
         tags = {name: value for name, value in tags.items() if name not in (REPLACES, SHOWN)}
-        if tags[BEST] not in found.versions:
+        if tags[BEST] not in lineage.versions:
             tags[BEST] = ITSELF
-        self.show(self._create(one.source or "", one.run_id, tags, f"Version {to} is champion again: {reason}."))
-        return sorted(self.lineage().withdrawn - found.withdrawn, key=int), to
+        description = f"Rollback to version {to}: {reason}."
+        self.set_aliases(self._create(version.source or "", version.run_id, tags, description))
+        return sorted(self.lineage().withdrawn - lineage.withdrawn, key=int), to
 
     def _create(self, source: str, run: str | None, tags: dict[str, str], description: str) -> str:
         return str(self.client.create_model_version(self.name, source, run, tags, description=description).version)
 
-    def show(self, number: str) -> None:
-        """Let the aliases show what the versions record, and note at version `number` that they do."""
+    def set_aliases(self, number: str) -> None:
+        """Set the aliases to the present champion and best version, and tag version `number` as shown."""
         shown: Promotion | None = None
-        while (now := self.lineage().champion) is not None and now != shown:  # another may be promoted meanwhile
-            for alias, version in ((CHAMPION, now.version), (BEST, now.best)):
+        while (champion := self.lineage().champion) is not None and champion != shown:  # repeat if it changed meanwhile
+            for alias, version in ((CHAMPION, champion.version), (BEST, champion.best)):
                 self.client.set_registered_model_alias(self.name, alias, version)
-            self.client.set_registered_model_tag(self.name, PROMOTED, now.number)
-            shown = now
+            self.client.set_registered_model_tag(self.name, PROMOTED, champion.number)
+            shown = champion
         self.client.set_model_version_tag(self.name, number, SHOWN, "yes")
 
 
+def _numbers(lineage: Lineage) -> list[str]:
+    return [promotion.number for promotion in lineage.promotions]
+
+
 def release_digest(folder: Path) -> str:
-    """SHA-256 of a release's SHA256SUMS, and so of all files that it lists."""
+    """Return the SHA-256 of a release's SHA256SUMS, and so of all files in it."""
     try:
         return hashlib.sha256((folder / SUMS).read_bytes()).hexdigest()
     except OSError:
-        raise ReleaseError(f"{folder / SUMS} is missing; a folder without it is no release") from None
+        raise ReleaseError(f"{folder} is not a release: {SUMS} is missing; run `dvc repro export`") from None
 
 
 def version_tags(folder: Path) -> dict[str, str]:
-    """Tags for people who look at a version in MLflow."""
-    about = open_model(folder / STUDENT).metadata
-    return {"mAP": f"{about.map:.4f} ({about.protocol})", "MACs": f"{about.macs:,}", "commit": about.git_commit[:12]}
+    """Return tags that describe a release in the MLflow UI."""
+    metadata = open_model(folder / STUDENT).metadata
+    return {
+        "mAP": f"{metadata.map:.4f} ({metadata.protocol})",
+        "MACs": f"{metadata.macs:,}",
+        "commit": metadata.git_commit[:12],
+    }
 
 
-def uploaded(client: MlflowClient, files: Files, folder: Path, experiment: str) -> str:
-    """Run of an experiment that has a release among its artifacts; it is made where there is none.
+def upload_release(client: MlflowClient, files: Files, folder: Path, experiment: str) -> str:
+    """Return the id of a run with the release among its artifacts, uploading it to a new run if there is none.
 
     Raises:
-        RegistryError: If somebody deleted the experiment.
+        RegistryError: If the experiment was deleted in MLflow.
     """
-    if (number := store.experiment(client, files, experiment)) is None:
+    if (number := store.experiment_id(client, files, experiment)) is None:
         raise RegistryError(f"experiment {experiment} was deleted in MLflow; restore it or set `tracking.experiment`")
     digest = release_digest(folder)
-    wanted = {f"{ARTIFACTS}/{path.name}": path.stat().st_size for path in folder.iterdir()}
+    sizes = {f"{ARTIFACTS}/{path.name}": path.stat().st_size for path in folder.iterdir()}
     for run in client.search_runs([number], f"tags.{DIGEST} = '{digest}' and attributes.status = 'FINISHED'"):
-        with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(Exception):  # MLflow raises many
-            held = {file.path: file.file_size for file in client.list_artifacts(run.info.run_id, ARTIFACTS)}
+        with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(Exception):  # of any artifact store
+            uploaded = {file.path: file.file_size for file in client.list_artifacts(run.info.run_id, ARTIFACTS)}
             sums = Path(client.download_artifacts(run.info.run_id, f"{ARTIFACTS}/{SUMS}", scratch))
-            if held == wanted and release_digest(sums.parent) == digest:
+            if uploaded == sizes and release_digest(sums.parent) == digest:
                 return str(run.info.run_id)
-    made = client.create_run(number, run_name="publish", tags={DIGEST: digest}).info.run_id
+    run_id = client.create_run(number, run_name="publish", tags={DIGEST: digest}).info.run_id
     try:
-        client.log_artifacts(made, str(folder), ARTIFACTS)
+        client.log_artifacts(run_id, str(folder), ARTIFACTS)
     except BaseException:
-        client.set_terminated(made, "FAILED")
+        client.set_terminated(run_id, "FAILED")
         raise
-    client.set_terminated(made)
-    return str(made)
+    client.set_terminated(run_id)
+    return str(run_id)

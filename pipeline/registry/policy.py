@@ -1,4 +1,4 @@
-"""Whether a new network may take the place of the one in use, by both networks' answers to the same queries."""
+"""Promotion rule: decide whether a challenger may replace the champion, from both networks' AP of the same queries."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,20 +10,14 @@ from pipeline.retrieval.metrics import Retrieval
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
-"""Of the two-sided interval whose lower end decides: a network that is worse by the margin passes one time in forty."""
+"""Level of the two-sided interval whose lower end decides; a network worse by the margin passes in 2.5 % of cases."""
 BLOCK = 500
-"""Resamples at a time."""
+"""Resamples per batch, which bounds the memory."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """mAP of one network less another's.
-
-    Attributes:
-        mean: Over the queries that have a match.
-        low: Lower end of the interval.
-        high: Upper end.
-    """
+    """Difference in mAP between two networks, and the ends of its confidence interval."""
 
     mean: float
     low: float
@@ -31,31 +25,32 @@ class Difference:
 
 
 def difference(new: Retrieval, old: Retrieval, queries: int, seed: int = 0) -> Difference:
-    """Compare per query, so that hard queries, which are hard for both, do not blur it.
+    """Compute the paired difference in mAP with a bootstrap interval.
 
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap (percentile intervals, paired).
+    Pairing by query removes the variance of query difficulty, which both networks share. Source: Efron and Tibshirani,
+    An Introduction to the Bootstrap (percentile intervals).
 
     Args:
-        new: Of the network that shall replace the other.
-        old: Of the other, for the same queries and gallery.
-        queries: Their number.
-        seed: Of the resampling.
+        new: Results of the challenger.
+        old: Results of the network in use, for the same queries and gallery.
+        queries: Number of queries, including those without a match.
+        seed: Seed of the resampling.
 
     Raises:
-        ValueError: If they were not asked the same.
+        ValueError: If the two were evaluated on different queries.
     """
-    ours, theirs = new.ap_of(queries), old.ap_of(queries)
-    if not np.array_equal(np.isnan(ours), np.isnan(theirs)):
-        raise ValueError("the two networks were not asked the same queries")
-    return interval((ours - theirs)[~np.isnan(ours)], seed)
+    new_ap, old_ap = new.ap_of(queries), old.ap_of(queries)
+    if not np.array_equal(np.isnan(new_ap), np.isnan(old_ap)):
+        raise ValueError("the two networks were evaluated on different queries")
+    return interval((new_ap - old_ap)[~np.isnan(new_ap)], seed)
 
 
 def interval(gains: npt.NDArray[np.float64], seed: int = 0) -> Difference:
-    """Bootstrap interval of a mean.
+    """Compute the bootstrap percentile interval of a mean.
 
     Args:
-        gains: (n,) differences, n >= 1.
-        seed: Of the resampling.
+        gains: (n,) differences in AP per query, n >= 1.
+        seed: Seed of the resampling.
     """
     random = np.random.default_rng(seed)
     means = np.concatenate(
@@ -70,58 +65,57 @@ def interval(gains: npt.NDArray[np.float64], seed: int = 0) -> Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How a challenger stands beside a network that is or was in use.
+    """Comparison of a challenger with a rival: the champion or the best version.
 
     Attributes:
-        map: Difference of their mAP on the same test set.
-        bytes: The challenger's size as a multiple of the other's.
-        latency: Its time for one image, likewise; None where that was not measured.
+        map: Difference in mAP on the same test set.
+        size_ratio: File size of the challenger / that of the rival.
+        latency_ratio: Latency of the challenger / that of the rival at batch 1; None if it was not measured.
     """
 
     map: Difference
-    bytes: float
-    latency: float | None = None
+    size_ratio: float
+    latency_ratio: float | None = None
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What the gate says.
-
-    Attributes:
-        passed: Whether the challenger may be promoted.
-        reason: Why, in one sentence.
-    """
+    """Decision of the promotion rule, with the reason in one sentence."""
 
     passed: bool
     reason: str
 
 
-def decide(rivals: Mapping[str, Comparison], margin: float, larger: float, slower: float) -> Decision:
-    """Let a challenger pass if it is surely not worse by the margin, nor larger or slower than is allowed.
+def decide(
+    rivals: Mapping[str, Comparison], margin: float, max_size_ratio: float, max_latency_ratio: float
+) -> Decision:
+    """Pass a challenger whose mAP is not worse than that of any rival by the margin, and that is not too large or slow.
 
     Args:
-        rivals: The champion, and the best there ever was, against which small losses add up.
-        margin: mAP that may be lost.
-        larger: Size that is allowed, as a multiple.
-        slower: Time that is allowed, as a multiple.
+        rivals: The champion, and the best version so far, so that small losses do not accumulate over promotions.
+        margin: Loss of mAP that the interval must exclude.
+        max_size_ratio: Largest file size allowed, as a multiple of the rival's.
+        max_latency_ratio: Largest latency allowed, as a multiple of the rival's.
     """
-    complaints = []
+    violations = []
     for name, rival in rivals.items():
         if not rival.map.low > -margin:
-            complaints.append(
+            violations.append(
                 f"mAP may be {-rival.map.low:.4f} below {name}'s (difference {rival.map.mean:+.4f}, 95 % interval "
                 f"{rival.map.low:+.4f} to {rival.map.high:+.4f}; {margin:g} is allowed)"
             )
-        if rival.bytes > larger:
-            complaints.append(f"it has {rival.bytes:.2f} times the bytes of {name} ({larger:g} is allowed)")
-        if rival.latency is not None and rival.latency > slower:
-            complaints.append(f"it takes {rival.latency:.2f} times as long as {name} ({slower:g} is allowed)")
-    if complaints:
-        return Decision(False, "; ".join(complaints))
+        if rival.size_ratio > max_size_ratio:
+            ratio, limit = rival.size_ratio, max_size_ratio
+            violations.append(f"it has {ratio:.2f} times the bytes of {name} ({limit:g} is allowed)")
+        if rival.latency_ratio is not None and rival.latency_ratio > max_latency_ratio:
+            ratio, limit = rival.latency_ratio, max_latency_ratio
+            violations.append(f"it takes {ratio:.2f} times as long as {name} ({limit:g} is allowed)")
+    if violations:
+        return Decision(False, "; ".join(violations))
     if not rivals:
         return Decision(True, "there was none before it")
-    found = ", ".join(
+    differences = ", ".join(
         f"{rival.map.mean:+.4f} against {name} ({rival.map.low:+.4f} to {rival.map.high:+.4f})"
         for name, rival in rivals.items()
     )
-    return Decision(True, f"mAP {found}")
+    return Decision(True, f"mAP {differences}")

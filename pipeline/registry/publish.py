@@ -1,4 +1,4 @@
-"""From a release on this machine to a champion in the registry."""
+"""Publish a release: check it, compare it with the champion, and register it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,17 +10,17 @@ from pipeline.config import Params
 from pipeline.export.release import ReleaseError
 from pipeline.export.sample import check_release
 from pipeline.files import Files, read_json, write_json
-from pipeline.registry.model_registry import Registry, release_digest, uploaded, version_tags
+from pipeline.registry.model_registry import Registry, release_digest, upload_release, version_tags
 from pipeline.registry.policy import Decision
 from pipeline.registry.promotion import PromotionPolicy
 from pipeline.system.locks import locked
-from pipeline.tracking.store import connected, tracking_uri
+from pipeline.tracking.store import connect, tracking_uri
 from pipeline.tracking.sync import sync
 
 
 @dataclass(frozen=True)
 class Published:
-    """What became of a release: its `release_digest`, its version in the registry, and the decision of the gate."""
+    """Outcome of publishing: digest of the release, its version, and the decision of the promotion rule."""
 
     digest: str
     version: str
@@ -28,57 +28,58 @@ class Published:
 
     @property
     def sentence(self) -> str:
-        """The outcome, for people."""
-        became = "is champion" if self.decision.passed else "stays challenger"
-        return f"version {self.version} {became}: {self.decision.reason}"
+        outcome = "is champion" if self.decision.passed else "stays challenger"
+        return f"version {self.version} {outcome}: {self.decision.reason}"
 
 
 @contextmanager
-def registry(files: Files, params: Params) -> Iterator[Registry]:
-    """Open the registry.
+def open_registry(files: Files, params: Params) -> Iterator[Registry]:
+    """Connect to the registry of `tracking.model_name`.
 
     Raises:
-        TrackingError: If MLflow cannot be reached, or refuses.
+        TrackingError: If MLflow cannot be reached, or rejects a request.
     """
-    with connected(files) as client:
+    with connect(files) as client:
         yield Registry(client, params.tracking.model_name)
 
 
 def publish(files: Files, params: Params, folder: Path) -> Published:
-    """Compare a release with the champion, and register it as `champion` if it passes the gate, else as `challenger`.
+    """Register a release, as `champion` if it passes the promotion rule, else as `challenger`.
 
     Raises:
-        ReleaseError: If the release is damaged or does not do what it did when it was written.
-        RegistryError: If it cannot be compared: the registry was changed by hand, or a network may know the test set.
-        TrackingError: If MLflow cannot be reached; the release stays where it is.
+        ReleaseError: If the release is damaged, or its models give other embeddings than when they were exported.
+        RegistryError: If it cannot be compared: the registry was changed by hand, or test identities may have been
+            trained on.
+        TrackingError: If MLflow cannot be reached.
     """
     check_release(folder)
     sync(files)
-    with registry(files, params) as known, locked(files.tracking / "publish.lock", "publishing"):
-        policy = PromotionPolicy(files, params, known, folder)
-        made_by = partial(uploaded, known.client, files, folder, params.tracking.experiment)
+    with open_registry(files, params) as registry, locked(files.tracking / "publish.lock", "publishing"):
+        policy = PromotionPolicy(files, params, registry, folder)
+        upload = partial(upload_release, registry.client, files, folder, params.tracking.experiment)
         tags = {**version_tags(folder), **policy.tags}
-        found = Published(release_digest(folder), *known.publish(folder, made_by, tags, policy))
-        known.prune(files.tracking / "models")
-    write_json(_memory(files), {**_place(files, params), **asdict(found)})
-    return found
+        published = Published(release_digest(folder), *registry.publish(folder, upload, tags, policy))
+        registry.prune(files.tracking / "models")
+    write_json(_saved(files), {**_target(files, params), **asdict(published)})
+    return published
 
 
-def remembered(files: Files, params: Params) -> Published | None:
-    """The outcome of what lies in artifacts/export now, if it was published to this registry before."""
+def last_published(files: Files, params: Params) -> Published | None:
+    """Return the saved outcome if the release in artifacts/export was published to this registry before."""
     try:
-        said = read_json(_memory(files))
-        decision = Decision(bool(said["decision"]["passed"]), str(said["decision"]["reason"]))
-        found = Published(str(said["digest"]), str(said["version"]), decision)
-        here = {name: said[name] for name in _place(files, params)} == _place(files, params)
-        return found if here and found.digest == release_digest(files.artifacts("export")) else None
+        saved = read_json(_saved(files))
+        decision = Decision(bool(saved["decision"]["passed"]), str(saved["decision"]["reason"]))
+        published = Published(str(saved["digest"]), str(saved["version"]), decision)
+        same_target = {name: saved[name] for name in _target(files, params)} == _target(files, params)
+        unchanged = published.digest == release_digest(files.artifacts("export"))
+        return published if same_target and unchanged else None
     except (OSError, ValueError, KeyError, TypeError, ReleaseError):
         return None
 
 
-def _memory(files: Files) -> Path:
+def _saved(files: Files) -> Path:
     return files.tracking / "published.json"
 
 
-def _place(files: Files, params: Params) -> dict[str, str]:
+def _target(files: Files, params: Params) -> dict[str, str]:
     return {"uri": tracking_uri(files), "model": params.tracking.model_name}

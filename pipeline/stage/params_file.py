@@ -1,6 +1,6 @@
-"""Read params.yaml, and say everything that is wrong with it at once and in the user's words.
+"""Load and validate params.yaml, and report all its errors at once, by key and line.
 
-Imports nothing heavier than numpy: a mistyped key is refused in well under two seconds.
+Imports nothing heavier than numpy, so a mistyped key is reported in well under two seconds.
 """
 
 import difflib
@@ -44,17 +44,17 @@ log = logging.getLogger(__name__)
 
 
 class ParamsError(ValueError):
-    """Everything that is wrong with params.yaml.
+    """params.yaml is invalid.
 
     Attributes:
-        complaints: One sentence each, with the line where there is one.
+        problems: One sentence for each error, with its line number if it has one.
     """
 
     exit_code = 2
 
-    def __init__(self, path: Path, complaints: Sequence[str]) -> None:
-        self.complaints = tuple(complaints)
-        super().__init__("\n".join(f"{path.name}: {complaint}" for complaint in complaints))
+    def __init__(self, path: Path, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(f"{path.name}: {problem}" for problem in problems))
 
 
 class Renaming(NamedTuple):
@@ -63,7 +63,7 @@ class Renaming(NamedTuple):
     Attributes:
         old: Dotted name in the file.
         new: Dotted name in the schema.
-        key: Where the old name stands in the text.
+        key: Node of the old name in the syntax tree.
     """
 
     old: str
@@ -72,13 +72,11 @@ class Renaming(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A file with sections, not validated yet.
+    """A parsed YAML file of sections, not validated yet.
 
     Attributes:
-        path: The file.
-        text: Its content.
         root: Syntax tree of `text`, with lines and columns.
-        content: Its values, under new names.
+        content: Values of the file; old keys have their new names.
         renamed: Keys that `text` has under their old names.
     """
 
@@ -90,10 +88,10 @@ class Document(NamedTuple):
 
 
 def load(path: Path) -> Params:
-    """Read and validate params.yaml; warn about keys under old names.
+    """Load and validate params.yaml; log a warning for each key under an old name.
 
     Raises:
-        ParamsError: Listing all complaints.
+        ParamsError: If it is invalid; lists all problems.
     """
     document = read(path)
     for old, new, _ in document.renamed:
@@ -102,7 +100,7 @@ def load(path: Path) -> Params:
 
 
 def read(path: Path) -> Document:
-    """Read a file with sections.
+    """Read and parse a YAML file of sections.
 
     Raises:
         ParamsError: If it cannot be read, is not YAML or has no sections.
@@ -111,9 +109,9 @@ def read(path: Path) -> Document:
 
 
 def parse(path: Path, text: str) -> Document:
-    """Parse the text of a file with sections.
+    """Parse the text of a YAML file of sections.
 
-    YAML 1.2 by ruamel.yaml, as DVC reads it: `1e-3` is a number and `no` a string.
+    ruamel.yaml reads YAML 1.2, as DVC does: `1e-3` is a number and `no` a string.
 
     Raises:
         ParamsError: If it is not YAML or has no sections.
@@ -137,26 +135,26 @@ def parse(path: Path, text: str) -> Document:
 
 
 def check(document: Document) -> Params:
-    """Validate a file's values.
+    """Validate the values of a parsed file.
 
     Raises:
-        ParamsError: Listing all complaints.
+        ParamsError: If any is invalid; lists all problems.
     """
-    complaints = [*_data_complaints(document), *_loss_complaints(document)]
+    problems = [*_data_problems(document), *_loss_problems(document)]
     try:
         params = Params.model_validate(document.content)
-        if not complaints:
-            _refuse_unreachable(params)  # once everything else is sound
+        if not problems:
+            _check_budget(params)  # needs otherwise valid params
             return params
     except ValidationError as error:
-        complaints += [line for detail in error.errors() for line in _complaints(detail, document.root)]
+        problems += [line for detail in error.errors() for line in _problems(detail, document.root)]
     except BudgetError as error:
-        complaints.append(str(error))
-    raise ParamsError(document.path, list(dict.fromkeys(complaints))) from None
+        problems.append(str(error))
+    raise ParamsError(document.path, list(dict.fromkeys(problems))) from None
 
 
-def _data_complaints(document: Document) -> Iterator[str]:
-    """Compare source and protocol with the registered ones."""
+def _data_problems(document: Document) -> Iterator[str]:
+    """Check that source and protocol are registered and fit together."""
     data = document.content.get("data")
     if not isinstance(data, dict):
         return
@@ -164,14 +162,14 @@ def _data_complaints(document: Document) -> Iterator[str]:
     for name, value, known in (("source", source, LAYOUTS), ("protocol", protocol, PROTOCOLS)):
         if isinstance(value, str) and value and value not in known:
             where = f" (line {_line(document.root, ('data', name))})"
-            yield f"`data.{name}` must be {_either(known)}, got {_shown(value)}{where}"
-    possible = LAYOUTS[source].protocols if source in LAYOUTS else ()
-    if possible and protocol in PROTOCOLS and protocol not in possible:
-        yield f"`data.protocol` is {protocol}, but source {source} can be scored by {' or '.join(possible)} only"
+            yield f"`data.{name}` must be {_alternatives(known)}, got {_format(value)}{where}"
+    supported = LAYOUTS[source].protocols if source in LAYOUTS else ()
+    if supported and protocol in PROTOCOLS and protocol not in supported:
+        yield f"`data.protocol` is {protocol}, but source {source} supports only {' or '.join(supported)}"
 
 
-def _loss_complaints(document: Document) -> Iterator[str]:
-    """Compare extra losses and their settings with the registered ones."""
+def _loss_problems(document: Document) -> Iterator[str]:
+    """Check that extra losses are registered and their settings valid."""
     section: Any = document.content
     for name in ("student", "distill", "extra_losses"):
         section = section.get(name) if isinstance(section, dict) else None
@@ -184,22 +182,22 @@ def _loss_complaints(document: Document) -> Iterator[str]:
         location = ("student", "distill", "extra_losses", name)
         if name not in known:
             where = f" (line {_line(document.root, location)})"
-            yield f"`{dotted(location)}` is unknown; there are {', '.join(known)}{where}"
+            yield f"`{dotted(location)}` is unknown; available: {', '.join(known)}{where}"
             continue
         try:
             known[name].settings.model_validate(settings)
         except ValidationError as error:
             for detail in error.errors():
-                yield from _complaints({**detail, "loc": (*location, *detail["loc"])}, document.root)
+                yield from _problems({**detail, "loc": (*location, *detail["loc"])}, document.root)
 
 
-def _either(names: Iterable[str]) -> str:
+def _alternatives(names: Iterable[str]) -> str:
     *others, last = (f"'{name}'" for name in names)
     return f"{', '.join(others)} or {last}"
 
 
 def _rename(root: Node | None) -> Iterator[Renaming]:
-    """Give keys with old names their new ones in the syntax tree, unless the new one is there too."""
+    """Rename keys with old names in the syntax tree, unless the new name is present too."""
     for old, new in RENAMED.items():
         *sections, last = old.split(".")
         node = root
@@ -213,16 +211,16 @@ def _rename(root: Node | None) -> Iterator[Renaming]:
 
 
 def entries(node: Node | None) -> dict[str, tuple[ScalarNode, Node]]:
-    """Key and value of each entry of a section by its name; none if the node is no section."""
+    """Return key and value node of each entry of a section by name; empty if the node is not a section."""
     pairs = node.value if isinstance(node, MappingNode) else []
     return {key.value: (key, value) for key, value in pairs if isinstance(key, ScalarNode)}
 
 
-def _refuse_unreachable(params: Params) -> None:
-    """Tell before anything is trained that the budget lies below the structure's floor."""
+def _check_budget(params: Params) -> None:
+    """Reject a budget that no choice of channels can reach, before anything is trained."""
     teacher, student, (height, width) = params.teacher, params.student, params.data.image_size
     spec = ArchSpec.full(teacher.depth, teacher.width, teacher.embedding_dim, teacher.last_stride)
-    if student.budgeted and student.budget.of == "latency":  # stage student measures it
+    if student.budgeted and student.budget.of == "latency":  # measured by stage student
         shrinking_sites(spec, student)
     else:
         cost_model(spec, student, (height, width))
@@ -230,7 +228,7 @@ def _refuse_unreachable(params: Params) -> None:
 
 def _read(path: Path) -> str:
     try:
-        text = path.read_bytes().decode()  # with the line ends that it has
+        text = path.read_bytes().decode()  # keeps the line endings
     except FileNotFoundError as error:
         raise ParamsError(path, [f"is missing in {path.parent.resolve()}; {REMEDY}"]) from error
     except UnicodeDecodeError as error:
@@ -239,7 +237,7 @@ def _read(path: Path) -> str:
     except OSError as error:
         raise ParamsError(path, [f"cannot be read: {error.strerror}"]) from error
     if text.startswith("\ufeff"):
-        # DVC and this parser would differ about it, and editors hide it.
+        # DVC and this parser treat the mark differently, and editors hide it.
         raise ParamsError(path, ["begins with a byte order mark (line 1); save it as UTF-8 without BOM"])
     return text
 
@@ -247,11 +245,11 @@ def _read(path: Path) -> str:
 def _sentence(error: MarkedYAMLError) -> str:
     problem = (error.problem or error.context or "is not YAML").strip()
     if "\\t" in problem:
-        return "a tab stands where only spaces may; indent with spaces"
+        return "is indented with a tab; indent with spaces"
     return problem.splitlines()[0]
 
 
-# --- complaints -------------------------------------------------------------------------------------------------------
+# --- problems ---------------------------------------------------------------------------------------------------------
 
 LIMITS = {
     "greater_than": ("must be greater than", "gt"),
@@ -266,8 +264,8 @@ LIMITS = {
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "a text", "list": "a list"}
 
 
-def _complaints(detail: Mapping[str, Any], root: Node) -> Iterator[str]:
-    """Turn one of pydantic's errors into sentences."""
+def _problems(detail: Mapping[str, Any], root: Node) -> Iterator[str]:
+    """Format one of pydantic's errors as sentences."""
     location, error, value = detail["loc"], detail["type"], detail["input"]
     context = detail.get("ctx", {})
     name = f"`{dotted(location)}`"
@@ -278,7 +276,7 @@ def _complaints(detail: Mapping[str, Any], root: Node) -> Iterator[str]:
     elif error == "extra_forbidden":
         nearest = _nearest(dotted(location))
         yield f"{name} is unknown{f'; nearest: `{nearest}`' if nearest else ''}{where}"
-    elif error == "value_error":  # one of config's own checks, which names its keys itself
+    elif error == "value_error":  # raised by a validator in pipeline.config, whose message names the keys
         for part in str(context["error"]).split("; "):
             yield f"{name}: {part}{where}" if location else part
     elif error in LIMITS:
@@ -287,25 +285,25 @@ def _complaints(detail: Mapping[str, Any], root: Node) -> Iterator[str]:
         if isinstance(limit, float) and limit.is_integer():
             limit = int(limit)
         unit = "" if not key.endswith("length") else " entry" if limit == 1 else " entries"
-        yield f"{name} {words} {limit}{unit}, got {_shown(value)}{where}"
+        yield f"{name} {words} {limit}{unit}, got {_format(value)}{where}"
     elif error == "finite_number":
-        yield f"{name} must be finite, got {_shown(value)}{where}"
+        yield f"{name} must be finite, got {_format(value)}{where}"
     elif error == "string_too_short":
         yield f"{name} must not be empty{where}"
     elif error in ("model_type", "dict_type"):
-        yield f"{name} must be a section with keys of its own, got {_shown(value)}{where}"
+        yield f"{name} must be a section with keys of its own, got {_format(value)}{where}"
     elif (kind := error.partition("_")[0]) in KINDS:
-        yield f"{name} must be {KINDS[kind]}, got {_shown(value)}{where}"
+        yield f"{name} must be {KINDS[kind]}, got {_format(value)}{where}"
     else:
         yield f"{name}: {detail['msg']}{where}"
 
 
 def dotted(location: Sequence[str | int]) -> str:
-    """Write `("data", "image_size", 0)` as `data.image_size[0]`."""
+    """Format a location as a dotted name: `("data", "image_size", 0)` becomes `data.image_size[0]`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
 
 
-def _shown(value: object) -> str:
+def _format(value: object) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "nothing"}[value]
     return f"the {_kind(value)} {value!r:.40}" if isinstance(value, str | dict | list) else str(value)
@@ -317,7 +315,7 @@ def _kind(value: object) -> str:
 
 
 def keys(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all sections and keys of the schema."""
+    """Yield the dotted names of all sections and keys of the schema."""
     for name, field in model.model_fields.items():
         yield f"{prefix}{name}"
         if inspect.isclass(section := field.annotation) and issubclass(section, BaseModel):
@@ -325,19 +323,19 @@ def keys(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[str]:
 
 
 def _nearest(name: str) -> str | None:
-    """The known key that looks most like `name`, in its own section or else anywhere by its last part."""
+    """Return the known key most similar to `name`: in the same section, else in any section by its last part."""
     known = list(keys())
     section, _, last = name.rpartition(".")
     siblings = [key for key in known if key.rpartition(".")[0] == section]
     for candidates, cutoff in ((siblings, 0.7), (known, 0.8)):
-        if near := difflib.get_close_matches(last, [key.rpartition(".")[2] for key in candidates], 1, cutoff):
-            same = [key for key in candidates if key.rpartition(".")[2] == near[0]]
+        if matches := difflib.get_close_matches(last, [key.rpartition(".")[2] for key in candidates], 1, cutoff):
+            same = [key for key in candidates if key.rpartition(".")[2] == matches[0]]
             return difflib.get_close_matches(name, same, 1, 0)[0]
     return None
 
 
 def _line(root: Node, location: Sequence[str | int]) -> int | None:
-    """Line of the key (or list entry) that `location` leads to, counted from 1."""
+    """Return the line of the key or list entry at `location`, counted from 1."""
     node, line = root, None
     for part in location:
         if isinstance(node, MappingNode):

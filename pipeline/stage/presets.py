@@ -1,7 +1,6 @@
-"""Presets: one complete, commented params.yaml, and files that hold only what differs from it.
+"""Presets: presets/vehicles.yaml has every key; the other presets hold only the values that differ from it.
 
-presets/vehicles.yaml has every key; the other presets change some of its values. A params.yaml of one's own gets the
-keys of a newer version from it, too.
+`upgrade` adds keys of a newer version to a user's params.yaml, with the values and comments of presets/vehicles.yaml.
 """
 
 import difflib
@@ -27,33 +26,33 @@ COMPLETE = "vehicles"
 
 
 class UnknownPresetError(ValueError):
-    """There is no preset of that name."""
+    """There is no preset with this name."""
 
     exit_code = 2
 
 
 def names(root: Path) -> list[str]:
-    """Return the names of all presets of a checkout."""
+    """Return the names of all presets of a checkout, sorted."""
     return sorted(path.stem for path in (root / "presets").glob("*.yaml"))
 
 
 def load_preset(root: Path, name: str) -> Params:
-    """Read and validate a preset.
+    """Load and validate a preset.
 
     Raises:
-        UnknownPresetError: If there is none of that name.
-        ParamsError: If it has unknown keys or impossible values.
+        UnknownPresetError: If there is no such preset.
+        ParamsError: If it has unknown keys or invalid values.
     """
     changes = _read_preset(root, name)
     return check(changes._replace(content=_merge(_read_preset(root, COMPLETE).content, changes.content)))
 
 
 def preset_text(root: Path, name: str) -> str:
-    """Return a preset as a complete params.yaml: its head comment and values, all other comments of the complete one.
+    """Return a preset as a complete params.yaml: its own head comment and values, the other comments of `COMPLETE`.
 
     Raises:
-        UnknownPresetError: If there is none of that name.
-        ParamsError: If it has unknown keys or impossible values.
+        UnknownPresetError: If there is no such preset.
+        ParamsError: If it has unknown keys or invalid values.
     """
     load_preset(root, name)
     complete, changes = _read_preset(root, COMPLETE).text, _read_preset(root, name).text
@@ -61,14 +60,14 @@ def preset_text(root: Path, name: str) -> str:
         return complete
     yaml = YAML()
     yaml.preserve_quotes = True
-    yaml.width = 10_000  # long values are not folded
+    yaml.width = 10_000  # do not wrap long values
     body = io.StringIO()
     yaml.dump(_merge(yaml.load(complete.removeprefix(_head(complete))), yaml.load(changes)), body)
     return f"{_head(changes)}\n{body.getvalue()}"
 
 
 def is_preset(root: Path, path: Path) -> bool:
-    """Tell whether a params.yaml has the values of some preset, whatever its comments are."""
+    """Return whether a params.yaml has the values of any preset; comments do not matter."""
     try:
         content = read(path).content
     except ParamsError:
@@ -80,10 +79,10 @@ def is_preset(root: Path, path: Path) -> bool:
 def _read_preset(root: Path, name: str) -> Document:
     known = names(root)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; nearest: `{near[0]}`" if near else ""
-        there = ", ".join(known) or f"none in {root / 'presets'}"
-        raise UnknownPresetError(f"preset `{name}` is unknown{hint}; there are: {there}")
+        matches = difflib.get_close_matches(name, known, n=1)
+        hint = f"; nearest: `{matches[0]}`" if matches else ""
+        available = ", ".join(known) or f"none in {root / 'presets'}"
+        raise UnknownPresetError(f"preset `{name}` is unknown{hint}; available: {available}")
     return read(root / "presets" / f"{name}.yaml")
 
 
@@ -97,7 +96,7 @@ def _merge(base: MutableMapping[str, Any], changes: Mapping[str, Any]) -> Mutabl
 
 
 def _head(text: str) -> str:
-    """The comment that a file begins with."""
+    """Return the comment at the beginning of a file."""
     return "".join(takewhile(lambda line: line.startswith("#"), text.splitlines(keepends=True)))
 
 
@@ -105,94 +104,97 @@ def _head(text: str) -> str:
 
 
 def upgrade(root: Path, path: Path) -> list[str]:
-    """Add the keys that a params.yaml lacks, with the complete preset's values, and rename those that have a new name.
+    """Add missing keys to a params.yaml with the values of the complete preset, and rename keys with old names.
 
-    Lines are inserted into the text; everything else in it stays as it is, byte by byte.
+    Lines are inserted into the text; every other byte stays.
 
     Returns:
-        What was done, a phrase for each key; the file is not written if there was nothing to do.
+        The changes, one phrase for each key; without changes the file is not written.
 
     Raises:
-        ParamsError: If the file cannot be read, or a section is written in a form that has no lines to insert into.
+        ParamsError: If the file cannot be read, or a section has no lines to insert keys into, such as `{a: 1}`.
     """
-    mine, complete = read(path), _read_preset(root, COMPLETE)
-    added = list(_missing(mine.content, complete.content))
-    renamed = [f"renamed `{old}` to `{new}`" for old, new, _ in mine.renamed]
+    current, complete = read(path), _read_preset(root, COMPLETE)
+    added = list(_missing(current.content, complete.content))
+    renamed = [f"renamed `{old}` to `{new}`" for old, new, _ in current.renamed]
     if not added and not renamed:
         return []
-    line_end = "\r\n" if "\r\n" in mine.text else "\n"
-    edits = [(key.start_mark.index, key.end_mark.index, new.rpartition(".")[2]) for _, new, key in mine.renamed]
-    if not mine.text.endswith("\n"):
-        edits.append((len(mine.text), len(mine.text), line_end))
-    for index, lines in _insertions(mine.text, mine.root, complete.text, complete.root):
-        edits.append((index, index, lines.replace("\n", line_end)))
-    text = _edited(mine.text, edits)
+    newline = "\r\n" if "\r\n" in current.text else "\n"
+    edits = [(key.start_mark.index, key.end_mark.index, new.rpartition(".")[2]) for _, new, key in current.renamed]
+    if not current.text.endswith("\n"):
+        edits.append((len(current.text), len(current.text), newline))
+    for index, lines in _insertions(current.text, current.root, complete.text, complete.root):
+        edits.append((index, index, lines.replace("\n", newline)))
+    text = _edited(current.text, edits)
     try:
-        done = parse(path, text).content == _merge(complete.content, mine.content)
+        done = parse(path, text).content == _merge(complete.content, current.content)
     except ParamsError:
         done = False
-    if not done:  # braces, merge keys
-        raise ParamsError(path, [f"add `{key}` by hand; its section is not written one key a line" for key in added])
+    if not done:  # sections in braces, merge keys
+        raise ParamsError(path, [f"add `{key}` by hand; its section does not have one key per line" for key in added])
     write_text(path, text)
     return [*renamed, *(f"added `{key}`" for key in added)]
 
 
-def _missing(mine: Mapping[str, Any], complete: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted name and value of each key that `mine` lacks; values of another type are left to `load`."""
+def _missing(current: Mapping[str, Any], complete: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield `name: value` of each key that `current` lacks; `load` reports values of a wrong type."""
     for name, value in complete.items():
-        if isinstance(value, Mapping) and value:  # an empty one is a value
-            if isinstance(section := mine.get(name, {}), Mapping):
+        if isinstance(value, Mapping) and value:  # an empty mapping is a value
+            if isinstance(section := current.get(name, {}), Mapping):
                 yield from _missing(section, value, f"{prefix}{name}.")
-        elif name not in mine:
+        elif name not in current:
             yield f"{prefix}{name}: {json.dumps(value)}"
 
 
-def _insertions(text: str, section: MappingNode, other: str, complete: MappingNode) -> Iterator[tuple[int, str]]:
-    """Index in `text`, and lines of `other` to insert there, for each key that is missing in a section."""
+def _insertions(
+    text: str, section: MappingNode, complete_text: str, complete: MappingNode
+) -> Iterator[tuple[int, str]]:
+    """Yield an index in `text` and the lines of `complete_text` to insert there, for each key missing in a section."""
     if section.flow_style:
         return
-    mine = entries(section)
+    current = entries(section)
     first = section.value[0][0].start_mark
     index = _start(text, first.index, first.column)
     for name, (key, value) in entries(complete).items():
-        if name in mine:
-            my_key, my_value = mine[name]
-            if isinstance(my_value, MappingNode) and isinstance(value, MappingNode) and _follows(my_key, my_value):
-                yield from _insertions(text, my_value, other, value)
-            index = _end(text, my_key, my_value)
+        if name in current:
+            old_key, old_value = current[name]
+            if isinstance(old_value, MappingNode) and isinstance(value, MappingNode) and _follows(old_key, old_value):
+                yield from _insertions(text, old_value, complete_text, value)
+            index = _end(text, old_key, old_value)
         else:
-            lines = other[key.start_mark.index - key.start_mark.column : _end(other, key, value)]
+            start = key.start_mark.index - key.start_mark.column
+            lines = complete_text[start : _end(complete_text, key, value)]
             blank = "\n" if isinstance(value, MappingNode) and first.column == 0 else ""
             yield index, blank + textwrap.indent(textwrap.dedent(lines), " " * first.column)
 
 
 def _start(text: str, index: int, column: int) -> int:
-    """Index of the line of a key, or of the comment lines right above it."""
+    """Return the index of the line of a key, or of the comment lines directly above it."""
     above = text[: text.rfind("\n", 0, index) + 1]
-    found = re.search(rf"(?:^ {{0,{column}}}#.*\n)*\Z", above, re.MULTILINE)
-    return found.start() if found else len(above)
+    comments = re.search(rf"(?:^ {{0,{column}}}#.*\n)*\Z", above, re.MULTILINE)
+    return comments.start() if comments else len(above)
 
 
 def _end(text: str, key: ScalarNode, value: Node) -> int:
-    """Index behind the lines of an entry, and behind comment lines below it that are indented more than its key."""
+    """Return the index after the lines of an entry and after comments below it with deeper indentation."""
     column = key.start_mark.column
     while isinstance(value, CollectionNode) and not value.flow_style and _follows(key, value):
         key, value = value.value[-1] if isinstance(value, MappingNode) else (key, value.value[-1])
     index = value.end_mark.index if _follows(key, value) else key.end_mark.index
     if isinstance(value, ScalarNode) and value.style in ("|", ">"):
-        index -= 1  # its end is the beginning of the next line
+        index -= 1  # a block scalar ends at the start of the next line
     line = text.find("\n", index) + 1 or len(text)
     comments = re.compile(rf"(?: {{{column + 1},}}#.*(?:\n|\Z))*").match(text, line)
     return comments.end() if comments else line
 
 
 def _follows(key: ScalarNode, value: Node) -> bool:
-    """Whether a value is written behind its key: an alias is where its anchor is, and nothing is nowhere."""
+    """Return whether a value stands after its key; an alias has the position of its anchor, an empty value has none."""
     return bool(key.start_mark.index < value.start_mark.index < value.end_mark.index)
 
 
 def _edited(text: str, edits: list[tuple[int, int, str]]) -> str:
-    """Replace parts of a text, each given by start, end and new content."""
+    """Replace parts of a text; each edit is (start, end, new content)."""
     parts, at = [], 0
     for start, end, new in sorted(edits, key=lambda edit: edit[:2]):
         parts += [text[at:start], new]

@@ -1,7 +1,7 @@
-"""One way to run a stage: check params, log, record, write what it reports, and end with one clear line if it fails.
+"""Run a stage: validate params, track the run, write metrics, and report an error in one line.
 
-Exit codes: 0 done, 1 other error, 2 params.yaml, 3 data, 4 a gate (parity, surgery) did not hold, 75 busy, 128 + number
-of a signal (130 Ctrl-C, 143 SIGTERM). An exception tells its own by an attribute `exit_code`.
+Exit codes: 0 success, 1 other error, 2 params.yaml, 3 data, 4 a check failed (parity, surgery), 75 busy, 128 + signal
+number (130 Ctrl-C, 143 SIGTERM). An exception sets its exit code with an attribute `exit_code`.
 """
 
 import hashlib
@@ -27,9 +27,9 @@ from pipeline.files import Files, csv_text, write_json, write_text
 from pipeline.records import Record
 from pipeline.stage import params_file
 from pipeline.system import git_cli
-from pipeline.system.locks import running_stage
-from pipeline.system.process import Stopped, die_with_parent, peak_memory, stoppable
-from pipeline.tracking.execution import current
+from pipeline.system.locks import stage_lock
+from pipeline.system.process import Stopped, die_with_parent, peak_memory, signals_raise_stopped
+from pipeline.tracking.execution import current_execution
 from pipeline.tracking.recorder import StageRun
 
 if TYPE_CHECKING:
@@ -38,22 +38,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEBUG = "SMALLER_STUDENT_DEBUG"
-"""Environment variable that asks for tracebacks, as `--debug` does."""
+"""Environment variable that enables tracebacks, like the option `--debug`."""
 LIBRARIES = ("torch", "numpy", "pillow", "onnx", "onnxruntime", "dvc", "mlflow")
-"""Versions that are noted beside the timings."""
-LAST_WORKERS = 10.0
-"""Seconds in which the image loaders of a killed stage, which still hold its lock, notice that it is gone."""
+"""Libraries whose versions are written with the timings."""
+LOCK_TIMEOUT = 10.0
+"""Seconds to wait for the stage lock: image loaders of a killed stage hold it until they notice that it is gone."""
 
 
 class Run:
-    """What a stage function gets.
+    """Argument of a stage function: params, paths, and methods that report results.
 
     Attributes:
-        stage: Its name.
-        params: Checked content of params.yaml.
-        files: Paths of the checkout.
-        out: Folder of what it writes, which exists: its artifacts', or one that is thrown away where another process
-            of the same training leads.
+        out: Existing folder for the stage's artifacts; a temporary one in all but the main process of a training.
     """
 
     def __init__(
@@ -62,36 +58,36 @@ class Run:
         params: Params,
         files: Files,
         out: Path,
-        recorded: StageRun | None = None,
+        tracked: StageRun | None = None,
     ) -> None:
         self.stage, self.params, self.files, self.out = stage, params, files, out
         self.out.mkdir(parents=True, exist_ok=True)
         self.rows: list[dict[str, float]] = []
         self.seconds: dict[str, float] = {}
-        self._recorded = recorded
+        self._tracked = tracked
         self._checkpoints: list[Checkpoints] = []
 
     def curve(self, row: Mapping[str, float]) -> None:
-        """Report one row of the curve, whose `epoch` is the step; all of them become plots/<stage>.csv."""
+        """Log the losses and metrics of one epoch; `epoch` is the step in MLflow. All rows go to plots/<stage>.csv."""
         self.rows.append(dict(row))
-        if self._recorded is not None:
-            self._recorded.curve(row)
+        if self._tracked is not None:
+            self._tracked.curve(row)
 
     @property
     def commit(self) -> str:
-        """Commit of the sources, with a plus sign where they differ from it; `unknown` outside of Git."""
-        found, changed = git_cli.commit(self.files.root)
-        return f"{found}+" if changed else found
+        """Commit of the sources, with a plus sign if they have uncommitted changes; `unknown` outside of Git."""
+        commit, changed = git_cli.head_commit(self.files.root)
+        return f"{commit}+" if changed else commit
 
     def timing(self, name: str, seconds: float) -> None:
-        """Note how long a part took, for timings/<stage>.json."""
+        """Add the duration of a part of the stage to timings/<stage>.json."""
         self.seconds[name] = seconds
 
     def checkpoints(self, *sections: str) -> "Checkpoints":
-        """Where this training saves its states: found again only by one with the same params, inputs and code.
+        """Return the store of training states; only a training with the same params, inputs and code resumes them.
 
         Args:
-            sections: Sections of params.yaml that the training depends on, beside the seed.
+            sections: Sections of params.yaml that the training depends on, in addition to `seed` and `runtime`.
         """
         from pipeline.training.state import Checkpoints  # imports torch
 
@@ -103,21 +99,21 @@ class Run:
             "versions": _versions(),
         }
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        found = Checkpoints(self.files.checkpoints / self.stage / digest[:16])
-        self._checkpoints.append(found)
-        return found
+        checkpoints = Checkpoints(self.files.checkpoints / self.stage / digest[:16])
+        self._checkpoints.append(checkpoints)
+        return checkpoints
 
     def write(self, record: Record, seconds: float) -> None:
-        """Write metrics, plots and timings; the training states are then of no more use.
+        """Write metrics, plots and timings, and delete the training states.
 
         Raises:
-            ValueError: If the record holds anything but finite numbers.
+            ValueError: If a metric is NaN or infinite.
         """
         numbers = record.model_dump(exclude_none=True)
-        if wrong := [name for name, value in record.flat().items() if not math.isfinite(value)]:
-            raise ValueError(f"stage {self.stage} reports no finite number for {', '.join(wrong)}")
+        if invalid := [name for name, value in record.flat().items() if not math.isfinite(value)]:
+            raise ValueError(f"stage {self.stage} computed NaN or infinity for {', '.join(invalid)}")
         if self.rows:
-            write_text(self.files.plots(self.stage), table(self.rows))
+            write_text(self.files.plots(self.stage), curves_csv(self.rows))
         timings = {
             "seconds": {"total": seconds, **self.seconds},
             "peak_memory_bytes": peak_memory(),
@@ -131,26 +127,27 @@ class Run:
             checkpoints.clear()
 
 
-def table(rows: list[dict[str, float]]) -> str:
-    """CSV of all columns in the order in which they came up; a cell is empty where a row has no value."""
+def curves_csv(rows: list[dict[str, float]]) -> str:
+    """Format curves as CSV; columns are in order of first appearance, and missing values are empty cells."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     return csv_text(columns, [[repr(row[name]) if name in row else "" for name in columns] for row in rows])
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "missing"
-    return found
+            versions[name] = "missing"
+    return versions
 
 
 def _fingerprints(root: Path, stage: str) -> Iterator[tuple[str, str]]:
-    """Hashes of the dependencies of a stage, as dvc.yaml names them."""
+    """Yield path and hash of each dependency of a stage in dvc.yaml."""
     pipeline = YAML(typ="safe", pure=True).load((root / "dvc.yaml").read_text(encoding="utf-8"))
-    known = dict(_outputs(root)) if "DVC_STAGE" in os.environ else {}  # dvc has just compared them with the files
+    # DVC has just checked the hashes in dvc.lock; outside of DVC they may be stale.
+    known = dict(_output_hashes(root)) if "DVC_STAGE" in os.environ else {}
     for dependency in pipeline["stages"][stage]["deps"]:
         top = root / dependency
         if dependency in known:
@@ -162,23 +159,16 @@ def _fingerprints(root: Path, stage: str) -> Iterator[tuple[str, str]]:
                     yield path.relative_to(root).as_posix(), hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _outputs(root: Path) -> Iterator[tuple[str, str]]:
-    """Outputs of all stages and their hashes in dvc.lock: gigabytes of images are not read again."""
+def _output_hashes(root: Path) -> Iterator[tuple[str, str]]:
+    """Yield path and hash of each output in dvc.lock, which saves reading gigabytes of images again."""
     path = root / "dvc.lock"
     lock = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for entry in lock.get("stages", {}).values():
         yield from ((out["path"], out["md5"]) for out in entry.get("outs", ()) if "md5" in out)
 
 
-# --- running ----------------------------------------------------------------------------------------------------------
-
-
 def run_stage(function: Callable[[Run], Record]) -> NoReturn:
-    """Run a stage as the program, and exit.
-
-    Args:
-        function: Does the work and returns what it found; its name is the stage's.
-    """
+    """Run a stage as the main program, and exit; the stage is named after the function."""
     stage = function.__name__
     log_to_stderr(stage)
     die_with_parent()
@@ -186,14 +176,12 @@ def run_stage(function: Callable[[Run], Record]) -> NoReturn:
 
 
 def run_guarded(what: str, work: Callable[[], object]) -> int:
-    """Do `work` and return an exit code; errors become one line, unless a traceback is asked for.
+    """Call `work` and return an exit code; an error is printed as one line that begins with `what`.
 
-    Args:
-        what: Begins the line.
-        work: What is done.
+    `--debug` or SMALLER_STUDENT_DEBUG adds the traceback.
     """
     try:
-        with stoppable():
+        with signals_raise_stopped():
             work()
         return 0
     except Stopped as error:
@@ -209,15 +197,15 @@ def run_guarded(what: str, work: Callable[[], object]) -> int:
 
 
 def exit_code(error: Exception) -> int:
-    """The exit code of an error; a file that is missing is a matter of data."""
+    """Return the exit code of an error; a missing file counts as a data error."""
     return getattr(error, "exit_code", 3 if isinstance(error, FileNotFoundError) else 1)
 
 
 def _sentence(error: Exception) -> str:
     text = str(error).strip()
     if type(error) in (KeyError, TypeError, AttributeError, AssertionError, IndexError) or not text:
-        # Nobody wrote this for the user.
-        return f"{type(error).__name__}: {text}\n{DEBUG}=1 shows where"
+        # A bug of the pipeline, not a message for users.
+        return f"{type(error).__name__}: {text}\n{DEBUG}=1 shows the traceback"
     return text
 
 
@@ -228,20 +216,20 @@ def _run(stage: str, function: Callable[[Run], Record]) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             function(Run(stage, params, files, Path(scratch)))
         return
-    with running_stage(files, LAST_WORKERS), StageRun(files, params, current(), stage) as recorded:
+    with stage_lock(files, LOCK_TIMEOUT), StageRun(files, params, current_execution(), stage) as tracked:
         started = time.monotonic()
-        run = Run(stage, params, files, files.artifacts(stage), recorded)
+        run = Run(stage, params, files, files.artifacts(stage), tracked)
         record = function(run)
         run.write(record, time.monotonic() - started)
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one of its training that writes and records (Fabric starts the others)."""
+    """Return whether this is rank 0 of a distributed training; Fabric starts the others, which write no files."""
     return all(int(os.environ.get(rank, "0")) == 0 for rank in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK"))
 
 
 class _Stderr(logging.StreamHandler[TextIO]):
-    """Writes to what `sys.stderr` is at the moment: a progress bar puts itself between."""
+    """Handler for the current `sys.stderr`, which a progress bar replaces while it is shown."""
 
     @property
     def stream(self) -> TextIO:
@@ -253,7 +241,7 @@ class _Stderr(logging.StreamHandler[TextIO]):
 
 
 def log_to_stderr(stage: str) -> None:
-    """Show what the library says from `info` on, other libraries from `warning` on."""
+    """Log to stderr: messages of this package from level INFO, of other libraries from WARNING."""
     logging.basicConfig(
         level=logging.WARNING,
         format=f"%(asctime)s {stage}: %(message)s",

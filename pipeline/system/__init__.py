@@ -1,19 +1,18 @@
-"""The edge: the only importers of mlflow, prefect and dvc.
+"""Git, locks and processes, and defaults of the tools that the pipeline calls.
 
-Importing it sets how they behave, before any of them is imported and for every process that is started from here; what
-the user has set stays.
+The defaults are set on import, before mlflow, prefect and dvc are imported, and child processes inherit them. Variables
+that the user has set stay.
 """
 
 import os
 
 DEFAULTS = {
-    # No telemetry, of ONNX Runtime neither.
     "DO_NOT_TRACK": "true",
     "DVC_NO_ANALYTICS": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "ORT_DISABLE_TELEMETRY": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    # The server that Prefect starts for a single run: on a busy machine it needs longer than 20 s.
+    # Prefect's temporary server needs more than the default 20 s on a busy machine.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
 }
 

@@ -1,4 +1,4 @@
-"""The commit of a checkout, and commits of results to a branch, by the command git."""
+"""Read the commit of a checkout, and commit results to a branch, by the git command."""
 
 import os
 import subprocess
@@ -7,9 +7,9 @@ from pathlib import Path
 
 UNKNOWN = "unknown"
 RESULTS = ("params.yaml", "dvc.lock", "metrics", "plots")
-"""What a retraining writes that belongs to Git."""
-AUTHOR = {"user.name": "smaller-student", "user.email": "smaller-student@localhost"}
-"""Settings of Git for commits where the user has none."""
+"""Files and folders that a retraining commits."""
+FALLBACK_CONFIG = {"user.name": "smaller-student", "user.email": "smaller-student@localhost"}
+"""Author of commits if Git has none configured."""
 
 
 class CommitError(RuntimeError):
@@ -18,10 +18,10 @@ class CommitError(RuntimeError):
     exit_code = 1
 
 
-def commit(root: Path) -> tuple[str, bool | None]:
-    """Return the commit of a checkout, and whether its sources differ from it (what a run writes does not count).
+def head_commit(root: Path) -> tuple[str, bool | None]:
+    """Return the commit of a checkout, and whether its sources differ from it; `unknown` and None outside of Git.
 
-    Outside of Git: `unknown` and None.
+    Files that a run writes (dvc.lock, metrics, plots) do not count as differences.
     """
     try:
         changed = _git(root, "status", "--porcelain", "--", ".", ":!dvc.lock", ":!metrics", ":!plots")
@@ -30,24 +30,24 @@ def commit(root: Path) -> tuple[str, bool | None]:
         return UNKNOWN, None
 
 
-def record(root: Path, branch: str, message: str) -> str:
-    """Commit what a retraining wrote to a branch; working tree, index and the present branch stay as they are.
+def commit_results(root: Path, branch: str, message: str) -> str:
+    """Commit the results of a retraining to a branch without touching working tree, index and current branch.
 
-    The commit holds the sources of HEAD with the results in place of theirs, and follows the last one of the branch
-    (which is made where it is missing) and HEAD.
+    The commit holds the sources of HEAD with the new results. Its parents are the tip of the branch, if it exists, and
+    HEAD.
 
     Returns:
-        What was done, in one sentence.
+        The outcome in one sentence.
 
     Raises:
-        CommitError: If the branch is checked out, or Git fails; the branch is as it was then.
+        CommitError: If the branch is checked out, or Git fails; the branch is unchanged then.
     """
     try:
         head = _git(root, "rev-parse", "--verify", "HEAD")
         if f"branch refs/heads/{branch}" in _git(root, "worktree", "list", "--porcelain").splitlines():
             raise CommitError(
-                f"the results were not committed: branch `{branch}` is checked out; check out another one, or name "
-                "another one by `retrain.branch`"
+                f"the results were not committed: branch `{branch}` is checked out; check out another branch, or set "
+                "`retrain.branch` to another one"
             )
         tip = _git(root, "rev-parse", "--verify", "--quiet", f"refs/heads/{branch}", accept=1)
         with tempfile.TemporaryDirectory() as scratch:
@@ -56,14 +56,14 @@ def record(root: Path, branch: str, message: str) -> str:
             _git(root, "add", "--all", "--", *(name for name in RESULTS if (root / name).exists()), index=index)
             tree = _git(root, "write-tree", index=index)
         if tip and _git(root, "rev-parse", f"{tip}^{{tree}}") == tree:
-            return f"branch {branch} has it already"
-        newer = not tip or _git(root, "merge-base", tip, head, accept=1) != head
-        parents = [word for parent in (tip, head if newer else "") if parent for word in ("-p", parent)]
-        missing = {name: value for name, value in AUTHOR.items() if not _git(root, "config", name, accept=1)}
+            return f"branch {branch} has these results already"
+        head_is_new = not tip or _git(root, "merge-base", tip, head, accept=1) != head
+        parents = [word for parent in (tip, head if head_is_new else "") if parent for word in ("-p", parent)]
+        missing = {name: value for name, value in FALLBACK_CONFIG.items() if not _git(root, "config", name, accept=1)}
         settings = [word for name, value in missing.items() for word in ("-c", f"{name}={value}")]
-        made = _git(root, *settings, "commit-tree", tree, *parents, "-m", message)
-        _git(root, "update-ref", f"refs/heads/{branch}", made, tip or "0" * 40)
-        return f"committed {made[:12]} to branch {branch}"
+        commit = _git(root, *settings, "commit-tree", tree, *parents, "-m", message)
+        _git(root, "update-ref", f"refs/heads/{branch}", commit, tip or "0" * 40)
+        return f"committed {commit[:12]} to branch {branch}"
     except (OSError, subprocess.SubprocessError) as error:
         reason = " ".join((getattr(error, "stderr", None) or str(error)).split())
         raise CommitError(
@@ -73,16 +73,10 @@ def record(root: Path, branch: str, message: str) -> str:
 
 
 def _git(root: Path, *words: str, accept: int = 0, index: Path | None = None) -> str:
-    """Return the output of a git command.
-
-    Args:
-        root: Of the checkout.
-        words: Of the command.
-        accept: Exit code that is no error either.
-        index: In place of the checkout's own.
+    """Run a git command and return its output; `index` replaces the index of the checkout.
 
     Raises:
-        subprocess.CalledProcessError: If it ends with another code than 0 or `accept`.
+        subprocess.CalledProcessError: If the exit code is neither 0 nor `accept`.
     """
     done = subprocess.run(
         ["git", *words],  # noqa: S607 - the user's git

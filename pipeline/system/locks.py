@@ -1,4 +1,4 @@
-"""One writer at a time, by locks of the operating system that end with the process that holds them."""
+"""File locks that allow one process at a time; the operating system releases them when the process ends."""
 
 import os
 import time
@@ -15,46 +15,46 @@ if TYPE_CHECKING:
     from datetime import datetime
 
 _POLL = 0.02
-"""Seconds between two attempts to get a lock."""
+"""Seconds between two attempts to acquire a lock."""
 
 
 class BusyError(RuntimeError):
-    """Another process does this already."""
+    """Another process holds the lock."""
 
     exit_code = 75
 
 
 @contextmanager
-def locked(path: Path, what: str, patience: float = 0) -> Iterator[None]:
-    """Hold a lock; a process that holds it already may take it again.
+def locked(path: Path, what: str, timeout: float = 0) -> Iterator[None]:
+    """Hold a lock; a process that holds it already may acquire it again.
 
     Args:
-        path: Lock file; it stays.
-        what: What the holder does, for the message.
-        patience: Seconds to wait for the lock; for ever where negative.
+        path: Lock file; it is not deleted.
+        what: Work that the lock protects, for the error message.
+        timeout: Seconds to wait for the lock; negative: without limit.
 
     Raises:
-        BusyError: Naming the holder's process, host and since when.
-        OSError: If the file system has no locks.
+        BusyError: If another process holds the lock; names its id, its host and since when it holds it.
+        OSError: If the file system does not support locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, is_singleton=True, mode=0o666)
     try:
-        lock.acquire(timeout=patience, poll_interval=_POLL)
+        lock.acquire(timeout=timeout, poll_interval=_POLL)
     except Timeout:
-        raise BusyError(f"busy: {what} runs already ({holder(path)}); wait for it or end it") from None
+        raise BusyError(f"busy: {what} is already running ({holder(path)}); wait for it or end it") from None
     try:
         if lock.lock_counter == 1:
-            _sign(path)
+            _write_holder(path)
         yield
     finally:
         if lock.lock_counter == 1:
-            _signature(path).unlink(missing_ok=True)
+            _holder_file(path).unlink(missing_ok=True)
         lock.release()
 
 
 def is_held(path: Path) -> bool:
-    """Whether a process holds the lock, this one included."""
+    """Return whether any process, including this one, holds the lock."""
     if not path.is_file():
         return False
     lock = FileLock(path, is_singleton=False)
@@ -66,55 +66,55 @@ def is_held(path: Path) -> bool:
     return False
 
 
-def retraining(files: Files, patience: float = 0) -> AbstractContextManager[None]:
-    """Hold the right to retrain the checkout."""
-    return locked(files.tracking / "retrain.lock", "retraining", patience)
+def retrain_lock(files: Files, timeout: float = 0) -> AbstractContextManager[None]:
+    """Hold the lock of a retraining of the checkout."""
+    return locked(files.tracking / "retrain.lock", "a retraining", timeout)
 
 
-def running_stage(files: Files, patience: float = 0) -> AbstractContextManager[None]:
-    """Hold the right to run a stage in this working copy; each run of `dvc exp run --temp` has one of its own."""
-    return locked(files.root / ".tracking" / "stage.lock", "a stage of this checkout", patience)
+def stage_lock(files: Files, timeout: float = 0) -> AbstractContextManager[None]:
+    """Hold the lock of a running stage; each working copy of `dvc exp run --temp` has its own."""
+    return locked(files.root / ".tracking" / "stage.lock", "a stage of this checkout", timeout)
 
 
-def retraining_began(files: Files) -> "datetime | None":
-    """When the last retraining of the checkout that came to its end began."""
+def last_retraining_start(files: Files) -> "datetime | None":
+    """Return when the last completed retraining of the checkout began."""
     from datetime import datetime
 
     try:
-        return datetime.fromisoformat(read_json(_last(files))["began"])
+        return datetime.fromisoformat(read_json(_last_retraining(files))["began"])
     except (OSError, ValueError, KeyError):
         return None
 
 
-def note_retraining(files: Files, began: "datetime") -> None:
-    """Note that a retraining came to its end: whatever was due before it began has nothing left to do."""
-    write_json(_last(files), {"began": began.isoformat()})
+def save_retraining_start(files: Files, start: "datetime") -> None:
+    """Save when a completed retraining began: runs that were due before then have nothing left to do."""
+    write_json(_last_retraining(files), {"began": start.isoformat()})
 
 
-def _last(files: Files) -> Path:
+def _last_retraining(files: Files) -> Path:
     return files.tracking / "retraining.json"
 
 
-# --- who holds a lock -------------------------------------------------------------------------------------------------
+# --- holder of a lock -------------------------------------------------------------------------------------------------
 
 
-def _signature(path: Path) -> Path:
-    return path.with_name(f"{path.name}.holder")  # no *.json, which records are
+def _holder_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.holder")  # not *.json, the pattern of run records
 
 
-def _sign(path: Path) -> None:
+def _write_holder(path: Path) -> None:
     from datetime import datetime
     from socket import gethostname
 
     since = datetime.now().astimezone().isoformat(" ", "seconds")
-    write_json(_signature(path), {"pid": os.getpid(), "host": gethostname(), "since": since})
+    write_json(_holder_file(path), {"pid": os.getpid(), "host": gethostname(), "since": since})
 
 
 def holder(path: Path) -> str:
-    """Process, host and beginning of whoever holds a lock, in words."""
-    for _ in range(5):  # a process that has just got the lock has not written its name yet
+    """Describe the holder of a lock: process id, host and time of acquisition."""
+    for _ in range(5):  # a process that has just acquired the lock has not written its file yet
         with suppress(OSError, ValueError, KeyError):
-            found = read_json(_signature(path))
+            found = read_json(_holder_file(path))
             return f"pid {found['pid']} on {found['host']} since {found['since']}"
         time.sleep(0.03)
     return "holder unknown"

@@ -1,4 +1,4 @@
-"""What this process is, whom it dies with and how it is asked to stop."""
+"""Signals, memory and child processes."""
 
 import ctypes
 import os
@@ -15,11 +15,11 @@ import psutil
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STOPPING = ((signal.SIGINT, 4.0), (signal.SIGTERM, 0.7))
-"""How a program is asked to end, and how many seconds it has for it: after five, nothing runs any more."""
+"""Signals that stop a child process, and the seconds that it gets after each before the next; SIGKILL follows."""
 
 
 class Stopped(BaseException):
-    """A signal asks this process to end; not an `Exception`, so that nobody takes it for an error to recover from."""
+    """This process received a signal to end; not an `Exception`, so that no handler of errors catches it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -27,18 +27,18 @@ class Stopped(BaseException):
 
 
 def die_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the parent ends, so that killing dvc leaves no orphan (Linux only)."""
+    """Request SIGTERM from the kernel when the parent ends, so that killing dvc leaves no orphan (Linux only)."""
     if sys.platform != "linux":
         return
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it ended before we could ask
+    if os.getppid() != parent:  # the parent ended before the call
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into `Stopped` in this process, and leave its forked workers the usual end."""
+def signals_raise_stopped() -> Iterator[None]:
+    """Raise `Stopped` on SIGTERM and SIGHUP in this process; forked workers end as usual."""
     owner = os.getpid()
 
     def stop(number: int, frame: object) -> None:
@@ -58,40 +58,41 @@ def stoppable() -> Iterator[None]:
 
 
 def peak_memory() -> int:
-    """Most memory that this process and any one of its ended children held, bytes."""
+    """Return the peak memory in bytes of this process or of its largest ended child."""
     try:
         import resource
     except ImportError:  # Windows
         return int(psutil.Process().memory_info().peak_wset)
-    most = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return most if sys.platform == "darwin" else most * 1024
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
-# --- programs below this one ------------------------------------------------------------------------------------------
+# --- child processes --------------------------------------------------------------------------------------------------
 
 
 class TimeLimitError(RuntimeError):
-    """A program did not end in the time that it had, and was ended."""
+    """A child process exceeded its time limit and was ended."""
 
 
 @contextmanager
-def running(*words: str, hours: float = 1000, **extra: str) -> Iterator["subprocess.Popen[str]"]:
-    """A program in a process group of its own, which is ended as a whole when the block is left early.
+def child_process(*command: str, hours: float = 1000, **extra: str) -> Iterator["subprocess.Popen[str]"]:
+    """Run a command in its own process group, and end the whole group if the block is left early.
 
-    Prefect cancels by ending one process, and a killed one ends nobody: the program asks the kernel to be told.
+    Prefect cancels by ending a single process, and a killed process cannot end its children, so the child also requests
+    a signal from the kernel when its parent ends (`die_with_parent`).
 
     Args:
-        words: Of the command. This Python and what is installed beside it come first in the PATH.
-        hours: Time that it has.
-        extra: Environment beside what is there.
+        command: Program and arguments; the folder of this Python comes first in the PATH.
+        hours: Time limit.
+        extra: Additional environment variables.
 
     Raises:
-        TimeLimitError: At the end of the block, if it did not end in time.
+        TimeLimitError: When the block ends, if the time limit was exceeded.
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    guard = () if os.name == "nt" else (sys.executable, "-P", str(Path(__file__)))
+    wrapper = () if os.name == "nt" else (sys.executable, "-P", str(Path(__file__)))
     process = subprocess.Popen(
-        [*guard, *words],
+        [*wrapper, *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -99,30 +100,30 @@ def running(*words: str, hours: float = 1000, **extra: str) -> Iterator["subproc
         env={**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **extra},
         start_new_session=True,
     )
-    late = threading.Event()
+    timed_out = threading.Event()
 
     def end() -> None:
         if _alive(process):
-            late.set()
+            timed_out.set()
             _end(process)
 
-    watch = threading.Timer(hours * 3600, end)
-    watch.daemon = True
-    watch.start()
+    timer = threading.Timer(hours * 3600, end)
+    timer.daemon = True
+    timer.start()
     done = False
     try:
         yield process
-        if late.is_set():
+        if timed_out.is_set():
             raise TimeLimitError(f"it did not end within {hours:g} hours")
         done = process.poll() is not None
     finally:
-        watch.cancel()
+        timer.cancel()
         if not done:
             _end(process)
 
 
 def _alive(process: "subprocess.Popen[str]") -> bool:
-    """Whether anything of its group runs; what its first process left behind counts."""
+    """Return whether any process of the group runs, even if the first one has ended."""
     if process.poll() is None:
         return True
     if os.name == "nt":
@@ -135,7 +136,7 @@ def _alive(process: "subprocess.Popen[str]") -> bool:
 
 
 def _end(process: "subprocess.Popen[str]") -> None:
-    """Ask the whole group to end, and kill what does not."""
+    """Send the group the signals of STOPPING, and kill what still runs."""
     if os.name == "nt":
         process.terminate()
         return
@@ -143,16 +144,16 @@ def _end(process: "subprocess.Popen[str]") -> None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         deadline = time.monotonic() + seconds
-        while (living := _alive(process)) and time.monotonic() < deadline:
+        while (alive := _alive(process)) and time.monotonic() < deadline:
             time.sleep(0.02)
-        if not living:
+        if not alive:
             return
 
 
 def main() -> None:
-    """Become another program, one that ends with its parent."""
+    """Replace this process by the command in `sys.argv`, which then ends with its parent."""
     die_with_parent()
-    os.execvp(sys.argv[1], sys.argv[1:])  # noqa: S606 (of our own words)
+    os.execvp(sys.argv[1], sys.argv[1:])  # noqa: S606 - a command of `child_process`
 
 
 if __name__ == "__main__":

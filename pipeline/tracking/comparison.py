@@ -1,4 +1,4 @@
-"""Executions side by side, as MLflow knows them."""
+"""Table of the executions in MLflow."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -6,16 +6,17 @@ from datetime import datetime
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from pipeline.tracking.metrics import cells
 from pipeline.tracking.store import TrackingError
 
-COLUMNS = {
+COLUMNS: dict[str, tuple[str, str, float]] = {
     "teacher/mAP": ("teacher", "{:.4f}", 1),
     "eval/mAP": ("mAP", "{:.4f}", 1),
     "model/params_reduction": ("params", "{:.1%}", -1),
     "model/flops_reduction": ("MACs", "{:.1%}", -1),
     "latency/speedup": ("speed", "{:.2f}x", 1),
 }
-"""Metric key of a parent run: heading, format and unit; short enough for a terminal of 80 columns."""
+"""Metric key of a parent run -> heading, format and divisor; short enough for a terminal of 80 columns."""
 
 
 class UnknownRunError(TrackingError):
@@ -24,29 +25,22 @@ class UnknownRunError(TrackingError):
     exit_code = 3
 
 
-def executions(client: MlflowClient, experiment: str, asked: Sequence[str], last: int) -> list[dict[str, str]]:
-    """One row an execution, the latest first, ready to print.
-
-    Args:
-        client: Of MLflow.
-        experiment: Name of the experiment.
-        asked: Run ids of executions, or their beginnings; the latest ones where there are none.
-        last: How many of those.
+def executions_table(client: MlflowClient, experiment: str, ids: Sequence[str], last: int) -> list[dict[str, str]]:
+    """Return one formatted row for each execution in `ids` (run ids or prefixes), or for the `last` latest ones.
 
     Raises:
-        UnknownRunError: If there are none, or an id is of none or of several.
+        UnknownRunError: If there are no executions, or an id matches none or several.
     """
     found = client.get_experiment_by_name(experiment)
-    runs = _parents(client, found.experiment_id) if found else []
+    runs = _parent_runs(client, found.experiment_id) if found else []
     if not runs:
-        raise UnknownRunError(f"MLflow knows no execution in experiment {experiment}; run `dvc repro` first")
-    if asked:
-        runs = [_one(runs, start) for start in asked]
-    return [_row(run) for run in runs[: None if asked else last]]
+        raise UnknownRunError(f"MLflow has no execution in experiment {experiment}; run `dvc repro` first")
+    selected = [_find(runs, prefix) for prefix in ids] if ids else runs[:last]
+    return [_row(run) for run in selected]
 
 
-def _parents(client: MlflowClient, experiment: str) -> list[Run]:
-    """All executions, the latest first; their stages name a parent."""
+def _parent_runs(client: MlflowClient, experiment: str) -> list[Run]:
+    """Return the parent runs of all executions, the latest first."""
     runs: list[Run] = []
     token: str | None = None
     while True:
@@ -57,30 +51,26 @@ def _parents(client: MlflowClient, experiment: str) -> list[Run]:
             return runs
 
 
-def _one(runs: Sequence[Run], start: str) -> Run:
-    matching = [run for run in runs if run.info.run_id.startswith(start)]
+def _find(runs: Sequence[Run], prefix: str) -> Run:
+    matching = [run for run in runs if run.info.run_id.startswith(prefix)]
     if len(matching) == 1:
         return matching[0]
     several = ", ".join(run.info.run_id[:12] for run in matching[:4])
     raise UnknownRunError(
-        f"`{start}` is of several executions ({several}); write more of its id"
+        f"`{prefix}` matches several executions ({several}); give more digits of the id"
         if matching
-        else f"MLflow knows no execution `{start}`; `smaller-student compare --last 20` lists them"
+        else f"MLflow has no execution `{prefix}`; `smaller-student compare --last 20` lists them"
     )
 
 
 def _row(run: Run) -> dict[str, str]:
-    metrics, tags = run.data.metrics, run.data.tags
-    figures = {
-        title: form.format(metrics[key] / unit) if key in metrics else ""
-        for key, (title, form, unit) in COLUMNS.items()
-    }
+    tags = run.data.tags
     commit = tags.get("git_commit", "")[:7] + ("+" if tags.get("git_dirty") == "true" else "")
-    when = datetime.fromtimestamp(run.info.start_time / 1000).astimezone()
+    start = datetime.fromtimestamp(run.info.start_time / 1000).astimezone()
     return {
         "run": run.info.run_id[:8],
-        "began": f"{when:%m-%d %H:%M}",
-        "ended": run.info.status.lower(),
-        **figures,
+        "start": f"{start:%m-%d %H:%M}",
+        "status": run.info.status.lower(),
+        **cells(run.data.metrics, COLUMNS),
         "commit": commit,
     }

@@ -1,7 +1,7 @@
-"""Names of the figures: from records and curves to the metric keys of MLflow and the result table.
+"""MLflow metric keys of the numbers in metrics/ and plots/, and the table of results.
 
-One quantity has one key in every stage, so that MLflow lays teacher, student and ONNX file over each other. The text
-before the `/` becomes the section of the chart.
+A quantity has the same key in every stage, so MLflow charts teacher, student and ONNX file together. The text before
+the `/` is the section of the chart.
 """
 
 import csv
@@ -27,7 +27,7 @@ SHARED = {
     "macs_reduction": "model/flops_reduction",
     "bytes": "model/bytes",
 }
-"""Fields of records that mean the same in every stage."""
+"""Metric key of each field of metrics/<stage>.json that means the same in every stage."""
 
 CURVES = {
     "validation_map": "validation/mAP",
@@ -36,59 +36,59 @@ CURVES = {
     "latency_reduction": "capacity/latency_reduction",
     "target_reduction": "capacity/target_reduction",
 }
-"""Columns of plots/<stage>.csv; all others are losses."""
+"""Metric key of each column of plots/<stage>.csv; all other columns are losses."""
 
 SECTIONS = {"prepare": "data", "benchmark": "latency"}
-"""Section of what only one stage reports, where it is not the stage's name."""
+"""Section of the other fields, if it is not the name of the stage."""
 
 
-def record(files: Files, stage: str) -> dict[str, float]:
-    """The numbers of metrics/<stage>.json under dotted names.
+def load_metrics(files: Files, stage: str) -> dict[str, float]:
+    """Load metrics/<stage>.json by dotted name.
 
     Raises:
-        FileNotFoundError: Where the stage has not run.
-        ValueError: If the file is not what the stage writes.
+        FileNotFoundError: If the stage has not run.
+        ValueError: If the content does not have the stage's fields.
     """
     return RECORDS[stage].model_validate(read_json(files.metrics(stage))).flat()
 
 
 def final_metrics(files: Files, stage: str) -> dict[str, float]:
-    """Final figures of a stage by metric key; widths are left to the plan.
+    """Return the final metrics of a stage by metric key, without the widths of layers.
 
-    The benchmark times the exported file, so it carries that file's figures beside its own.
+    Those of `benchmark` include the quality and size of the exported file that it times.
     """
-    figures = final_metrics(files, "export") if stage == "benchmark" and files.metrics("export").is_file() else {}
-    figures = {key: value for key, value in figures.items() if key.startswith(("eval/", "model/"))}
+    values = final_metrics(files, "export") if stage == "benchmark" and files.metrics("export").is_file() else {}
+    values = {key: value for key, value in values.items() if key.startswith(("eval/", "model/"))}
     if stage == "teacher":
-        figures |= {"model/params_reduction": 0.0, "model/flops_reduction": 0.0}
+        values |= {"model/params_reduction": 0.0, "model/flops_reduction": 0.0}
     section = SECTIONS.get(stage, stage)
-    for name, value in record(files, stage).items():
+    for name, value in load_metrics(files, stage).items():
         if not name.startswith("widths."):
-            figures[SHARED.get(name) or f"{section}/{name.replace('.', '_')}"] = value
-    return figures
+            values[SHARED.get(name) or f"{section}/{name.replace('.', '_')}"] = value
+    return values
 
 
 def summary(files: Files) -> dict[str, float]:
-    """What an execution led to: the student's final figures, and its teacher's beside them."""
-    figures: dict[str, float] = {}
+    """Return the metrics of the parent run: final values of the student, and mAP, params and MACs of the teacher."""
+    values: dict[str, float] = {}
     for stage in ("student", "surgery", "export", "benchmark"):
         if files.metrics(stage).is_file():
             shared = ("eval/", "model/", "latency/")
-            figures |= {key: value for key, value in final_metrics(files, stage).items() if key.startswith(shared)}
+            values |= {key: value for key, value in final_metrics(files, stage).items() if key.startswith(shared)}
     if files.metrics("teacher").is_file():
         teacher = final_metrics(files, "teacher")
         kept = ("eval/mAP", "model/params", "model/macs")
-        figures |= {f"teacher/{key.partition('/')[2]}": teacher[key] for key in kept}
-    return figures
+        values |= {f"teacher/{key.partition('/')[2]}": teacher[key] for key in kept}
+    return values
 
 
-def curve(row: Mapping[str, float]) -> dict[str, float]:
-    """One row of a curve by metric key, without its epoch."""
+def curve_metrics(row: Mapping[str, float]) -> dict[str, float]:
+    """Return a row of plots/<stage>.csv by metric key, without the epoch."""
     return {CURVES.get(name, f"train/{name}"): value for name, value in row.items() if name != "epoch"}
 
 
-def curves(path: Path) -> list[dict[str, float]]:
-    """Indices of plots/<stage>.csv; a cell that is empty is left out."""
+def load_curves(path: Path) -> list[dict[str, float]]:
+    """Load the rows of plots/<stage>.csv without empty cells; [] if there is no such file."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as file:
@@ -97,7 +97,7 @@ def curves(path: Path) -> list[dict[str, float]]:
 
 # --- result table -----------------------------------------------------------------------------------------------------
 
-COLUMNS = {
+COLUMNS: dict[str, tuple[str, str, float]] = {
     "eval/mAP": ("mAP", "{:.4f}", 1),
     "eval/rank1": ("rank-1", "{:.4f}", 1),
     "model/params": ("params", "{:.2f} M", 1e6),
@@ -105,37 +105,36 @@ COLUMNS = {
     "model/params_reduction": ("params cut", "{:.1%}", 1),
     "model/flops_reduction": ("MACs cut", "{:.1%}", 1),
 }
-"""Metric key: heading, format and unit; short enough for a terminal of 80 columns."""
+"""Metric key -> heading, format and divisor; short enough for a terminal of 80 columns."""
 
 
-def table(files: Files) -> list[dict[str, str]]:
-    """The stages that have run and what came out of each, a row a network, ready to print."""
-    rows = []
-    for stage in ("teacher", "student", "surgery", "export"):
-        if files.metrics(stage).is_file():
-            figures = final_metrics(files, stage)
-            cells = {
-                title: form.format(figures[key] / unit) if key in figures else ""
-                for key, (title, form, unit) in COLUMNS.items()
-            }
-            rows.append({"stage": stage, **cells, "p50": _latency(files, stage)})
-    return rows
+def result_table(files: Files) -> list[dict[str, str]]:
+    """Return one formatted row for the network of each stage that has run."""
+    stages = [stage for stage in ("teacher", "student", "surgery", "export") if files.metrics(stage).is_file()]
+    return [
+        {"stage": stage, **cells(final_metrics(files, stage), COLUMNS), "p50": _latency(files, stage)}
+        for stage in stages
+    ]
+
+
+def cells(values: Mapping[str, float], columns: Mapping[str, tuple[str, str, float]]) -> dict[str, str]:
+    """Format values by heading; missing ones are empty."""
+    return {
+        heading: form.format(values[key] / divisor) if key in values else ""
+        for key, (heading, form, divisor) in columns.items()
+    }
 
 
 def _latency(files: Files, stage: str) -> str:
-    """Milliseconds of one image with all threads; teacher.onnx stands in the teacher's row, model.onnx in export's."""
+    """Format the p50 latency of batch 1 with all threads: of teacher.onnx for `teacher`, of model.onnx for `export`."""
     network = {"teacher": "teacher", "export": "student"}.get(stage)
     if network is None or not files.metrics("benchmark").is_file():
         return ""
-    return f"{record(files, 'benchmark')[f'{network}.batch1_threadsall.p50']:.2f} ms"
+    return f"{load_metrics(files, 'benchmark')[f'{network}.batch1_threadsall.p50']:.2f} ms"
 
 
-def protocol(files: Files) -> str | None:
-    """Protocol that the last run was scored by, as dvc.lock has it; None where it has none.
-
-    Args:
-        files: Of the repository; params.yaml may say another one by now.
-    """
+def last_protocol(files: Files) -> str | None:
+    """Return the protocol of the last run from dvc.lock, since params.yaml may have changed; None if it has none."""
     path = files.root / "dvc.lock"
     lock = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     params = lock.get("stages", {}).get("teacher", {}).get("params", {}).get("params.yaml", {})

@@ -1,7 +1,7 @@
-"""Records of what ran: one JSON file for each stage in each execution, and one for the execution itself.
+"""Run records: one JSON file for each stage of each execution, and one for the execution itself.
 
-Stages write nothing else, whatever becomes of MLflow; `sync` brings MLflow to what the records hold. A record is
-replaced as a whole, so a reader sees the old one or the new one.
+A stage writes only its record, so a tracking server that is down does not affect it; `sync` uploads the records to
+MLflow. Records are written atomically.
 """
 
 import hashlib
@@ -21,14 +21,14 @@ log = logging.getLogger(__name__)
 
 EXECUTION = "execution"
 """Name of the record of the execution itself."""
-TICK = 0.002
-"""Seconds between the starts of two runs at least: MLflow sorts runs by their start, in milliseconds."""
+MIN_START_GAP = 0.002
+"""Minimum seconds between the start times of two runs: MLflow sorts runs by start time in milliseconds."""
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 
 class Point(BaseModel):
-    """One row of a curve: values by metric key at a step, and when they were measured (seconds since 1970)."""
+    """Metric values of one step, by metric key; `time` is in seconds since 1970."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,25 +38,24 @@ class Point(BaseModel):
 
 
 class RunRecord(BaseModel):
-    """What one MLflow run shows: a stage of an execution, or the execution.
+    """Content of one MLflow run: a stage, or the execution as its parent run.
 
     Attributes:
         title: Name of the run.
-        stage: Empty for the execution.
-        process: Runs the stage; owns the execution.
-        status: That of an execution follows from its stages, so its record has none but RUNNING.
-        began: Seconds since 1970, as all times.
-        ended: None while it runs.
-        tags: Tags of the run, among them where it comes from (commit, digests).
-        params: All params.yaml keys by dotted name; of the execution only.
-        figures: Final figures by metric key.
-        curve: Figures with steps.
-        dataset: Fields of MLflow's `Dataset`; of the execution only.
-        folder: Folder below `Records.files` to upload, under the same name.
-        digest: SHA-256 of metrics/<stage>.json, by which a later execution recognises where its figures come from.
-        experiment: MLflow experiment; of the execution only.
-        root: Working copy; of the execution only.
-        waited: Seconds that the stage waited for MLflow.
+        stage: Name of the stage; empty for the execution.
+        process: Process of the stage, or owner of the execution.
+        status: The record of an execution always has RUNNING; `ExecutionRecords.parent_record` derives its status.
+        began: Start time in seconds since 1970.
+        ended: End time in seconds since 1970; None while the stage runs.
+        params: All keys of params.yaml by dotted name; execution only.
+        figures: Final metrics by metric key.
+        curve: Metrics with steps.
+        dataset: Fields of MLflow's `Dataset`; execution only.
+        folder: Folder below `ExecutionRecords.files` to upload as artifacts under the same name.
+        digest: SHA-256 of metrics/<stage>.json, by which a later execution finds the run that computed it.
+        experiment: Name of the MLflow experiment; execution only.
+        root: Path of the working copy; execution only.
+        waited: Seconds that the stage waited for the upload.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -78,90 +77,84 @@ class RunRecord(BaseModel):
     root: str = ""
     waited: float = 0.0
 
-    def text(self) -> str:
-        """The record as JSON."""
+    def to_json(self) -> str:
         return self.model_dump_json(indent=1, exclude_defaults=True) + "\n"
 
     @property
     def fingerprint(self) -> str:
-        """Changes with what is uploaded."""
-        return hashlib.sha256(self.changed(waited=0.0).text().encode()).hexdigest()
+        """SHA-256 of everything that is uploaded."""
+        return hashlib.sha256(self.updated(waited=0.0).to_json().encode()).hexdigest()
 
-    def changed(self, **fields: Any) -> "RunRecord":
-        """A copy with other values, checked like a new one."""
+    def updated(self, **fields: Any) -> "RunRecord":
+        """Return a validated copy with new values."""
         return RunRecord.model_validate({**dict(self), **fields})
 
 
-class Records:
-    """Records of one execution, in a folder that is named after its key."""
+class ExecutionRecords:
+    """Run records of one execution, in a folder named after `Execution.key`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @classmethod
-    def of(cls, files: Files, execution: Execution) -> "Records":
-        """The records of an execution, written or not."""
-        return cls(_home(files) / execution.key)
+    def of(cls, files: Files, execution: Execution) -> "ExecutionRecords":
+        """Return the records of an execution; the folder need not exist."""
+        return cls(_runs_folder(files) / execution.key)
 
     @property
     def id(self) -> str:
-        """Identifier of the execution."""
         return self.folder.name.partition("-")[2]
 
     @property
     def kind(self) -> str:
-        """`dvc`, `flow` or `stage`."""
         return self.folder.name.partition("-")[0]
 
     @property
     def files(self) -> Path:
-        """Folder of copies that wait for upload: a later run replaces the originals."""
+        """Folder of files to upload; they are copies, because a later run replaces the originals."""
         return self.folder / "files"
 
     @property
     def problem(self) -> Path:
-        """Why the last upload beside a stage failed, in one sentence; missing where it did not fail."""
+        """File with the error of the last background upload; missing if it succeeded."""
         return self.folder / "problem.txt"
 
     def add_notice(self, notice: str) -> None:
-        """Keep what the user should read once, until a stage or a command shows it."""
+        """Save a message that a stage or command shows to the user once."""
         write_text(self.folder / "notices.txt", "\n".join(dict.fromkeys([*self._notices(), notice])) + "\n")
 
     def take_notices(self) -> list[str]:
-        """Return what nobody has shown yet, and forget it."""
-        found = self._notices()
+        """Return the messages that have not been shown yet, and delete them."""
+        notices = self._notices()
         (self.folder / "notices.txt").unlink(missing_ok=True)
-        return found
+        return notices
 
     def _notices(self) -> list[str]:
         path = self.folder / "notices.txt"
         return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
-    # --- reading and writing ------------------------------------------------------------------------------------------
-
     def read(self, name: str) -> RunRecord | None:
-        """A record; None where there is none that this version understands."""
+        """Read a record; None if it is missing, damaged or of an incompatible version."""
         try:
             return RunRecord.model_validate_json((self.folder / f"{name}.json").read_bytes())
         except (OSError, ValueError):
             return None
 
     def write(self, name: str, record: RunRecord) -> None:
-        """Write a record atomically."""
-        write_text(self.folder / f"{name}.json", record.text())
+        write_text(self.folder / f"{name}.json", record.to_json())
 
     def execution(self) -> RunRecord | None:
-        """The record of the execution."""
+        """Read the record of the execution; its status is always RUNNING."""
         return self.read(EXECUTION)
 
     def stages(self) -> dict[str, RunRecord]:
-        """Records of stages by name, in the order in which they began; a stage that ran twice has two."""
+        """Return the records of stages by name, ordered by start time; a stage that ran twice has two."""
         names = [path.stem for path in self.folder.glob("*.json") if path.stem != EXECUTION]
-        found = {name: record for name in names if (record := self.read(name)) is not None and record.stage}
-        return dict(sorted(found.items(), key=lambda item: item[1].began))
+        records = {name: record for name in names if (record := self.read(name)) is not None and record.stage}
+        return dict(sorted(records.items(), key=lambda item: item[1].began))
 
     def new_name(self, stage: str) -> str:
-        """Name for another record of a stage."""
+        """Return an unused name for a record of a stage: `teacher`, then `teacher-2`."""
         number = 1
         name = stage
         while (self.folder / f"{name}.json").exists():
@@ -169,20 +162,20 @@ class Records:
             name = f"{stage}-{number}"
         return name
 
-    def moment(self) -> float:
-        """The time for a new record: now, but after all others began, even if the clock was set back."""
-        began = [record.began for record in (self.execution(), *self.stages().values()) if record]
-        return max([time.time(), *(moment + TICK for moment in began)])
+    def next_start(self) -> float:
+        """Return the start time of a new record: now, but after all others, even if the clock was set back."""
+        starts = [record.began for record in (self.execution(), *self.stages().values()) if record]
+        return max([time.time(), *(start + MIN_START_GAP for start in starts)])
 
-    def outcomes(self) -> dict[str, Status]:
-        """How each stage ended, the latest record of it counts."""
+    def statuses(self) -> dict[str, Status]:
+        """Return the status of the latest record of each stage."""
         return {record.stage: record.status for record in self.stages().values()}
 
-    def keep(self, source: Path, names: list[str], folder: str) -> str:
-        """Copy files and folders below `source` to `files`/`folder`, until they are uploaded.
+    def copy_for_upload(self, source: Path, names: list[str], folder: str) -> str:
+        """Copy files and folders from `source` to `files`/`folder`; the upload deletes the copies.
 
         Returns:
-            `folder`, or an empty text if the copying failed: a full disk must not turn into a failed stage.
+            `folder`, or "" if copying failed: a full disk must not fail the stage.
         """
         target = self.files / folder
         shutil.rmtree(target, ignore_errors=True)
@@ -197,63 +190,60 @@ class Records:
             return ""
         return folder
 
-    # --- what ran until when ------------------------------------------------------------------------------------------
-
-    def end_dead(self) -> None:
-        """Mark as KILLED the stages whose process is gone; those of other hosts cannot be seen and are left alone."""
+    def mark_killed(self) -> None:
+        """Set the status of stages whose process is gone to KILLED; processes of other hosts cannot be checked."""
         for name, record in self.stages().items():
             if record.status == "RUNNING" and record.process.alive is False:
-                last = self.read(name)  # a process that is gone changes nothing any more, but may have done so just now
+                last = self.read(name)  # again: the process may have written a final record just before it ended
                 if last is not None and last.status == "RUNNING":
-                    sign = max([last.began, *(point.time for point in last.curve)])
+                    last_seen = max([last.began, *(point.time for point in last.curve)])
                     tags = {**last.tags, "error": "its process is gone"}
-                    self.write(name, last.changed(status="KILLED", ended=sign, tags=tags))
+                    self.write(name, last.updated(status="KILLED", ended=last_seen, tags=tags))
 
-    # --- what MLflow has ----------------------------------------------------------------------------------------------
+    def parent_record(self) -> RunRecord | None:
+        """Return the record of the execution with the status that follows from its stages."""
+        record, stages = self.execution(), list(self.stages().values())
+        if record is None or not stages or any(stage.status == "RUNNING" for stage in stages):
+            return record
+        return record.updated(status=stages[-1].status, ended=max(stage.ended or 0.0 for stage in stages))
+
+    # --- state of the upload ------------------------------------------------------------------------------------------
 
     def synced(self, uri: str) -> dict[str, dict[str, Any]]:
-        """What a server has, by record name: `run`, `fingerprint`, `points` of the curve, `gone` with the reason."""
+        """Return what was uploaded to a tracking server, by record name.
+
+        Keys are `run` (run id), `fingerprint`, `points` (number of uploaded points) and `gone` (why a deleted run is
+        not uploaded again).
+        """
         try:
-            return dict(read_json(self._synced(uri)))
+            return dict(read_json(self._synced_file(uri)))
         except (OSError, ValueError):
             return {}
 
-    def note_synced(self, uri: str, state: dict[str, dict[str, Any]]) -> None:
-        """Remember what a server has."""
-        write_json(self._synced(uri), state)
+    def save_synced(self, uri: str, state: dict[str, dict[str, Any]]) -> None:
+        write_json(self._synced_file(uri), state)
 
-    def _synced(self, uri: str) -> Path:
+    def _synced_file(self, uri: str) -> Path:
         return self.folder / "synced" / f"{hashlib.sha256(uri.encode()).hexdigest()[:16]}.json"
 
-    def whole(self) -> RunRecord | None:
-        """The execution's record with the status that follows from its stages."""
-        record, stages = self.execution(), list(self.stages().values())
-        if record is None or not stages:
-            return record
-        if any(stage.status == "RUNNING" for stage in stages):
-            return record
-        return record.changed(status=stages[-1].status, ended=max(stage.ended or 0.0 for stage in stages))
-
     def pending(self, uri: str) -> list[str]:
-        """Names of the records that a server does not have as they are."""
-        state, whole = self.synced(uri), self.whole()
-        if whole is None:
+        """Return the names of records that a tracking server does not have in their present state."""
+        state, parent = self.synced(uri), self.parent_record()
+        if parent is None:
             return []
-        found = {EXECUTION: whole, **self.stages()}
-        seen = {name: state.get(name, {}) for name in found}
         return [
             name
-            for name, record in found.items()
-            if not seen[name].get("gone") and seen[name].get("fingerprint") != record.fingerprint
+            for name, record in {EXECUTION: parent, **self.stages()}.items()
+            if not (seen := state.get(name, {})).get("gone") and seen.get("fingerprint") != record.fingerprint
         ]
 
 
-def executions(files: Files) -> Iterator[Records]:
-    """Records of all executions, the oldest first."""
-    found = [Records(path.parent) for path in _home(files).glob(f"*/{EXECUTION}.json")]
-    begun = [(record.began, number) for number, one in enumerate(found) if (record := one.execution())]
-    yield from (found[number] for _, number in sorted(begun))
+def all_executions(files: Files) -> Iterator[ExecutionRecords]:
+    """Yield the records of all executions, the oldest first."""
+    every = [ExecutionRecords(path.parent) for path in _runs_folder(files).glob(f"*/{EXECUTION}.json")]
+    starts = [(record.began, number) for number, records in enumerate(every) if (record := records.execution())]
+    yield from (every[number] for _, number in sorted(starts))
 
 
-def _home(files: Files) -> Path:
+def _runs_folder(files: Files) -> Path:
     return files.tracking / "runs"

@@ -1,9 +1,9 @@
-"""Bring MLflow to what the records hold: one parent run an execution, one child run a stage.
+"""Upload run records to MLflow: one parent run per execution, one child run per stage.
 
-One operation, which may be repeated at any time and after any interruption: runs are found by the tag `entry`, and
-points of a metric are the same to MLflow if time, step and value are. It runs beside each stage (`main`, in a process
-of its own: importing mlflow takes seconds and must not happen in a process that forks image loaders), in
-`smaller-student sync` and in the flow. Beside a stage it leaves an execution alone that another process synchronises.
+The upload is idempotent and may be interrupted at any point: runs are found by the tag `entry`, and MLflow stores
+points of a metric with the same time, step and value once. It runs in the background of each stage (`main`, in its own
+process: importing mlflow takes seconds and must not happen in a process that forks image loaders), in
+`smaller-student sync` and in the flow.
 """
 
 import getpass
@@ -26,172 +26,172 @@ from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, RunTag, V
 from pipeline.files import Files, write_text
 from pipeline.system.locks import BusyError, locked
 from pipeline.tracking import store
-from pipeline.tracking.run_record import EXECUTION, Records, RunRecord, executions
+from pipeline.tracking.run_record import EXECUTION, ExecutionRecords, RunRecord, all_executions
 from pipeline.tracking.store import TrackingError
 
 log = logging.getLogger(__name__)
 
 ENTRY = "entry"
-"""Tag with the execution's id and the record's name: names a run among those of all machines."""
-MOST_PARAMS, MOST_TAGS, MOST_METRICS = 100, 100, 1000
-"""What MLflow takes in one call."""
+"""Tag that identifies a run across machines: `execution id/record name`."""
+MAX_PARAMS, MAX_TAGS, MAX_METRICS = 100, 100, 1000
+"""MLflow's limits for one call of `log_batch`."""
 INTERVAL = 60.0
-"""Seconds between two synchronisations during a stage."""
-PATIENCE = 45.0
-"""Seconds that a command waits for another process to finish with an execution."""
-KEPT = 200
-"""Executions whose records are kept; older ones only until MLflow has them."""
+"""Seconds between two uploads during a stage."""
+LOCK_TIMEOUT = 45.0
+"""Seconds that a command waits for another process that uploads the same execution."""
+MAX_EXECUTIONS = 200
+"""Number of executions whose records are kept; older records are deleted after their upload."""
 
 
 class Sync:
-    """Brings one store to what the records of a checkout hold.
+    """Uploads the run records of a checkout to its MLflow store.
 
     Args:
-        files: Of the checkout.
-        patience: Seconds to wait for another process that synchronises the same execution.
-        again: Write everything again that MLflow may have; nothing is doubled.
+        timeout: Seconds to wait for another process that uploads the same execution; 0 skips the execution.
+        again: Upload everything again; MLflow keeps no duplicates.
 
     Attributes:
-        changed: Executions that were not up to date.
+        uploaded: Number of executions that were not up to date.
     """
 
-    def __init__(self, files: Files, patience: float = 0, again: bool = False) -> None:
-        self.files, self.uri, self._patience, self._again = files, store.tracking_uri(files), patience, again
-        self.changed = 0
+    def __init__(self, files: Files, timeout: float = 0, again: bool = False) -> None:
+        self.files, self.uri, self._timeout, self._again = files, store.tracking_uri(files), timeout, again
+        self.uploaded = 0
 
     @cached_property
     def client(self) -> MlflowClient:
-        """Opened at its first use, which may fail."""
         return store.open_store(self.files)
 
-    def all(self) -> None:
-        """Synchronise all executions, each by itself: one that MLflow refuses holds up no other.
+    def upload_all(self) -> None:
+        """Upload all executions; if MLflow rejects one, the others are still uploaded.
 
         Raises:
-            TrackingError: If the store cannot be reached; what was written until then is remembered.
-            BusyError: If another process needed longer than `patience` for one of them; the others are done.
+            TrackingError: If the store cannot be reached; the next call continues from there.
+            BusyError: If another process uploaded an execution for longer than the timeout; the others are uploaded.
         """
-        every, busy = list(executions(self.files)), None
+        every, busy = list(all_executions(self.files)), None
         for records in every:
             try:
-                self.one(records)
+                self.upload(records)
             except BusyError as error:
                 busy = error
-        for records in every[:-KEPT]:
-            if (whole := records.whole()) and whole.ended is not None and not records.pending(self.uri):
+        for records in every[:-MAX_EXECUTIONS]:
+            if (parent := records.parent_record()) and parent.ended is not None and not records.pending(self.uri):
                 shutil.rmtree(records.folder, ignore_errors=True)
-        if busy is not None and self._patience:
+        if busy is not None and self._timeout:
             raise busy
 
-    def one(self, records: Records) -> None:
-        """Synchronise one execution, until nothing has changed meanwhile.
+    def upload(self, records: ExecutionRecords) -> None:
+        """Upload one execution, and repeat while its records change.
 
         Raises:
             TrackingError: If the store cannot be reached.
-            BusyError: If another process does it, and goes on longer than `patience`.
+            BusyError: If another process uploads the execution for longer than the timeout.
         """
-        again, new = self._again, False
-        records.end_dead()
+        again, outdated = self._again, False
+        records.mark_killed()
         while again or records.pending(self.uri):
-            new = True
-            with locked(records.folder / "sync.lock", f"the upload of execution {records.id}", self._patience):
+            outdated = True
+            with locked(records.folder / "sync.lock", f"the upload of execution {records.id}", self._timeout):
                 try:
                     _Upload(self, records, again).run()
                 except Exception as error:
                     self._check_store(error)
-                    records.add_notice(f"MLflow refused a part of execution {records.id} ({store.cause(error)})")
+                    records.add_notice(f"MLflow rejected part of execution {records.id} ({store.root_cause(error)})")
                     return
             again = False
-        self.changed += new
+        self.uploaded += outdated
 
     def _check_store(self, error: Exception) -> None:
-        """Find out after an error whether the store as a whole is out of reach.
+        """Check after an error whether the store can be reached at all.
 
         Raises:
-            TrackingError: If it is.
+            TrackingError: If it cannot.
         """
         try:
             self.client.search_experiments(max_results=1)
         except TrackingError:
             raise
-        except Exception as other:
-            raise TrackingError(
-                f"MLflow at {self.uri} cannot be reached ({store.cause(other)}); everything stays on disk"
-            ) from error
+        except Exception as cause:
+            reason = store.root_cause(cause)
+            message = f"MLflow at {self.uri} cannot be reached ({reason}); run records stay on disk"
+            raise TrackingError(message) from error
 
 
 class _Upload:
-    """One execution on its way to one store; `again` forgets what the store has."""
+    """Upload of one execution to one store."""
 
-    def __init__(self, sync: Sync, records: Records, again: bool) -> None:
+    def __init__(self, sync: Sync, records: ExecutionRecords, again: bool) -> None:
         self.sync, self.client, self.records = sync, sync.client, records
         self.state = records.synced(sync.uri)
-        if again:  # whatever the runs hold; a run that was purged stays known as gone
+        if again:  # the run ids stay, to recognise purged runs
             self.state = {name: {"run": seen["run"]} for name, seen in self.state.items() if "run" in seen}
 
     def run(self) -> None:
-        """Write what the store does not have."""
-        whole, stages = self.records.whole(), self.records.stages()
-        if whole is None:
+        """Upload all records that the store does not have in their present state."""
+        parent, stages = self.records.parent_record(), self.records.stages()
+        if parent is None:
             return
         names = [EXECUTION, *stages]
-        experiment = store.experiment(self.client, self.sync.files, whole.experiment)
+        experiment = store.experiment_id(self.client, self.sync.files, parent.experiment)
         if experiment is None:
-            self._leave(names, f"experiment {whole.experiment} was deleted in MLflow")
+            self._skip_deleted(names, f"experiment {parent.experiment} was deleted in MLflow")
             return
-        runs = {run.data.tags.get(ENTRY, ""): run for run in self._runs(experiment, "execution_id", self.records.id)}
-        known = {name: runs.get(f"{self.records.id}/{name}") for name in names}
-        gone = [name for name, run in known.items() if self._is_gone(name, run)]
-        gone = names if EXECUTION in gone else gone
-        self._leave(gone, f"a run of execution {whole.title!r} was deleted in MLflow")
-        if EXECUTION in gone:
+        existing = {
+            run.data.tags.get(ENTRY, ""): run for run in self._search(experiment, "execution_id", self.records.id)
+        }
+        runs = {name: existing.get(f"{self.records.id}/{name}") for name in names}
+        deleted = [name for name, run in runs.items() if self._is_deleted(name, run)]
+        deleted = names if EXECUTION in deleted else deleted
+        self._skip_deleted(deleted, f"a run of execution {parent.title!r} was deleted in MLflow")
+        if EXECUTION in deleted:
             return
-        parent = self._id(EXECUTION, whole, known[EXECUTION], experiment, {})
+        parent_id = self._run_id(EXECUTION, parent, runs[EXECUTION], experiment, {})
         for name, record in stages.items():
-            if name not in gone and not self._has(name, record):
-                tags = {**whole.tags, "mlflow.parentRunId": parent, "stage": record.stage}
-                if source := record.tags.get("original"):
-                    for original in self._runs(experiment, ENTRY, source):
+            if name not in deleted and not self._is_synced(name, record):
+                tags = {**parent.tags, "mlflow.parentRunId": parent_id, "stage": record.stage}
+                if entry := record.tags.get("original"):
+                    for original in self._search(experiment, ENTRY, entry):
                         tags["original_run"] = original.info.run_id
-                self._write(name, record, self._id(name, record, known[name], experiment, tags))
-        if not self._has(EXECUTION, whole):  # its status comes last, when all below it is there
-            self._write(EXECUTION, whole, parent)
+                self._write(name, record, self._run_id(name, record, runs[name], experiment, tags))
+        if not self._is_synced(EXECUTION, parent):  # last, so that a finished parent run is complete
+            self._write(EXECUTION, parent, parent_id)
 
-    def _runs(self, experiment: str, tag: str, value: str) -> list[Run]:
+    def _search(self, experiment: str, tag: str, value: str) -> list[Run]:
         return list(self.client.search_runs([experiment], f"tags.{tag} = '{value}'", ViewType.ALL, max_results=1000))
 
-    def _is_gone(self, name: str, run: Run | None) -> bool:
-        """Whether somebody has deleted a run, or purged one that was there."""
+    def _is_deleted(self, name: str, run: Run | None) -> bool:
+        """Return whether a run was deleted, or was uploaded before and then purged."""
         return "run" in self.state.get(name, {}) if run is None else bool(run.info.lifecycle_stage == "deleted")
 
-    def _has(self, name: str, record: RunRecord) -> bool:
+    def _is_synced(self, name: str, record: RunRecord) -> bool:
         return bool(self.state.get(name, {}).get("fingerprint") == record.fingerprint)
 
-    def _note(self, name: str, **found: Any) -> None:
-        self.state[name] = {**self.state.get(name, {}), **found}
-        self.records.note_synced(self.sync.uri, self.state)
+    def _save_state(self, name: str, **state: Any) -> None:
+        self.state[name] = {**self.state.get(name, {}), **state}
+        self.records.save_synced(self.sync.uri, self.state)
 
-    def _leave(self, names: list[str], reason: str) -> None:
-        """Leave alone from now on what somebody has deleted, and report it once: a parent stands for its stages."""
-        known = "gone" in self.state.get(EXECUTION, {})
+    def _skip_deleted(self, names: list[str], reason: str) -> None:
+        """Stop uploading runs that were deleted in MLflow, and report it once, for a parent run not for each stage."""
+        reported = "gone" in self.state.get(EXECUTION, {})
         new = [name for name in names if "gone" not in self.state.get(name, {})]
-        if new and not known:
-            remedy = "it is left alone (restore it there and run `smaller-student sync --again`)"
+        if new and not reported:
+            remedy = "it is not uploaded again (to undo this, restore it there and run `smaller-student sync --again`)"
             self.records.add_notice(f"{reason}; {remedy}")
         for name in new:
-            self._note(name, gone=reason)
+            self._save_state(name, gone=reason)
 
-    def _id(self, name: str, record: RunRecord, run: Run | None, experiment: str, tags: dict[str, str]) -> str:
-        """Id of a record's run, which is made where it is missing."""
+    def _run_id(self, name: str, record: RunRecord, run: Run | None, experiment: str, tags: dict[str, str]) -> str:
+        """Return the id of a record's run, creating the run if it is missing."""
         if run is None:
             entry = {ENTRY: f"{self.records.id}/{name}", "execution_id": self.records.id, "mlflow.user": _user()}
             run = self.client.create_run(experiment, _ms(record.began), {**tags, **record.tags, **entry}, record.title)
-        self._note(name, run=run.info.run_id)
+        self._save_state(name, run=run.info.run_id)
         return str(run.info.run_id)
 
     def _write(self, name: str, record: RunRecord, run: str) -> None:
-        """Write what a record holds: figures and status first, since a store of artefacts may fail by itself."""
-        for params in _chunks([Param(*pair) for pair in record.params.items()], MOST_PARAMS):
+        """Upload a record; artifacts come last, since the artifact store may fail on its own."""
+        for params in _chunks([Param(*pair) for pair in record.params.items()], MAX_PARAMS):
             self.client.log_batch(run, params=params)
         points = [
             Metric(key, value, _ms(point.time), point.step)
@@ -200,9 +200,9 @@ class _Upload:
         ]
         if record.ended is not None:
             points += [Metric(key, value, _ms(record.ended), 0) for key, value in record.figures.items()]
-        for metrics in _chunks(points, MOST_METRICS):
+        for metrics in _chunks(points, MAX_METRICS):
             self.client.log_batch(run, metrics=metrics)
-        for tags in _chunks([RunTag(*pair) for pair in record.tags.items()], MOST_TAGS):
+        for tags in _chunks([RunTag(*pair) for pair in record.tags.items()], MAX_TAGS):
             self.client.log_batch(run, tags=tags)
         if record.dataset:
             self.client.log_inputs(run, [DatasetInput(Dataset(**record.dataset), [])])
@@ -213,7 +213,7 @@ class _Upload:
         if record.folder and (self.records.files / record.folder).is_dir():
             self.client.log_artifacts(run, str(self.records.files / record.folder), record.folder)
             shutil.rmtree(self.records.files / record.folder, ignore_errors=True)
-        self._note(name, fingerprint=record.fingerprint, points=len(record.curve))
+        self._save_state(name, fingerprint=record.fingerprint, points=len(record.curve))
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -223,79 +223,78 @@ def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def _ms(seconds: float) -> int:
-    """Seconds since 1970 as MLflow counts time."""
     return int(seconds * 1000)
 
 
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (OSError, KeyError):  # a container's user need not have a name
+    except (OSError, KeyError):  # the user of a container may have no name
         return "unknown"
 
 
 def sync(files: Files, again: bool = False) -> tuple[int, list[str]]:
-    """Synchronise all executions of a checkout, waiting for other processes that do so.
+    """Upload all executions of a checkout, waiting for other processes that upload the same ones.
 
     Returns:
-        How many executions were not up to date, and what the user should read once: runs that somebody deleted,
-        executions that MLflow refused.
+        Number of executions that were not up to date, and messages for the user: runs that were deleted in MLflow, and
+        executions that MLflow rejected.
 
     Raises:
         TrackingError: If the store cannot be reached.
-        BusyError: If another process needs too long.
+        BusyError: If another process uploads an execution for longer than LOCK_TIMEOUT.
     """
-    work = Sync(files, PATIENCE, again)
-    work.all()
-    notices = [notice for records in executions(files) for notice in records.take_notices()]
-    return work.changed, list(dict.fromkeys(notices))
+    upload = Sync(files, LOCK_TIMEOUT, again)
+    upload.upload_all()
+    notices = [notice for records in all_executions(files) for notice in records.take_notices()]
+    return upload.uploaded, list(dict.fromkeys(notices))
 
 
-# --- beside a stage ---------------------------------------------------------------------------------------------------
+# --- background process of a stage ------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    """Synchronise now and then until the stage that started this process ends, which closes standard input."""
-    order = json.loads(sys.argv[1])
-    files = Files(Path(order["root"]), Path(order["state"]))
-    records = Records(Path(order["records"]))
+    """Upload every INTERVAL seconds until the stage that started this process ends, which closes standard input."""
+    arguments = json.loads(sys.argv[1])
+    files = Files(Path(arguments["root"]), Path(arguments["state"]))
+    records = ExecutionRecords(Path(arguments["records"]))
     ended = threading.Event()
     threading.Thread(target=_wait_for_end, args=(ended,), daemon=True).start()
-    if order["quiet"]:
+    if arguments["quiet"]:
         ended.wait()
     monitor: Any = None
     last = False
     while not last:
         last = ended.is_set()
-        work = Sync(files)
+        upload = Sync(files)
         try:
             with suppress(BusyError):
-                work.one(records)
+                upload.upload(records)
             if not last:
-                work.all()
+                upload.upload_all()
             records.problem.unlink(missing_ok=True)
         except Exception as error:
-            write_text(records.problem, f"{store.cause(error)}\n")
+            write_text(records.problem, f"{store.root_cause(error)}\n")
         if monitor is None and not ended.is_set():
-            monitor = _monitor(records, order["name"], work)
+            monitor = _start_monitor(records, arguments["name"], upload.uri)
         ended.wait(INTERVAL)
     if monitor is not None:
         monitor.finish()
 
 
 def _wait_for_end(ended: threading.Event) -> None:
-    sys.stdin.buffer.read(1)  # a byte, or nothing at the end of a stage that was killed
+    sys.stdin.buffer.read(1)  # returns a byte, or b"" if the stage was killed
     ended.set()
 
 
-def _monitor(records: Records, name: str, work: Sync) -> Any:
-    """MLflow's own system metrics of the stage's run, as long as it runs; MLflow's variables for them count."""
-    run = records.synced(work.uri).get(name, {}).get("run")
+def _start_monitor(records: ExecutionRecords, name: str, uri: str) -> Any:
+    """Start MLflow's system metrics for a stage's run, unless MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING is false."""
+    run = records.synced(uri).get(name, {}).get("run")
     if run is None or os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower() == "false":
         return None
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-    monitor: Any = SystemMetricsMonitor(run, tracking_uri=work.uri)  # type: ignore[no-untyped-call]
+    monitor: Any = SystemMetricsMonitor(run, tracking_uri=uri)  # type: ignore[no-untyped-call]
     monitor.start()
     return monitor
 

@@ -2,21 +2,21 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.flow.deploy import POOL, DeployError, pools
+from pipeline.flow.deploy import POOL, DeployError, work_pools
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_our_own_deployments_share_the_work_pool_that_is_made_for_them() -> None:
-    assert pools(ROOT) == [POOL]
+def test_the_deployments_of_the_repository_use_the_default_work_pool() -> None:
+    assert work_pools(ROOT) == [POOL]
 
 
-def test_pools_are_those_of_the_flow_each_once(tmp_path: Path) -> None:
+def test_work_pools_are_those_of_the_flow_without_duplicates(tmp_path: Path) -> None:
     text = (ROOT / "prefect.yaml").read_text()
     other = "  - {name: other, entrypoint: 'x.py:else', work_pool: {name: theirs}}\n"
     text = text.replace("name: smaller-student\n    job", "name: mine\n    job")
     (tmp_path / "prefect.yaml").write_text(text + other)
-    assert pools(tmp_path) == ["mine"]
+    assert work_pools(tmp_path) == ["mine"]
 
 
 @pytest.mark.parametrize(
@@ -24,16 +24,16 @@ def test_pools_are_those_of_the_flow_each_once(tmp_path: Path) -> None:
     [
         (None, "No such file"),
         ("deployments: [", "while parsing"),
-        ("", "does not describe deployments;"),
-        ("name: x", "it lacks 'deployments'"),
-        ("deployments: [{name: x}]", "it lacks 'entrypoint'"),
-        ("deployments: [{name: x, entrypoint: 'a.py:retrain'}]", "it lacks 'work_pool'"),
+        ("", "has no valid `deployments`;"),
+        ("name: x", "'deployments' is missing"),
+        ("deployments: [{name: x}]", "'entrypoint' is missing"),
+        ("deployments: [{name: x, entrypoint: 'a.py:retrain'}]", "'work_pool' is missing"),
         ("deployments: []", "has no deployment of the flow `retrain`"),
     ],
     ids=["missing", "not YAML", "empty", "of another kind", "no entrypoint", "no pool", "none"],
 )
-def test_a_prefect_yaml_that_cannot_be_used_is_named(tmp_path: Path, text: str | None, message: str) -> None:
+def test_an_invalid_prefect_yaml_is_an_error_with_its_path(tmp_path: Path, text: str | None, message: str) -> None:
     if text is not None:
         (tmp_path / "prefect.yaml").write_text(text)
     with pytest.raises(DeployError, match=f"^{tmp_path / 'prefect.yaml'} .*{message}"):
-        pools(tmp_path)
+        work_pools(tmp_path)

@@ -1,4 +1,4 @@
-"""The doctor names what is wrong, and removes only what is dead."""
+"""The doctor reports problems, and removes only stale locks and lost runs."""
 
 import json
 import shutil
@@ -18,8 +18,8 @@ from pipeline.files import Files
 from pipeline.flow import doctor
 from pipeline.flow.doctor import Check
 from pipeline.flow.dvc_rwlock import release_dead
-from pipeline.system.locks import BusyError, retraining
-from pipeline.tracking.store import LIMITS
+from pipeline.system.locks import BusyError, retrain_lock
+from pipeline.tracking.store import CLIENT_DEFAULTS
 from tests.fake_stages import Start
 
 
@@ -32,7 +32,7 @@ def rwlock(pipeline: Files) -> Path:
 
 @pytest.fixture
 def living() -> Iterator[Callable[..., int]]:
-    """Starts processes that live for the test and are called as said; returns their ids."""
+    """Starts processes that live for the test, with the given arguments; returns their ids."""
     started = []
 
     def begin(*words: str) -> int:
@@ -52,7 +52,7 @@ def dead() -> int:
 
 
 def bad(found: Iterator[Check]) -> list[Check]:
-    return [one for one in found if one.ok is False]
+    return [check for check in found if check.ok is False]
 
 
 def held(files: Files, *numbers: int) -> str:
@@ -64,23 +64,21 @@ def held(files: Files, *numbers: int) -> str:
     )
 
 
-def test_process_ids_that_another_program_got_are_named_and_their_locks_released(
+def test_locks_of_reused_process_ids_are_reported_and_released(
     pipeline: Files, rwlock: Path, living: Callable[..., int]
 ) -> None:
     others = [living(), living("sh", "-c", "dvc repro")]
     rwlock.write_text(held(pipeline, dead(), *others))
     found = bad(doctor.dvc_locks(pipeline))
-    assert [one.message for one in found] == [f"process {number} (`dvc repro`) is gone" for number in others]
-    for one in found:
-        assert one.fix is not None
-        one.fix()
+    assert [check.message for check in found] == [f"process {number} (`dvc repro`) is gone" for number in others]
+    for check in found:
+        assert check.fix is not None
+        check.fix()
     assert not rwlock.exists()
     assert not bad(doctor.dvc_locks(pipeline))
 
 
-def test_a_table_in_which_a_dvc_is_alive_is_left_alone(
-    pipeline: Files, rwlock: Path, living: Callable[..., int]
-) -> None:
+def test_a_table_with_a_running_dvc_is_not_changed(pipeline: Files, rwlock: Path, living: Callable[..., int]) -> None:
     rwlock.write_text(held(pipeline, living(), living("dvc", "repro"), dead()))
     before = rwlock.read_text()
     assert not bad(doctor.dvc_locks(pipeline))
@@ -89,24 +87,24 @@ def test_a_table_in_which_a_dvc_is_alive_is_left_alone(
 
 
 HOLDERS = {
-    "stage": "from pipeline.files import Files; from pipeline.system.locks import running_stage\n"
-    "lock = running_stage(Files.here())",
-    "retraining": "from pipeline.files import Files; from pipeline.system.locks import retraining\n"
-    "lock = retraining(Files.here())",
+    "stage": "from pipeline.files import Files; from pipeline.system.locks import stage_lock\n"
+    "lock = stage_lock(Files.here())",
+    "retraining": "from pipeline.files import Files; from pipeline.system.locks import retrain_lock\n"
+    "lock = retrain_lock(Files.here())",
     "dvc": "from dvc.lock import make_lock; lock = make_lock('.dvc/tmp/lock', tmp_dir='.dvc/tmp')",
 }
 
 
 @pytest.mark.parametrize("content", ["reused", ""])
-@pytest.mark.parametrize("who", HOLDERS)
-def test_nothing_is_taken_from_those_who_work_here_unseen(
-    pipeline: Files, rwlock: Path, start: Start, living: Callable[..., int], who: str, content: str
+@pytest.mark.parametrize("holder_kind", HOLDERS)
+def test_a_table_is_not_deleted_while_another_process_holds_a_lock(
+    pipeline: Files, rwlock: Path, start: Start, living: Callable[..., int], holder_kind: str, content: str
 ) -> None:
-    """A dvc of another container has a process id that says nothing here; its locks are the system's."""
+    """A dvc in another container has an unknown process id here, but its file locks are visible."""
     rwlock.write_text(content and held(pipeline, living()))
     before = rwlock.read_text()
     holder = start(
-        pipeline, "-c", f"import time\n{HOLDERS[who]}\nwith lock: print('held', flush=True); time.sleep(600)"
+        pipeline, "-c", f"import time\n{HOLDERS[holder_kind]}\nwith lock: print('held', flush=True); time.sleep(600)"
     )
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     (found, *_) = bad(doctor.dvc_locks(pipeline))
@@ -120,7 +118,7 @@ def test_nothing_is_taken_from_those_who_work_here_unseen(
     assert not bad(doctor.dvc_locks(pipeline))
 
 
-def test_locks_that_dvc_makes_for_shared_file_systems_are_heeded(
+def test_hardlink_locks_of_dvc_are_respected(
     pipeline: Files, rwlock: Path, start: Start, living: Callable[..., int]
 ) -> None:
     with (pipeline.root / ".dvc" / "config").open("a") as config:
@@ -136,13 +134,13 @@ def test_locks_that_dvc_makes_for_shared_file_systems_are_heeded(
         found.fix()
     holder.kill()
     holder.wait()
-    (pipeline.root / ".dvc" / "tmp" / "lock").unlink()  # it outlives its holder: DVC says who may remove it, and when
+    (pipeline.root / ".dvc" / "tmp" / "lock").unlink()  # hard links outlive their holder
     found.fix()
     assert not bad(doctor.dvc_locks(pipeline))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"write": {"a": 1}}'])
-def test_a_damaged_table_is_removed(pipeline: Files, rwlock: Path, content: str) -> None:
+def test_a_damaged_table_is_deleted(pipeline: Files, rwlock: Path, content: str) -> None:
     rwlock.write_text(content)
     (found,) = bad(doctor.dvc_locks(pipeline))
     assert found.fix is not None
@@ -151,26 +149,26 @@ def test_a_damaged_table_is_removed(pipeline: Files, rwlock: Path, content: str)
     assert not bad(doctor.dvc_locks(pipeline))
 
 
-@pytest.mark.parametrize(("content", "says"), [("", "JSON structure is corrupted"), ("reused", "is busy")])
-def test_dvc_goes_on_after_the_repair(
-    pipeline: Files, rwlock: Path, start: Start, living: Callable[..., int], content: str, says: str
+@pytest.mark.parametrize(("content", "message"), [("", "JSON structure is corrupted"), ("reused", "is busy")])
+def test_dvc_works_after_the_repair(
+    pipeline: Files, rwlock: Path, start: Start, living: Callable[..., int], content: str, message: str
 ) -> None:
     rwlock.write_text(content and held(pipeline, living()))
     first = start(pipeline, "-m", "dvc", "repro", "prepare", SMALLER_STUDENT_TRACKING="off")
     _, err = first.communicate(timeout=120)
-    assert first.returncode and says in err
+    assert first.returncode and message in err
     done = start(
         pipeline, "-m", "pipeline", "doctor", "--fix", PREFECT_HOME=str(pipeline.root / "prefect"), COLUMNS="200"
     )
     out, _ = done.communicate(timeout=120)
-    assert "done: `smaller-student doctor --fix` removes" in out, out
+    assert "done: `smaller-student doctor --fix` deletes" in out, out
     again = start(pipeline, "-m", "dvc", "repro", "prepare", SMALLER_STUDENT_TRACKING="off")
     _, err = again.communicate(timeout=120)
     assert again.returncode == 0, err
 
 
-def test_dvc_itself_drops_locks_of_processes_that_are_gone(pipeline: Files, rwlock: Path, start: Start) -> None:
-    """What `rwlock` relies on."""
+def test_dvc_itself_drops_locks_of_ended_processes(pipeline: Files, rwlock: Path, start: Start) -> None:
+    """`dvc_rwlock` relies on this."""
     rwlock.write_text(held(pipeline, dead()))
     assert not bad(doctor.dvc_locks(pipeline))
     done = start(pipeline, "-m", "dvc", "repro", "prepare", SMALLER_STUDENT_TRACKING="off")
@@ -178,7 +176,7 @@ def test_dvc_itself_drops_locks_of_processes_that_are_gone(pipeline: Files, rwlo
     assert done.returncode == 0, err
 
 
-def test_other_versions_than_the_locked_ones_are_named(pipeline: Files) -> None:
+def test_libraries_that_differ_from_the_lock_file_are_named(pipeline: Files) -> None:
     installed = {"numpy": "0.1", "psutil": psutil.__version__}
     lock = "".join(f"{name}=={version} \\\n    --hash=sha256:0\n" for name, version in installed.items())
     (pipeline.root / "requirements.lock").write_text(lock)
@@ -189,19 +187,19 @@ def test_other_versions_than_the_locked_ones_are_named(pipeline: Files) -> None:
     )
     assert not bad(doctor.libraries(pipeline))
     (pipeline.root / "requirements.lock").unlink()
-    assert [one.ok for one in doctor.libraries(pipeline)] == [None]
+    assert [check.ok for check in doctor.libraries(pipeline)] == [None]
 
 
-def test_marks_of_a_merge_and_wrong_params_are_named(pipeline: Files) -> None:
+def test_merge_markers_and_invalid_params_are_reported(pipeline: Files) -> None:
     (pipeline.root / "dvc.lock").write_text("a: 1\n<<<<<<< HEAD\nb: 2\n=======\nb: 3\n>>>>>>> other\n")
     pipeline.params.write_text("seed: x\n")
-    found = {one.name: one for one in bad(doctor.sources(pipeline))}
+    found = {check.name: check for check in bad(doctor.sources(pipeline))}
     assert found["dvc.lock"].message == "has merge markers in line 2"
     assert "params.yaml" in found
 
 
 @pytest.mark.parametrize("uri", ["mlruns", "ftp://host"])
-def test_an_address_at_which_no_mlflow_can_be_is_named_with_the_remedy(
+def test_an_invalid_tracking_uri_is_reported_with_a_remedy(
     pipeline: Files, monkeypatch: pytest.MonkeyPatch, uri: str
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -210,12 +208,12 @@ def test_an_address_at_which_no_mlflow_can_be_is_named_with_the_remedy(
     assert found.remedy.startswith("set it to http://HOST:PORT")
 
 
-def test_a_store_that_cannot_be_used_is_named(pipeline: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unusable_store_is_reported_with_a_remedy(pipeline: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    for name, value in LIMITS.items():
+    for name, value in CLIENT_DEFAULTS.items():
         monkeypatch.setenv(name, value)
     (new,) = doctor.mlflow(pipeline)
-    assert new.ok and new.message.endswith("mlflow.db is created by the first run")
+    assert new.ok and new.message.endswith("mlflow.db will be created by the first run")
     assert not pipeline.mlflow_db.exists()
 
     MlflowClient(f"sqlite:///{pipeline.mlflow_db}").search_experiments()
@@ -235,10 +233,10 @@ def test_a_store_that_cannot_be_used_is_named(pipeline: Files, monkeypatch: pyte
     assert away.ok is False and "Connection refused" in away.message and away.remedy.startswith("start or repair it")
 
 
-def test_who_retrains_is_told(pipeline: Files, start: Start) -> None:
+def test_a_running_retraining_is_reported(pipeline: Files, start: Start) -> None:
     code = (
-        "import time; from pipeline.files import Files; from pipeline.system.locks import retraining\n"
-        "with retraining(Files.here()): print('held', flush=True); time.sleep(600)"
+        "import time; from pipeline.files import Files; from pipeline.system.locks import retrain_lock\n"
+        "with retrain_lock(Files.here()): print('held', flush=True); time.sleep(600)"
     )
     holder = start(pipeline, "-c", code)
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
@@ -249,12 +247,12 @@ def test_who_retrains_is_told(pipeline: Files, start: Start) -> None:
     deadline = time.monotonic() + 10
     while list(doctor.own_locks(pipeline)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not list(doctor.own_locks(pipeline))  # the system gave it back
-    with retraining(pipeline):
+    assert not list(doctor.own_locks(pipeline))  # released by the system
+    with retrain_lock(pipeline):
         pass
 
 
-def test_a_look_that_fails_does_not_end_the_examination(pipeline: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_in_one_check_does_not_end_the_others(pipeline: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(_: Files) -> Iterator[Check]:
         raise OSError("no such thing")
         yield
@@ -262,5 +260,5 @@ def test_a_look_that_fails_does_not_end_the_examination(pipeline: Files, monkeyp
     monkeypatch.chdir(pipeline.root)
     monkeypatch.setattr(doctor, "disk", fails)
     found = list(doctor.examine(pipeline))
-    assert any(one.message == "cannot be checked: OSError: no such thing" for one in found)
-    assert any(one.name == "prefect" for one in found)
+    assert any(check.message == "cannot be checked: OSError: no such thing" for check in found)
+    assert any(check.name == "prefect" for check in found)

@@ -1,4 +1,4 @@
-"""New data come in whole, once, and in nobody's place."""
+"""New data are ingested completely, once, and without replacing files."""
 
 import os
 import threading
@@ -13,7 +13,7 @@ from pipeline.config import Params
 from pipeline.data import custom
 from pipeline.data.manifest import Item
 from pipeline.files import Files
-from pipeline.flow import refresh as room
+from pipeline.flow import refresh as refresh_module
 from pipeline.flow.refresh import RefreshError, RefusedError, check_incoming, ingest, refresh
 from pipeline.stage.params_file import load
 
@@ -43,7 +43,7 @@ def changed(files: Files, source: str, root: str = "data") -> Params:
     return params.model_copy(update={"data": params.data.model_copy(update={"source": source, "root": root})})
 
 
-def test_files_are_moved_under_their_names_and_empty_folders_go(here: Files) -> None:
+def test_files_keep_their_relative_paths_and_empty_folders_are_removed(here: Files) -> None:
     arrive(here, "car 1/c1/é.jpg", "car 2/0.jpg")
     assert refresh(here, load(here.params)) == ["car 1/c1/é.jpg", "car 2/0.jpg"]
     assert content(here.root / "data") == {"car 1/c1/é.jpg": b"new", "car 2/0.jpg": b"new"}
@@ -51,7 +51,7 @@ def test_files_are_moved_under_their_names_and_empty_folders_go(here: Files) -> 
     assert refresh(here, load(here.params)) == []
 
 
-def test_what_is_not_whole_waits_and_what_is_no_file_stays(here: Files) -> None:
+def test_partial_hidden_and_irregular_files_are_not_ingested(here: Files) -> None:
     arrive(here, "a.jpg.part", ".hidden/b.jpg", "c.jpg")
     (here.root / "incoming" / "link.jpg").symlink_to(here.params)
     (here.root / "elsewhere").mkdir()
@@ -61,12 +61,12 @@ def test_what_is_not_whole_waits_and_what_is_no_file_stays(here: Files) -> None:
     assert left == {"a.jpg.part", "b.jpg", "link.jpg", "folder"}
 
 
-def test_young_files_are_waited_for_and_those_that_grow_are_left(
+def test_refresh_waits_for_new_files_and_skips_growing_ones(
     here: Files, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An event comes right after the last file; what it does not find would lie there until next Monday."""
-    monkeypatch.setattr(room, "MIN_AGE", 1.0)
-    monkeypatch.setattr(room, "MAX_WAIT", 2.5)
+    """An event is sent right after the last file; a file missed by its run would wait until next Monday."""
+    monkeypatch.setattr(refresh_module, "MIN_AGE", 1.0)
+    monkeypatch.setattr(refresh_module, "MAX_WAIT", 2.5)
     arrive(here, "young.jpg", age=0)
     arrive(here, "future.jpg", age=-3600)  # another machine's clock
     grows, ended = here.root / "incoming" / "grows.jpg", threading.Event()
@@ -83,47 +83,47 @@ def test_young_files_are_waited_for_and_those_that_grow_are_left(
     finally:
         ended.set()
         writer.join()
-    assert f"{grows} stays where it is: still written" in caplog.text
+    assert f"{grows} is not ingested: it is incomplete" in caplog.text
     assert refresh(here, load(here.params)) == ["grows.jpg"]
 
 
-def test_nothing_is_moved_if_one_would_take_anothers_place(here: Files) -> None:
+def test_nothing_is_moved_if_a_file_with_other_content_exists(here: Files) -> None:
     arrive(here, "0.jpg", "1.jpg")
     (here.root / "data").mkdir()
     (here.root / "data" / "1.jpg").write_bytes(b"old")
     with pytest.raises(
-        RefreshError, match=r"data/1\.jpg exists with another content \(1 such files\); nothing was moved"
+        RefreshError, match=r"data/1\.jpg exists with different content \(1 such files\), so nothing was moved"
     ):
         refresh(here, load(here.params))
     assert content(here.root / "data") == {"1.jpg": b"old"}
     assert len(content(here.root / "incoming")) == 2
 
 
-def test_a_crash_between_two_files_loses_and_doubles_nothing(here: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_between_two_files_loses_and_duplicates_nothing(here: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     arrive(here, "0.jpg", "1.jpg", "2.jpg")
-    move, moved = room._move, []
+    move, moved = refresh_module._move, []
 
-    def dies(path: Path, place: Path) -> None:
+    def dies(old: Path, new: Path) -> None:
         if len(moved) == 1:
-            place.write_bytes(path.read_bytes())  # copied, not yet taken away
+            new.write_bytes(old.read_bytes())  # copied, not yet deleted
             raise KeyboardInterrupt
-        moved.append(path)
-        move(path, place)
+        moved.append(old)
+        move(old, new)
 
-    monkeypatch.setattr(room, "_move", dies)
+    monkeypatch.setattr(refresh_module, "_move", dies)
     with pytest.raises(KeyboardInterrupt):
         refresh(here, load(here.params))
-    monkeypatch.setattr(room, "_move", move)
+    monkeypatch.setattr(refresh_module, "_move", move)
     assert refresh(here, load(here.params)) == ["2.jpg"]
     assert content(here.root / "data") == dict.fromkeys(("0.jpg", "1.jpg", "2.jpg"), b"new")
     assert not content(here.root / "incoming")
 
 
-def test_another_file_system_is_copied_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_copied_to_another_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def elsewhere(*_: object) -> None:
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr(room.os, "rename", elsewhere)
+    monkeypatch.setattr(refresh_module.os, "rename", elsewhere)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"x")
     assert ingest([tmp_path / "in" / "a.jpg"], tmp_path / "in", tmp_path / "data") == ["a.jpg"]
@@ -134,11 +134,11 @@ def test_another_file_system_is_copied_to(tmp_path: Path, monkeypatch: pytest.Mo
     ("source", "why"),
     [
         ("vehicles", r"vehicles renders its own images; move them away, or set `data\.source` to folder or csv"),
-        ("market1501", r"market1501 has published lists that name its images; move them away"),
-        ("veri776", r"veri776 has published lists"),
+        ("market1501", r"market1501 has a published list of its images; move them away"),
+        ("veri776", r"veri776 has a published list"),
     ],
 )
-def test_images_for_a_set_that_cannot_grow_are_refused_before_anything_runs(
+def test_new_images_for_a_fixed_data_set_are_rejected_before_anything_runs(
     checkout: Files, monkeypatch: pytest.MonkeyPatch, source: str, why: str
 ) -> None:
     monkeypatch.chdir(checkout.root)
@@ -147,7 +147,7 @@ def test_images_for_a_set_that_cannot_grow_are_refused_before_anything_runs(
     assert refresh(checkout, params) == []
     arrive(checkout, "a.jpg")
     for call in (check_incoming, refresh):
-        with pytest.raises(RefusedError, match=rf"holds 1 files, but `data\.source` {why}"):
+        with pytest.raises(RefusedError, match=rf"holds 1 new files, but `data\.source` {why}"):
             call(checkout, params)
     check_incoming(checkout, changed(checkout, "folder"))
     check_incoming(checkout, changed(checkout, "csv"))
@@ -155,22 +155,22 @@ def test_images_for_a_set_that_cannot_grow_are_refused_before_anything_runs(
 
 
 @pytest.mark.parametrize("root", ["incoming", "incoming/things"])
-def test_data_that_lie_in_the_incoming_folder_are_not_taken_for_new_ones(here: Files, root: str) -> None:
+def test_a_data_root_inside_the_incoming_folder_is_rejected(here: Files, root: str) -> None:
     arrive(here, "things/1/a.jpg")
     params = changed(here, "folder", root=root)
     for call in (check_incoming, refresh):
-        with pytest.raises(RefusedError, match=r"`data\.root` .* is or lies in `retrain\.incoming`"):
+        with pytest.raises(RefusedError, match=r"`data\.root` .* is in `retrain\.incoming`"):
             call(here, params)
     assert set(content(here.root / "incoming")) == {"things/1/a.jpg"}
 
 
 TABLE = "path,identity,camera\r\n1.jpg,007,c1\r\n"
-"""What the data hold before, without the bytes that a rewriting would change: line ends."""
+"""Table of the data set before; rewriting it would change its line endings."""
 
 
 @pytest.fixture
 def listed(checkout: Files, monkeypatch: pytest.MonkeyPatch) -> Files:
-    """Source csv with one image, and two new ones with a table of their own that lists the first again."""
+    """Source csv with one image, and two new images with a table that lists the first one again."""
     monkeypatch.chdir(checkout.root)
     checkout.params.write_text(checkout.params.read_text().replace("source: vehicles", "source: csv"))
     (checkout.root / "data").mkdir()
@@ -194,14 +194,14 @@ def check_all_is_ingested(files: Files) -> None:
     assert not list((files.root / "incoming").iterdir())
 
 
-def test_images_of_a_table_come_with_their_rows(listed: Files) -> None:
+def test_images_are_ingested_with_their_table_rows(listed: Files) -> None:
     assert refresh(listed, load(listed.params)) == ["2.jpg", "more/a, b.jpg"]
     check_all_is_ingested(listed)
     assert refresh(listed, load(listed.params)) == []
 
 
 def interrupted(action: Callable[[], object], step: int, stop: Callable[[], object]) -> bool:
-    """Whether `action` came to the change `step` of the file system, where it is stopped before or after (odd)."""
+    """Stop `action` before (even) or after (odd) a change of the file system; return whether it got that far."""
     steps = count()
     originals = {name: getattr(os, name) for name in ("rename", "replace", "unlink")}
 
@@ -230,18 +230,18 @@ def interrupt() -> None:
 
 
 @pytest.mark.parametrize("step", range(10))
-def test_an_interruption_at_any_step_doubles_and_loses_nothing(listed: Files, step: int) -> None:
+def test_an_interruption_at_any_step_loses_and_duplicates_nothing(listed: Files, step: int) -> None:
     def act() -> None:
         refresh(listed, load(listed.params))
 
-    came_there = interrupted(act, step, interrupt)
-    assert came_there is (step < 9)  # two images, the rows, a temporary file that is gone already, the new table
+    interrupted_there = interrupted(act, step, interrupt)
+    assert interrupted_there is (step < 9)  # two images, the rows, a deleted temporary file, the new table
     refresh(listed, load(listed.params))
     check_all_is_ingested(listed)
 
 
 @pytest.mark.parametrize("step", range(9))
-def test_a_kill_at_any_step_doubles_and_loses_nothing(listed: Files, step: int) -> None:
+def test_a_kill_at_any_step_loses_and_duplicates_nothing(listed: Files, step: int) -> None:
     if not (child := os.fork()):
         interrupted(lambda: refresh(listed, load(listed.params)), step, lambda: os._exit(9))
         os._exit(1)
@@ -252,11 +252,11 @@ def test_a_kill_at_any_step_doubles_and_loses_nothing(listed: Files, step: int) 
     check_all_is_ingested(listed)
 
 
-def test_a_table_whose_images_are_still_written_waits_for_them(listed: Files, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_table_waits_for_incomplete_images(listed: Files, caplog: pytest.LogCaptureFixture) -> None:
     image = listed.root / "incoming" / "2.jpg"
     image.rename(image.with_name("2.jpg.part"))
     assert refresh(listed, load(listed.params)) == []
-    assert "2.jpg is still written" in caplog.text
+    assert "2.jpg is incomplete" in caplog.text
     assert (listed.root / "data" / "images.csv").read_bytes() == TABLE.encode()
     image.with_name("2.jpg.part").rename(image)
     os.utime(image, (1, 1))
@@ -264,7 +264,7 @@ def test_a_table_whose_images_are_still_written_waits_for_them(listed: Files, ca
     check_all_is_ingested(listed)
 
 
-def test_the_first_table_becomes_the_tables_of_the_data(listed: Files) -> None:
+def test_the_first_table_becomes_the_table_of_the_data_set(listed: Files) -> None:
     for name in ("1.jpg", "images.csv"):
         (listed.root / "data" / name).rename(listed.root / "incoming" / name)
     rows = b'1.jpg,1,train\n2.jpg,2,query\n"more/a, b.jpg",2,gallery\n'
@@ -282,13 +282,13 @@ def test_the_first_table_becomes_the_tables_of_the_data(listed: Files) -> None:
     [
         ("c1,1.jpg,8\n", r"1\.jpg is listed already, as 1\.jpg,007,c1"),
         ("c1,2.jpg,7\nc1,2.jpg,8\n", r"2\.jpg is listed already, as c1,2\.jpg,7"),
-        ("c1,2.jpg,7\nc1,3.jpg,7\n", r"there is no image for the row c1,3\.jpg,7"),
-        ("c1,../params.yaml,7\n", r"there is no image for the row c1,\.\./params\.yaml,7"),
+        ("c1,2.jpg,7\nc1,3.jpg,7\n", r"the image of row c1,3\.jpg,7 is missing"),
+        ("c1,../params.yaml,7\n", r"the image of row c1,\.\./params\.yaml,7 is missing"),
         ("c1,2.jpg\n", r"line 2: expected 3 fields"),
         ("c1,2.jpg,\n", r"line 2: path or identity is empty"),
     ],
 )
-def test_rows_that_do_not_fit_are_refused_before_anything_is_moved(listed: Files, rows: str, why: str) -> None:
+def test_contradicting_rows_are_rejected_before_anything_is_moved(listed: Files, rows: str, why: str) -> None:
     arrive(listed, "images.csv", content=b"camera,path,identity\n" + rows.encode())
     before = content(listed.root)
     with pytest.raises(RefusedError, match=why + r".*; nothing was moved"):
@@ -303,14 +303,14 @@ def test_rows_that_do_not_fit_are_refused_before_anything_is_moved(listed: Files
         (b"path,identity,camera,split\n2.jpg,7,c1,train\n", r"has the columns"),
     ],
 )
-def test_a_table_with_other_columns_is_refused(listed: Files, header: bytes, why: str) -> None:
+def test_a_table_with_other_columns_is_rejected(listed: Files, header: bytes, why: str) -> None:
     arrive(listed, "images.csv", content=header)
     with pytest.raises(RefusedError, match=why):
         refresh(listed, load(listed.params))
     assert (listed.root / "data" / "images.csv").read_bytes() == TABLE.encode()
 
 
-def test_splits_are_given_to_all_images_or_to_none(listed: Files) -> None:
+def test_a_table_needs_a_split_for_all_images_or_none(listed: Files) -> None:
     (listed.root / "data" / "images.csv").write_text("path,identity,split\n1.jpg,7,train\n")
     arrive(listed, "images.csv", content=b"path,identity,split\n2.jpg,8,\n")
     with pytest.raises(RefusedError, match="give all one, or none; nothing was moved"):
@@ -319,26 +319,29 @@ def test_splits_are_given_to_all_images_or_to_none(listed: Files) -> None:
     assert refresh(listed, load(listed.params)) == ["2.jpg"]
 
 
-def test_images_without_a_row_stay_and_are_named(listed: Files, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_without_a_row_stay_and_are_reported(listed: Files, caplog: pytest.LogCaptureFixture) -> None:
     rows = (listed.root / "incoming" / "images.csv").read_bytes()
     (listed.root / "incoming" / "images.csv").unlink()
     assert refresh(listed, load(listed.params)) == []
-    assert "2 files stay in" in caplog.text and "there is no complete table" in caplog.text
+    assert "2 files stay in" in caplog.text and "is missing or incomplete" in caplog.text
     arrive(listed, "3.jpg")
     arrive(listed, "images.csv", content=rows)
     assert refresh(listed, load(listed.params)) == ["2.jpg", "more/a, b.jpg"]
-    assert "1 files stay in" in caplog.text and "no row names them, such as 3.jpg" in caplog.text
+    assert "1 files stay in" in caplog.text and "the table does not list them, such as 3.jpg" in caplog.text
     assert set(content(listed.root / "incoming")) == {"3.jpg"}
 
 
 @pytest.mark.parametrize(
     ("command", "why"),
     [
-        ("python -c 'import sys; print(\"no network\"); sys.exit(7)'", r"`retrain\.refresh` ended with 7: no network"),
-        ("no-such-program", r"`retrain\.refresh` ended with \d+"),
+        (
+            "python -c 'import sys; print(\"no network\"); sys.exit(7)'",
+            r"`retrain\.refresh` failed with exit code 7: no network",
+        ),
+        ("no-such-program", r"`retrain\.refresh` failed with exit code \d+"),
     ],
 )
-def test_a_command_that_fails_says_how(here: Files, command: str, why: str) -> None:
+def test_the_error_of_a_failed_command_has_its_exit_code_and_last_line(here: Files, command: str, why: str) -> None:
     params = load(here.params)
     params = params.model_copy(update={"retrain": params.retrain.model_copy(update={"refresh": command})})
     arrive(here, "a.jpg")
@@ -347,15 +350,15 @@ def test_a_command_that_fails_says_how(here: Files, command: str, why: str) -> N
     assert not (here.root / "data").exists()
 
 
-def test_a_command_that_hangs_is_ended(here: Files) -> None:
+def test_a_command_is_ended_at_the_time_limit(here: Files) -> None:
     params = load(here.params)
     command = "python -c \"import time; print('fetching', flush=True); time.sleep(600)\""
     retrain = params.retrain.model_copy(update={"refresh": command, "limit_hours": 2 / 3600})
-    with pytest.raises(RefreshError, match=r"did not end within .* hours .*limit_hours"):
+    with pytest.raises(RefreshError, match=r"did not end within .* hours; raise .*limit_hours"):
         refresh(here, params.model_copy(update={"retrain": retrain}))
 
 
-def test_what_the_command_fetches_is_taken_in(here: Files, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_fetched_by_the_command_are_ingested(here: Files, caplog: pytest.LogCaptureFixture) -> None:
     script = "import os, pathlib; p = pathlib.Path('incoming/x.jpg'); p.parent.mkdir(); p.touch(); os.utime(p, (1, 1))"
     params = load(here.params)
     command = f'python -c "{script}; print(3)"'

@@ -1,4 +1,4 @@
-"""The flow as users start it, with Prefect's own temporary server."""
+"""The flow as users start it, with the temporary server of Prefect."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from pipeline.files import Files
 from pipeline.flow import dvc_cli
 from pipeline.records import RECORDS
 from pipeline.system import process
-from pipeline.system.locks import note_retraining, retraining
+from pipeline.system.locks import retrain_lock, save_retraining_start
 from tests.fake_stages import OFF, Start
 
 RETRAIN = ("-m", "pipeline", "retrain")
@@ -28,7 +28,7 @@ RETRAIN = ("-m", "pipeline", "retrain")
 
 @pytest.fixture(scope="module", autouse=True)
 def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database of Prefect's with its tables made, which takes seconds."""
+    """A database of Prefect with its tables, whose creation takes seconds."""
     global TABLES
     folder = tmp_path_factory.mktemp("prefect")
     command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "-y"]
@@ -41,7 +41,7 @@ TABLES = Path()
 
 
 def home(files: Files) -> dict[str, str]:
-    """Prefect's folder of this test, with a database that has its tables."""
+    """Environment with Prefect's folder for this test, and a database that has its tables."""
     folder = files.root / "prefect"
     if not folder.exists():
         folder.mkdir()
@@ -61,7 +61,7 @@ def recorded(files: Files) -> list[tuple[str, str, str]]:
     return [(run.data.tags["stage"], run.data.tags["cached"], run.info.status) for run in found]
 
 
-def test_retrain_runs_what_changed_then_nothing_and_records_all_if_forced(pipeline: Files, start: Start) -> None:
+def test_retrain_runs_changed_stages_then_nothing_and_tracks_all_if_forced(pipeline: Files, start: Start) -> None:
     first = start(pipeline, *RETRAIN, **home(pipeline), **OFF)
     out, err = first.communicate()
     assert first.returncode == 0, err
@@ -80,7 +80,7 @@ def test_retrain_runs_what_changed_then_nothing_and_records_all_if_forced(pipeli
     assert out.splitlines()[-1] == "NoChange: nothing changed since the last run"
     assert flow_runs(pipeline)[-1] == ("COMPLETED", "NoChange")
 
-    stale = {"pid": os.getpid(), "cmd": "dvc repro"}  # of a container that is gone, and its number another's by now
+    stale = {"pid": os.getpid(), "cmd": "dvc repro"}  # from a container that is gone; the process id was reused
     places = (pipeline.artifacts(stage) for stage in RECORDS)
     pipeline.root.joinpath(".dvc/tmp/rwlock").write_text(json.dumps({"write": {str(place): stale for place in places}}))
     third = start(pipeline, *RETRAIN, "--force", **home(pipeline))
@@ -91,32 +91,32 @@ def test_retrain_runs_what_changed_then_nothing_and_records_all_if_forced(pipeli
     assert recorded(pipeline) == [(stage, "true", "FINISHED") for stage in RECORDS]
 
 
-def test_a_stage_that_fails_fails_the_flow_and_ends_it_there(pipeline: Files, start: Start) -> None:
+def test_a_failed_stage_ends_the_flow(pipeline: Files, start: Start) -> None:
     process = start(pipeline, *RETRAIN, FAIL="teacher", **home(pipeline), **OFF)
     _, err = process.communicate()
     assert process.returncode == 1
-    assert err.count("the parity is gone; train again") == 1  # what the stage said; a gate would fail again
-    assert "\nsmaller-student: stage teacher failed (`dvc repro` ended with " in err
+    assert err.count("the parity is gone; train again") == 1  # not retried: a failed check would fail again
+    assert "\nsmaller-student: stage teacher failed (exit code " in err
     assert "Traceback" not in err
     assert not pipeline.metrics("student").exists()
     assert flow_runs(pipeline)[-1][0] == "FAILED"
 
 
-def test_new_images_that_are_refused_are_refused_once(pipeline: Files, start: Start) -> None:
+def test_rejected_images_fail_the_flow_without_a_retry(pipeline: Files, start: Start) -> None:
     (pipeline.root / "incoming").mkdir()
     (pipeline.root / "incoming" / "car.jpg").write_bytes(b"x")
     os.utime(pipeline.root / "incoming" / "car.jpg", (1, 1))
     process = start(pipeline, *RETRAIN, **home(pipeline), **OFF)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "incoming holds 1 files, but `data.source` vehicles renders its own images" in err
+    assert "incoming holds 1 new files, but `data.source` vehicles renders its own images" in err
     with sqlite3.connect(pipeline.root / "prefect" / "prefect.db") as database:
         tasks = database.execute("select name, run_count from task_run").fetchall()
     assert tasks == []
     assert (pipeline.root / "incoming" / "car.jpg").is_file()
 
 
-def test_a_stage_that_hangs_is_ended_and_not_tried_again(pipeline: Files, start: Start) -> None:
+def test_a_stage_is_ended_at_the_time_limit_and_not_retried(pipeline: Files, start: Start) -> None:
     pipeline.params.write_text(pipeline.params.read_text().replace("limit_hours: 72", "limit_hours: 0.003"))
     process = start(pipeline, *RETRAIN, NAP="600", **home(pipeline), **OFF)
     _, err = process.communicate(timeout=120)
@@ -125,7 +125,7 @@ def test_a_stage_that_hangs_is_ended_and_not_tried_again(pipeline: Files, start:
     assert err.count("naps") == 1
 
 
-def test_a_flow_that_is_told_to_stop_leaves_nothing_running(pipeline: Files, start: Start) -> None:
+def test_a_stopped_flow_leaves_no_process_running(pipeline: Files, start: Start) -> None:
     process = start(pipeline, *RETRAIN, NAP="600", **home(pipeline))
     assert process.stderr is not None
     while "naps" not in (line := process.stderr.readline()):
@@ -145,26 +145,26 @@ def test_a_flow_that_is_told_to_stop_leaves_nothing_running(pipeline: Files, sta
     assert time.monotonic() - began < 60
 
 
-def test_who_comes_second_is_told_so_before_prefect_is_imported(pipeline: Files, start: Start) -> None:
-    with retraining(pipeline):
+def test_a_second_retraining_fails_before_prefect_is_imported(pipeline: Files, start: Start) -> None:
+    with retrain_lock(pipeline):
         began = time.monotonic()
         process = start(pipeline, *RETRAIN, PREFECT_HOME=str(pipeline.root / "prefect"))
         _, err = process.communicate()
         assert time.monotonic() - began < 2
     assert process.returncode == 75
-    assert err.startswith(f"smaller-student: busy: retraining runs already (pid {os.getpid()} on ")
+    assert err.startswith(f"smaller-student: busy: a retraining is already running (pid {os.getpid()} on ")
     assert not (pipeline.root / "prefect").exists()
 
 
 def test_help_is_shown_while_a_retraining_runs(pipeline: Files, start: Start) -> None:
-    with retraining(pipeline):
+    with retrain_lock(pipeline):
         process = start(pipeline, *RETRAIN, "--help")
         out, _ = process.communicate()
     assert process.returncode == 0 and "Usage" in out
 
 
 @pytest.mark.parametrize("uri", ["mlruns", "ftp://host"])
-def test_a_tracking_address_that_cannot_work_is_refused_before_prefect_is_imported(
+def test_an_invalid_tracking_uri_is_rejected_before_prefect_is_imported(
     pipeline: Files, start: Start, uri: str
 ) -> None:
     process = start(pipeline, *RETRAIN, PREFECT_HOME=str(pipeline.root / "prefect"), MLFLOW_TRACKING_URI=uri)
@@ -174,7 +174,7 @@ def test_a_tracking_address_that_cannot_work_is_refused_before_prefect_is_import
     assert not (pipeline.root / "prefect").exists()
 
 
-def test_bad_params_are_refused_before_prefect_is_imported(pipeline: Files, start: Start) -> None:
+def test_invalid_params_are_rejected_before_prefect_is_imported(pipeline: Files, start: Start) -> None:
     pipeline.params.write_text("seed: 0\n")
     process = start(pipeline, *RETRAIN, PREFECT_HOME=str(pipeline.root / "prefect"))
     _, err = process.communicate()
@@ -183,7 +183,7 @@ def test_bad_params_are_refused_before_prefect_is_imported(pipeline: Files, star
 
 
 @pytest.mark.stack
-def test_new_files_make_it_run_and_results_go_to_their_branch(pipeline: Files, start: Start) -> None:
+def test_new_files_cause_a_run_and_results_are_committed_to_the_branch(pipeline: Files, start: Start) -> None:
     text = (
         pipeline.params.read_text().replace("source: vehicles", "source: folder").replace('branch: ""', "branch: auto")
     )
@@ -213,20 +213,18 @@ def test_new_files_make_it_run_and_results_go_to_their_branch(pipeline: Files, s
     assert log.count("Retrained: ran prepare") == 2
 
 
-def test_what_was_due_before_the_last_one_began_has_nothing_left_to_do(pipeline: Files, start: Start) -> None:
-    note_retraining(pipeline, datetime.now(UTC) + timedelta(hours=1))
+def test_a_run_due_before_the_last_retraining_is_skipped(pipeline: Files, start: Start) -> None:
+    save_retraining_start(pipeline, datetime.now(UTC) + timedelta(hours=1))
     process = start(pipeline, *RETRAIN, **home(pipeline), **OFF)
     _, err = process.communicate()
     assert process.returncode == 1
-    assert "smaller-student: was due before the last retraining began" in err
+    assert "smaller-student: the run was due before the last retraining began" in err
     assert flow_runs(pipeline) == [("CANCELLED", "Skipped")]
     assert not pipeline.metrics("prepare").exists()
 
 
 @pytest.mark.stack
-def test_results_that_cannot_be_committed_fail_the_run_and_the_next_one_commits_them(
-    pipeline: Files, start: Start
-) -> None:
+def test_a_failed_commit_fails_the_run_and_the_next_run_commits(pipeline: Files, start: Start) -> None:
     pipeline.params.write_text(pipeline.params.read_text().replace('branch: ""', "branch: main"))
     git = ["git", "-c", "user.name=a", "-c", "user.email=a"]
     for words in (["init", "-q", "-b", "main"], ["add", "params.yaml"], ["commit", "-qm", "a"]):
@@ -248,7 +246,7 @@ def test_results_that_cannot_be_committed_fail_the_run_and_the_next_one_commits_
 
 
 @pytest.mark.stack
-def test_what_failed_by_chance_is_tried_again(pipeline: Files, start: Start) -> None:
+def test_an_unexpected_failure_is_retried(pipeline: Files, start: Start) -> None:
     stage = pipeline.root / "stages" / "teacher.py"
     stage.write_text(stage.read_text().replace("exit_code = 4", "exit_code = 1"))
     process = start(pipeline, *RETRAIN, FAIL="teacher", **home(pipeline), **OFF)
@@ -258,12 +256,14 @@ def test_what_failed_by_chance_is_tried_again(pipeline: Files, start: Start) -> 
     assert flow_runs(pipeline)[-1] == ("FAILED", "Stage")
 
 
-def test_of_twenty_at_once_one_works(pipeline: Files, start: Start) -> None:
+def test_only_one_of_twenty_concurrent_retrainings_runs(pipeline: Files, start: Start) -> None:
     everyone = [start(pipeline, *RETRAIN, **home(pipeline), **OFF) for _ in range(20)]
     ended = [(*process.communicate(), process.returncode) for process in everyone]
     codes = [code for *_, code in ended]
     assert (codes.count(0), codes.count(75)) == (1, 19), ended
-    assert all(err.startswith("smaller-student: busy: retraining runs already (pid ") for _, err, code in ended if code)
+    assert all(
+        err.startswith("smaller-student: busy: a retraining is already running (pid ") for _, err, code in ended if code
+    )
     assert flow_runs(pipeline) == [("COMPLETED", "Completed")]
 
 
@@ -280,13 +280,13 @@ time.sleep(600)
 
 @pytest.fixture
 def stubborn(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """A dvc that ignores some signals; the patience for each is half a second."""
+    """Replaces dvc by a program that ignores some signals; each signal has half a second."""
     monkeypatch.setattr(process, "STOPPING", tuple((number, 0.5) for number, _ in process.STOPPING))
     return lambda ignored: monkeypatch.setattr(dvc_cli, "DVC", (sys.executable, "-c", STUBBORN, ignored))
 
 
 @pytest.mark.parametrize("ignored", ["", "SIGINT", "SIGINT,SIGTERM"])
-def test_a_dvc_that_is_left_early_ends_with_all_its_children(
+def test_dvc_and_its_children_end_when_the_block_is_left_early(
     stubborn: Callable[[str], None], ignored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -300,10 +300,10 @@ def test_a_dvc_that_is_left_early_ends_with_all_its_children(
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
-def test_a_dvc_status_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_failed_dvc_status_has_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(dvc_cli.StageError, match=r"`dvc status` failed: .*not inside of a DVC repository"):
-        dvc_cli.changes()
+        dvc_cli.changed_stages()
 
 
 def test_stages_run_with_the_python_that_runs_the_flow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

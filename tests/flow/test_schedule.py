@@ -1,4 +1,4 @@
-"""The schedule of prefect.yaml, over two years of clocks that are put forward and back."""
+"""The schedule of prefect.yaml over two years of daylight saving time."""
 
 import os
 import subprocess
@@ -19,11 +19,11 @@ WEEKLY = next(one for one in DEPLOYMENTS if one["name"] == "retrain-weekly")["sc
 BEGIN = datetime(2026, 1, 1)
 YEARS = timedelta(days=2 * 365)
 ZONES = ("Europe/Berlin", "America/New_York", "Australia/Lord_Howe")
-"""Two that change in opposite directions of the year, one of them by half an hour."""
+"""Zones of both hemispheres; Lord Howe changes by half an hour."""
 
 
 def runs(cron: str, zone: str) -> list[datetime]:
-    """When a schedule fires, in local time."""
+    """Times at which a schedule fires, in local time."""
     start = BEGIN.replace(tzinfo=ZoneInfo(zone))
 
     async def dates() -> list[datetime]:
@@ -34,8 +34,8 @@ def runs(cron: str, zone: str) -> list[datetime]:
 
 
 @pytest.mark.parametrize("zone", ZONES)
-def test_there_is_one_run_each_monday_at_four_by_the_local_clock(zone: str) -> None:
-    CronSchedule(cron=WEEKLY["cron"], timezone=zone)  # what the deployment makes of it
+def test_there_is_one_run_each_monday_at_four_local_time(zone: str) -> None:
+    CronSchedule(cron=WEEKLY["cron"], timezone=zone)  # the deployment validates it like this
     found = runs(WEEKLY["cron"], zone)
     first = BEGIN + timedelta(days=(7 - BEGIN.weekday()) % 7)
     mondays = [first + timedelta(weeks=week, hours=4) for week in range(104)]
@@ -44,15 +44,15 @@ def test_there_is_one_run_each_monday_at_four_by_the_local_clock(zone: str) -> N
 
 
 @pytest.mark.parametrize("zone", ZONES)
-def test_even_in_the_hour_that_is_missing_or_twice_there_is_one_run_a_day(zone: str) -> None:
+def test_there_is_one_run_a_day_even_when_clocks_change(zone: str) -> None:
     found = runs("15 2 * * *", zone)
     days = [date.date() for date in found]
     assert days == [(BEGIN + timedelta(days=day)).date() for day in range(len(days))]
     assert len(days) == YEARS.days
 
 
-def test_a_worker_that_loads_the_flow_gets_the_real_dvc_and_git(tmp_path: Path) -> None:
-    """Rooms of ours have the same names, and a folder that Prefect puts first would hide theirs."""
+def test_a_worker_that_loads_the_flow_imports_the_real_dvc_and_git(tmp_path: Path) -> None:
+    """A folder that Prefect adds to the import path must not hide the libraries."""
     (entrypoint,) = {one["entrypoint"] for one in DEPLOYMENTS}
     words = (
         "import sys; from prefect.flows import load_flow_from_entrypoint as load\n"

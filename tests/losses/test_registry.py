@@ -49,7 +49,7 @@ def test_a_registered_loss_can_be_selected_with_its_settings(params: Path) -> No
 @pytest.mark.parametrize(
     ("losses", "complaint"),
     [
-        ("{rank: {weight: 1.0}}", r"`student.distill.extra_losses.rank` is unknown; there are asymmetric_triplet"),
+        ("{rank: {weight: 1.0}}", r"`student.distill.extra_losses.rank` is unknown; available: asymmetric_triplet"),
         ("{asymmetric_triplet: {weight: 1.0}}", r"asymmetric_triplet.margin` is missing"),
         ("{asymmetric_triplet: {weight: 1.0, margin: 3.0}}", r"margin` must be at most 2, got 3.0 \(line \d+\)"),
         ("{asymmetric_triplet: {weight: 0.0, margin: 0.1}}", r"weight` must be greater than 0, got 0.0"),

@@ -1,4 +1,4 @@
-"""The registry: whoever promotes at the same time, and wherever one of them dies, no champion has failed the gate."""
+"""However concurrent promoters interleave, and wherever one is killed, no champion has failed the promotion rule."""
 
 import itertools
 import random
@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from pipeline.files import Files
 from pipeline.registry.lineage import BEST, CHALLENGER, CHAMPION
-from pipeline.registry.model_registry import DIGEST, Decide, Registry, RegistryError, uploaded
+from pipeline.registry.model_registry import DIGEST, Decide, Registry, RegistryError, upload_release
 from pipeline.registry.policy import Decision
 
 NAMES = (f"model{number}" for number in itertools.count())
@@ -20,7 +20,7 @@ NAMES = (f"model{number}" for number in itertools.count())
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
-    """A database of its own: making its tables takes seconds."""
+    """One database for all tests of this file, since creating its tables takes seconds."""
     uri = f"sqlite:///{tmp_path_factory.mktemp('registry') / 'mlflow.db'}"
     return MlflowClient(uri, registry_uri=uri)
 
@@ -37,7 +37,7 @@ def registry(client: MlflowClient) -> Registry:
 
 
 def release(folder: Path, quality: float) -> Path:
-    """A release that is no more than its list of files: nothing is opened here."""
+    """Write a release that consists of SHA256SUMS only."""
     folder.mkdir(exist_ok=True)
     (folder / "SHA256SUMS").write_text(f"{quality}\n")
     return folder
@@ -47,20 +47,22 @@ def quality(registry: Registry, version: str) -> float:
     return float(registry.client.get_model_version(registry.name, version).tags["quality"])
 
 
-def gate(registry: Registry, own: float) -> Decide:
-    """Passes what is not more than 1 worse than the champion and the best."""
+def promotion_rule(registry: Registry, own: float) -> Decide:
+    """Pass a quality that is not more than 1 below that of champion and best."""
 
     def decide(champion: str | None, best: str | None) -> tuple[Decision, bool]:
-        rivals = [quality(registry, of) for of in (champion, best) if of is not None]
+        rivals = [quality(registry, version) for version in (champion, best) if version is not None]
         return Decision(all(own > rival - 1 for rival in rivals), "by quality"), own > max(rivals, default=-1)
 
     return decide
 
 
 def publish(registry: Registry, run: str, folder: Path, own: float) -> tuple[str, bool]:
-    """The version, and whether it passed."""
-    version, verdict = registry.publish(release(folder, own), lambda: run, {"quality": str(own)}, gate(registry, own))
-    return version, verdict.passed
+    """Publish a release; return its version, and whether it passed."""
+    version, decision = registry.publish(
+        release(folder, own), lambda: run, {"quality": str(own)}, promotion_rule(registry, own)
+    )
+    return version, decision.passed
 
 
 def alias(registry: Registry, name: str) -> str | None:
@@ -69,14 +71,14 @@ def alias(registry: Registry, name: str) -> str | None:
 
 
 def champions(registry: Registry) -> list[str]:
-    return [one.version for one in registry.lineage().promotions]
+    return [promotion.version for promotion in registry.lineage().promotions]
 
 
 def test_a_release_is_registered_once_and_promoted_if_it_passes(registry: Registry, run: str, tmp_path: Path) -> None:
     with pytest.raises(RegistryError, match="has no `champion`; `smaller-student publish`"):
         registry.version_of(CHAMPION)
     assert publish(registry, run, tmp_path, 5) == ("1", True)
-    assert publish(registry, run, tmp_path, 5) == ("1", True)  # again: nothing more to do
+    assert publish(registry, run, tmp_path, 5) == ("1", True)  # again: nothing changes
     assert publish(registry, run, tmp_path, 3) == ("2", False)
     assert publish(registry, run, tmp_path, 3) == ("2", False)
     assert champions(registry) == ["1"]
@@ -86,14 +88,14 @@ def test_a_release_is_registered_once_and_promoted_if_it_passes(registry: Regist
     assert (tags["gate"], tags["reason"], tags["replaces"]) == ("failed", "by quality", "1")
 
 
-def test_small_losses_do_not_add_up(registry: Registry, run: str, tmp_path: Path) -> None:
+def test_small_losses_do_not_accumulate(registry: Registry, run: str, tmp_path: Path) -> None:
     passed = [publish(registry, run, tmp_path, own)[1] for own in (5, 4.5, 4.2, 3.9)]
     assert passed == [True, True, True, False]
     assert (alias(registry, BEST), registry.version_of(BEST)) == ("1", "1")
     assert alias(registry, CHAMPION) == "3"
 
 
-def test_rollback_goes_one_champion_back_each_time_and_keeps_the_withdrawn_out(
+def test_rollback_restores_the_previous_champion_and_withdrawn_versions_stay_out(
     registry: Registry, run: str, tmp_path: Path
 ) -> None:
     assert publish(registry, run, tmp_path, 5) == ("1", True)
@@ -109,21 +111,19 @@ def test_rollback_goes_one_champion_back_each_time_and_keeps_the_withdrawn_out(
     assert registry.roll_back() == ([fourth], third)
     assert registry.roll_back() == ([third], "1")
     assert (registry.version_of(CHAMPION), alias(registry, CHAMPION), alias(registry, BEST)) == ("1", "1", "1")
-    actions = [line.action for line in registry.lineage().promotions]
+    actions = [promotion.action for promotion in registry.lineage().promotions]
     assert actions == ["promote", "promote", "rollback", "promote", "promote", "rollback", "rollback"]
     assert champions(registry) == ["1", "2", "1", third, fourth, third, "1"]
-    assert registry.roll_back("2") == (["1"], "2")  # a person may think otherwise
+    assert registry.roll_back("2") == (["1"], "2")  # a user may decide otherwise
     assert registry.version_of(CHAMPION) == "2"
 
 
-def test_a_version_that_failed_passes_later_if_the_champion_was_taken_back(
-    registry: Registry, run: str, tmp_path: Path
-) -> None:
+def test_a_failed_version_may_pass_after_a_rollback(registry: Registry, run: str, tmp_path: Path) -> None:
     publish(registry, run, tmp_path, 5)
     publish(registry, run, tmp_path, 6)
     failed, passed = publish(registry, run, tmp_path, 4.5)
     assert not passed
-    with pytest.raises(RegistryError, match=f"version {failed} of .* did not pass the gate; these did: 1, 2"):
+    with pytest.raises(RegistryError, match=f"version {failed} of .* did not pass the promotion rule; these did: 1, 2"):
         registry.roll_back(failed)
     registry.roll_back()
     version, passed = publish(registry, run, tmp_path, 4.5)
@@ -131,9 +131,7 @@ def test_a_version_that_failed_passes_later_if_the_champion_was_taken_back(
     assert registry.version_of(CHAMPION) == version
 
 
-def test_what_others_register_is_neither_a_promotion_nor_a_release(
-    registry: Registry, run: str, tmp_path: Path
-) -> None:
+def test_versions_registered_by_other_tools_are_ignored(registry: Registry, run: str, tmp_path: Path) -> None:
     publish(registry, run, tmp_path, 5)
     for tags in ({}, {"gate": "passed"}, {"replaces": "1"}, {"gate": "passed", "replaces": "none"}):
         strange = registry.client.create_model_version(registry.name, tmp_path.as_uri(), run, tags).version
@@ -141,12 +139,12 @@ def test_what_others_register_is_neither_a_promotion_nor_a_release(
     better, passed = publish(registry, run, tmp_path, 6)
     assert passed
     assert champions(registry) == ["1", better]
-    with pytest.raises(RegistryError, match=f"version {strange} of .* was not made by `smaller-student publish`"):
+    with pytest.raises(RegistryError, match=f"version {strange} of .* was not created by `smaller-student publish`"):
         registry.download(str(strange), tmp_path / "fetched")
     assert not (tmp_path / "fetched").exists()
 
 
-# --- what people delete or move in MLflow -----------------------------------------------------------------------------
+# --- manual changes in MLflow -----------------------------------------------------------------------------------------
 
 
 def delete(*versions: str) -> Callable[[Registry], None]:
@@ -173,7 +171,7 @@ REMEDY = r"; name the champion \(one of {}\) by `smaller-student rollback --to V
 
 
 @pytest.mark.parametrize(
-    ("change", "told", "left"),
+    ("change", "message", "left"),
     [
         (delete("3"), "version 3, the last one that was promoted, was deleted in MLflow", "1, 2"),
         (delete("2"), "version 2, which version 3 replaced, was deleted in MLflow", "1, 3"),
@@ -185,8 +183,8 @@ REMEDY = r"; name the champion \(one of {}\) by `smaller-student rollback --to V
         (move_alias("4"), "alias `champion` was moved to version 4 in MLflow, but version 3 was promoted", "1, 2, 3"),
     ],
 )
-def test_after_a_gap_nothing_is_promoted_until_the_champion_is_named(
-    registry: Registry, run: str, tmp_path: Path, change: Callable[[Registry], None], told: str, left: str
+def test_after_a_manual_change_nothing_is_promoted_until_the_champion_is_named(
+    registry: Registry, run: str, tmp_path: Path, change: Callable[[Registry], None], message: str, left: str
 ) -> None:
     for own in (5, 6, 5.5, 4):  # the second one is the best, the fourth fails
         publish(registry, run, tmp_path, own)
@@ -198,11 +196,11 @@ def test_after_a_gap_nothing_is_promoted_until_the_champion_is_named(
         lambda: registry.version_of(BEST),
         registry.roll_back,
     ):
-        with pytest.raises(RegistryError, match=told + ".*" + REMEDY.format(left)):
+        with pytest.raises(RegistryError, match=message + ".*" + REMEDY.format(left)):
             call()
     assert list(registry.lineage().versions) == versions
     chosen = left.split(", ")[-1]
-    with pytest.raises(RegistryError, match=f"version 4 of .* did not pass the gate; these did: {left}"):
+    with pytest.raises(RegistryError, match=f"version 4 of .* did not pass the promotion rule; these did: {left}"):
         registry.roll_back("4")
     assert registry.roll_back(chosen)[1] == chosen
     assert registry.version_of(CHAMPION) == alias(registry, CHAMPION) == chosen
@@ -213,19 +211,21 @@ def test_after_a_gap_nothing_is_promoted_until_the_champion_is_named(
 
 
 @pytest.mark.parametrize("also", [delete_alias, lambda registry: None])
-def test_where_everything_was_deleted_nothing_is_promoted(
+def test_nothing_is_promoted_if_all_passed_versions_were_deleted(
     registry: Registry, run: str, tmp_path: Path, also: Callable[[Registry], None]
 ) -> None:
     publish(registry, run, tmp_path, 5)
     publish(registry, run, tmp_path, 3)
     delete("1")(registry)
     also(registry)
-    with pytest.raises(RegistryError, match="no version that passed the gate is left, so choose another `tracking"):
+    with pytest.raises(
+        RegistryError, match="no version that passed the promotion rule is left, so choose another `tracking"
+    ):
         publish(registry, run, tmp_path, 9)
     assert list(registry.lineage().versions) == ["2"]
 
 
-def test_the_champion_before_a_rollback_does_not_come_back_when_the_rollback_is_deleted(
+def test_deleting_a_rollback_does_not_restore_the_withdrawn_champion(
     registry: Registry, run: str, tmp_path: Path
 ) -> None:
     publish(registry, run, tmp_path, 5)
@@ -244,8 +244,8 @@ def test_a_champion_of_version_0_1_0_is_named_once(registry: Registry, run: str,
         client.create_model_version(registry.name, tmp_path.as_uri(), run, tags)
     client.set_registered_model_alias(registry.name, CHAMPION, "2")
     client.set_registered_model_alias(registry.name, BEST, "1")
-    told = "alias `champion` is at version 2, whose promotion is not recorded" + REMEDY.format("1, 2")
-    with pytest.raises(RegistryError, match=told):
+    message = "alias `champion` is at version 2, whose promotion is not recorded" + REMEDY.format("1, 2")
+    with pytest.raises(RegistryError, match=message):
         publish(registry, run, tmp_path, 9)
     assert registry.roll_back("2") == ([], "2")
     assert (registry.version_of(CHAMPION), registry.version_of(BEST)) == ("2", "1")
@@ -255,7 +255,7 @@ def test_a_champion_of_version_0_1_0_is_named_once(registry: Registry, run: str,
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_only_files_of_champion_and_best_are_kept(registry: Registry, run: str, tmp_path: Path) -> None:
+def test_only_downloads_of_champion_and_best_are_kept(registry: Registry, run: str, tmp_path: Path) -> None:
     models = tmp_path / "models"
     for own in (5, 4.5, 3):
         version, _ = (
@@ -271,40 +271,40 @@ def test_only_files_of_champion_and_best_are_kept(registry: Registry, run: str, 
     assert sorted((path / "model.onnx").read_text() for path in models.iterdir()) == ["4.5", "5"]
 
 
-def test_a_release_is_uploaded_once_and_only_a_finished_run_that_is_still_there_holds_it(
+def test_a_release_is_uploaded_once_unless_its_run_is_incomplete_or_deleted(
     client: MlflowClient, tmp_path: Path
 ) -> None:
     files, folder, name = Files(tmp_path, tmp_path), release(tmp_path / "release", 5), next(NAMES)
     client.create_experiment(name, (tmp_path / "artifacts").as_uri())
-    first = uploaded(client, files, folder, name)
-    assert uploaded(client, files, folder, name) == first
-    client.update_run(first, status="RUNNING")  # its upload may not be complete
-    second = uploaded(client, files, folder, name)
+    first = upload_release(client, files, folder, name)
+    assert upload_release(client, files, folder, name) == first
+    client.update_run(first, status="RUNNING")  # the upload may be incomplete
+    second = upload_release(client, files, folder, name)
     client.delete_run(second)
-    third = uploaded(client, files, folder, name)
+    third = upload_release(client, files, folder, name)
     assert len({first, second, third}) == 3
     (folder / "SHA256SUMS").write_text("another\n")
-    assert (whole := uploaded(client, files, folder, name)) != third
-    (folder / "model.onnx").write_text("of which the upload was cut off")
-    assert uploaded(client, files, folder, name) != whole
+    assert (whole := upload_release(client, files, folder, name)) != third
+    (folder / "model.onnx").write_text("not uploaded")
+    assert upload_release(client, files, folder, name) != whole
     client.delete_experiment(client.get_experiment_by_name(name).experiment_id)
     with pytest.raises(RegistryError, match=f"experiment {name} was deleted in MLflow; restore it"):
-        uploaded(client, files, folder, name)
+        upload_release(client, files, folder, name)
 
 
-# --- two at once ------------------------------------------------------------------------------------------------------
+# --- concurrent promoters ---------------------------------------------------------------------------------------------
 
 
 class Died(BaseException):
-    """A promoter was killed between two calls of MLflow."""
+    """A promoter is killed between two calls of MLflow."""
 
 
 class Turns:
-    """Lets one thread at a time make one call of MLflow, in a random order; some die before a call."""
+    """Lets one thread at a time make one call of MLflow, in random order; some threads die before a call."""
 
     def __init__(self, seed: int, promoters: int) -> None:
         self._random = random.Random(seed)
-        self._gates = [threading.Semaphore(0) for _ in range(promoters)]
+        self._semaphores = [threading.Semaphore(0) for _ in range(promoters)]
         self._back = threading.Semaphore(0)
         self._dies = {
             number: self._random.randrange(3, 30) for number in range(promoters) if self._random.random() < 0.5
@@ -313,30 +313,30 @@ class Turns:
         self.living = set(range(promoters))
 
     def take(self, number: int) -> None:
-        """Wait for the turn."""
+        """Wait for the turn of a thread."""
         self._back.release()
-        self._gates[number].acquire()
+        self._semaphores[number].acquire()
         self._calls[number] += 1
         if self._calls[number] == self._dies.get(number):
             raise Died
 
     def run(self, look: Callable[[], None]) -> None:
-        """Let them take turns until all have ended; `look` is called after each."""
-        for _ in range(len(self._gates)):
+        """Let the threads take turns until all have ended; `look` is called after each turn."""
+        for _ in range(len(self._semaphores)):
             self._back.acquire()
         while self.living:
-            self._gates[self._random.choice(sorted(self.living))].release()
+            self._semaphores[self._random.choice(sorted(self.living))].release()
             self._back.acquire()
             look()
 
     def leave(self, number: int) -> None:
-        """End."""
+        """End a thread."""
         self.living.discard(number)
         self._back.release()
 
 
-class Slow:
-    """MLflow's client, each of whose calls waits for its turn."""
+class TurnClient:
+    """Client of MLflow in which each call waits for its turn."""
 
     def __init__(self, client: MlflowClient, turns: Turns, number: int) -> None:
         self._client, self._turns, self._number = client, turns, number
@@ -358,7 +358,7 @@ def test_no_interleaving_of_two_promoters_makes_a_champion_that_failed(
     turns, errors, seen = Turns(seed, 2), [], ["1"]
 
     def promoter(number: int, own: float) -> None:
-        mine = Registry(Slow(client, turns, number), real.name)  # type: ignore[arg-type]
+        mine = Registry(TurnClient(client, turns, number), real.name)  # type: ignore[arg-type]
         try:
             publish(mine, run, tmp_path / str(own), own)
         except Died:
@@ -369,14 +369,14 @@ def test_no_interleaving_of_two_promoters_makes_a_champion_that_failed(
             turns.leave(number)
 
     def look() -> None:
-        """Whoever reads now gets a champion that passed against all that were read before, or one of those by alias."""
+        """Check that the champion passes against all earlier champions, and that the alias points to one of them."""
         now = real.version_of(CHAMPION)
         if now != seen[-1]:
             assert all(quality(real, now) > quality(real, before) - 1 for before in seen), (now, seen)
             seen.append(now)
         assert alias(real, CHAMPION) in seen
 
-    # The second passes against the first version, and fails once the other one is champion.
+    # The second passes against version 1, and fails once the first one is champion.
     threads = [threading.Thread(target=promoter, args=pair) for pair in enumerate((7.0, 4.5))]
     for thread in threads:
         thread.start()
@@ -385,13 +385,13 @@ def test_no_interleaving_of_two_promoters_makes_a_champion_that_failed(
         thread.join()
     assert not errors
     assert champions(real) == seen
-    last = publish(real, run, tmp_path / "last", 7.5)  # whoever comes next
+    last = publish(real, run, tmp_path / "last", 7.5)  # a later promoter
     assert last[1]
     assert alias(real, CHAMPION) == real.version_of(CHAMPION) == last[0]
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_version_that_was_compared_with_a_champion_taken_back_meanwhile_is_compared_again(
+def test_a_version_is_compared_again_if_the_champion_was_withdrawn_meanwhile(
     client: MlflowClient, run: str, tmp_path: Path, seed: int
 ) -> None:
     real = Registry(client, next(NAMES))
@@ -403,7 +403,7 @@ def test_a_version_that_was_compared_with_a_champion_taken_back_meanwhile_is_com
         return Decision(champion == "2", "by rival"), False
 
     def worker(number: int) -> None:
-        mine = Registry(Slow(client, turns, number), real.name)  # type: ignore[arg-type]
+        mine = Registry(TurnClient(client, turns, number), real.name)  # type: ignore[arg-type]
         try:
             if number:
                 mine.roll_back()

@@ -1,4 +1,4 @@
-"""The gate in a checkout: who may have been trained on its test identities is not compared."""
+"""The promotion rule rejects networks that may have been trained on test identities of the checkout."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,10 +17,10 @@ from pipeline.export.sample import EXPECTED, PICTURE, as_png, expected, picture
 from pipeline.export.to_onnx import to_onnx
 from pipeline.files import Files
 from pipeline.registry.lineage import CHAMPION
-from pipeline.registry.model_registry import RegistryError, uploaded
+from pipeline.registry.model_registry import RegistryError, upload_release
 from pipeline.registry.policy import Decision
 from pipeline.registry.promotion import SPLIT, TEST_SET, PromotionPolicy
-from pipeline.registry.publish import registry
+from pipeline.registry.publish import open_registry
 from pipeline.stage.presets import load_preset
 from tests import layouts
 from tests.export.tiny_network import METADATA, SIZE, tiny_net
@@ -32,14 +32,14 @@ Rule = Callable[[list[Item], Params], list[Item]]
 
 @pytest.fixture(scope="module")
 def networks() -> dict[int, bytes]:
-    """Two networks; their inputs differ, so that no time is spent on comparing latencies."""
+    """Two networks with different input sizes, so that latencies are not compared."""
     return {seed: to_onnx(tiny_net(seed), SIZES[seed], 18).SerializeToString() for seed in SIZES}
 
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.chdir(tmp_path)  # artifacts of runs lie there
+    monkeypatch.chdir(tmp_path)  # the artifact folder of runs
     return Files(tmp_path, tmp_path)
 
 
@@ -53,12 +53,12 @@ def params(source: str = "folder", seed: int = 0, share: float = 0.5) -> Params:
 
 
 def drawn(items: list[Item], settings: Params) -> list[Item]:
-    """The split of data of one's own."""
+    """Split items as for source folder."""
     return split_test(items, settings.data.custom.test, settings.seed, settings.data.protocol)
 
 
 def listed(*tested: int) -> Rule:
-    """A split that a table gives."""
+    """Return a rule that splits items as a table does."""
 
     def place(items: list[Item], settings: Params) -> list[Item]:
         test = {str(number) for number in tested}
@@ -72,7 +72,7 @@ def listed(*tested: int) -> Rule:
 
 
 def prepare(files: Files, settings: Params, identities: int, rule: Rule = drawn) -> Manifest:
-    """What stage `prepare` leaves of so many identities, seen twice each."""
+    """Write the images and the manifest of so many identities, each seen by two cameras."""
     items = []
     for identity, camera, view in layouts.views(1, identities, 2, 1):
         path = f"{identity}/{camera}/{view}.png"
@@ -85,7 +85,7 @@ def prepare(files: Files, settings: Params, identities: int, rule: Rule = drawn)
 
 
 def trained(folder: Path, networks: dict[int, bytes], seed: int, manifest: Manifest) -> Path:
-    """A release of a network that was trained on a manifest."""
+    """Write a release of a network that was trained on a manifest."""
     size = SIZES[seed]
     about = replace(METADATA, data_digest=manifest.digest, image_size=size)
     models = {"model.onnx": finish(onnx.load_from_string(networks[seed]), about)}
@@ -95,30 +95,32 @@ def trained(folder: Path, networks: dict[int, bytes], seed: int, manifest: Manif
 
 
 def publish(files: Files, settings: Params, folder: Path) -> tuple[str, Decision]:
-    with registry(files, settings) as known:
-        gate = PromotionPolicy(files, settings, known, folder)
-        return known.publish(folder, lambda: uploaded(known.client, files, folder, "e"), gate.tags, gate)
+    with open_registry(files, settings) as registry:
+        policy = PromotionPolicy(files, settings, registry, folder)
+        return registry.publish(
+            folder, lambda: upload_release(registry.client, files, folder, "e"), policy.tags, policy
+        )
 
 
 def champion(files: Files, settings: Params) -> str:
-    with registry(files, settings) as known:
-        return known.version_of(CHAMPION)
+    with open_registry(files, settings) as registry:
+        return registry.version_of(CHAMPION)
 
 
-def test_a_grown_test_set_of_the_same_split_is_compared_and_downloads_are_pruned(
+def test_a_larger_test_set_of_the_same_split_is_compared_and_downloads_are_pruned(
     files: Files, networks: dict[int, bytes]
 ) -> None:
     settings = params()
     first = publish(files, settings, trained(files.root / "one", networks, 0, prepare(files, settings, 20)))
     assert first == ("1", Decision(True, "there was none before it"))
-    version, verdict = publish(files, settings, trained(files.root / "two", networks, 1, prepare(files, settings, 26)))
-    assert verdict.passed and " against the champion (" in verdict.reason
+    version, decision = publish(files, settings, trained(files.root / "two", networks, 1, prepare(files, settings, 26)))
+    assert decision.passed and " against the champion (" in decision.reason
     assert champion(files, settings) == version == "2"
-    with registry(files, settings) as known:
-        one, two = known.tags("1"), known.tags("2")
+    with open_registry(files, settings) as registry:
+        one, two = registry.tags("1"), registry.tags("2")
         assert len(list((files.tracking / "models").iterdir())) == 1
-        known.fetched("2", files.tracking / "models")
-        known.prune(files.tracking / "models")
+        registry.cached_download("2", files.tracking / "models")
+        registry.prune(files.tracking / "models")
     assert one[SPLIT] == two[SPLIT]
     assert one[TEST_SET] != two[TEST_SET]
 
@@ -133,7 +135,7 @@ def test_a_grown_test_set_of_the_same_split_is_compared_and_downloads_are_pruned
         (params(seed=0), params(seed=1), (drawn, lambda items, _: drawn(items, params(seed=2)))),  # not yet prepared
     ],
 )
-def test_a_champion_that_may_have_been_trained_on_test_identities_is_not_compared(
+def test_a_champion_that_may_have_been_trained_on_test_identities_is_rejected(
     files: Files, networks: dict[int, bytes], before: Params, after: Params, rules: tuple[Rule, Rule]
 ) -> None:
     publish(files, before, trained(files.root / "one", networks, 0, prepare(files, before, 20, rules[0])))
@@ -141,14 +143,14 @@ def test_a_champion_that_may_have_been_trained_on_test_identities_is_not_compare
     with pytest.raises(RegistryError, match=r"version 1 may have been trained on identities of this test set.*`seed`"):
         publish(files, after, folder)
     assert champion(files, after) == "1"
-    with registry(files, after) as known:
-        assert list(known.lineage().versions) == ["1"]
-    prepare(files, before, 20, rules[0])  # back again: the same test set
+    with open_registry(files, after) as registry:
+        assert list(registry.lineage().versions) == ["1"]
+    prepare(files, before, 20, rules[0])  # the original test set again
     again = trained(files.root / "two", networks, 1, Manifest.read(files.manifest, files.root / "data"))
     assert publish(files, before, again)[1].passed
 
 
-def test_a_table_may_grow_where_it_trains(files: Files, networks: dict[int, bytes]) -> None:
+def test_a_table_may_get_new_training_identities(files: Files, networks: dict[int, bytes]) -> None:
     settings, rule = params("csv"), listed(1, 2, 3)
     publish(files, settings, trained(files.root / "one", networks, 0, prepare(files, settings, 20, rule)))
     assert publish(files, settings, trained(files.root / "two", networks, 1, prepare(files, settings, 26, rule)))[
@@ -156,33 +158,37 @@ def test_a_table_may_grow_where_it_trains(files: Files, networks: dict[int, byte
     ].passed
 
 
-def test_the_rendered_set_is_known_by_how_it_was_rendered(files: Files, networks: dict[int, bytes]) -> None:
+def test_the_split_digest_of_the_rendered_set_depends_on_seed_and_training_identities(
+    files: Files, networks: dict[int, bytes]
+) -> None:
     manifest = prepare(files, params(), 20, listed(1, 2, 3))
     folder, tags = trained(files.root / "one", networks, 0, manifest), []
     for seed, train, test in ((0, 17, 3), (0, 17, 6), (1, 17, 3), (0, 14, 3)):
         settings = params("vehicles", seed)
         sizes = settings.data.vehicles.model_copy(update={"train_identities": train, "test_identities": test})
         data = settings.data.model_copy(update={"vehicles": sizes})
-        with registry(files, params()) as known:
-            tags.append(PromotionPolicy(files, settings.model_copy(update={"data": data}), known, folder).tags[SPLIT])
+        with open_registry(files, params()) as registry:
+            tags.append(
+                PromotionPolicy(files, settings.model_copy(update={"data": data}), registry, folder).tags[SPLIT]
+            )
     assert tags[0] == tags[1]
     assert len(set(tags)) == 3
 
 
-def test_a_challenger_of_another_manifest_is_not_compared(files: Files, networks: dict[int, bytes]) -> None:
+def test_a_challenger_trained_on_another_manifest_is_rejected(files: Files, networks: dict[int, bytes]) -> None:
     folder = trained(files.root / "one", networks, 0, prepare(files, params(), 20))
     prepare(files, params(), 21)
     with pytest.raises(RegistryError, match=r"one was trained on another manifest than .*; run `dvc repro`"):
         publish(files, params(), folder)
 
 
-def test_a_version_that_records_no_split_is_compared_on_the_same_test_set_only(
+def test_a_version_without_a_split_tag_is_compared_on_the_same_test_set_only(
     files: Files, networks: dict[int, bytes]
 ) -> None:
     settings = params()
     publish(files, settings, trained(files.root / "one", networks, 0, prepare(files, settings, 20)))
-    with registry(files, settings) as known:
-        known.client.delete_model_version_tag(known.name, "1", SPLIT)  # as 0.1.0 left it
+    with open_registry(files, settings) as registry:
+        registry.client.delete_model_version_tag(registry.name, "1", SPLIT)  # as 0.1.0 left it
     folder = trained(files.root / "two", networks, 1, prepare(files, settings, 26))
     with pytest.raises(RegistryError, match="split None, here they are"):
         publish(files, settings, folder)

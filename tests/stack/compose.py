@@ -1,6 +1,6 @@
 """Read docker/compose.yaml, so that its services can be started as processes.
 
-Only what that file uses is understood; anything else is an error.
+Only the features that this file uses are supported; others are errors.
 """
 
 import re
@@ -12,23 +12,23 @@ from typing import Any
 from ruamel.yaml import YAML
 
 VARIABLE = re.compile(r"\$(?:\$|\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\})")
-USED = {"command", "depends_on", "entrypoint", "environment", "healthcheck", "profiles"}
-OF_DOCKER = {
+SUPPORTED = {"command", "depends_on", "entrypoint", "environment", "healthcheck", "profiles"}
+IGNORED = {
     "build", "hostname", "image", "init", "logging", "ports", "restart", "secrets", "shm_size", "stop_grace_period",
     "volumes", "working_dir",
 }  # fmt: skip
-"""Keys of a service that mean nothing to a process started in the checkout."""
+"""Keys of a service that do not matter for a process started in the checkout."""
 
 
 @dataclass(frozen=True)
 class Service:
-    """One program.
+    """One service as a program.
 
     Attributes:
-        command: What is started, the entry point first.
-        environment: Variables beside those that are inherited.
-        health: Command that ends with 0 once the service works; empty where there is none.
-        after: Services that must work before this one is started; they stand before it in the file.
+        command: Entry point and arguments.
+        environment: Variables in addition to inherited ones.
+        health: Command with exit code 0 once the service works; may be empty.
+        after: Services that must work before this one starts; they come earlier in the file.
     """
 
     command: tuple[str, ...]
@@ -38,26 +38,26 @@ class Service:
 
 
 def services(path: Path, variables: Mapping[str, str]) -> dict[str, Service]:
-    """Read all services that belong to no profile.
+    """Read all services without a profile.
 
     Raises:
-        ValueError: If one has a key that is not understood, or comes before one that it waits for.
+        ValueError: If a service has an unsupported key, or comes before one of its dependencies.
     """
     declared = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))["services"]
     found: dict[str, Service] = {}
     for name, keys in declared.items():
         if "profiles" in keys:
             continue
-        if unknown := set(keys) - USED - OF_DOCKER:
-            raise ValueError(f"service {name} has keys that are not understood: {', '.join(sorted(unknown))}")
+        if unknown := set(keys) - SUPPORTED - IGNORED:
+            raise ValueError(f"service {name} has unsupported keys: {', '.join(sorted(unknown))}")
         if later := set(keys.get("depends_on", {})) - set(found):
-            raise ValueError(f"service {name} stands before {', '.join(later)}, which it waits for")
+            raise ValueError(f"service {name} comes before its dependencies {', '.join(later)}")
         found[name] = _service(name, keys, variables)
     return found
 
 
-def filled(text: str, variables: Mapping[str, str]) -> str:
-    """Replace the variables in a text as Compose does."""
+def substitute(text: str, variables: Mapping[str, str]) -> str:
+    """Substitute the variables in a text as Compose does."""
 
     def value(found: re.Match[str]) -> str:
         if found[0] == "$$":
@@ -74,8 +74,8 @@ def _service(name: str, keys: Mapping[str, Any], variables: Mapping[str, str]) -
     if not isinstance(keys["command"], list) or health[0] != "CMD":
         raise ValueError(f"service {name}: commands and health checks are lists of words")
     return Service(
-        tuple(filled(str(word), variables) for word in [*keys.get("entrypoint", []), *keys["command"]]),
-        {key: filled(str(value), variables) for key, value in keys.get("environment", {}).items()},
-        tuple(filled(str(word), variables) for word in health[1:]),
+        tuple(substitute(str(word), variables) for word in [*keys.get("entrypoint", []), *keys["command"]]),
+        {key: substitute(str(value), variables) for key, value in keys.get("environment", {}).items()},
+        tuple(substitute(str(word), variables) for word in health[1:]),
         tuple(keys.get("depends_on", {})),
     )

@@ -1,4 +1,4 @@
-"""Servers on this machine, and a browser."""
+"""Fixtures: MLflow servers on this machine, and a browser."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 @pytest.fixture
 def page() -> Iterator[Page]:
-    """A page of the machine's own Chromium; Playwright's is downloaded from elsewhere."""
+    """A page of the installed Chromium; Playwright would download its own."""
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     assert found, f"none of {', '.join(BROWSERS)} is installed; the package is called chromium"
     with sync_playwright() as playwright:
@@ -39,7 +39,7 @@ def page() -> Iterator[Page]:
 
 
 Serve = Callable[[str], str]
-"""Starts MLflow's server over a store, waits until it answers, and returns its address."""
+"""Starts an MLflow server for a store, waits until it responds, and returns its address."""
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def _servers(folder: Path) -> Iterator[Serve]:
             port = free.getsockname()[1]
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
         log = (folder / "server.log").open("w")
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # of no use here, and slow to start
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # not needed, and slow to start
         server = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)],
             cwd=folder,

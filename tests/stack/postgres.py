@@ -1,4 +1,4 @@
-"""PostgreSQL from the system's own package, in a folder of a test."""
+"""PostgreSQL of the system package, with its data in a folder of a test."""
 
 import os
 import shutil
@@ -15,32 +15,28 @@ from tests.fake_stages import wait_until
 
 
 def programs() -> Path:
-    """Folder of the server's programs; Debian keeps them out of the PATH."""
-    there = [shutil.which("initdb"), *sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")))]
-    found = [Path(path).parent for path in there if path]
+    """Return the folder of the server's programs, which Debian does not put into the PATH."""
+    candidates = [shutil.which("initdb"), *sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")))]
+    found = [Path(path).parent for path in candidates if path]
     assert found, "PostgreSQL is not installed; the package is called postgresql"
     return found[-1]
 
 
 def unprivileged() -> dict[str, Any]:
-    """Arguments of `subprocess` for a program of PostgreSQL's, which refuses to run as root."""
+    """Return arguments of `subprocess` for a PostgreSQL program, which must not run as root."""
     return {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
 
 
 def initialise(data: Path, user: str, password: str, statements: Iterable[str]) -> None:
-    """Make a cluster, as PostgreSQL's image does at its first start.
+    """Create a cluster as the PostgreSQL image does at its first start, and run SQL statements.
 
-    Args:
-        data: Its folder, in one that does not exist yet.
-        user: Its superuser; connections by the socket are trusted, others need the password.
-        password: Of the user.
-        statements: SQL, run once.
+    Connections by the socket are trusted, others need the password. The parent of `data` must not exist yet.
     """
     data.parent.mkdir(parents=True, exist_ok=True)
     secret = data.parent / "password"
     secret.write_text(password, encoding="utf-8")
     if os.geteuid() == 0:
-        _let_in(data.parent)
+        _allow_entry(data.parent)
         for path in (data.parent, secret):
             shutil.chown(path, "postgres", "postgres")
     options = ["-U", user, "--auth-local=trust", "--auth-host=scram-sha-256", f"--pwfile={secret}", "--encoding=UTF8"]
@@ -52,14 +48,7 @@ def initialise(data: Path, user: str, password: str, statements: Iterable[str]) 
 
 @contextmanager
 def postgres(folder: Path) -> Iterator[str]:
-    """Run a server whose data are in a folder.
-
-    Args:
-        folder: Empty.
-
-    Yields:
-        URI of its database for SQLAlchemy.
-    """
+    """Run a server with its data in an empty folder, and yield the SQLAlchemy URI of its database."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     data = folder / "data"
@@ -71,9 +60,9 @@ def postgres(folder: Path) -> Iterator[str]:
             [str(programs() / "postgres"), "-D", str(data), "-p", port, *options],
             stdout=log, stderr=log, cwd="/", **unprivileged(),
         )  # fmt: skip
-    ask = [str(programs() / "psql"), "-h", str(folder), "-p", port, "-U", "mlflow", "-d", "runs", "-c", "select 1"]
+    query = [str(programs() / "psql"), "-h", str(folder), "-p", port, "-U", "mlflow", "-d", "runs", "-c", "select 1"]
     try:
-        wait_until(lambda: not subprocess.run(ask, capture_output=True).returncode, 60)
+        wait_until(lambda: not subprocess.run(query, capture_output=True).returncode, 60)
         yield f"postgresql+psycopg://mlflow:secret@127.0.0.1:{port}/runs"
     finally:
         server.send_signal(signal.SIGINT)
@@ -86,8 +75,8 @@ def _run(program: str, *words: str, text: str = "") -> None:
     assert not done.returncode and "ERROR:" not in done.stderr, f"{program} failed: {done.stderr.strip()[-500:]}"
 
 
-def _let_in(folder: Path) -> None:
-    """Let PostgreSQL's user go through the folders of a test, which are pytest's; no others are opened."""
+def _allow_entry(folder: Path) -> None:
+    """Let the user postgres enter the temporary folders of pytest above a folder, and no others."""
     temporary = Path(tempfile.gettempdir())
     for path in (folder, *folder.parents):
         if temporary in path.parents and path.stat().st_uid == os.geteuid():

@@ -1,4 +1,4 @@
-"""Ways in which a server fails, between a client and a real one."""
+"""A proxy that imitates failures of a server."""
 
 import contextlib
 import socket
@@ -6,22 +6,18 @@ import threading
 import time
 
 WAYS = ("down", "silent", "slow", "refuses", "flaps", "deaf")
-"""Not there; takes connections and never answers; answers late; answers with errors; comes and goes; does what it is
-asked and is gone before it answers."""
-LATE = 0.7
-"""Seconds by which a slow server answers late."""
+"""Closes connections; accepts them and never responds; responds late; responds with errors; closes every third
+connection; executes requests, but closes every other connection before the response."""
+DELAY = 0.7
+"""Delay of a slow server in seconds."""
 ERROR = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
 class Proxy:
-    """Passes connections on to a server, or does not.
-
-    Args:
-        port: Of the server, on this machine.
-    """
+    """Forwards connections to a server on a port of this machine, and fails as `way` requires."""
 
     def __init__(self, port: int) -> None:
-        self._behind = port
+        self._port = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.way = ""
@@ -29,7 +25,7 @@ class Proxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
-        """Take no more connections."""
+        """Accept no more connections."""
         self._listener.close()
 
     def _accept(self) -> None:
@@ -49,16 +45,16 @@ class Proxy:
                 client.recv(65536)
                 client.sendall(ERROR)
                 return
-            with socket.create_connection(("127.0.0.1", self._behind)) as server:
+            with socket.create_connection(("127.0.0.1", self._port)) as server:
                 threading.Thread(target=self._pass, args=(client, server), daemon=True).start()
-                self._pass(server, client, answers=True)
+                self._pass(server, client, response=True)
 
-    def _pass(self, source: socket.socket, target: socket.socket, answers: bool = False) -> None:
+    def _pass(self, source: socket.socket, target: socket.socket, response: bool = False) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
-                if answers and self.way == "slow":
-                    time.sleep(LATE)
-                if answers and self.way == "deaf" and self.connections % 2:
+                if response and self.way == "slow":
+                    time.sleep(DELAY)
+                if response and self.way == "deaf" and self.connections % 2:
                     break
                 target.sendall(data)
         for side in (source, target):

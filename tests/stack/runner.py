@@ -1,7 +1,6 @@
-"""Run what docker/compose.yaml declares as processes of this machine.
+"""Run the services of docker/compose.yaml as processes of this machine.
 
-Commands, environment and health checks are those of the file; only names of hosts and folders differ, by the variables
-that the file has for them.
+Commands, environment and health checks are those of the file; its variables set other hosts and folders.
 """
 
 import os
@@ -23,26 +22,26 @@ from tests.stack.postgres import initialise, programs, unprivileged
 ROOT = Path(__file__).parents[2]
 PORTS = ("POSTGRES_PORT", "MLFLOW_PORT", "PREFECT_PORT", "SEARCH_PORT")
 GRACE = 5.0
-"""Seconds that a service gets to end by itself; Prefect's worker sometimes waits for ever."""
+"""Seconds that a service has to end by itself; Prefect's worker sometimes never does."""
 
 
 def free_ports() -> dict[str, str]:
-    """Ports for the variables of compose.yaml."""
+    """Return free ports for the variables of compose.yaml."""
     held = [socket.create_server(("127.0.0.1", 0)) for _ in PORTS]
-    ports = {name: str(one.getsockname()[1]) for name, one in zip(PORTS, held, strict=True)}
-    for one in held:
-        one.close()
+    ports = {name: str(listener.getsockname()[1]) for name, listener in zip(PORTS, held, strict=True)}
+    for listener in held:
+        listener.close()
     return ports
 
 
 class Stack:
-    """Services as processes; a context manager.
+    """Context manager that runs all services as processes.
 
     Args:
-        root: Of the checkout.
-        folder: Where databases, artifacts, passwords and logs are kept.
-        variables: Of compose.yaml, beside those for ports, hosts and folders.
-        settings: Variables of the environment that compose.yaml does not set.
+        root: Root of the checkout.
+        folder: Folder for databases, artifacts, passwords and logs.
+        variables: Variables of compose.yaml, except those for ports, hosts and folders.
+        settings: Environment variables that compose.yaml does not set.
     """
 
     def __init__(self, root: Path, folder: Path, variables: dict[str, str], settings: dict[str, str]) -> None:
@@ -86,11 +85,11 @@ class Stack:
         self.stop()
 
     def secret(self, name: str) -> str:
-        """Content of a password's file."""
+        """Read a password from its file."""
         return (self.folder / "secrets" / name).read_text(encoding="utf-8").strip()
 
     def environment(self, name: str) -> dict[str, str]:
-        """What a service finds in its environment."""
+        """Return the environment of a service."""
         path = os.pathsep.join([str(Path(sys.executable).parent), str(programs()), os.environ.get("PATH", "")])
         own = {"PATH": path, "PREFECT_HOME": str(self.folder / "home" / name), "PYTHONUNBUFFERED": "1"}
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "PREFECT_"))}
@@ -108,16 +107,16 @@ class Stack:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                start_new_session=True,  # as in a container; Ctrl-C is for pytest alone
+                start_new_session=True,  # as in a container; Ctrl-C must only reach pytest
                 **(unprivileged() if name == "postgres" else {}),
             )
 
     def log(self, name: str) -> str:
-        """What a service wrote."""
+        """Return the output of a service."""
         return (self.folder / "logs" / f"{name}.log").read_text(encoding="utf-8", errors="replace")
 
     def healthy(self, name: str) -> bool:
-        """Whether the health check of a service passes; one without a check need only run."""
+        """Return whether the health check of a service passes; without a check it must only run."""
         if self.processes[name].poll() is not None:
             return False
         if not (check := self.services[name].health):
@@ -133,18 +132,18 @@ class Stack:
             time.sleep(0.2)
 
     def stop(self) -> None:
-        """End all services, PostgreSQL last, and kill what is left of them."""
+        """Stop all services, PostgreSQL last, and kill their remaining processes."""
         below: list[psutil.Process] = []
         for process in self.processes.values():
             with suppress(psutil.NoSuchProcess):
                 below += psutil.Process(process.pid).children(recursive=True)
         for name in reversed(self.processes):
             process = self.processes[name]
-            process.send_signal(signal.SIGINT if name == "postgres" else signal.SIGTERM)  # it waits for clients
+            process.send_signal(signal.SIGINT if name == "postgres" else signal.SIGTERM)  # SIGTERM waits for clients
             with suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
             process.kill()
             process.wait()
-        for one in below:
+        for child in below:
             with suppress(psutil.NoSuchProcess):
-                one.kill()
+                child.kill()

@@ -1,4 +1,4 @@
-"""docker/compose.yaml as the stack tests read it, and the scripts beside it."""
+"""docker/compose.yaml as the stack tests read it, and the scripts in docker/."""
 
 import os
 import re
@@ -8,39 +8,39 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from tests.stack.compose import filled, services
+from tests.stack.compose import services, substitute
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "docker" / "compose.yaml"
 DECLARED = YAML(typ="safe", pure=True).load(COMPOSE.read_text())
 
 
-def test_variables_are_those_of_compose() -> None:
-    assert filled("${A:-x}/${B}/$$HOME", {"B": "b"}) == "x/b/$HOME"
-    assert filled("${A:-x}", {"A": ""}) == "x"
-    assert filled("${A:-}", {}) == ""
+def test_variables_are_substituted_as_in_compose() -> None:
+    assert substitute("${A:-x}/${B}/$$HOME", {"B": "b"}) == "x/b/$HOME"
+    assert substitute("${A:-x}", {"A": ""}) == "x"
+    assert substitute("${A:-}", {}) == ""
     with pytest.raises(ValueError, match=r"`\$\{C\}` has no value"):
-        filled("${C}", {})
+        substitute("${C}", {})
 
 
-def test_services_come_after_those_they_wait_for_and_profiles_are_left_out() -> None:
+def test_services_follow_their_dependencies_and_profiles_are_omitted() -> None:
     assert list(services(COMPOSE, {})) == ["postgres", "mlflow", "prefect", "worker", "search"]
     assert services(COMPOSE, {})["worker"].after == ("mlflow", "prefect")
 
 
-def test_each_has_a_health_check_that_makes_a_call_or_is_the_worker() -> None:
+def test_every_service_except_the_worker_has_a_health_check() -> None:
     found = services(COMPOSE, {"SECRETS": "/s/secrets", "MLFLOW_PORT": "77"})
-    assert [name for name, one in found.items() if not one.health] == ["worker"]
+    assert [name for name, service in found.items() if not service.health] == ["worker"]
     assert found["mlflow"].health[-1] == "admin:@/s/secrets/mlflow"
     assert found["worker"].environment["MLFLOW_TRACKING_URI"] == "http://mlflow:77"
 
 
-def test_the_worker_has_time_to_save_and_keeps_its_host_name_when_it_starts_anew() -> None:
+def test_the_worker_has_time_to_save_and_a_fixed_host_name() -> None:
     worker = DECLARED["services"]["worker"]
     assert (worker["stop_grace_period"], worker["hostname"]) == ("60s", "worker")
 
 
-def test_every_secret_is_made_and_none_is_written_down(tmp_path: Path) -> None:
+def test_every_secret_is_generated_and_passed_as_a_file(tmp_path: Path) -> None:
     for _ in range(2):
         subprocess.run(["sh", str(ROOT / "docker" / "make-secrets.sh"), str(tmp_path / "secrets")], check=True)
         made = {path.name: path.read_text() for path in (tmp_path / "secrets").iterdir()}
@@ -49,22 +49,22 @@ def test_every_secret_is_made_and_none_is_written_down(tmp_path: Path) -> None:
     assert len(set(made.values())) == len(made)
     subprocess.run(["sh", str(ROOT / "docker" / "make-secrets.sh"), str(tmp_path / "secrets")], check=True)
     assert {path.name: path.read_text() for path in (tmp_path / "secrets").iterdir()} == made
-    for name, said in DECLARED["services"].items():
-        for key, value in said.get("environment", {}).items():
+    for name, service in DECLARED["services"].items():
+        for key, value in service.get("environment", {}).items():
             if re.search("PASSWORD|SECRET|AUTH_STRING", key):
                 assert key.endswith("_FILE") and value.startswith("${SECRETS:-/run/secrets}/"), f"{name}: {key}"
-                assert value.rpartition("/")[2] in said["secrets"], f"{name}: {key}"
+                assert value.rpartition("/")[2] in service["secrets"], f"{name}: {key}"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files for others")
-def test_secrets_made_by_root_belong_to_who_owns_the_checkout(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root creates files for other users")
+def test_secrets_created_by_root_belong_to_the_owner_of_the_checkout(tmp_path: Path) -> None:
     os.chown(tmp_path, 12345, 12346)
     subprocess.run(["sh", str(ROOT / "docker" / "make-secrets.sh"), str(tmp_path / "secrets")], check=True)
     found = [tmp_path / "secrets", *(tmp_path / "secrets").iterdir()]
     assert {(path.stat().st_uid, path.stat().st_gid) for path in found} == {(12345, 12346)}
 
 
-def test_a_program_gets_the_content_of_the_files_that_are_secrets(tmp_path: Path) -> None:
+def test_a_program_gets_the_content_of_secret_files_in_its_environment(tmp_path: Path) -> None:
     (tmp_path / "secrets").mkdir()
     (tmp_path / "secrets" / "one").write_text("it's $HOME\n")
     (tmp_path / "other").write_text("no")
@@ -83,9 +83,9 @@ def test_a_program_gets_the_content_of_the_files_that_are_secrets(tmp_path: Path
 
 
 def test_ports_listen_on_this_machine_and_images_are_pinned() -> None:
-    for said in DECLARED["services"].values():
-        assert all(str(port).startswith("127.0.0.1:") for port in said.get("ports", []))
-        image = said.get("image", "")
+    for service in DECLARED["services"].values():
+        assert all(str(port).startswith("127.0.0.1:") for port in service.get("ports", []))
+        image = service.get("image", "")
         assert image.startswith("smaller-student:") or re.search(r":[\w.-]*\d+\.\d+", image)
     base = re.search(r"ARG PYTHON=(\S+)", (ROOT / "docker" / "Dockerfile").read_text())
     assert base is not None and re.match(r"\d+\.\d+\.\d+-", base[1])
@@ -94,29 +94,29 @@ def test_ports_listen_on_this_machine_and_images_are_pinned() -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"deploy": {}}, "keys that are not understood: deploy"),
+        ({"deploy": {}}, "unsupported keys: deploy"),
         ({"command": "a string"}, "lists of words"),
         ({"healthcheck": {"test": ["CMD-SHELL", "x"]}}, "lists of words"),
-        ({"depends_on": {"b": {}}}, "stands before b, which it waits for"),
+        ({"depends_on": {"b": {}}}, "comes before its dependencies b"),
     ],
 )
-def test_what_is_not_understood_is_an_error(tmp_path: Path, change: dict[str, object], why: str) -> None:
+def test_unsupported_compose_features_are_errors(tmp_path: Path, change: dict[str, object], why: str) -> None:
     with (tmp_path / "compose.yaml").open("w") as file:
         YAML().dump({"services": {"a": {"command": ["true"], **change}}}, file)
     with pytest.raises(ValueError, match=why):
         services(tmp_path / "compose.yaml", {})
 
 
-def test_an_index_of_its_own_for_torch_takes_the_rest_from_the_lock_file(tmp_path: Path) -> None:
+def test_torch_from_another_index_leaves_the_rest_to_the_lock_file(tmp_path: Path) -> None:
     lock = (ROOT / "requirements.lock").read_text()
-    for word, apart in (("", 0), ("torch", 2)):
+    for word, separate in (("", 0), ("torch", 2)):
         (tmp_path / "requirements.lock").write_text(lock)
         subprocess.run(
             ["python3", str(ROOT / "docker" / "split-lock.py"), str(tmp_path / "requirements.lock"), word], check=True
         )
         locked, torch = ((tmp_path / name).read_text() for name in ("locked.txt", "torch.txt"))
         names = re.findall(r"^([\w.-]+)==", locked, re.MULTILINE)
-        assert len(re.findall(r"^torch(vision)?==[\d.]+$", torch, re.MULTILINE)) == apart
+        assert len(re.findall(r"^torch(vision)?==[\d.]+$", torch, re.MULTILINE)) == separate
         assert ("torch" in names, "nvidia-cublas" in names) == (not word, not word)
         assert {"numpy", "mlflow", "prefect", "onnxruntime"} <= set(names)
         assert locked.count("--hash=") > 1000

@@ -1,4 +1,4 @@
-"""Three executions in a real server over each kind of database: whatever DVC ran, each stands there as a whole."""
+"""Three executions in a real server with each kind of database are complete, whichever stages DVC ran."""
 
 import signal
 from collections import Counter
@@ -35,13 +35,13 @@ def run(start: Start, files: Files, *words: str, server: str) -> None:
     assert done.returncode == 0, out + err
 
 
-def test_executions_are_complete_whatever_dvc_ran(pipeline: Files, start: Start, server: str) -> None:
+def test_executions_are_complete_whichever_stages_dvc_ran(pipeline: Files, start: Start, server: str) -> None:
     run(start, pipeline, "dvc", "repro", server=server)
     student = pipeline.root / "stages" / "student.py"
     student.write_text(student.read_text() + "\n# changed\n")
     run(start, pipeline, "dvc", "repro", server=server)
     run(start, pipeline, "pipeline", "retrain", "--force", server=server)
-    run(start, pipeline, "pipeline", "sync", server=server)  # a slow server may not know all of it yet
+    run(start, pipeline, "pipeline", "sync", server=server)  # uploads to a slow server may be incomplete
 
     client = MlflowClient(server)
     experiment = client.get_experiment_by_name("smaller-student")
@@ -56,9 +56,9 @@ def test_executions_are_complete_whatever_dvc_ran(pipeline: Files, start: Start,
         assert parent.data.metrics["eval/mAP"] == 0.59
         assert parent.data.metrics["teacher/mAP"] == 0.61
         cached.append([child.data.tags["cached"] for child in children])
-        assert all(_original_is_known(child, runs) for child in children)
+        assert all(_links_to_original(child, runs) for child in children)
     ran, old = "false", "true"
-    # Fake stages write the same whatever changed, so DVC finds the later ones unchanged.
+    # Fake stages always write the same files, so DVC takes later stages from its cache.
     assert cached[0] == [ran] * 6
     assert cached[1][:3] == [old, old, ran]
     assert cached[2] == [old] * 6
@@ -67,7 +67,7 @@ def test_executions_are_complete_whatever_dvc_ran(pipeline: Files, start: Start,
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_ends_as_killed_when_its_stage_is(
+def test_the_run_of_a_killed_stage_is_killed(
     pipeline: Files, start: Start, serve: Serve, tmp_path: Path, number: signal.Signals
 ) -> None:
     client = MlflowClient(serve(f"sqlite:///{tmp_path / 'mlflow.db'}"))
@@ -118,13 +118,13 @@ def test_executions_are_compared_by_their_ids(pipeline: Files, start: Start, ser
     assert (code, newest.info.run_id[:8] in out, oldest.info.run_id[:8] in out) == (0, True, False)
     code, _, err = compared("zz")
     assert code == 3
-    assert err == "smaller-student: MLflow knows no execution `zz`; `smaller-student compare --last 20` lists them\n"
+    assert err == "smaller-student: MLflow has no execution `zz`; `smaller-student compare --last 20` lists them\n"
     code, _, err = compared("")
-    assert (code, "`` is of several executions" in err) == (3, True)
+    assert (code, "`` matches several executions" in err) == (3, True)
 
 
-def _original_is_known(child: Run, runs: list[Run]) -> bool:
-    """Whether a stage that did not run names the run that did."""
+def _links_to_original(child: Run, runs: list[Run]) -> bool:
+    """Return whether the run of a cached stage links to the run that computed it."""
     if child.data.tags["cached"] == "false":
         return True
     (original,) = [run for run in runs if run.info.run_id == child.data.tags["original_run"]]

@@ -1,4 +1,4 @@
-"""`make stack`: the processes of Procfile, started and ended as a user does."""
+"""`make stack`: the processes of Procfile, started and stopped as by a user."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.stack
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """`make stack` in a checkout, in a session of its own as in a terminal."""
+    """`make stack` in a checkout, in its own session as in a terminal."""
     root = checkout(tmp_path / "checkout")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "PREFECT_"))}
     with (tmp_path / "log").open("wb") as log:
@@ -29,13 +29,13 @@ def make(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
             cwd=root, env={**kept, **free_ports()}, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     yield process
-    for one in of(root):
-        one.kill()
+    for child in processes_in(root):
+        child.kill()
     process.wait()
 
 
-def of(root: Path) -> list[psutil.Process]:
-    """Processes that work in a folder."""
+def processes_in(root: Path) -> list[psutil.Process]:
+    """Return the processes whose working directory is below a folder."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
@@ -44,24 +44,24 @@ def of(root: Path) -> list[psutil.Process]:
     return found
 
 
-def test_all_of_it_works_on_this_machine_only_and_ends_with_ctrl_c(
+def test_the_stack_listens_on_this_machine_only_and_ends_with_ctrl_c(
     make: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
     root, log = tmp_path / "checkout", tmp_path / "log"
     wait_until(lambda: make.poll() is not None or b"' started!" in log.read_bytes(), 180)
     assert make.poll() is None, log.read_text()
-    (worker,) = [one for one in of(root) if "worker" in one.cmdline()[:3]]
+    (worker,) = [process for process in processes_in(root) if "worker" in process.cmdline()[:3]]
     environment = {name: value for name, value in worker.environ().items() if name.startswith(("MLFLOW_", "PREFECT_"))}
 
     doctor = [sys.executable, "-m", "pipeline", "doctor"]
     done = subprocess.run(
         doctor, cwd=root, env={**os.environ, **environment, "COLUMNS": "200"}, capture_output=True, text=True
     )
-    said = {line.split()[1]: line.split()[0] for line in done.stdout.splitlines()}
-    assert [said[name] for name in ("mlflow", "prefect", "worker")] == ["ok", "ok", "ok"], done.stdout
+    marks = {line.split()[1]: line.split()[0] for line in done.stdout.splitlines()}
+    assert [marks[name] for name in ("mlflow", "prefect", "worker")] == ["ok", "ok", "ok"], done.stdout
     listening = {
         connection.laddr.ip
-        for process in of(root)
+        for process in processes_in(root)
         for connection in process.net_connections("inet")
         if connection.status == psutil.CONN_LISTEN
     }
@@ -70,4 +70,4 @@ def test_all_of_it_works_on_this_machine_only_and_ends_with_ctrl_c(
 
     os.killpg(make.pid, signal.SIGINT)
     make.wait(30)
-    wait_until(lambda: not of(root), 30)
+    wait_until(lambda: not processes_in(root), 30)

@@ -1,5 +1,4 @@
-"""A server that fails costs the run nothing but a wait, and is told everything once it is back: no point is lost, none
-is there twice."""
+"""Failures of the tracking server only delay a run, and after `sync` no point of a metric is missing or duplicated."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,7 +9,7 @@ from mlflow import MlflowClient
 
 from pipeline.files import Files
 from pipeline.records import RECORDS
-from pipeline.tracking.run_record import executions
+from pipeline.tracking.run_record import all_executions
 from tests.fake_stages import Start
 from tests.stack.proxy import WAYS, Proxy
 
@@ -31,18 +30,18 @@ def proxy(server: str) -> Iterator[Proxy]:
 
 
 def points(client: MlflowClient, experiment: str) -> Counter[tuple[str, str, int, float]]:
-    """Every point of every metric of every run."""
+    """Count every point of every metric of every run in MLflow."""
     found: Counter[tuple[str, str, int, float]] = Counter()
     for run in client.search_runs(experiment):
-        for key in (key for key in run.data.metrics if not key.startswith("system/")):  # MLflow's own
+        for key in (key for key in run.data.metrics if not key.startswith("system/")):  # added by MLflow
             for point in client.get_metric_history(run.info.run_id, key):
                 found[run.data.tags.get("stage", ""), key, point.step, point.value] += 1
     return found
 
 
 def written(files: Files) -> Counter[tuple[str, str, int, float]]:
-    """The same by the records."""
-    (records,) = executions(files)
+    """Count the same points in the run records."""
+    (records,) = all_executions(files)
     found: Counter[tuple[str, str, int, float]] = Counter()
     for record in (records.execution(), *records.stages().values()):
         assert record is not None
@@ -53,7 +52,7 @@ def written(files: Files) -> Counter[tuple[str, str, int, float]]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_nothing_is_lost_or_doubled(
+def test_nothing_is_lost_or_duplicated(
     pipeline: Files,
     start: Start,
     server: str,

@@ -1,4 +1,4 @@
-"""The page for searching, in a real browser against the real command."""
+"""The search page in a real browser, served by the real command."""
 
 import socket
 import subprocess
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.stack
 
 @pytest.fixture
 def address(release: Path, gallery: Path, tmp_path: Path) -> Iterator[str]:
-    """Where `smaller-student serve` answers, with a column for each model."""
+    """Address of `smaller-student serve` with two indexes."""
     words = []
     for name in ("teacher", "model"):
         build(release / f"{name}.onnx", gallery).save(tmp_path / name, release / f"{name}.onnx")
@@ -40,10 +40,10 @@ def address(release: Path, gallery: Path, tmp_path: Path) -> Iterator[str]:
     server.wait(10)
 
 
-def test_a_dropped_picture_is_found_in_both_columns(page: Page, address: str, tmp_path: Path) -> None:
-    said: list[str] = []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
+def test_a_dropped_image_is_found_in_both_columns(page: Page, address: str, tmp_path: Path) -> None:
+    messages: list[str] = []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
     page.goto(address)
     expect(page.locator("#status")).to_contain_text("teacher.onnx: 40 images")
     picture(11).save(tmp_path / "query.png")
@@ -58,11 +58,11 @@ def test_a_dropped_picture_is_found_in_both_columns(page: Page, address: str, tm
     expect(page.locator("h2").nth(1)).to_contain_text("times as fast as teacher.onnx")
     page.wait_for_function("[...document.querySelectorAll('li img')].slice(0, 3).every(i => i.naturalWidth > 0)")
 
-    other = page.locator("section").nth(1).locator("li").nth(2)  # what was found can be asked for
+    other = page.locator("section").nth(1).locator("li").nth(2)  # a hit can be the next query
     name = other.locator(".name").text_content() or ""
     other.locator("button").click()
     expect(page.locator("section").nth(1).locator("li").first.locator(".name")).to_have_text(name)
-    assert said == []
+    assert messages == []
 
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     page.set_input_files("#file", tmp_path / "broken.jpg")

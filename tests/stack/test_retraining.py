@@ -1,4 +1,4 @@
-"""The stack of docker/compose.yaml as processes: schedules, events, new data, the gate, cancelling, a backlog."""
+"""The stack of docker/compose.yaml as processes: schedules, events, new data, promotion, cancelling, late runs."""
 
 import os
 import re
@@ -27,7 +27,7 @@ from ruamel.yaml import YAML
 from pipeline.files import Files
 from pipeline.flow import doctor
 from pipeline.flow.doctor import Check
-from pipeline.system.locks import retraining
+from pipeline.system.locks import retrain_lock
 from tests import layouts
 from tests.fake_stages import wait_until
 from tests.stack.runner import Stack
@@ -35,7 +35,7 @@ from tests.test_end_to_end import checkout
 
 pytestmark = pytest.mark.stack
 WEEKLY, ON_DATA = "retrain/retrain-weekly", "retrain/retrain-on-data"
-STARTING = ("MLFLOW_", "PREFECT_")
+PREFIXES = ("MLFLOW_", "PREFECT_")
 
 
 def set_params(root: Path, **changes: dict[str, object]) -> None:
@@ -48,18 +48,18 @@ def set_params(root: Path, **changes: dict[str, object]) -> None:
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """A checkout with pictures of thirty things, the smoke preset, and everything that runs beside it."""
+    """A checkout with images of 30 identities and the smoke preset, and all services of the stack."""
     root = checkout(tmp_path_factory.mktemp("checkout"))
     layouts.folder(root / "data" / "things", 20, 10)
     set_params(root, data={"source": "folder", "root": "data/things"}, retrain={"branch": "retrained"})
     variables = {"WORKER_QUERY_SECONDS": "2", "GALLERY": "data/things"}
     kept = pytest.MonkeyPatch()
-    for name in [name for name in os.environ if name.startswith(STARTING)]:
+    for name in [name for name in os.environ if name.startswith(PREFIXES)]:
         kept.delenv(name)
     settings = {"PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5"}
     with Stack(root, root / ".stack", variables, settings) as running:
         for name, value in running.environment("worker").items():
-            if name.startswith(STARTING) and not name.endswith("_FILE"):
+            if name.startswith(PREFIXES) and not name.endswith("_FILE"):
                 kept.setenv(name, value)
         kept.setenv("MLFLOW_TRACKING_PASSWORD", running.secret("mlflow"))
         kept.setenv("PREFECT_API_AUTH_STRING", running.secret("prefect"))
@@ -69,12 +69,12 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 @pytest.fixture(scope="module")
 def server(stack: Stack) -> Iterator[SyncPrefectClient]:
-    """A client of Prefect's, once the worker has told it of the deployments."""
-    there = {  # Prefect has read its settings when it was imported
+    """A client of Prefect, after the worker has created the deployments."""
+    settings = {  # Prefect read its settings when it was imported
         PREFECT_API_URL: os.environ["PREFECT_API_URL"],
         PREFECT_API_AUTH_STRING: os.environ["PREFECT_API_AUTH_STRING"],
     }
-    with temporary_settings(there), get_client(sync_client=True) as client:
+    with temporary_settings(settings), get_client(sync_client=True) as client:
         wait_until(lambda: len(client.read_deployments()) == 2, 120)
         wait_until(lambda: bool(client.read_workers_for_work_pool("smaller-student")), 60)
         yield client
@@ -105,7 +105,7 @@ def champion(stack: Stack) -> str:
     return str(client.get_model_version_by_alias("smaller-student", "champion").version)
 
 
-def test_who_has_no_password_is_let_in_nowhere_and_passwords_are_in_no_command(stack: Stack) -> None:
+def test_servers_need_a_password_and_no_command_line_has_one(stack: Stack) -> None:
     mlflow, prefect = stack.variables["MLFLOW_PORT"], stack.variables["PREFECT_PORT"]
     calls = (f"{mlflow}/api/2.0/mlflow/experiments/search", f"{prefect}/api/flows/count")
     for call in calls:
@@ -117,11 +117,11 @@ def test_who_has_no_password_is_let_in_nowhere_and_passwords_are_in_no_command(s
     assert not [line for line in commands if any(secret in line for secret in secrets)]
 
 
-def test_a_scheduled_run_trains_passes_the_gate_and_its_model_can_be_fetched_and_run(
+def test_a_scheduled_run_is_promoted_and_its_model_can_be_downloaded_and_run(
     stack: Stack, server: SyncPrefectClient, tmp_path: Path
 ) -> None:
     deployment = server.read_deployment_by_name(WEEKLY).id
-    soon = datetime.now(UTC) + timedelta(seconds=15)  # the scheduler looks every 5 s
+    soon = datetime.now(UTC) + timedelta(seconds=15)  # the scheduler runs every 5 s
     server.create_deployment_schedules(
         deployment, [(IntervalSchedule(interval=timedelta(days=1), anchor_date=soon), True)]
     )
@@ -139,28 +139,28 @@ def test_a_scheduled_run_trains_passes_the_gate_and_its_model_can_be_fetched_and
     )
     assert fetched.returncode == 0, fetched.stderr
     checked = command(stack, "pipeline", "verify", str(tmp_path))
-    assert checked.returncode == 0 and "model.onnx: SHA-256 as written" in checked.stdout
+    assert checked.returncode == 0 and "model.onnx: SHA-256 matches" in checked.stdout
     results = subprocess.run(
         ["git", "show", "--stat", "retrained"], cwd=stack.root, capture_output=True, text=True, check=True
     )
     assert "dvc.lock" in results.stdout
 
 
-def test_with_nothing_new_nothing_is_done(stack: Stack, server: SyncPrefectClient) -> None:
+def test_a_run_without_changes_ends_as_no_change(stack: Stack, server: SyncPrefectClient) -> None:
     run = ended(server, start(server))
     assert run.state_name == "NoChange"
     assert champion(stack) == "1"
 
 
-def test_new_images_and_an_event_retrain(stack: Stack, server: SyncPrefectClient) -> None:
+def test_an_event_retrains_with_new_images(stack: Stack, server: SyncPrefectClient) -> None:
     for identity, camera, view in layouts.views(31, 8, 3, 2):
         path = stack.root / "incoming" / f"thing {identity}" / f"cam{camera}" / f"{view}.png"
         layouts.picture(path, identity, camera, view)
         os.utime(path, (time.time() - 60,) * 2)
-    told = command(
+    done = command(
         stack, "prefect", "event", "emit", "smaller-student.data.added", "--resource-id", "smaller-student.data"
     )
-    assert told.returncode == 0, told.stderr
+    assert done.returncode == 0, done.stderr
     deployment = server.read_deployment_by_name(ON_DATA).id
 
     def made() -> list[FlowRun]:
@@ -168,18 +168,18 @@ def test_new_images_and_an_event_retrain(stack: Stack, server: SyncPrefectClient
 
     wait_until(lambda: bool(made()), 60)
     run = ended(server, made()[0])
-    assert run.state_name in ("Promoted", "Rejected")  # two epochs, eight more things: who knows
+    assert run.state_name in ("Promoted", "Rejected")  # two epochs and eight more identities: either may happen
     assert len(list((stack.root / "data" / "things").iterdir())) == 38
     assert not list((stack.root / "incoming").iterdir())
     assert str(MlflowClient().get_model_version_by_alias("smaller-student", "challenger").version) == "2"
 
 
-def test_the_search_page_shows_what_the_champion_finds(stack: Stack) -> None:
+def test_the_search_page_serves_the_champion(stack: Stack) -> None:
     wait_until(lambda: stack.healthy("search"), 90)
 
 
 def training(stack: Stack, stage: str) -> list[psutil.Process]:
-    """Processes of a stage in the checkout; other checkouts of this machine may be at work, too."""
+    """Return the processes of a stage in this checkout; other checkouts may have some too."""
     return [
         process
         for process in psutil.process_iter(["cmdline", "cwd"])
@@ -187,8 +187,8 @@ def training(stack: Stack, stage: str) -> list[psutil.Process]:
     ]
 
 
-def in_the_middle(stack: Stack, server: SyncPrefectClient) -> FlowRun:
-    """A run whose student has trained for some epochs."""
+def start_and_wait_for_student(stack: Stack, server: SyncPrefectClient) -> FlowRun:
+    """Start a run, and wait until its student has trained for some epochs."""
     before = len(log(stack))
     run = start(server)
     wait_until(lambda: any(f"student: epoch {n} of 60: loss" in log(stack)[before:] for n in range(4, 60)), 300)
@@ -210,8 +210,8 @@ def killed(stack: Stack) -> bool:
 
 
 def unlocked(stack: Stack) -> bool:
-    """Whether the next run need wait for nothing; entries of a dvc that is gone count for nothing to DVC."""
-    with retraining(Files(stack.root, stack.root)):
+    """Return whether no lock is held; DVC ignores entries of ended processes."""
+    with retrain_lock(Files(stack.root, stack.root)):
         pass
     table = stack.root / ".dvc" / "tmp" / "rwlock"
     noted = re.findall(r'"pid": (\d+)', table.read_text() if table.exists() else "")
@@ -219,11 +219,11 @@ def unlocked(stack: Stack) -> bool:
 
 
 @pytest.mark.parametrize("way", ["cancel", "worker killed"])
-def test_a_training_that_is_cut_off_ends_at_once_and_the_next_goes_on(
+def test_an_interrupted_training_ends_at_once_and_the_next_run_resumes(
     stack: Stack, server: SyncPrefectClient, way: str, record_property: Callable[[str, object], None]
 ) -> None:
     set_params(stack.root, student={"epochs": 60})
-    run = in_the_middle(stack, server)
+    run = start_and_wait_for_student(stack, server)
     if way == "cancel":
         server.set_flow_run_state(run.id, State(type=StateType.CANCELLING))
     else:
@@ -242,11 +242,11 @@ def test_a_training_that_is_cut_off_ends_at_once_and_the_next_goes_on(
         before = len(log(stack))
         run = ended(server, start(server))
         assert "resuming after epoch" in log(stack)[before:]
-        assert run.state_name == "Promoted"  # sixty epochs instead of four
+        assert run.state_name == "Promoted"  # 60 epochs instead of a few
         assert champion(stack) == "3"
 
 
-def test_a_worse_one_is_rejected_and_the_champion_stays(stack: Stack, server: SyncPrefectClient) -> None:
+def test_a_worse_model_is_rejected_and_the_champion_stays(stack: Stack, server: SyncPrefectClient) -> None:
     set_params(stack.root, student={"epochs": 3})
     run = ended(server, start(server))
     assert run.state_name == "Rejected" and run.state is not None
@@ -256,7 +256,7 @@ def test_a_worse_one_is_rejected_and_the_champion_stays(stack: Stack, server: Sy
     assert "mAP +" in done.stdout
 
 
-def test_fifty_late_runs_end_in_one_at_most(stack: Stack, server: SyncPrefectClient) -> None:
+def test_of_fifty_late_runs_at_most_one_works(stack: Stack, server: SyncPrefectClient) -> None:
     deployment = server.read_deployment_by_name(WEEKLY).id
     worker = psutil.Process(stack.processes["worker"].pid)
     worker.suspend()
@@ -274,62 +274,61 @@ def test_fifty_late_runs_end_in_one_at_most(stack: Stack, server: SyncPrefectCli
     assert found.total() == 50
 
 
-def test_the_doctor_gives_back_what_the_dead_hold(
+def test_the_doctor_releases_slots_and_ends_lost_runs(
     stack: Stack, server: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files, deployment = Files(stack.root, stack.root), server.read_deployment_by_name(WEEKLY)
     monkeypatch.setattr(doctor, "MIN_AGE", timedelta())
 
     def wrong() -> list[Check]:
-        return [one for one in doctor.prefect(files) if one.ok is False]
+        return [check for check in doctor.prefect(files) if check.ok is False]
 
     assert not wrong()
     limit = deployment.global_concurrency_limit
     assert limit is not None
     server.update_global_concurrency_limit(limit.name, GlobalConcurrencyLimitUpdate(active_slots=1))
     (slot,) = wrong()
-    assert (slot.name, slot.message) == ("slots", "retrain-weekly has 1 slots taken and 0 runs that could hold them")
+    assert (slot.name, slot.message) == ("slots", "retrain-weekly has 1 slots taken, but 0 active runs")
     assert slot.fix is not None
     slot.fix()
     assert not wrong()
 
     dead = server.create_flow_run_from_deployment(deployment.id, state=Running())
-    with retraining(files):
-        assert "runs" not in {one.name for one in wrong()}  # it may be the one who retrains
-    stale = next(one for one in wrong() if one.name == "runs")
+    with retrain_lock(files):
+        assert "runs" not in {check.name for check in wrong()}  # the run may be the one that retrains
+    stale = next(check for check in wrong() if check.name == "runs")
     assert f"retrain-weekly/{dead.name} is Running since" in stale.message
     assert stale.fix is not None
     stale.fix()
     assert not wrong()
     assert ended(server, dead).state_name == "Crashed"
     again = ended(server, start(server)).state
-    assert again is not None and again.is_completed()  # the slot is there for the next one
+    assert again is not None and again.is_completed()  # the slot is free again
 
 
-def test_another_checkout_does_not_take_the_deployments_of_a_worker(
+def test_another_checkout_cannot_take_over_the_deployments_of_a_worker(
     stack: Stack, server: SyncPrefectClient, tmp_path: Path
 ) -> None:
     shutil.copy(stack.root / "prefect.yaml", tmp_path)
-    told = subprocess.run([sys.executable, "-m", "pipeline.flow.deploy"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "pipeline.flow.deploy"], cwd=tmp_path, capture_output=True, text=True)
     assert (
-        told.returncode and f"a worker of pool smaller-student works in {stack.root}, not in {tmp_path}" in told.stderr
+        done.returncode and f"a worker of pool smaller-student works in {stack.root}, not in {tmp_path}" in done.stderr
     )
     found = list(doctor.prefect(Files(tmp_path, tmp_path)))
-    assert [one.ok for one in found if one.name == "runs"] == [None, None]  # only there it can be seen who is dead
+    # None: only the doctor in the other checkout can check its runs
+    assert [check.ok for check in found if check.name == "runs"] == [None, None]
 
 
-def test_a_pool_of_the_users_own_name_is_looked_at_as_the_usual_one(
-    stack: Stack, server: SyncPrefectClient, tmp_path: Path
-) -> None:
+def test_a_work_pool_with_another_name_is_checked_too(stack: Stack, server: SyncPrefectClient, tmp_path: Path) -> None:
     text = (stack.root / "prefect.yaml").read_text()
     (tmp_path / "prefect.yaml").write_text(text.replace("name: smaller-student\n    job", "name: cluster\n    job"))
 
     def bad() -> list[Check]:
-        return [one for one in doctor.prefect(Files(tmp_path, tmp_path)) if one.ok is False]
+        return [check for check in doctor.prefect(Files(tmp_path, tmp_path)) if check.ok is False]
 
     (missing,) = bad()
-    assert missing.message == "it has no work pool cluster, no deployments"
-    assert missing.remedy == "`prefect work-pool create NAME --type TYPE`, then `make deploy`"
+    assert missing.message == "the server has no work pool cluster, no deployments"
+    assert missing.remedy == "run `prefect work-pool create NAME --type TYPE`, then `make deploy`"
     server.create_work_pool(WorkPoolCreate(name="cluster", type="process"))
     try:
         weekly = server.read_deployment_by_name(WEEKLY)
@@ -341,13 +340,13 @@ def test_a_pool_of_the_users_own_name_is_looked_at_as_the_usual_one(
         server.delete_work_pool("cluster")
 
 
-def test_the_doctor_finds_the_stack_well(stack: Stack) -> None:
+def test_the_doctor_reports_no_problem_of_the_stack(stack: Stack) -> None:
     done = command(stack, "pipeline", "doctor")
     lines = [line for line in done.stdout.splitlines() if line.startswith(("ok", "bad"))]
-    told = {line.split()[1]: line for line in lines}
-    assert told["mlflow"].startswith("ok") and "answers to admin" in told["mlflow"]
-    assert told["prefect"].startswith("ok")
-    assert told["worker"].startswith("ok")
+    checks = {line.split()[1]: line for line in lines}
+    assert checks["mlflow"].startswith("ok") and "answers to user admin" in checks["mlflow"]
+    assert checks["prefect"].startswith("ok")
+    assert checks["worker"].startswith("ok")
     os.environ["MLFLOW_TRACKING_PASSWORD"] = "wrong"
     done = command(stack, "pipeline", "doctor")
     os.environ["MLFLOW_TRACKING_PASSWORD"] = stack.secret("mlflow")

@@ -20,24 +20,24 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "params.yaml"
 
 
-def complaints(path: Path, content: str | bytes) -> tuple[str, ...]:
+def problems(path: Path, content: str | bytes) -> tuple[str, ...]:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(ParamsError) as caught:
         load(path)
-    assert str(caught.value).splitlines() == [f"params.yaml: {line}" for line in caught.value.complaints]
-    return caught.value.complaints
+    assert str(caught.value).splitlines() == [f"params.yaml: {line}" for line in caught.value.problems]
+    return caught.value.problems
 
 
 def line_of(text: str, part: str) -> int:
     return text[: text.index(part)].count("\n") + 1
 
 
-def test_a_preset_is_read_as_it_stands(path: Path) -> None:
+def test_a_preset_is_loaded(path: Path) -> None:
     path.write_text(SMOKE)
     assert load(path).data.source == "vehicles"
 
 
-def test_all_complaints_come_at_once_in_the_users_words(path: Path) -> None:
+def test_all_problems_are_reported_at_once_by_key_and_line(path: Path) -> None:
     text = (
         SMOKE.replace("seed: 0 ", "")
         .replace("  cache: true", "  cahce: true")
@@ -45,7 +45,7 @@ def test_all_complaints_come_at_once_in_the_users_words(path: Path) -> None:
         .replace("opset:", "opset: no #")
     )
     text += "nonsense: 1\n"
-    assert set(complaints(path, text)) == {
+    assert set(problems(path, text)) == {
         "`seed` is missing; `smaller-student preset --upgrade` adds it",
         "`data.cache` is missing; `smaller-student preset --upgrade` adds it",
         f"`data.cahce` is unknown; nearest: `data.cache` (line {line_of(text, 'cahce')})",
@@ -55,14 +55,14 @@ def test_all_complaints_come_at_once_in_the_users_words(path: Path) -> None:
     }
 
 
-def test_pairs_that_contradict_each_other_are_named(path: Path) -> None:
+def test_contradicting_values_are_both_named(path: Path) -> None:
     text = SMOKE.replace("recipe: scratch", "recipe: paper", 1)
-    (line,) = complaints(path, text)
+    (line,) = problems(path, text)
     assert line.startswith("`student.recipe` (scratch) must equal `teacher.recipe` (paper)")
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "complaint"),
+    ("old", "new", "problem"),
     [
         ("weights: none", "weights: imagenet", "`teacher.weights` is imagenet, but torchvision publishes no ResNet-14"),
         ("init: teacher", "init: imagenet", "`student.init` is imagenet, but torchvision publishes no ResNet-14"),
@@ -70,14 +70,12 @@ def test_pairs_that_contradict_each_other_are_named(path: Path) -> None:
         ("depth: 14", "depth: 18", "`student.sites` ['conv2'] names no site of a ResNet-18"),
     ],
 )
-def test_what_no_structure_can_keep_is_refused_before_anything_is_trained(
-    path: Path, old: str, new: str, complaint: str
-) -> None:
+def test_params_that_no_network_can_satisfy_are_rejected(path: Path, old: str, new: str, problem: str) -> None:
     text = SMOKE.replace(old, new)
     if "depth" in new:
         text = text.replace("sites: [conv1, conv2, stream]", "sites: [conv2]")
-    (line,) = complaints(path, text)
-    assert line.startswith(complaint)
+    (line,) = problems(path, text)
+    assert line.startswith(problem)
 
 
 @pytest.mark.parametrize(
@@ -88,47 +86,43 @@ def test_what_no_structure_can_keep_is_refused_before_anything_is_trained(
         ("data.vehicles.train_identites", "data.vehicles.train_identities"),
     ],
 )
-def test_the_nearest_name_is_looked_for_in_the_section_and_then_everywhere(
-    path: Path, wrong: str, nearest: str
-) -> None:
+def test_the_nearest_name_is_searched_in_the_section_and_then_everywhere(path: Path, wrong: str, nearest: str) -> None:
     content: object = 1
     for part in reversed(wrong.split(".")):
         content = f"{{{part}: {content}}}"
-    found = complaints(path, str(content)[1:-1])
+    found = problems(path, str(content)[1:-1])
     assert f"`{wrong}` is unknown; nearest: `{nearest}` (line 1)" in found
 
 
-def test_numbers_and_words_are_read_by_yaml_1_2_as_dvc_does(path: Path) -> None:
+def test_values_are_read_as_yaml_1_2_like_in_dvc(path: Path) -> None:
     path.write_text(SMOKE.replace("experiment: ", "experiment: no #"))
     assert load(path).tracking.experiment == "no"
-    (line,) = complaints(path, SMOKE.replace("seed: 0", "seed: yes"))
+    (line,) = problems(path, SMOKE.replace("seed: 0", "seed: yes"))
     assert line == f"`seed` must be a whole number, got the text 'yes' (line {line_of(SMOKE, 'seed: 0')})"
     path.write_text(SMOKE.replace("max_quarantined: 0.001", "max_quarantined: 1e-3"))
     assert load(path).data.max_quarantined == 0.001
 
 
 @pytest.mark.parametrize(
-    ("content", "complaint"),
+    ("content", "problem"),
     [
         ("", "is empty; `smaller-student preset NAME` writes a complete one"),
         ("# only words\n", "is empty; `smaller-student preset NAME` writes a complete one"),
         ("- 1\n", "must hold sections, got a list; `smaller-student preset NAME` writes a complete one"),
         ("seed: 0\nseed: 1\n", 'found duplicate key "seed" with value "1" (original value: "0") (line 2)'),
-        ("data:\n\troot: x\n", "a tab stands where only spaces may; indent with spaces (line 2)"),
+        ("data:\n\troot: x\n", "is indented with a tab; indent with spaces (line 2)"),
         (b"\xef\xbb\xbfseed: 0\n", "begins with a byte order mark (line 1); save it as UTF-8 without BOM"),
         (b"seed: 0\n# caf\xe9\n", "is not UTF-8 (line 2); save it as UTF-8"),
         ("seed: [\n", "expected the node content, but found '<stream end>' (line 2)"),
         ("seed: 0\n---\nseed: 0\n", "but found another document (line 2)"),
     ],
 )
-def test_a_file_that_is_no_params_file_is_refused_with_the_line(
-    path: Path, content: str | bytes, complaint: str
-) -> None:
-    assert complaints(path, content) == (complaint,)
+def test_an_invalid_file_is_rejected_with_the_line(path: Path, content: str | bytes, problem: str) -> None:
+    assert problems(path, content) == (problem,)
 
 
-def test_objects_of_python_are_not_made(path: Path) -> None:
-    (line,) = complaints(path, "seed: !!python/object/apply:os.system [exit]\n")
+def test_python_objects_are_not_constructed(path: Path) -> None:
+    (line,) = problems(path, "seed: !!python/object/apply:os.system [exit]\n")
     assert "could not determine a constructor" in line
 
 
@@ -152,7 +146,7 @@ OLD_NAMES = {
 }
 
 
-def test_old_names_are_read_and_the_new_ones_named(
+def test_old_names_are_read_with_a_warning_that_has_the_new_name(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(params_file, "RENAMED", OLD_NAMES)
@@ -164,7 +158,7 @@ def test_old_names_are_read_and_the_new_ones_named(
     ]
 
 
-def test_a_file_of_the_last_version_is_read(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_of_the_previous_version_is_read(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     text = SMOKE
     for old, new in params_file.RENAMED.items():
         text = re.sub(rf"^(\s+){new.rpartition('.')[2]}:", rf"\1{old.rpartition('.')[2]}:", text, flags=re.MULTILINE)
@@ -173,17 +167,19 @@ def test_a_file_of_the_last_version_is_read(path: Path, caplog: pytest.LogCaptur
     assert len(caplog.records) == len(params_file.RENAMED)
 
 
-def test_a_value_under_an_old_name_is_refused_with_its_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_value_under_an_old_name_is_reported_with_its_line(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(params_file, "RENAMED", OLD_NAMES)
     text = with_old_names(SMOKE).replace("closeness: 4", "closeness: 40")
-    (line,) = complaints(path, text)
+    (line,) = problems(path, text)
     assert line == f"`data.near_duplicate_bits` must be at most 16, got 40 (line {line_of(text, 'closeness')})"
 
 
 def test_an_old_name_beside_the_new_one_is_unknown(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(params_file, "RENAMED", {"data.near_duplicates": "data.near_duplicate_bits"})
     text = SMOKE.replace("  near_duplicate_bits: 4", "  near_duplicates: 3\n  near_duplicate_bits: 4")
-    (line,) = complaints(path, text)
+    (line,) = problems(path, text)
     where = line_of(text, "near_duplicates")
     assert line == f"`data.near_duplicates` is unknown; nearest: `data.near_duplicate_bits` (line {where})"
 
@@ -194,13 +190,13 @@ def test_renamed_keys_stay_in_their_section_and_exist() -> None:
         assert new in keys() and old not in keys()
 
 
-def test_references_that_multiply_do_not_take_memory(path: Path) -> None:
+def test_nested_yaml_aliases_do_not_exhaust_memory(path: Path) -> None:
     levels = [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)]
-    found = complaints(path, "a: &a [x, x]\n" + "".join(levels))
+    found = problems(path, "a: &a [x, x]\n" + "".join(levels))
     assert "`i` is unknown (line 9)" in found
 
 
-def test_keys_are_all_of_the_schema_and_no_more() -> None:
+def test_keys_yields_exactly_the_keys_of_the_schema() -> None:
     def walk(content: dict[str, object], prefix: str = "") -> set[str]:
         found = set()
         for key, value in content.items():
@@ -217,19 +213,17 @@ def test_keys_are_all_of_the_schema_and_no_more() -> None:
     "table", [{}, {"data.closeness": "data.near_duplicate_bits"}], ids=["no old names", "old names"]
 )
 @pytest.mark.parametrize("content", ["? [a, b]\n: 1\n", "data:\n  ? [a]\n  : 1\n", "data: [1]\n", "1: 2\n", "data:\n"])
-def test_keys_that_are_no_names_are_refused(
+def test_keys_that_are_not_strings_are_rejected(
     path: Path, monkeypatch: pytest.MonkeyPatch, content: str, table: dict[str, str]
 ) -> None:
     monkeypatch.setattr(params_file, "RENAMED", table)
-    assert "`seed` is missing; `smaller-student preset --upgrade` adds it" in complaints(path, content)
+    assert "`seed` is missing; `smaller-student preset --upgrade` adds it" in problems(path, content)
 
 
 @given(st.text(max_size=60))
-def test_any_text_is_refused_with_complaints_and_never_crashes(
-    tmp_path_factory: pytest.TempPathFactory, text: str
-) -> None:
+def test_any_text_is_rejected_without_a_crash(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = tmp_path_factory.mktemp("any") / "params.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ParamsError) as caught:
         load(path)
-    assert caught.value.complaints
+    assert caught.value.problems

@@ -1,4 +1,4 @@
-"""Presets that hold only what differs, and the upgrade of a params.yaml of one's own."""
+"""Presets hold only the values that differ, and `upgrade` adds missing keys to a user's params.yaml."""
 
 import json
 import re
@@ -36,14 +36,14 @@ def leaves(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def comments(text: str) -> list[str]:
-    """All comments, those that a file begins with apart, with no regard to columns."""
+    """All comments except the head of the file, in whatever column."""
     return re.findall(r"(?:^| )(# .*)", text.partition("\n\n")[2], re.MULTILINE)
 
 
 # --- presets ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_complete_preset_has_every_key_and_no_other() -> None:
+def test_the_complete_preset_has_exactly_the_keys_of_the_schema() -> None:
     sections = {key.rpartition(".")[0] for key in keys()}
     assert set(leaves(values(TEXT))) == set(keys()) - sections
 
@@ -57,7 +57,7 @@ def test_a_preset_holds_only_what_differs(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_preset_is_written_whole_with_its_own_head_and_all_comments(name: str, tmp_path: Path) -> None:
+def test_a_preset_is_written_complete_with_its_own_head_and_all_comments(name: str, tmp_path: Path) -> None:
     overlay, text = (ROOT / "presets" / f"{name}.yaml").read_text(), preset_text(ROOT, name)
     assert text.startswith(overlay.split("\n\n")[0] + "\n\n# Every key of a run")
     assert comments(text) == comments(TEXT)
@@ -69,7 +69,7 @@ def test_a_preset_is_written_whole_with_its_own_head_and_all_comments(name: str,
     assert is_preset(ROOT, tmp_path / "params.yaml")
 
 
-def test_a_changed_value_is_no_preset(tmp_path: Path) -> None:
+def test_params_with_a_changed_value_are_not_a_preset(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     for text in (TEXT.replace("seed: 0 ", "seed: 1 "), TEXT.replace("seed: 0 ", ""), TEXT + "custom: 1\n"):
         path.write_text(text)
@@ -92,7 +92,7 @@ def test_comments_state_the_ranges_and_choices_of_the_schema() -> None:
 
 
 def commented() -> list[tuple[str, str]]:
-    """Keys that have a comment, and the comment; those of `student` that refer to `teacher` have none."""
+    """Keys with a comment, and the comment; keys of `student` that refer to `teacher` have none."""
     found: list[list[str]] = []
     path: list[str] = []
     for line in TEXT.splitlines():
@@ -107,7 +107,7 @@ def commented() -> list[tuple[str, str]]:
 
 
 def schema(key: str) -> dict[str, Any]:
-    """JSON schema of a key; of its entries, if it is a list."""
+    """JSON schema of a key, or of the entries of a list."""
     found = SCHEMA
     for part in key.split("."):
         found = found["properties"][part]
@@ -121,7 +121,7 @@ def schema(key: str) -> dict[str, Any]:
 
 
 def upgraded(path: Path, text: str) -> tuple[str, list[str]]:
-    """The text after an upgrade, and what was reported; a second upgrade finds nothing to do."""
+    """Upgrade a text, and return the result and the changes; a second upgrade must change nothing."""
     path.write_bytes(text.encode())
     changes = upgrade(ROOT, path)
     written = path.read_bytes()
@@ -136,7 +136,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def without(text: str, key: str) -> str:
-    """The text without a key, its comment and all that is in it."""
+    """Remove a key with its comment and content from a text."""
     start = end = 0
     for depth, name in enumerate(key.split(".")):
         indent = "  " * depth
@@ -153,7 +153,7 @@ def without(text: str, key: str) -> str:
      "student.budget.of", "student.distill.flip_average", "student.paper.threshold", "export.licence",
      "runtime.teacher_cache_gib", "retrain", "retrain.branch"],
 )  # fmt: skip
-def test_a_missing_key_or_section_comes_back_where_it_belongs_with_its_comments(path: Path, key: str) -> None:
+def test_upgrade_adds_a_missing_key_or_section_in_its_place_with_comments(path: Path, key: str) -> None:
     text, changes = upgraded(path, without(TEXT, key))
     assert text == TEXT
     assert changes == [
@@ -163,7 +163,7 @@ def test_a_missing_key_or_section_comes_back_where_it_belongs_with_its_comments(
     ]
 
 
-def test_of_a_params_file_with_one_key_all_others_are_new(path: Path) -> None:
+def test_upgrade_of_a_file_with_one_key_adds_all_others(path: Path) -> None:
     text, changes = upgraded(path, "seed: 3")
     assert leaves(values(text)) == leaves(values(TEXT)) | {"seed": 3}
     assert len(changes) == len(leaves(values(TEXT))) - 1
@@ -195,7 +195,7 @@ seed: 5   # tried: 3, 4
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("last", [True, False], ids=["ends with a line end", "ends without"])
-def test_values_comments_and_order_of_ones_own_stay(path: Path, end: str, last: bool) -> None:
+def test_upgrade_keeps_values_comments_and_order_of_the_user(path: Path, end: str, last: bool) -> None:
     own = OWN if last else OWN.removesuffix("\n")
     text, _ = upgraded(path, own.replace("\n", end))
     assert text.count("\n") == text.count(end)
@@ -216,7 +216,7 @@ def test_values_comments_and_order_of_ones_own_stay(path: Path, end: str, last: 
     load(path)
 
 
-def test_values_of_another_type_stay_and_are_left_to_load(path: Path) -> None:
+def test_upgrade_keeps_values_of_a_wrong_type_and_load_reports_them(path: Path) -> None:
     text = TEXT.replace("  near_duplicate_bits: 4 ", "  near_duplicate_bits: many ").replace(
         "seed: 0 ", "seed: {a: 1} "
     )
@@ -232,12 +232,12 @@ def test_values_of_another_type_stay_and_are_left_to_load(path: Path) -> None:
     )
     with pytest.raises(ParamsError) as caught:
         load(path)
-    assert [line.split(" (")[0] for line in caught.value.complaints[1:]] == [
+    assert [line.split(" (")[0] for line in caught.value.problems[1:]] == [
         "`data.near_duplicate_bits` must be a whole number, got the text 'many'",
         "`data.vehicles` must be a section with keys of its own, got 7",
         "`data.vehicleid` must be a section with keys of its own, got nothing",
     ]
-    assert caught.value.complaints[0].startswith("`seed` must be a whole number, got the section")
+    assert caught.value.problems[0].startswith("`seed` must be a whole number, got the section")
 
 
 LICENCE, SITES, AUGMENT = "export.licence", "student.sites", "student.augment"
@@ -257,7 +257,7 @@ LICENCE, SITES, AUGMENT = "export.licence", "student.sites", "student.augment"
         (AUGMENT, "augment: {flip: 0.5, pad: 6, erase: 0.5, erase_area: 0.2}", "student.optimizer"),
     ],
 )
-def test_lines_are_inserted_behind_values_of_any_form(path: Path, key: str, form: str, missing: str) -> None:
+def test_lines_are_inserted_after_values_of_any_form(path: Path, key: str, form: str, missing: str) -> None:
     text = TEXT.replace("  augment: ", "  augment: &augment ", 1)
     before = without(text, key)
     at = next(index for index, (old, new) in enumerate(zip(text, before, strict=False)) if old != new)
@@ -270,27 +270,27 @@ def test_lines_are_inserted_behind_values_of_any_form(path: Path, key: str, form
 
 
 @pytest.mark.parametrize(
-    ("section", "complaints"),
+    ("section", "problems"),
     [
         ("custom: {table: mine.csv, pattern: ''}", ["data.custom.test: 0.5"]),
         ("custom: {}", ['data.custom.table: "images.csv"', 'data.custom.pattern: ""', "data.custom.test: 0.5"]),
         ("custom:\n    <<: {table: mine.csv}\n    pattern: ''", ["data.custom.test: 0.5"]),
     ],
 )
-def test_sections_of_another_form_are_left_alone_and_their_keys_named(
-    path: Path, section: str, complaints: list[str]
+def test_sections_without_one_key_per_line_stay_and_the_error_names_their_keys(
+    path: Path, section: str, problems: list[str]
 ) -> None:
     text = without(TEXT, "data.custom").replace("  near_duplicate_bits: 4 ", f"  {section}\n  near_duplicate_bits: 4 ")
     path.write_text(text)
     with pytest.raises(ParamsError) as caught:
         upgrade(ROOT, path)
-    assert caught.value.complaints == tuple(
-        f"add `{key}` by hand; its section is not written one key a line" for key in complaints
+    assert caught.value.problems == tuple(
+        f"add `{key}` by hand; its section does not have one key per line" for key in problems
     )
     assert path.read_text() == text
 
 
-def test_old_names_are_replaced_and_all_else_stays(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_upgrade_renames_old_keys_and_keeps_everything_else(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = {
         "data.closeness": "data.near_duplicate_bits",
         "export.bounds": "export.limits",
@@ -309,7 +309,7 @@ def test_old_names_are_replaced_and_all_else_stays(path: Path, monkeypatch: pyte
     )
 
 
-def test_a_key_that_two_sections_share_by_reference_is_added_once(path: Path) -> None:
+def test_a_key_that_two_sections_share_by_an_alias_is_added_once(path: Path) -> None:
     text = TEXT.replace("  augment: ", "  augment: &augment ", 1)
     for key in ("teacher.augment.pad", "student.augment"):
         text = without(text, key)
@@ -328,7 +328,7 @@ def test_a_new_key_before_a_renamed_one_is_inserted(path: Path, monkeypatch: pyt
     assert values(text) == values(TEXT)
 
 
-def test_a_file_that_cannot_be_written_stays_as_it_was(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_written_stays_unchanged(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError("no space")
 
@@ -342,7 +342,7 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(path: Path, monkeypatch: 
 
 @settings(max_examples=10, deadline=None)
 @given(st.sets(st.sampled_from(sorted(key for key in keys() if "." in key)), min_size=1, max_size=12))
-def test_whatever_is_missing_is_added_and_nothing_else_changes(
+def test_upgrade_adds_any_set_of_missing_keys_and_changes_nothing_else(
     tmp_path_factory: pytest.TempPathFactory, missing: set[str]
 ) -> None:
     own = TEXT.replace("near_duplicate_bits: 4 ", "near_duplicate_bits: 7 ").replace("#", "# my notes:")

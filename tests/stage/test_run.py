@@ -14,7 +14,7 @@ import pytest
 from pipeline.files import Files, write_text
 from pipeline.records import Record, TeacherRecord
 from pipeline.stage.params_file import load
-from pipeline.stage.run import Run, exit_code, run_guarded, table
+from pipeline.stage.run import Run, curves_csv, exit_code, run_guarded
 from tests.fake_stages import NUMBERS, OFF, Start
 
 TEACHER = ("-m", "stages.teacher")
@@ -31,7 +31,7 @@ def wait_for_nap(process: "subprocess.Popen[str]") -> None:
         assert line, "the stage ended before its nap"
 
 
-def test_a_stage_leaves_metrics_curves_timings_and_artifacts(checkout: Files, start: Start) -> None:
+def test_a_stage_writes_metrics_curves_timings_and_artifacts(checkout: Files, start: Start) -> None:
     out, err = start(checkout, *TEACHER, **OFF).communicate()
     assert json.loads(checkout.metrics("teacher").read_text()) == NUMBERS["teacher"]
     assert checkout.plots("teacher").read_text() == "epoch,loss,validation_map\n1,1.0,\n2,0.5,0.5\n"
@@ -44,7 +44,7 @@ def test_a_stage_leaves_metrics_curves_timings_and_artifacts(checkout: Files, st
     assert out == "running\n"
 
 
-def test_bad_params_are_refused_before_the_stage_is_imported(checkout: Files, start: Start) -> None:
+def test_invalid_params_are_rejected_before_the_stage_is_imported(checkout: Files, start: Start) -> None:
     write_text(checkout.root / "stages" / "teacher.py", "raise SystemExit('imported')\n")
     text = checkout.params.read_text()
     write_text(checkout.params, text.replace("seed: 0", "sed: 0").replace("opset: 1", "opset: 2"))
@@ -61,14 +61,14 @@ def test_bad_params_are_refused_before_the_stage_is_imported(checkout: Files, st
     assert min(seconds) < 2
 
 
-def test_importing_the_package_of_the_stages_checks_nothing(checkout: Files, start: Start) -> None:
+def test_importing_the_stages_package_does_not_validate_params(checkout: Files, start: Start) -> None:
     checkout.params.unlink()
     process = start(checkout, "-c", "import stages")
     process.communicate()
     assert process.returncode == 0
 
 
-def test_an_error_is_one_line_and_the_exit_code_tells_its_kind(checkout: Files, start: Start) -> None:
+def test_an_error_is_one_line_with_its_own_exit_code(checkout: Files, start: Start) -> None:
     process = start(checkout, *TEACHER, FAIL="teacher", **OFF)
     _, err = process.communicate()
     assert process.returncode == 4
@@ -78,7 +78,7 @@ def test_an_error_is_one_line_and_the_exit_code_tells_its_kind(checkout: Files, 
 
 
 @pytest.mark.parametrize("how", ["option", "variable"])
-def test_a_traceback_comes_when_it_is_asked_for(checkout: Files, start: Start, how: str) -> None:
+def test_the_debug_option_and_variable_print_a_traceback(checkout: Files, start: Start, how: str) -> None:
     words = [*TEACHER, *(["--debug"] if how == "option" else [])]
     extra = {"SMALLER_STUDENT_DEBUG": "1"} if how == "variable" else {}
     _, err = start(checkout, *words, FAIL="teacher", **OFF, **extra).communicate()
@@ -86,7 +86,9 @@ def test_a_traceback_comes_when_it_is_asked_for(checkout: Files, start: Start, h
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_ends_the_stage_with_its_own_code(checkout: Files, start: Start, number: signal.Signals) -> None:
+def test_a_signal_ends_the_stage_with_exit_code_128_plus_its_number(
+    checkout: Files, start: Start, number: signal.Signals
+) -> None:
     process = start(checkout, *TEACHER, NAP="60", **OFF)
     wait_for_nap(process)
     process.send_signal(number)
@@ -96,8 +98,8 @@ def test_a_signal_ends_the_stage_with_its_own_code(checkout: Files, start: Start
     assert err.splitlines()[-1].startswith("teacher: stopped by ")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
-def test_a_stage_whose_dvc_is_killed_ends_too(checkout: Files, start: Start) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals a process when its parent ends")
+def test_a_stage_ends_when_its_dvc_process_is_killed(checkout: Files, start: Start) -> None:
     code = f"import subprocess, sys; subprocess.run([sys.executable, {', '.join(map(repr, TEACHER))}])"
     dvc = start(checkout, "-c", code, NAP="60", **OFF)
     wait_for_nap(dvc)
@@ -107,7 +109,7 @@ def test_a_stage_whose_dvc_is_killed_ends_too(checkout: Files, start: Start) -> 
     assert not stage.is_running()
 
 
-def test_other_ranks_of_a_training_write_and_record_nothing(checkout: Files, start: Start) -> None:
+def test_only_rank_0_writes_files_and_run_records(checkout: Files, start: Start) -> None:
     process = start(checkout, *TEACHER, LOCAL_RANK="1")
     out, _ = process.communicate()
     assert process.returncode == 0 and out == "running\n"
@@ -115,23 +117,23 @@ def test_other_ranks_of_a_training_write_and_record_nothing(checkout: Files, sta
     assert not (checkout.root / "mlflow.db").exists()
 
 
-def test_curves_have_the_columns_of_all_rows_and_exact_numbers() -> None:
+def test_the_curves_file_has_the_columns_of_all_rows_and_exact_numbers() -> None:
     rows = [{"epoch": 1, "loss": 0.1 + 0.2}, {"epoch": 2, "loss": 1.0, "map": 0.5}]
-    text = table(rows)
+    text = curves_csv(rows)
     assert text == "epoch,loss,map\n1,0.30000000000000004,\n2,1.0,0.5\n"
     read = [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(text.splitlines())]
     assert read == rows
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_figure_that_is_no_number_is_an_error_and_writes_nothing(run: Run, value: float) -> None:
+def test_a_metric_that_is_not_finite_is_an_error_and_nothing_is_written(run: Run, value: float) -> None:
     record = TeacherRecord.model_validate({**NUMBERS["teacher"], "map": value})
-    with pytest.raises(ValueError, match="stage teacher reports no finite number for map"):
+    with pytest.raises(ValueError, match="stage teacher computed NaN or infinity for map"):
         run.write(record, 1.0)
     assert not run.files.metrics("teacher").exists()
 
 
-def test_a_figure_that_was_not_measured_is_left_out(run: Run) -> None:
+def test_a_metric_that_was_not_measured_is_omitted(run: Run) -> None:
     class Half(Record):
         map: float
         rank1: float | None
@@ -173,7 +175,7 @@ def folder(files: Files, *sections: str) -> Path:
     return run.checkpoints(*sections).folder
 
 
-def test_a_training_finds_its_states_again(checkout: Files, inputs: Path) -> None:
+def test_the_same_training_finds_its_states_again(checkout: Files, inputs: Path) -> None:
     found = folder(checkout, "teacher")
     assert found == folder(checkout, "teacher")
     assert found.parent == checkout.checkpoints / "teacher"
@@ -192,7 +194,7 @@ def test_a_training_finds_its_states_again(checkout: Files, inputs: Path) -> Non
         ("artifacts/prepare/manifest.csv", "path", "paths"),
     ],
 )
-def test_a_training_with_other_params_inputs_or_code_starts_anew(
+def test_a_training_with_other_params_inputs_or_code_does_not_resume(
     checkout: Files, inputs: Path, name: str, old: str, new: str
 ) -> None:
     before = folder(checkout, "teacher")
@@ -202,7 +204,7 @@ def test_a_training_with_other_params_inputs_or_code_starts_anew(
     assert folder(checkout, "teacher") != before
 
 
-def test_under_dvc_the_hash_of_an_output_is_that_of_dvc_lock(
+def test_under_dvc_hashes_of_outputs_come_from_dvc_lock(
     checkout: Files, inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DVC_STAGE", "teacher")
@@ -217,7 +219,7 @@ def test_under_dvc_the_hash_of_an_output_is_that_of_dvc_lock(
     assert folder(checkout, "teacher") != locked
 
 
-def test_large_inputs_are_known_by_content_whatever_their_times(checkout: Files, inputs: Path) -> None:
+def test_large_inputs_are_identified_by_content_not_by_modification_time(checkout: Files, inputs: Path) -> None:
     large = inputs / "code" / "large.bin"
     large.write_bytes(bytes(20 * 2**20))
     before = folder(checkout, "teacher")
@@ -227,7 +229,7 @@ def test_large_inputs_are_known_by_content_whatever_their_times(checkout: Files,
     assert folder(checkout, "teacher") != before
 
 
-def test_params_of_others_do_not_matter(checkout: Files, inputs: Path) -> None:
+def test_params_of_other_stages_do_not_matter(checkout: Files, inputs: Path) -> None:
     before = folder(checkout, "teacher")
     checkout.params.write_text(
         checkout.params.read_text().replace("workers: 0", "workers: 1").replace("repeats: 5", "repeats: 6")
@@ -235,7 +237,7 @@ def test_params_of_others_do_not_matter(checkout: Files, inputs: Path) -> None:
     assert folder(checkout, "teacher") == before
 
 
-def test_states_are_dropped_once_the_result_is_written(run: Run, inputs: Path) -> None:
+def test_training_states_are_deleted_after_the_metrics_are_written(run: Run, inputs: Path) -> None:
     states = run.checkpoints("teacher").folder
     states.mkdir(parents=True)
     run.write(TeacherRecord.model_validate(NUMBERS["teacher"]), 1.0)

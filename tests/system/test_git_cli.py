@@ -1,11 +1,11 @@
-"""Results on a branch of their own; the user's work is not touched."""
+"""Commits of results to a branch do not touch the user's work."""
 
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from pipeline.system.git_cli import CommitError, record
+from pipeline.system.git_cli import CommitError, commit_results
 
 
 def git(root: Path, *words: str) -> str:
@@ -15,7 +15,7 @@ def git(root: Path, *words: str) -> str:
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout in a folder of a repository, with work that is not committed; Git knows nobody."""
+    """A checkout in a subfolder of a repository with uncommitted work; Git has no author configured."""
     for name in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM"):
         monkeypatch.setenv(name, "/dev/null")
     root = tmp_path / "inner"
@@ -43,7 +43,7 @@ def results(root: Path, number: int) -> None:
 
 def test_results_are_committed_and_nothing_else_changes(repository: Path) -> None:
     before = (git(repository, "status", "--porcelain"), git(repository, "rev-parse", "HEAD"))
-    assert record(repository, "auto/retrained", "Retrained").startswith("committed ")
+    assert commit_results(repository, "auto/retrained", "Retrained").startswith("committed ")
     assert (git(repository, "status", "--porcelain"), git(repository, "rev-parse", "HEAD")) == before
     assert git(repository, "show", "auto/retrained:inner/dvc.lock") == "1"
     assert git(repository, "show", "auto/retrained:inner/metrics/teacher.json") == "1"
@@ -52,14 +52,14 @@ def test_results_are_committed_and_nothing_else_changes(repository: Path) -> Non
     assert git(repository, "log", "-1", "--format=%an %s", "auto/retrained") == "smaller-student Retrained"
 
 
-def test_the_next_ones_follow_and_take_new_sources_along(repository: Path) -> None:
-    record(repository, "retrained", "one")
-    assert record(repository, "retrained", "again") == "branch retrained has it already"
+def test_later_commits_follow_the_branch_and_include_new_sources(repository: Path) -> None:
+    commit_results(repository, "retrained", "one")
+    assert commit_results(repository, "retrained", "again") == "branch retrained has these results already"
     results(repository, 2)
-    record(repository, "retrained", "two")
+    commit_results(repository, "retrained", "two")
     commit(repository, "my work is done")
     results(repository, 3)
-    record(repository, "retrained", "three")
+    commit_results(repository, "retrained", "three")
     assert git(repository, "log", "--first-parent", "--format=%s", "retrained").split("\n") == [
         "three", "two", "one", "first"
     ]  # fmt: skip
@@ -67,28 +67,28 @@ def test_the_next_ones_follow_and_take_new_sources_along(repository: Path) -> No
     assert git(repository, "show", "retrained:inner/code.py") == "my work"
 
 
-def test_a_branch_that_is_checked_out_is_not_committed_to(repository: Path) -> None:
+def test_a_checked_out_branch_is_not_committed_to(repository: Path) -> None:
     with pytest.raises(CommitError, match=r"branch `main` is checked out; .*`retrain\.branch`") as error:
-        record(repository, "main", "m")
+        commit_results(repository, "main", "m")
     assert error.value.exit_code == 1
     assert git(repository, "log", "--format=%s", "main") == "first"
 
 
-def test_a_folder_without_git_is_an_error_with_gits_own_reason(tmp_path: Path) -> None:
+def test_the_error_outside_of_a_repository_has_the_reason_of_git(tmp_path: Path) -> None:
     with pytest.raises(CommitError, match=r"not committed to branch `retrained` \(.*not a git repository.*\); repair"):
-        record(tmp_path, "retrained", "m")
+        commit_results(tmp_path, "retrained", "m")
 
 
-def test_a_commit_that_git_refuses_leaves_the_branch_and_succeeds_when_tried_again(repository: Path) -> None:
-    record(repository, "retrained", "one")
+def test_a_failed_commit_leaves_the_branch_unchanged_and_a_retry_succeeds(repository: Path) -> None:
+    commit_results(repository, "retrained", "one")
     results(repository, 2)
     lock = repository.parent / ".git" / "refs" / "heads" / "retrained.lock"
-    lock.touch()  # another process of Git's, or one that was killed
+    lock.touch()  # as a running or killed git leaves it
     with pytest.raises(
         CommitError, match=r"branch `retrained` \(.*retrained\.lock.*\); repair the repository, or empty"
     ):
-        record(repository, "retrained", "two")
+        commit_results(repository, "retrained", "two")
     assert git(repository, "log", "-1", "--format=%s", "retrained") == "one"
     lock.unlink()
-    assert record(repository, "retrained", "two").startswith("committed ")
+    assert commit_results(repository, "retrained", "two").startswith("committed ")
     assert git(repository, "show", "retrained:inner/dvc.lock") == "2"

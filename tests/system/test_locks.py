@@ -21,25 +21,25 @@ with locked(Path(sys.argv[1]), "training"):
 """
 
 
-def test_who_comes_second_hears_at_once_who_is_first(tmp_path: Path) -> None:
+def test_a_second_caller_fails_at_once_and_sees_the_holder(tmp_path: Path) -> None:
     path = tmp_path / "writer.lock"
     first = subprocess.Popen(
         [sys.executable, "-c", HOLD, path],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert first.stdout is not None and first.stdout.readline() == "holds\n"
-    message = rf"^busy: training runs already \(pid {first.pid} on \S+ since 20"
+    message = rf"^busy: training is already running \(pid {first.pid} on \S+ since 20"
     with pytest.raises(BusyError, match=message) as caught, locked(path, "training"):
         pass
     assert caught.value.exit_code == 75
-    first.kill()  # even then the lock is free at once
+    first.kill()  # the lock is released at once
     first.communicate()
     with locked(path, "training"):
         pass
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
-def test_a_lock_is_free_although_a_child_forked_meanwhile_lives_on(tmp_path: Path) -> None:
+def test_a_lock_is_released_although_a_forked_child_is_still_alive(tmp_path: Path) -> None:
     path = tmp_path / "writer.lock"
     with locked(path, "training"):
         child = os.fork()
@@ -56,9 +56,9 @@ def test_a_lock_is_free_although_a_child_forked_meanwhile_lives_on(tmp_path: Pat
         os.waitpid(child, 0)
 
 
-def test_threads_take_turns(tmp_path: Path) -> None:
+def test_threads_hold_the_lock_one_at_a_time(tmp_path: Path) -> None:
     def add(_: int) -> None:
-        with locked(tmp_path / "turn.lock", "counting", patience=-1):
+        with locked(tmp_path / "turn.lock", "counting", timeout=-1):
             text = count.read_text()
             time.sleep(0.002)
             count.write_text(str(int(text) + 1))
@@ -70,7 +70,7 @@ def test_threads_take_turns(tmp_path: Path) -> None:
     assert count.read_text() == "40"
 
 
-def test_patience_waits_until_the_other_has_ended(tmp_path: Path) -> None:
+def test_a_timeout_waits_for_the_holder(tmp_path: Path) -> None:
     path, order = tmp_path / "turn.lock", []
     with ThreadPoolExecutor(1) as pool:
         with locked(path, "counting"):
@@ -79,17 +79,17 @@ def test_patience_waits_until_the_other_has_ended(tmp_path: Path) -> None:
             order.append("first")
         second.result()
     assert order == ["first", "second"]
-    refused = pytest.raises(BusyError, match=r"^busy: counting runs already")
+    refused = pytest.raises(BusyError, match=r"^busy: counting is already running")
     with locked(path, "counting"), ThreadPoolExecutor(1) as pool, refused:
-        pool.submit(_second, path, order, patience=0.1).result()
+        pool.submit(_second, path, order, timeout=0.1).result()
 
 
-def _second(path: Path, order: list[str], patience: float = 20) -> None:
-    with locked(path, "counting", patience):
+def _second(path: Path, order: list[str], timeout: float = 20) -> None:
+    with locked(path, "counting", timeout):
         order.append("second")
 
 
-def test_who_holds_the_lock_may_take_it_again(tmp_path: Path) -> None:
+def test_the_holder_may_acquire_the_lock_again(tmp_path: Path) -> None:
     path = tmp_path / "writer.lock"
     with locked(path, "training"):
         with locked(path, "training"):

@@ -1,4 +1,4 @@
-"""Programs below this one end with it, however it ends."""
+"""Child processes end with their parent."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.system.process import TimeLimitError, running
+from pipeline.system.process import TimeLimitError, child_process
 
 STUBBORN = """
 import signal, subprocess, sys, time
@@ -21,16 +21,16 @@ time.sleep(600)
 ROOT = Path(__file__).parents[2]
 PARENT = """
 import sys
-from pipeline.system.process import running
-with running(sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)") as process:
+from pipeline.system.process import child_process
+with child_process(sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)") as process:
     print(process.pid, process.stdout.readline(), flush=True)
     process.wait()
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent is gone")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals a child when its parent ends")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_program_does_not_outlive_its_parent(number: signal.Signals) -> None:
+def test_a_child_process_does_not_outlive_its_parent(number: signal.Signals) -> None:
     parent = subprocess.Popen([sys.executable, "-c", PARENT], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     child = psutil.Process(int(parent.stdout.readline().split()[0]))
@@ -42,14 +42,14 @@ def test_a_program_does_not_outlive_its_parent(number: signal.Signals) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no process groups")
-def test_what_a_program_started_ends_with_it_when_its_time_is_over() -> None:
-    """Its first process ends at once, the second one ignores signals and holds the output that is read."""
+def test_the_time_limit_ends_the_whole_process_group() -> None:
+    """The first process ends at once; the second one ignores signals and keeps the output pipe open."""
     began = time.monotonic()
-    with pytest.raises(TimeLimitError), running(sys.executable, "-c", STUBBORN, hours=3 / 3600) as process:
+    with pytest.raises(TimeLimitError), child_process(sys.executable, "-c", STUBBORN, hours=3 / 3600) as process:
         assert process.stdout is not None
         child = psutil.Process(int(process.stdout.readline()))
         assert process.stdout.readline() == "up\n"
-        process.stdout.read()  # comes back only when nobody holds it any more
+        process.stdout.read()  # returns when the last process has closed it
     assert time.monotonic() - began < 20
     psutil.wait_procs([child], timeout=5)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE

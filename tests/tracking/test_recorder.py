@@ -1,4 +1,4 @@
-"""Real stages, and the process that brings MLflow up to date beside them."""
+"""Stages as processes, with the background process that uploads their runs to MLflow."""
 
 import shutil
 import signal
@@ -13,7 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.files import Files
-from pipeline.tracking.run_record import executions
+from pipeline.tracking.run_record import all_executions
 from tests.fake_stages import OFF, Start, wait_until
 
 TEACHER = ("-m", "stages.teacher")
@@ -27,12 +27,12 @@ def statuses(files: Files) -> dict[str, str]:
 
 
 def upload_of(pid: int) -> psutil.Process:
-    """The process that a stage started beside itself."""
+    """The upload process that a stage started."""
     found: list[psutil.Process] = []
 
     def there() -> bool:
         for child in psutil.Process(pid).children():
-            with suppress(psutil.Error):  # git's, which has ended
+            with suppress(psutil.Error):  # of git, which has ended
                 if "pipeline.tracking.sync" in child.cmdline():
                     found.append(child)
         return bool(found)
@@ -41,7 +41,7 @@ def upload_of(pid: int) -> psutil.Process:
     return found[0]
 
 
-def test_a_stage_is_recorded_in_the_repositorys_own_database(checkout: Files, start: Start) -> None:
+def test_a_stage_is_tracked_in_the_database_of_the_repository(checkout: Files, start: Start) -> None:
     process = start(checkout, *TEACHER)
     _, err = process.communicate()
     assert process.returncode == 0
@@ -50,9 +50,7 @@ def test_a_stage_is_recorded_in_the_repositorys_own_database(checkout: Files, st
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_stage_that_is_stopped_or_killed_ends_as_killed(
-    checkout: Files, start: Start, number: signal.Signals
-) -> None:
+def test_the_run_of_a_stopped_or_killed_stage_is_killed(checkout: Files, start: Start, number: signal.Signals) -> None:
     process = start(checkout, *TEACHER, NAP="60")
     upload = upload_of(process.pid)
     wait_until(lambda: bool(list(checkout.tracking.glob("runs/*/synced/*.json"))), 60)
@@ -62,14 +60,14 @@ def test_a_stage_that_is_stopped_or_killed_ends_as_killed(
     assert statuses(checkout) == {"execution": "KILLED", "teacher": "KILLED"}
 
 
-def test_a_stage_that_fails_ends_as_failed(checkout: Files, start: Start) -> None:
+def test_the_run_of_a_failed_stage_is_failed(checkout: Files, start: Start) -> None:
     process = start(checkout, *TEACHER, FAIL="teacher")
     process.communicate()
     assert process.returncode == 4
     assert statuses(checkout) == {"execution": "FAILED", "teacher": "FAILED"}
 
 
-def test_nothing_is_recorded_if_that_is_asked_for(checkout: Files, start: Start) -> None:
+def test_tracking_can_be_disabled(checkout: Files, start: Start) -> None:
     process = start(checkout, *TEACHER, **OFF)
     process.communicate()
     assert process.returncode == 0
@@ -78,7 +76,7 @@ def test_nothing_is_recorded_if_that_is_asked_for(checkout: Files, start: Start)
 
 @pytest.fixture
 def silent() -> Iterator[str]:
-    """A server that takes connections and never answers."""
+    """A server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         taken: list[socket.socket] = []
 
@@ -96,25 +94,27 @@ def silent() -> Iterator[str]:
             connection.close()
 
 
-def test_a_server_that_is_down_costs_one_warning(checkout: Files, start: Start) -> None:
+def test_a_server_that_is_down_causes_one_warning(checkout: Files, start: Start) -> None:
     process = start(checkout, *TEACHER, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     _, err = process.communicate()
     assert process.returncode == 0 and checkout.metrics("teacher").is_file()
     assert err.count("MLflow") == 1 and "Traceback" not in err
-    assert "MLflow at http://127.0.0.1:9 does not have all of this yet ([Errno 111] Connection refused)" in err
+    assert "the upload to MLflow at http://127.0.0.1:9 is not complete ([Errno 111] Connection refused)" in err
     assert "`smaller-student sync` uploads the rest" in err
 
 
-def test_a_server_that_never_answers_costs_seconds_and_one_warning(checkout: Files, start: Start, silent: str) -> None:
+def test_a_server_that_never_answers_causes_a_short_wait_and_one_warning(
+    checkout: Files, start: Start, silent: str
+) -> None:
     began = time.monotonic()
     process = start(checkout, *TEACHER, NAP="12", MLFLOW_TRACKING_URI=silent)
     _, err = process.communicate()
     assert process.returncode == 0 and checkout.metrics("teacher").is_file()
-    assert err.count("MLflow") == 1 and ("(it is slow)" in err or "timed out" in err.lower())
-    assert time.monotonic() - began < 12 + 5 + 2  # the stage's own time, the cost, starting Python
+    assert err.count("MLflow") == 1 and ("(still uploading)" in err or "timed out" in err.lower())
+    assert time.monotonic() - began < 12 + 5 + 2  # the stage, the wait, starting Python
 
 
-def test_an_upload_that_dies_does_not_take_the_stage_along(checkout: Files, start: Start) -> None:
+def test_a_killed_upload_does_not_fail_the_stage(checkout: Files, start: Start) -> None:
     process = start(checkout, *TEACHER, NAP="1")
     upload_of(process.pid).kill()
     _, err = process.communicate()
@@ -124,19 +124,19 @@ def test_an_upload_that_dies_does_not_take_the_stage_along(checkout: Files, star
 
 @pytest.mark.parametrize(
     ("uri", "reason"),
-    [("runs", "runs is a folder, which MLflow no longer takes"), ("ftp://host", "'ftp', unknown to MLflow")],
+    [("runs", "runs is a folder, which MLflow no longer supports"), ("ftp://host", "unknown scheme 'ftp'")],
 )
-def test_an_address_that_cannot_work_costs_one_warning(checkout: Files, start: Start, uri: str, reason: str) -> None:
+def test_an_invalid_tracking_uri_causes_one_warning(checkout: Files, start: Start, uri: str, reason: str) -> None:
     process = start(checkout, *TEACHER, MLFLOW_TRACKING_URI=uri)
     _, err = process.communicate()
     assert process.returncode == 0 and checkout.metrics("teacher").is_file()
     assert err.count("MLFLOW_TRACKING_URI") == 1 and reason in err and "Traceback" not in err
     assert not (checkout.root / "runs").exists()
-    (records,) = executions(checkout)
-    assert records.outcomes() == {"teacher": "FINISHED"}
+    (records,) = all_executions(checkout)
+    assert records.statuses() == {"teacher": "FINISHED"}
 
 
-def test_a_run_that_was_deleted_while_its_stage_ran_is_reported_by_the_stage(checkout: Files, start: Start) -> None:
+def test_a_stage_reports_that_its_run_was_deleted_while_it_ran(checkout: Files, start: Start) -> None:
     process = start(checkout, *TEACHER, NAP="25")
     wait_until(lambda: bool(list(checkout.tracking.glob("runs/*/synced/*.json"))), 60)
     wait_until(lambda: len(statuses(checkout)) == 2, 20)
@@ -146,14 +146,14 @@ def test_a_run_that_was_deleted_while_its_stage_ran_is_reported_by_the_stage(che
         client.delete_run(run.info.run_id)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert "was deleted in MLflow; it is left alone" in err
+    assert "was deleted in MLflow; it is not uploaded again" in err
     assert statuses(checkout) == {"execution": "FINISHED"}
 
 
-def test_a_relative_database_is_that_of_the_repository_in_temporary_workspaces_too(
+def test_a_relative_database_path_is_relative_to_the_repository_in_temporary_workspaces_too(
     checkout: Files, start: Start, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """DVC runs stages of queued experiments elsewhere, and names the repository by DVC_ROOT."""
+    """DVC runs stages of queued experiments in temporary workspaces, where DVC_ROOT is the repository."""
     elsewhere = tmp_path_factory.mktemp("exp")
     shutil.copytree(checkout.root, elsewhere, dirs_exist_ok=True)
     temporary = Files(elsewhere, checkout.root)
@@ -165,12 +165,12 @@ def test_a_relative_database_is_that_of_the_repository_in_temporary_workspaces_t
     assert not (elsewhere / "sub").exists()
 
 
-def test_a_database_server_that_is_down_costs_seconds(checkout: Files, start: Start) -> None:
+def test_a_database_server_that_is_down_causes_a_short_wait(checkout: Files, start: Start) -> None:
     process = start(checkout, *TEACHER, MLFLOW_TRACKING_URI="postgresql+psycopg://127.0.0.1:9/x")
     began = time.monotonic()
     _, err = process.communicate()
     assert process.returncode == 0
-    assert time.monotonic() - began < 5 + 15  # the cost, and starting Python on a busy machine; it was 120
+    assert time.monotonic() - began < 5 + 15  # the wait, and starting Python on a busy machine; without the limit 120
     assert "`smaller-student sync` uploads the rest" in err
 
 
@@ -178,12 +178,12 @@ FORKING = """
 import os, sys, time
 from pathlib import Path
 from pipeline.files import Files
-from pipeline.tracking.execution import current
+from pipeline.tracking.execution import current_execution
 from pipeline.stage.params_file import load
 from pipeline.tracking.recorder import StageRun
 files = Files(Path.cwd(), Path.cwd())
 try:
-    with StageRun(files, load(files.params), current(), "teacher"):
+    with StageRun(files, load(files.params), current_execution(), "teacher"):
         child = os.fork()
         if child == 0:
             time.sleep(45)
@@ -194,8 +194,8 @@ except RuntimeError:
 """
 
 
-def test_a_stage_that_fails_does_not_wait_for_processes_that_it_forked(checkout: Files, start: Start) -> None:
-    """Image loaders hold the pipe that ends the upload, and live as long as the traceback."""
+def test_a_failed_stage_does_not_wait_for_its_forked_processes(checkout: Files, start: Start) -> None:
+    """Image loaders hold the pipe that ends the upload, and live as long as the traceback does."""
     began = time.monotonic()
     process = start(checkout, "-c", FORKING)
     _, err = process.communicate(timeout=60)

@@ -13,12 +13,12 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
     return Files(tmp_path / "temporary", tmp_path / "repository")
 
 
-def test_the_default_store_lies_in_the_repository(files: Files) -> None:
+def test_the_default_store_is_in_the_repository(files: Files) -> None:
     assert tracking_uri(files) == f"sqlite:///{files.state}/mlflow.db"
 
 
 @pytest.mark.parametrize(
-    ("given", "used"),
+    ("uri", "expected"),
     [
         ("sqlite:///runs.db", "sqlite:///{state}/runs.db"),
         ("sqlite:///./a/runs.db", "sqlite:///{state}/a/runs.db"),
@@ -30,11 +30,11 @@ def test_the_default_store_lies_in_the_repository(files: Files) -> None:
         ("postgresql://u:p@host/db", "postgresql://u:p@host/db"),
     ],
 )
-def test_a_relative_database_means_the_repository(
-    files: Files, monkeypatch: pytest.MonkeyPatch, given: str, used: str
+def test_a_relative_database_path_is_relative_to_the_repository(
+    files: Files, monkeypatch: pytest.MonkeyPatch, uri: str, expected: str
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
-    assert tracking_uri(files) == used.format(state=files.state)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert tracking_uri(files) == expected.format(state=files.state)
 
 
 @pytest.mark.parametrize(
@@ -50,29 +50,29 @@ def test_a_relative_database_means_the_repository(
         "databricks://profile",
     ],
 )
-def test_addresses_that_may_work_pass(uri: str) -> None:
+def test_valid_uris_pass(uri: str) -> None:
     check_uri(uri)
 
 
 @pytest.mark.parametrize(
     ("uri", "reason"),
     [
-        ("mlruns", "is a folder, which MLflow no longer takes"),
-        ("./mlruns", "is a folder, which MLflow no longer takes"),
-        ("/var/mlruns", "is a folder, which MLflow no longer takes"),
-        ("file:///var/mlruns", "is a folder, which MLflow no longer takes"),
-        ("C:\\mlruns", "is a folder, which MLflow no longer takes"),
-        ("ftp://host", "begins with 'ftp', unknown to MLflow"),
-        ("htp://host:5000", "begins with 'htp', unknown to MLflow"),
-        ("http:///path", "names no host"),
-        ("http:5000", "names no host"),
-        ("http://:5000", "names no host"),
-        ("http://user@", "names no host"),
-        ("sqlite:///", "names no file, so nothing would be kept"),
-        ("sqlite:///:memory:", "names no file, so nothing would be kept"),
+        ("mlruns", "is a folder, which MLflow no longer supports"),
+        ("./mlruns", "is a folder, which MLflow no longer supports"),
+        ("/var/mlruns", "is a folder, which MLflow no longer supports"),
+        ("file:///var/mlruns", "is a folder, which MLflow no longer supports"),
+        ("C:\\mlruns", "is a folder, which MLflow no longer supports"),
+        ("ftp://host", "has the unknown scheme 'ftp'"),
+        ("htp://host:5000", "has the unknown scheme 'htp'"),
+        ("http:///path", "has no host"),
+        ("http:5000", "has no host"),
+        ("http://:5000", "has no host"),
+        ("http://user@", "has no host"),
+        ("sqlite:///", "has no file, so runs would be lost"),
+        ("sqlite:///:memory:", "has no file, so runs would be lost"),
     ],
 )
-def test_addresses_that_cannot_work_are_refused_with_the_remedy(uri: str, reason: str) -> None:
+def test_invalid_uris_are_rejected_with_a_remedy(uri: str, reason: str) -> None:
     with pytest.raises(UriError) as caught:
         check_uri(uri)
     assert str(caught.value).startswith(f"MLFLOW_TRACKING_URI {uri} {reason}")

@@ -1,4 +1,4 @@
-"""What MLflow shows after a synchronisation: complete, comparable, nothing twice, nothing left running."""
+"""After an upload MLflow has complete runs, without duplicates and without runs that seem to be running."""
 
 import json
 import os
@@ -18,8 +18,8 @@ from pipeline.stage.params_file import load
 from pipeline.system.locks import locked
 from pipeline.tracking import metrics
 from pipeline.tracking.execution import Execution, ProcessId
-from pipeline.tracking.recorder import RELEASE_DIGEST, Recorder, complete_last, flatten
-from pipeline.tracking.run_record import EXECUTION, Point, Records, executions
+from pipeline.tracking.recorder import RELEASE_DIGEST, Recorder, complete_last_execution, flatten
+from pipeline.tracking.run_record import EXECUTION, ExecutionRecords, Point, all_executions
 from pipeline.tracking.store import TrackingError
 from pipeline.tracking.sync import Sync, sync
 from tests.fake_stages import NUMBERS, wait_until
@@ -30,13 +30,13 @@ GONE = HERE.model_copy(update={"start": 1})
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One database for all tests of this file: making its tables takes seconds."""
+    """One database for all tests of this file, since creating its tables takes seconds."""
     return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
 
 
 @pytest.fixture
 def here(reported: Files, store: str, monkeypatch: pytest.MonkeyPatch) -> Files:
-    """A checkout with an experiment of its own in that database."""
+    """A checkout with its own experiment in that database."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     text = reported.params.read_text()
     assert "experiment: smaller-student" in text
@@ -45,12 +45,14 @@ def here(reported: Files, store: str, monkeypatch: pytest.MonkeyPatch) -> Files:
 
 
 def dvc(number: int = 0) -> Execution:
-    """An execution of this process; each number is another one."""
+    """Return an execution of this process; each number gives another one."""
     return Execution.of("dvc", HERE.model_copy(update={"start": HERE.start + number}))
 
 
-def record(files: Files, stage: str | None, status: str = "FINISHED", owner: Execution | None = None) -> Records:
-    """A stage from its beginning to its end."""
+def record(
+    files: Files, stage: str | None, status: str = "FINISHED", owner: Execution | None = None
+) -> ExecutionRecords:
+    """Record a stage from start to end."""
     recorder = Recorder(files, load(files.params), owner or dvc())
     name = recorder.begin(stage)
     if stage is not None:
@@ -82,10 +84,10 @@ def points(run: Run, key: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in client().get_metric_history(run.info.run_id, key)]
 
 
-# --- what a run shows -------------------------------------------------------------------------------------------------
+# --- content of runs --------------------------------------------------------------------------------------------------
 
 
-def test_a_stage_opens_the_execution_and_records_what_dvc_did_not_run(here: Files) -> None:
+def test_a_stage_starts_the_execution_and_records_cached_stages_before_it(here: Files) -> None:
     Recorder(here, load(here.params), dvc()).begin("student")
     sync(here)
     (parent,) = parents(here)
@@ -100,7 +102,7 @@ def test_a_stage_opens_the_execution_and_records_what_dvc_did_not_run(here: File
     assert points(found["teacher"], "validation/mAP") == [(2, 0.25)]
 
 
-def test_curves_have_steps_and_final_figures_are_single_points_however_often_mlflow_is_synchronised(
+def test_repeated_uploads_store_each_point_and_each_final_metric_once(
     here: Files,
 ) -> None:
     recorder = Recorder(here, load(here.params), dvc())
@@ -109,7 +111,7 @@ def test_curves_have_steps_and_final_figures_are_single_points_however_often_mlf
         running = recorder.records.read(name)
         assert running is not None
         point = Point(time=time.time(), step=epoch, values={"train/kl": 1 / epoch})
-        recorder.records.write(name, running.changed(curve=(*running.curve, point)))
+        recorder.records.write(name, running.updated(curve=(*running.curve, point)))
         sync(here)
     ended = time.time() + 1
     recorder.end(name, "FINISHED", ended)
@@ -129,8 +131,8 @@ def test_curves_have_steps_and_final_figures_are_single_points_however_often_mlf
     assert (run.info.status, run.info.end_time) == ("FINISHED", int(ended * 1000))
 
 
-def test_the_stages_of_one_execution_share_a_parent_and_are_recorded_once(here: Files) -> None:
-    for stage in RECORDS:  # each in a process of its own, which knows no more than the records
+def test_stages_of_one_execution_share_a_parent_run(here: Files) -> None:
+    for stage in RECORDS:  # each stage is a new process that has only the records
         record(here, stage)
         sync(here)
     (parent,) = parents(here)
@@ -141,9 +143,7 @@ def test_the_stages_of_one_execution_share_a_parent_and_are_recorded_once(here: 
     assert all(len(points(parent, key)) == 1 for key in parent.data.metrics)
 
 
-def test_the_parent_holds_all_params_the_data_set_and_where_the_run_comes_from(
-    here: Files, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_parent_run_has_params_data_set_and_source(here: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMALLER_STUDENT_FLOW_RUN", "1234")
     write_text(here.root / "dvc.lock", "schema: '2.0'\n")
     records = record(here, "prepare")
@@ -156,12 +156,12 @@ def test_the_parent_holds_all_params_the_data_set_and_where_the_run_comes_from(
     assert parent.data.tags["flow_run_id"] == "1234"
     digest = parent.data.tags["data_digest"]
     assert len(digest) == 64
-    (given,) = parent.inputs.dataset_inputs
-    assert (given.dataset.name, given.dataset.digest) == ("vehicles", digest[:36])
-    assert json.loads(given.dataset.profile)["identities"] == 3
+    (dataset_input,) = parent.inputs.dataset_inputs
+    assert (dataset_input.dataset.name, dataset_input.dataset.digest) == ("vehicles", digest[:36])
+    assert json.loads(dataset_input.dataset.profile)["identities"] == 3
 
 
-def test_export_and_benchmark_upload_what_people_look_for_though_a_later_run_overwrote_it(here: Files) -> None:
+def test_artifacts_are_uploaded_although_a_later_run_overwrote_the_files(here: Files) -> None:
     write_text(here.artifacts("export") / "SHA256SUMS", "1234  model.onnx\n")
     for stage in ("export", "benchmark"):
         records = record(here, stage)
@@ -175,10 +175,10 @@ def test_export_and_benchmark_upload_what_people_look_for_though_a_later_run_ove
     assert downloaded.read_text() == "onnx"
     assert len(found["export"].data.tags[RELEASE_DIGEST]) == 64
     assert (here.root / "mlartifacts").is_dir()
-    assert not list(records.files.iterdir())  # copies are dropped once they are uploaded
+    assert not list(records.files.iterdir())  # copies are deleted after the upload
 
 
-def test_a_wholly_cached_execution_is_complete_and_names_the_runs_that_computed_it(here: Files) -> None:
+def test_a_fully_cached_execution_is_complete_and_links_to_the_original_runs(here: Files) -> None:
     record(here, "teacher", owner=dvc(1))
     sync(here)
     (original,) = [run for run in runs(here) if run.data.tags.get("stage") == "teacher"]
@@ -190,10 +190,10 @@ def test_a_wholly_cached_execution_is_complete_and_names_the_runs_that_computed_
     assert {run.data.tags["cached"] for run in mine} == {"true"}
     assert parent.data.metrics == metrics.summary(here)
     assert mine[1].data.tags["original_run"] == original.info.run_id
-    assert "original_run" not in mine[2].data.tags  # the student ran where nobody recorded it
+    assert "original_run" not in mine[2].data.tags  # the student's run was not recorded here
 
 
-def test_figures_that_another_run_computed_are_not_ascribed_to_this_one(here: Files) -> None:
+def test_a_cached_stage_with_other_metrics_has_no_original_run(here: Files) -> None:
     record(here, "prepare", owner=dvc(1))
     write_json(here.metrics("prepare"), {**NUMBERS["prepare"], "images": 10})
     record(here, "teacher")
@@ -204,7 +204,7 @@ def test_figures_that_another_run_computed_are_not_ascribed_to_this_one(here: Fi
 
 
 @pytest.mark.parametrize("status", ["FAILED", "KILLED"])
-def test_a_stage_that_fails_ends_its_run_and_the_parent_with_the_reason(here: Files, status: str) -> None:
+def test_a_failed_stage_ends_its_run_and_the_parent_run_with_the_error(here: Files, status: str) -> None:
     recorder = Recorder(here, load(here.params), dvc())
     name = recorder.begin("teacher")
     recorder.end(name, status, time.time() + 1, "out of memory; lower `teacher.batch`\nand more")  # type: ignore[arg-type]
@@ -213,7 +213,7 @@ def test_a_stage_that_fails_ends_its_run_and_the_parent_with_the_reason(here: Fi
     assert children(here)["teacher"].data.tags["error"] == "out of memory; lower `teacher.batch`"
 
 
-def test_a_stage_that_is_tried_again_is_not_taken_from_the_failed_try(here: Files) -> None:
+def test_a_retried_stage_has_a_second_run(here: Files) -> None:
     record(here, "teacher", "FAILED")
     record(here, "teacher")
     sync(here)
@@ -230,31 +230,31 @@ def test_params_are_flattened() -> None:
 
 
 @pytest.mark.parametrize("calls", range(1, 14, 3))
-def test_a_synchronisation_that_was_cut_off_goes_on_without_doubles(
+def test_an_interrupted_upload_resumes_without_duplicates(
     here: Files, monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:
-    """Interrupted after a call that MLflow carried out and before anything was noted."""
+    """The interruption comes after a call that MLflow executed and before the state is saved."""
     record(here, "teacher")
-    work, left = Sync(here), [calls]
-    assert work.client
+    upload, remaining = Sync(here), [calls]
+    assert upload.client
 
-    class CutOff(BaseException):
+    class Interrupted(BaseException):
         pass
 
     for name in ("create_run", "log_batch", "log_inputs", "set_terminated", "update_run", "log_artifacts"):
 
         def call(self: MlflowClient, *words: object, _real: object = getattr(MlflowClient, name), **named: object):
             done = _real(self, *words, **named)  # type: ignore[operator]
-            left[0] -= 1
-            if left[0] == 0:
-                raise CutOff
+            remaining[0] -= 1
+            if remaining[0] == 0:
+                raise Interrupted
             return done
 
         monkeypatch.setattr(MlflowClient, name, call)
-    with pytest.raises(CutOff):
-        work.all()
+    with pytest.raises(Interrupted):
+        upload.upload_all()
     monkeypatch.undo()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", work.uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", upload.uri)
     sync(here)
     assert list(children(here)) == ["prepare", "teacher"]
     assert len(parents(here)) == 1
@@ -263,29 +263,29 @@ def test_a_synchronisation_that_was_cut_off_goes_on_without_doubles(
     assert {run.info.status for run in runs(here)} == {"FINISHED"}
 
 
-def test_what_a_dead_stage_left_running_is_ended_by_the_next_synchronisation(here: Files) -> None:
+def test_sync_ends_the_runs_of_a_dead_stage(here: Files) -> None:
     records = record(here, "prepare", "RUNNING")
     sync(here)
     assert {run.info.status for run in runs(here)} == {"RUNNING"}
     running = records.read("prepare")
     assert running is not None
-    records.write("prepare", running.changed(process=GONE, ended=None))
+    records.write("prepare", running.updated(process=GONE, ended=None))
     sync(here)
     assert {run.info.status for run in runs(here)} == {"KILLED"}
     assert children(here)["prepare"].data.tags["error"] == "its process is gone"
 
 
 @pytest.mark.parametrize("process", [HERE, GONE.model_copy(update={"host": "elsewhere"})], ids=["alive", "elsewhere"])
-def test_a_stage_that_lives_or_runs_on_another_host_is_left_alone(here: Files, process: ProcessId) -> None:
+def test_sync_does_not_end_runs_of_living_processes_or_other_hosts(here: Files, process: ProcessId) -> None:
     records = record(here, "prepare", "RUNNING")
     running = records.read("prepare")
     assert running is not None
-    records.write("prepare", running.changed(process=process, ended=None))
+    records.write("prepare", running.updated(process=process, ended=None))
     sync(here)
     assert {run.info.status for run in runs(here)} == {"RUNNING"}
 
 
-def test_another_server_gets_everything(here: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_store_gets_all_runs(here: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record(here, "prepare")
     sync(here)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
@@ -294,10 +294,10 @@ def test_another_server_gets_everything(here: Files, tmp_path: Path, monkeypatch
     assert list(children(here)) == ["prepare", "teacher"]
 
 
-# --- what somebody deleted --------------------------------------------------------------------------------------------
+# --- deleted runs -----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_somebody_deleted_is_left_alone_reported_once_and_holds_up_no_other(here: Files) -> None:
+def test_a_deleted_run_is_skipped_and_reported_once_and_others_are_uploaded(here: Files) -> None:
     record(here, "prepare", owner=dvc(1))
     sync(here)
     deleted = children(here)["prepare"].info.run_id
@@ -305,7 +305,7 @@ def test_a_run_that_somebody_deleted_is_left_alone_reported_once_and_holds_up_no
     record(here, "teacher", owner=dvc(1))  # the same execution goes on
     record(here, "prepare", owner=dvc(2))  # and another one
     first = sync(here)
-    assert len(first[1]) == 1 and "was deleted in MLflow; it is left alone" in first[1][0]
+    assert len(first[1]) == 1 and "was deleted in MLflow; it is not uploaded again" in first[1][0]
     assert sync(here)[1] == []
     assert client().get_run(deleted).info.lifecycle_stage == "deleted"
     stages = [run.data.tags["stage"] for run in runs(here) if "stage" in run.data.tags]
@@ -313,7 +313,7 @@ def test_a_run_that_somebody_deleted_is_left_alone_reported_once_and_holds_up_no
     assert {run.info.status for run in runs(here)} == {"FINISHED"}
 
 
-def test_an_execution_whose_parent_was_deleted_gets_no_new_runs_and_is_reported_once(here: Files) -> None:
+def test_an_execution_with_a_deleted_parent_run_is_skipped_and_reported_once(here: Files) -> None:
     record(here, "prepare")
     sync(here)
     for run in runs(here):
@@ -327,7 +327,7 @@ def test_an_execution_whose_parent_was_deleted_gets_no_new_runs_and_is_reported_
     assert len(runs(here, ViewType.ALL)) == 2
 
 
-def test_a_run_that_was_purged_is_not_made_again(here: Files, store: str) -> None:
+def test_a_purged_run_is_not_created_again(here: Files, store: str) -> None:
     record(here, "prepare")
     sync(here)
     run = children(here)["prepare"].info.run_id
@@ -336,14 +336,14 @@ def test_a_run_that_was_purged_is_not_made_again(here: Files, store: str) -> Non
         [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", store, "--run-ids", run], capture_output=True
     )
     assert done.returncode == 0, done.stderr
-    assert sync(here)[1] == []  # it was up to date, so nothing was looked up
+    assert sync(here)[1] == []  # up to date, so MLflow was not queried
     record(here, "teacher")
     assert len(sync(here)[1]) == 1
     sync(here, again=True)
     assert list(children(here)) == ["teacher"]
 
 
-def test_a_run_that_was_restored_goes_on_with_sync_again(here: Files) -> None:
+def test_sync_again_updates_a_restored_run(here: Files) -> None:
     record(here, "prepare")
     sync(here)
     run = children(here)["prepare"].info.run_id
@@ -363,7 +363,7 @@ def test_a_run_that_was_restored_goes_on_with_sync_again(here: Files) -> None:
     assert names == ["export/SHA256SUMS", "export/model.onnx"]
 
 
-def test_a_deleted_experiment_is_left_alone_and_holds_up_no_other(here: Files) -> None:
+def test_a_deleted_experiment_is_skipped_and_others_are_uploaded(here: Files) -> None:
     record(here, "prepare", owner=dvc(1))
     sync(here)
     deleted = load(here.params).tracking.experiment
@@ -378,35 +378,35 @@ def test_a_deleted_experiment_is_left_alone_and_holds_up_no_other(here: Files) -
     assert client().get_experiment_by_name(deleted).lifecycle_stage == "deleted"
 
 
-def test_one_execution_that_mlflow_refuses_holds_up_no_other(here: Files) -> None:
+def test_executions_are_uploaded_although_mlflow_rejects_one(here: Files) -> None:
     records = record(here, "prepare", owner=dvc(1))
     broken = records.read("prepare")
     assert broken is not None
-    records.write("prepare", broken.changed(figures={"a key with \n a line": 1.0}))
+    records.write("prepare", broken.updated(figures={"a key with \n a line": 1.0}))
     record(here, "prepare", owner=dvc(2))
     (notice,) = sync(here)[1]
-    assert notice.startswith(f"MLflow refused a part of execution {records.id}")
+    assert notice.startswith(f"MLflow rejected part of execution {records.id}")
     finished = [run for run in parents(here) if run.info.status == "FINISHED"]
     assert len(finished) == 1
 
 
-def test_a_store_that_is_out_of_reach_is_one_error(here: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_store_is_one_error(here: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     record(here, "prepare", owner=dvc(1))
     record(here, "prepare", owner=dvc(2))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    with pytest.raises(TrackingError, match=r"^MLflow at http://127.0.0.1:9 cannot be reached .*; everything stays on"):
+    with pytest.raises(TrackingError, match=r"^MLflow at http://127.0.0.1:9 cannot be reached .*; run records stay on"):
         sync(here)
 
 
-# --- side by side -----------------------------------------------------------------------------------------------------
+# --- concurrent processes ---------------------------------------------------------------------------------------------
 
 
-def test_an_execution_that_another_process_synchronises_is_left_to_it_and_the_others_are_not(here: Files) -> None:
+def test_only_an_execution_that_another_process_uploads_is_skipped(here: Files) -> None:
     first, second = record(here, "prepare", owner=dvc(1)), record(here, "prepare", owner=dvc(2))
     with locked(first.folder / "sync.lock", "a test"):
         code = (
             "from pathlib import Path; from pipeline.files import Files; from pipeline.tracking.sync import Sync\n"
-            "root = Path.cwd(); Sync(Files(root, root)).all()"
+            "root = Path.cwd(); Sync(Files(root, root)).upload_all()"
         )
         root = Path(__file__).parents[2]
         environment = {**os.environ, "PYTHONPATH": str(root)}
@@ -417,8 +417,8 @@ def test_an_execution_that_another_process_synchronises_is_left_to_it_and_the_ot
     assert {run.data.tags["execution_id"] for run in parents(here)} == {first.id, second.id}
 
 
-def test_an_old_execution_that_still_runs_is_kept(here: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.tracking.sync.KEPT", 1)
+def test_records_of_an_old_execution_that_still_runs_are_kept(here: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.tracking.sync.MAX_EXECUTIONS", 1)
     recorder = Recorder(here, load(here.params), dvc(1))
     name = recorder.begin("prepare")
     record(here, "prepare", owner=dvc(2))
@@ -429,15 +429,15 @@ def test_an_old_execution_that_still_runs_is_kept(here: Files, monkeypatch: pyte
     assert [run.info.status for run in parents(here)] == ["FINISHED"] * 3
 
 
-def test_two_that_complete_an_execution_at_once_record_each_stage_once(here: Files) -> None:
+def test_two_processes_that_complete_an_execution_record_each_stage_once(here: Files) -> None:
     records = record(here, "prepare")
     execution = records.execution()
     assert execution is not None
-    records.write(EXECUTION, execution.changed(process=GONE))
+    records.write(EXECUTION, execution.updated(process=GONE))
     code = (
         "from pathlib import Path; from pipeline.files import Files; from pipeline.stage.params_file import load\n"
-        "from pipeline.tracking.recorder import complete_last\n"
-        "files = Files(Path.cwd(), Path.cwd()); complete_last(files, load(files.params), list)"
+        "from pipeline.tracking.recorder import complete_last_execution\n"
+        "files = Files(Path.cwd(), Path.cwd()); complete_last_execution(files, load(files.params), list)"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     both = [subprocess.Popen([sys.executable, "-c", code], cwd=here.root, env=environment) for _ in range(2)]
@@ -445,28 +445,28 @@ def test_two_that_complete_an_execution_at_once_record_each_stage_once(here: Fil
     assert list(records.stages()) == list(RECORDS)
 
 
-def test_old_executions_are_forgotten_once_mlflow_has_them(here: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.tracking.sync.KEPT", 2)
+def test_old_records_are_deleted_after_their_upload(here: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.tracking.sync.MAX_EXECUTIONS", 2)
     made = [record(here, "prepare", owner=dvc(number)) for number in range(4)]
     sync(here)
-    assert [one.folder for one in executions(here)] == [one.folder for one in made[2:]]
+    assert [records.folder for records in all_executions(here)] == [records.folder for records in made[2:]]
     assert len(parents(here)) == 4
 
 
-def test_the_last_execution_is_completed_once_its_dvc_has_ended(here: Files) -> None:
+def test_cached_stages_are_recorded_after_dvc_has_ended(here: Files) -> None:
     records = record(here, "prepare")
-    complete_last(here, load(here.params), list)
-    assert list(records.outcomes()) == ["prepare"]  # this process lives, so dvc may still run the others
+    complete_last_execution(here, load(here.params), list)
+    assert list(records.statuses()) == ["prepare"]  # the owner is alive, so dvc may still run the others
     execution = records.execution()
     assert execution is not None
-    records.write(EXECUTION, execution.changed(process=GONE))
-    complete_last(here, load(here.params), lambda: ["surgery"])
-    assert list(records.outcomes()) == ["prepare", "teacher", "student"]
-    complete_last(here, load(here.params), list)
-    assert list(records.outcomes()) == list(RECORDS)
+    records.write(EXECUTION, execution.updated(process=GONE))
+    complete_last_execution(here, load(here.params), lambda: ["surgery"])
+    assert list(records.statuses()) == ["prepare", "teacher", "student"]
+    complete_last_execution(here, load(here.params), list)
+    assert list(records.statuses()) == list(RECORDS)
 
 
-def test_an_upload_beside_a_stage_notices_that_the_stage_was_killed(here: Files) -> None:
+def test_the_background_upload_ends_the_run_of_a_killed_stage(here: Files) -> None:
     records = record(here, "prepare", "RUNNING")
     order = {"root": str(here.root), "state": str(here.state), "records": str(records.folder), "name": "prepare"}
     child = subprocess.Popen(
@@ -480,14 +480,14 @@ def test_an_upload_beside_a_stage_notices_that_the_stage_was_killed(here: Files)
     )
     running = records.read("prepare")
     assert running is not None
-    records.write("prepare", running.changed(process=GONE, ended=None))
+    records.write("prepare", running.updated(process=GONE, ended=None))
     child.stdin.close()
     assert child.wait(60) == 0
     assert {run.info.status for run in runs(here)} == {"KILLED"}
 
 
-def test_one_process_at_a_time_makes_the_tables_of_a_database(reported: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLflow lets two do it at once, which leaves a half-migrated database."""
+def test_only_one_process_at_a_time_creates_database_tables(reported: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If two processes do so at once, MLflow leaves a half-migrated database."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     record(reported, "prepare")
     lock = reported.tracking / "store.lock"
@@ -508,11 +508,11 @@ def test_one_process_at_a_time_makes_the_tables_of_a_database(reported: Files, m
     assert len(parents(reported)) == 1
 
 
-# --- a checkout that moves --------------------------------------------------------------------------------------------
+# --- moved checkouts --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", ["moved", "copied"])
-def test_a_checkout_that_was_moved_or_copied_writes_below_itself_and_finds_what_it_has(
+def test_a_moved_or_copied_checkout_uses_its_own_artifact_folder(
     reported: Files, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     import shutil
@@ -541,7 +541,7 @@ def test_a_checkout_that_was_moved_or_copied_writes_below_itself_and_finds_what_
     assert str(reported.mlflow_artifacts) not in text
 
 
-def test_what_an_upload_beside_a_stage_found_is_shown_by_the_next_sync_if_the_stage_did_not_wait(here: Files) -> None:
+def test_sync_shows_messages_of_a_background_upload(here: Files) -> None:
     records = record(here, "prepare")
     sync(here)
     for run in runs(here):
