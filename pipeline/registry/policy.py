@@ -113,7 +113,7 @@ def decide(
     if violations:
         return Decision(False, "; ".join(violations))
     if not rivals:
-        return Decision(True, "there was none before it")
+        return Decision(True, "there is no earlier version")
     differences = ", ".join(
         f"{rival.map.mean:+.4f} against {name} ({rival.map.low:+.4f} to {rival.map.high:+.4f})"
         for name, rival in rivals.items()

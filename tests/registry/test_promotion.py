@@ -112,7 +112,7 @@ def test_a_larger_test_set_of_the_same_split_is_compared_and_downloads_are_prune
 ) -> None:
     settings = params()
     first = publish(files, settings, trained(files.root / "one", networks, 0, prepare(files, settings, 20)))
-    assert first == ("1", Decision(True, "there was none before it"))
+    assert first == ("1", Decision(True, "there is no earlier version"))
     version, decision = publish(files, settings, trained(files.root / "two", networks, 1, prepare(files, settings, 26)))
     assert decision.passed and " against the champion (" in decision.reason
     assert champion(files, settings) == version == "2"

@@ -132,7 +132,7 @@ def test_a_scheduled_run_is_promoted_and_its_model_can_be_downloaded_and_run(
     wait_until(lambda: bool(due()), 120)
     run = ended(server, due()[0])
     assert run.state_name == "Promoted" and run.state is not None
-    assert run.state.message == "version 1 is champion: there was none before it"
+    assert run.state.message == "version 1 is champion: there is no earlier version"
     assert champion(stack) == "1"
     fetched = command(
         stack, "mlflow", "artifacts", "download", "-u", "models:/smaller-student@champion", "-d", str(tmp_path)
