@@ -17,6 +17,7 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 from PIL import Image
+from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import Page, expect, sync_playwright
 from prefect.client.orchestration import get_client
 from ruamel.yaml import YAML
@@ -82,7 +83,8 @@ def _mlflow(page: Page, address: str) -> None:
     client = MlflowClient(address)
     experiment = client.get_experiment_by_name("smaller-student").experiment_id
     runs = client.search_runs([experiment], "tags.stage IS NULL AND params.seed = '0'")
-    page.goto(f"{address}/#/experiments/{experiment}/runs?workflowType=machine_learning")
+    page.set_viewport_size({"width": 2100, "height": 560})
+    _open(page, f"{address}/#/experiments/{experiment}/runs?workflowType=machine_learning")
     row = page.get_by_role("row").filter(has=page.get_by_role("link", name="vehicles, ")).first
     row.get_by_role("button").first.click(timeout=60_000)
     page.get_by_text("Columns", exact=True).click()
@@ -91,21 +93,32 @@ def _mlflow(page: Page, address: str) -> None:
         page.get_by_text(metric, exact=True).first.click()
     page.keyboard.press("Escape")
     expect(page.get_by_role("link", name="benchmark", exact=True).first).to_be_visible()
+    page.wait_for_timeout(3000)
     _shoot(page, "mlflow")
     chosen = "%22,%22".join(run.info.run_id for run in runs[:3])
-    page.goto(f"{address}/#/compare-runs?runs=[%22{chosen}%22]&experiments=[%22{experiment}%22]")
+    page.set_viewport_size({"width": 1500, "height": 620})
+    _open(page, f"{address}/#/compare-runs?runs=[%22{chosen}%22]&experiments=[%22{experiment}%22]")
     page.wait_for_timeout(8000)
     _shoot(page, "compare")
-    page.goto(f"{address}/#/models/smaller-student")
+    page.set_viewport_size({"width": 1500, "height": 900})
+    _open(page, f"{address}/#/models/smaller-student")
     expect(page.get_by_text("Version 1").first).to_be_visible(timeout=60_000)
     page.wait_for_timeout(3000)
     _shoot(page, "registry")
+
+
+def _open(page: Page, address: str) -> None:
+    """Open a page of MLflow and close the panel that it shows beside."""
+    page.goto(address)
+    with suppress(PlaywrightError):
+        page.get_by_role("button", name="Close").click(timeout=15_000)
 
 
 def _prefect(page: Page, address: str) -> None:
     """Take the last run of the flow, with its tasks and artefacts."""
     with get_client(sync_client=True) as client:
         run = max(client.read_flow_runs(), key=lambda run: run.start_time.timestamp() if run.start_time else 0)
+    page.set_viewport_size({"width": 1500, "height": 560})
     page.goto(f"{address}/runs/flow-run/{run.id}")
     page.wait_for_timeout(8000)
     _shoot(page, "prefect")
