@@ -67,8 +67,8 @@ def main() -> None:
 
 
 def _panels(copy: Path) -> None:
-    """Stack every other panel of the report, from the best query to the worst."""
-    panels = [Image.open(path) for path in sorted((copy / "artifacts/benchmark/report").glob("panel-*.png"))[::2]]
+    """Stack two panels of the report, of a good query and of a poor one."""
+    panels = [Image.open(path) for path in sorted((copy / "artifacts/benchmark/report").glob("panel-*.png"))[1::4]]
     width, height = 1200, 0
     scaled = [panel.resize((width, round(panel.height * width / panel.width))).convert("RGB") for panel in panels]
     whole = Image.new("RGB", (width, sum(panel.height for panel in scaled)), "white")
@@ -83,7 +83,7 @@ def _mlflow(page: Page, address: str) -> None:
     client = MlflowClient(address)
     experiment = client.get_experiment_by_name("smaller-student").experiment_id
     runs = client.search_runs([experiment], "tags.stage IS NULL AND params.seed = '0'")
-    page.set_viewport_size({"width": 2100, "height": 560})
+    page.set_viewport_size({"width": 1750, "height": 500})
     _open(page, f"{address}/#/experiments/{experiment}/runs?workflowType=machine_learning")
     row = page.get_by_role("row").filter(has=page.get_by_role("link", name="vehicles, ")).first
     row.get_by_role("button").first.click(timeout=60_000)
