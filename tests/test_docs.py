@@ -4,12 +4,16 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from ruamel.yaml import YAML
 from typer.main import get_command
 
 from docs.make_params import PAGE, page
 from pipeline.cli.commands import app
-from pipeline.config import Params
+from pipeline.config import Data, Params
+from pipeline.data import layout, published
+from pipeline.data.sources import read_source
+from pipeline.losses import registry
 from pipeline.stage.params_file import keys, load
 from pipeline.stage.presets import COMPLETE, names, preset_text
 
@@ -88,3 +92,29 @@ def test_every_preset_is_valid_and_says_what_it_takes(name: str, tmp_path: Path)
 
 def test_the_params_file_of_the_repository_is_the_complete_preset() -> None:
     assert (ROOT / "params.yaml").read_bytes() == preset_text(ROOT, COMPLETE).encode()
+
+
+def example(page: str, start: str) -> str:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    (block,) = [block for block in blocks if block.startswith(start)]
+    return block
+
+
+def test_the_layout_of_the_docs_reads_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split in ("train", "query", "gallery"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "0002_c1_000451.jpg").touch()
+    monkeypatch.setitem(layout.LAYOUTS, "myset", layout.LAYOUTS["market1501"])  # taken back afterwards
+    exec(example("own-data.md", "_MYSET_NAME"), vars(published).copy())
+    found = read_source(Data.model_construct(source="myset"), tmp_path).items
+    assert [(item.path, item.identity, item.camera) for item in found] == [
+        (f"{split}/0002_c1_000451.jpg", "0002", "c1") for split in ("train", "query", "gallery")
+    ]
+
+
+def test_the_loss_of_the_docs_is_a_mean_over_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
+    exec(example("method.md", '"""Distances'), {"__name__": "pipeline.losses.relations"})
+    student, teacher = torch.eye(2), torch.ones(2, 2)
+    settings = {"weight": 2.0, "power": 2.0}
+    assert float(registry._LOSSES["relations"](student, teacher, torch.arange(2), settings)) == pytest.approx(1.0)

@@ -3,7 +3,7 @@
 "The paper" is Xie et al., "Towards a Smaller Student", CVPR 2023.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -152,7 +152,7 @@ class Distill(Section):
     embedding: Annotated[float, Field(ge=0, le=1000)]
     """Weight of the cosine distance between embeddings (Budnik and Avrithis, CVPR 2021); 0 in the paper. Use it with
     teachers that are trained to convergence."""
-    extra_losses: dict[str, dict[str, float]]
+    extra_losses: dict[str, dict[str, Any]]
     """Further losses on the embeddings by name, each with its `weight` and settings, such as
     `asymmetric_triplet: {weight: 1.0, margin: 0.1}`; the files in pipeline/losses/ register them."""
     flip_average: bool

@@ -31,27 +31,44 @@ class ExtraLoss:
     function: Callable[..., Tensor]
     settings: type[Section]
 
-    def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor, settings: Mapping[str, float]) -> Tensor:
-        """Compute the weighted loss of a batch."""
-        keywords = {name: value for name, value in settings.items() if name != "weight"}
-        return settings["weight"] * self.function(student, teacher, labels, **keywords)
+    def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor, settings: Mapping[str, Any]) -> Tensor:
+        """Compute the weighted loss of a batch; settings without a value have their default."""
+        values = self.settings.model_validate(settings).model_dump()
+        return values.pop("weight") * self.function(student, teacher, labels, **values)
 
 
 _LOSSES: dict[str, ExtraLoss] = {}
 
+RESERVED = {
+    *("loss", "identity", "triplet", "kl", "feature", "embedding"),
+    *("epoch", "validation_map", "macs_reduction", "params_reduction", "latency_reduction", "target_reduction"),
+}
+"""Names of the built-in losses and of other curves."""
+
 
 def extra_loss(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Register a function, under its name, as a loss for `student.distill.extra_losses`."""
+    """Register a function, under its name, as a loss for `student.distill.extra_losses`.
+
+    Raises:
+        TypeError: If the name is taken, or a setting is not keyword-only or has no type.
+    """
+    name, here = function.__name__, f"the loss `{function.__name__}` in {function.__module__}"
+    if name in RESERVED or (name in _LOSSES and _LOSSES[name].function.__module__ != function.__module__):
+        raise TypeError(f"{here} has the name of another loss or curve; rename it")
     fields: dict[str, Any] = {"weight": (Annotated[float, Field(gt=0, le=1000)], ...)}
-    for parameter in inspect.signature(function, eval_str=True).parameters.values():
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-            fields[parameter.name] = (parameter.annotation, ...)
-    _LOSSES[function.__name__] = ExtraLoss(function, create_model(function.__name__, __base__=Section, **fields))
+    for parameter in list(inspect.signature(function, eval_str=True).parameters.values())[3:]:
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY or parameter.annotation is inspect.Parameter.empty:
+            raise TypeError(
+                f"the setting `{parameter.name}` of {here} must be keyword-only (after `*`) and have a type"
+            )
+        default = ... if parameter.default is inspect.Parameter.empty else parameter.default
+        fields[parameter.name] = (parameter.annotation, default)
+    _LOSSES[name] = ExtraLoss(function, create_model(name, __base__=Section, **fields))
     return function
 
 
 def extra_losses() -> Mapping[str, ExtraLoss]:
-    """Import all modules of this folder, and return the registered losses by name."""
+    """Import all modules of this folder, and return the registered losses by name, sorted."""
     for module in pkgutil.iter_modules(pipeline.losses.__path__):
         importlib.import_module(f"{pipeline.losses.__name__}.{module.name}")
-    return _LOSSES
+    return dict(sorted(_LOSSES.items()))

@@ -187,8 +187,15 @@ def _loss_problems(document: Document) -> Iterator[str]:
         try:
             known[name].settings.model_validate(settings)
         except ValidationError as error:
+            wanted = ", ".join(known[name].settings.model_fields)
             for detail in error.errors():
-                yield from _problems({**detail, "loc": (*location, *detail["loc"])}, document.root)
+                place = (*location, *detail["loc"])
+                if detail["type"] in ("missing", "extra_forbidden"):
+                    what = "missing" if detail["type"] == "missing" else "unknown"
+                    where = f" (line {_line(document.root, place)})"
+                    yield f"`{dotted(place)}` is {what}; the settings of {name} are {wanted}{where}"
+                else:
+                    yield from _problems({**detail, "loc": place}, document.root)
 
 
 def _alternatives(names: Iterable[str]) -> str:

@@ -201,9 +201,13 @@ def exit_code(error: Exception) -> int:
     return getattr(error, "exit_code", 3 if isinstance(error, FileNotFoundError) else 1)
 
 
+BUGS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, SyntaxError, TypeError)
+"""Errors that no code raises with a message for users."""
+
+
 def _sentence(error: Exception) -> str:
     text = str(error).strip()
-    if type(error) in (KeyError, TypeError, AttributeError, AssertionError, IndexError) or not text:
+    if isinstance(error, BUGS) or not text:
         # A bug of the pipeline, not a message for users.
         return f"{type(error).__name__}: {text}\n{DEBUG}=1 shows the traceback"
     return text

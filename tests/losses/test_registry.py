@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import pipeline.losses
+from pipeline.losses import registry
 from pipeline.losses.asymmetric_triplet import asymmetric_triplet
-from pipeline.losses.registry import extra_losses
+from pipeline.losses.registry import extra_loss, extra_losses
 from pipeline.stage.params_file import ParamsError, load
 from pipeline.stage.presets import preset_text
 from tests.imports import ROOT
@@ -49,8 +50,11 @@ def test_a_registered_loss_can_be_selected_with_its_settings(params: Path) -> No
 @pytest.mark.parametrize(
     ("losses", "complaint"),
     [
-        ("{rank: {weight: 1.0}}", r"`student.distill.extra_losses.rank` is unknown; available: asymmetric_triplet"),
-        ("{asymmetric_triplet: {weight: 1.0}}", r"asymmetric_triplet.margin` is missing"),
+        ("{rank: {weight: 1.0}}", r"`student.distill.extra_losses.rank` is unknown; available: .*asymmetric_triplet"),
+        (
+            "{asymmetric_triplet: {weight: 1.0}}",
+            r"asymmetric_triplet.margin` is missing; the settings of asymmetric_triplet are weight, margin",
+        ),
         ("{asymmetric_triplet: {weight: 1.0, margin: 3.0}}", r"margin` must be at most 2, got 3.0 \(line \d+\)"),
         ("{asymmetric_triplet: {weight: 0.0, margin: 0.1}}", r"weight` must be greater than 0, got 0.0"),
         ("{asymmetric_triplet: {weight: 1.0, margin: 0.1, scale: 1.0}}", r"scale` is unknown"),
@@ -61,12 +65,45 @@ def test_unknown_losses_and_settings_are_refused_by_name(params: Path, losses: s
         load(write(params, losses))
 
 
-def test_a_new_loss_is_one_file(tmp_path: Path, params: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_loss_is_one_file_and_its_settings_keep_type_and_default(
+    tmp_path: Path, params: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "length.py").write_text(
         "from pipeline.losses.registry import extra_loss\n\n\n"
-        "@extra_loss\ndef length(student, teacher, labels, *, power: float):\n"
+        "@extra_loss\n"
+        "def length(student, teacher, labels, *, power: int, squared: bool = False):\n"
+        "    assert type(power) is int and squared is False\n"
         "    return (student.norm(dim=1) - teacher.norm(dim=1)).abs().pow(power).mean()\n"
     )
     monkeypatch.setattr(pipeline.losses, "__path__", [*pipeline.losses.__path__, str(tmp_path)])
-    loaded = load(write(params, "{length: {weight: 1.0, power: 2.0}}"))
-    assert loaded.student.distill.extra_losses == {"length": {"weight": 1.0, "power": 2.0}}
+    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
+    found = load(write(params, "{length: {weight: 2.0, power: 2}}")).student.distill.extra_losses
+    student, labels = batch(torch.float32)
+    assert float(extra_losses()["length"](2 * student, student, labels, found["length"])) == pytest.approx(
+        2 * float(student.norm(dim=1).pow(2).mean()), rel=1e-5
+    )
+
+
+def kl(student, teacher, labels):  # a built-in loss has this name
+    return student.sum()
+
+
+def untyped(student, teacher, labels, *, power):
+    return student.sum()
+
+
+def positional(student, teacher, labels, power: float):
+    return student.sum()
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (kl, "the loss `kl` in .* has the name of another loss or curve; rename it"),
+        (untyped, "the setting `power` of the loss `untyped` in .* must be keyword-only"),
+        (positional, "the setting `power` of the loss `positional` in .* must be keyword-only"),
+    ],
+)
+def test_a_loss_that_cannot_work_is_refused_when_it_is_registered(function, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        extra_loss(function)
