@@ -4,6 +4,8 @@ Reads   artifacts/prepare/, artifacts/surgery/, artifacts/teacher/
 Writes  artifacts/export/, metrics/export.json
 """
 
+import logging
+
 import numpy as np
 
 from pipeline import checkpoint
@@ -30,6 +32,8 @@ from pipeline.stage.run import Run, run_stage
 MAX_ORIGINALS = 64
 """Test images at their original size that check the preprocessing inside `model.allinone.onnx`."""
 
+log = logging.getLogger(__name__)
+
 
 def export(run: Run) -> ExportRecord:
     """Export all files, compare each with torch on all test images, and write them only if all checks pass."""
@@ -44,13 +48,20 @@ def export(run: Run) -> ExportRecord:
     def score(embeddings: Embeddings, protocol: str = protocol) -> float:
         return evaluate_embedder(lambda _: embeddings, manifest, "query", "gallery", protocol).map
 
+    licence = params.export.licence
+    if params.data.source != "vehicles" and "rendered images" in licence:
+        licence = "not stated"
+        log.warning(
+            "`export.licence` is that of the rendered images; state the terms of your data, or cards say %s", licence
+        )
+
     def make_metadata(spec: ArchSpec, test_map: float) -> Metadata:
         return Metadata(
             data=params.data.source,
             data_digest=manifest.digest,
             params_digest=params_digest(params),
             git_commit=commit,
-            licence=params.export.licence,
+            licence=licence,
             protocol=protocol,
             map=test_map,
             image_size=(height, width),

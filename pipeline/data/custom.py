@@ -76,6 +76,8 @@ def walk(root: Path, inside: str = "") -> Iterator[tuple[str, str]]:
         if path != (escaped := path.encode(errors="backslashreplace").decode()):
             yield escaped, "skipped: its name is not UTF-8"
             continue
+        if entry.name == ".gitkeep":  # keeps the folder `data` in Git
+            continue
         if entry.name.startswith(".") or entry.name.lower() in SYSTEM_FILES:
             yield path, "skipped: hidden, or a file of the operating system"
         elif entry.is_symlink():

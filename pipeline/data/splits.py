@@ -95,6 +95,12 @@ def check_test_set(items: Sequence[Item], protocol: str) -> None:
     query_identities = {item.identity for item in tested if item.split == "query"}
     gallery = [item.path for item in tested if item.split == "gallery"]
     identities = {item.identity for item in tested}
+    without_camera = [item.path for item in tested if item.camera == UNKNOWN]
+    if PROTOCOLS[protocol].cameras and without_camera:
+        raise DataError(
+            f"protocol {protocol} needs the camera of every test image, and {len(without_camera)} have none, such as "
+            f"{first_few(without_camera, 1)}; set `data.protocol` to query-gallery or loo, or name the cameras"
+        )
     if len(identities) < 2 or not query_identities:
         raise DataError(
             f"the test set has {len(tested)} images of {len(identities)} identities, {len(query_identities)} of them "
@@ -110,12 +116,6 @@ def check_test_set(items: Sequence[Item], protocol: str) -> None:
         )
     if not PROTOCOLS[protocol].all_query and not gallery:
         raise DataError(f"protocol {protocol} needs a gallery, and there is none; set `data.protocol` to loo")
-    without_camera = [item.path for item in tested if item.camera == UNKNOWN]
-    if PROTOCOLS[protocol].cameras and without_camera:
-        raise DataError(
-            f"protocol {protocol} needs the camera of every test image, and {len(without_camera)} have none, such as "
-            f"{first_few(without_camera, 1)}; set `data.protocol` to query-gallery"
-        )
 
 
 def _group_paths(items: Iterable[Item]) -> dict[str, dict[str, list[str]]]:

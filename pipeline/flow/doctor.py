@@ -24,6 +24,8 @@ from prefect.states import Crashed
 from pipeline.files import Files
 from pipeline.flow import dvc_rwlock
 from pipeline.flow.deploy import AUTOMATION, POOL, deployments, work_pools, workers_online, working_directory
+from pipeline.registry.model_registry import RegistryError
+from pipeline.registry.publish import open_registry
 from pipeline.stage.params_file import ParamsError, load
 from pipeline.system.locks import holder, is_held
 from pipeline.tracking.run_record import all_executions
@@ -105,7 +107,7 @@ def sources(files: Files) -> Iterator[Check]:
         yield Check("params.yaml", True, "is valid")
     except (ParamsError, OSError) as error:
         remedy = "correct it; `smaller-student preset --upgrade` adds missing keys"
-        yield Check("params.yaml", False, str(error).splitlines()[0], remedy)
+        yield Check("params.yaml", False, str(error).replace("params.yaml: ", "").replace("\n", "; "), remedy)
     for number, line in enumerate(_text(files.root / "dvc.lock").splitlines(), start=1):
         if line.startswith(("<<<<<<<", ">>>>>>>")):
             yield Check("dvc.lock", False, f"has merge markers in line {number}", "run `git checkout --ours dvc.lock`")
@@ -141,6 +143,12 @@ def mlflow(files: Files) -> Iterator[Check]:
         try:
             open_store(files).search_experiments(max_results=1)
             yield Check("mlflow", True, f"{uri} answers" + (f" to user {user}" if user else ""))
+            with open_registry(files, load(files.params)) as registry:
+                registry.checked_lineage()
+        except (RegistryError, ParamsError) as error:
+            if isinstance(error, RegistryError):
+                message, _, remedy = str(error).partition("; ")
+                yield Check("registry", False, message, remedy)
         except Exception as error:  # of MLflow, requests, SQLAlchemy or a driver
             default = "start or repair it; until then runs stay on disk, and `smaller-student sync` uploads them later"
             remedy = next((remedy for text, remedy in REMEDIES.items() if text in str(error)), default)

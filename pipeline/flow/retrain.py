@@ -193,13 +193,15 @@ def reproduce(stage: str, execution: str, hours: float) -> State[None]:
 
     `execution` is the key of the execution that the stage belongs to, `hours` the time limit.
     """
-    log, progress, code = get_run_logger(), notify.Progress(stage), 0
+    log, progress, code, reason = get_run_logger(), notify.Progress(stage), 0, "the log above has the reason"
     try:
         with dvc("repro", "--single-item", stage, hours=hours, **{EXECUTION_VARIABLE: execution}) as process:
             for line in process.stdout or ():
                 if line := line.rstrip():
                     log.info(line)
                     progress.read(line)
+                    if line.startswith(f"{stage}: "):  # how a stage that fails ends its output
+                        reason = line.removeprefix(f"{stage}: ")
                 if match := STAGE_FAILED.search(line):
                     code = int(match[1])
             dvc_code = process.wait()
@@ -211,7 +213,7 @@ def reproduce(stage: str, execution: str, hours: float) -> State[None]:
         return Completed(message=f"stage {stage} is up to date")
     return Failed(
         name=NO_RETRY if code in NO_RETRY_CODES else "Failed",
-        message=f"stage {stage} failed (exit code {dvc_code} of `dvc repro`); the log above has the reason",
+        message=f"stage {stage} failed: {reason}",
     )
 
 

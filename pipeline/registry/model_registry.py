@@ -283,7 +283,7 @@ def version_tags(folder: Path) -> dict[str, str]:
     return {
         "mAP": f"{metadata.map:.4f} ({metadata.protocol})",
         "MACs": f"{metadata.macs:,}",
-        "commit": metadata.git_commit[:12],
+        "commit": metadata.git_commit[:12] + "+" * metadata.git_commit.endswith("+"),
     }
 
 

@@ -233,6 +233,19 @@ def test_an_unusable_store_is_reported_with_a_remedy(pipeline: Files, monkeypatc
     assert away.ok is False and "Connection refused" in away.message and away.remedy.startswith("start or repair it")
 
 
+def test_a_registry_that_was_changed_by_hand_is_reported_with_a_remedy(
+    pipeline: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    client = MlflowClient(f"sqlite:///{pipeline.mlflow_db}")
+    client.create_registered_model("smaller-student")
+    client.set_registered_model_tag("smaller-student", "promoted", "3")  # whose version was deleted
+    store, registry = doctor.mlflow(pipeline)
+    assert store.ok
+    assert (registry.name, registry.ok) == ("registry", False)
+    assert "choose another `tracking.model_name`" in registry.remedy
+
+
 def test_a_running_retraining_is_reported(pipeline: Files, start: Start) -> None:
     code = (
         "import time; from pipeline.files import Files; from pipeline.system.locks import retrain_lock\n"
