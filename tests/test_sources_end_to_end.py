@@ -74,4 +74,4 @@ def test_all_stages_run(folder: Path, source: str) -> None:
     assert ("recall" in teacher) is (source == "cub200")
     page = (folder / "artifacts/benchmark/report/index.html").read_text()
     assert f"protocol {'loo' if source == 'cub200' else 'market'}" in page
-    assert "images asked of each other" in page if source == "cub200" else "queries" in page
+    assert "images, each of them a query" in page if source == "cub200" else "queries" in page
