@@ -44,7 +44,11 @@ def main() -> None:
     for timing in timings:
         speedup = gain(teacher, timing)
         params, macs = sizes[timing.file]
-        text = f"{speedup.ratio:.2f} times" if speedup.conclusive else f"{speedup.low:.2f} to {speedup.high:.2f} times"
+        text = (
+            f"{speedup.ratio:.2f} times"
+            if speedup.conclusive
+            else f"inconclusive, {speedup.low:.2f} to {speedup.high:.2f} times"
+        )
         print(f"{timing.file:20} {params / 1e6:7.2f} M params {macs / 1e6:8.1f} M MACs {timing.p50_ms:7.2f} ms  {text}")
 
 

@@ -165,6 +165,8 @@ def _server(words: Sequence[str], health: str, folder: Path) -> Iterator[None]:
                 with suppress(OSError), urllib.request.urlopen(health, timeout=2):
                     break
                 time.sleep(0.5)
+            else:
+                raise RuntimeError(f"{words[0]} did not start; see {log.name}")
             yield
         finally:
             process.terminate()

@@ -16,7 +16,7 @@ from pipeline.export import int8, sample
 from pipeline.export.card import CardEntry, gallery_note, render_card
 from pipeline.export.embed import Embeddings, normalise_pixels
 from pipeline.export.files import OnnxExporter
-from pipeline.export.metadata import Metadata, params_digest
+from pipeline.export.metadata import RENDERED_LICENCES, Metadata, params_digest
 from pipeline.export.parity import ParityCheck
 from pipeline.export.release import ALL_IN_ONE, INT8, STUDENT, TEACHER, sha256, write_release
 from pipeline.models import cost
@@ -49,7 +49,7 @@ def export(run: Run) -> ExportRecord:
         return evaluate_embedder(lambda _: embeddings, manifest, "query", "gallery", protocol).map
 
     licence = params.export.licence
-    if params.data.source != "vehicles" and "rendered images" in licence:
+    if params.data.source != "vehicles" and licence in RENDERED_LICENCES:
         licence = "not stated"
         log.warning(
             "`export.licence` is that of the rendered images; state the terms of your data, or cards say %s", licence

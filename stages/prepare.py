@@ -24,6 +24,7 @@ from pipeline.data.manifest import DataError, Manifest, first_few
 from pipeline.data.sources import read_source
 from pipeline.data.splits import check_test_set, split_test, split_validation
 from pipeline.files import csv_text, write_text
+from pipeline.protocols import PROTOCOLS
 from pipeline.records import PrepareRecord
 from pipeline.stage.run import Run, run_stage
 
@@ -50,7 +51,7 @@ def prepare(run: Run) -> PrepareRecord:
     leaks = find_leaks(inspection)
     near = near_duplicates(inspection, data.near_duplicate_bits)
     # Protocol market leaves such copies out: they have the query's identity and camera.
-    copies = [] if data.protocol.startswith("market") else duplicates_in_test(inspection)
+    copies = [] if PROTOCOLS[data.protocol].cameras else duplicates_in_test(inspection)
     warnings = [
         *source.warnings,
         *inspection.warnings,

@@ -1,5 +1,6 @@
 """Who may import whom: the borders along which DVC decides what must run again."""
 
+import os
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import DEFAULTS
 from tests.imports import ROOT, files_of, imported, rooms_of, sources
 
 BASE = {"config", "records", "files", "progress", "protocols", "runtime"}
@@ -111,3 +113,13 @@ def test_only_runtime_says_cuda_and_nobody_prints_but_the_edge(path: Path) -> No
         assert "cuda" not in text.lower()
     if not {"stages", "stage", "cli"} & set(path.parts):
         assert not re.search(r"(?<!console\.)\bprint\(", text)
+
+
+@pytest.mark.parametrize("module", ["flow.deploy", "flow.retrain", "tracking.sync", "registry.publish", "stage.run"])
+def test_telemetry_is_off_before_a_tool_is_imported(module: str) -> None:
+    code = f"import os, pipeline; print(os.environ['DO_NOT_TRACK']); import pipeline.{module}"
+    kept = {name: value for name, value in os.environ.items() if name not in DEFAULTS}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=kept, stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert done.stdout.splitlines()[0] == "true"

@@ -100,9 +100,15 @@ class StudentTask(Task):
         losses["feature"] = self.config.distill.feature * torch.stack(distances).sum()
         embedding = teacher_outputs["embedding"]
         losses["embedding"] = self.config.distill.embedding * distill.embeddings(output.embedding, embedding)
-        for name, settings in self.config.distill.extra_losses.items():
-            losses[name] = extra_losses()[name](output.embedding, embedding, labels, settings)
+        for name, loss in self.extra_losses.items():
+            losses[name] = loss(output.embedding, embedding, labels)
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
+
+    @cached_property
+    def extra_losses(self) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+        """Further losses by name, with their weights and settings."""
+        requested = self.config.distill.extra_losses
+        return {name: loss.bind(requested[name]) for name, loss in extra_losses().items() if name in requested}
 
     @property
     def _starts_as_teacher(self) -> bool:

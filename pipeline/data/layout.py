@@ -56,6 +56,8 @@ def layout(
     """Register a function as the reader of `data.source: name`; the other arguments are those of `Layout`."""
 
     def register(read: Reader) -> Reader:
+        if name in LAYOUTS:
+            raise TypeError(f"the layout `{name}` of {read.__module__} has the name of another one; rename it")
         LAYOUTS[name] = Layout(read, protocols, published)
         return read
 

@@ -26,8 +26,6 @@ def read_source(data: Data, root: Path) -> Listing:
     counts = Counter(item.split for item in listing.items)
     for split, published_count in layout.published(data).items():
         if counts[split] != published_count:
-            log.warning(
-                "%s: split %s has %d images, the published data set has %d",
-                *(data.source, split, counts[split], published_count),
-            )
+            form = "%s: split %s has %d images, the published data set has %d"
+            log.warning(form, data.source, split, counts[split], published_count)
     return listing

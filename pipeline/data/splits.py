@@ -99,13 +99,14 @@ def check_test_set(items: Sequence[Item], protocol: str) -> None:
     if PROTOCOLS[protocol].cameras and without_camera:
         raise DataError(
             f"protocol {protocol} needs the camera of every test image, and {len(without_camera)} have none, such as "
-            f"{first_few(without_camera, 1)}; set `data.protocol` to query-gallery or loo, or name the cameras"
+            f"{first_few(without_camera, 1)}; set `data.protocol` to query-gallery, or to loo without given splits, or "
+            "name the cameras"
         )
     if len(identities) < 2 or not query_identities:
         raise DataError(
             f"the test set has {len(tested)} images of {len(identities)} identities, {len(query_identities)} of them "
             "with a query; two identities are needed, one of them with two images"
-            f"{' from two cameras' if protocol.startswith('market') else ''}: raise `data.custom.test`, or add images"
+            f"{' from two cameras' if PROTOCOLS[protocol].cameras else ''}: raise `data.custom.test`, or add images"
         )
     if JUNK in query_identities:
         raise DataError(f"identity {JUNK} is junk and cannot be a query; remove it under protocol {protocol}")

@@ -15,6 +15,10 @@ DIGEST_SECTIONS = ("data", "seed", "teacher", "student", "surgery", "export")
 """Sections of params.yaml that decide the content of a file; the others change speed or logging only."""
 
 
+RENDERED_LICENCES = ("Apache-2.0 (trained on rendered images)", "Apache-2.0 (it learnt from rendered images)")
+"""Defaults of `export.licence`, now and in 0.1.0: they hold for the rendered data set only."""
+
+
 @dataclass(frozen=True)
 class Metadata:
     """The custom metadata of an exported ONNX file.

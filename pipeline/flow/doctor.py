@@ -29,7 +29,7 @@ from pipeline.registry.publish import open_registry
 from pipeline.stage.params_file import ParamsError, load
 from pipeline.system.locks import holder, is_held
 from pipeline.tracking.run_record import all_executions
-from pipeline.tracking.store import UriError, check_uri, open_store, root_cause, tracking_uri
+from pipeline.tracking.store import TrackingError, UriError, check_uri, open_store, root_cause, tracking_uri
 from pipeline.tracking.sync import sync
 
 MIN_FREE_BYTES = 5 * 2**30
@@ -66,7 +66,7 @@ class Check:
 
 def examine(files: Files) -> Iterator[Check]:
     """Run all checks; an exception in one does not end the others."""
-    for check in (libraries, disk, sources, dvc_locks, own_locks, mlflow, prefect):
+    for check in (libraries, disk, sources, dvc_locks, own_locks, mlflow, registry, prefect):
         try:
             yield from check(files)
         except Exception as error:
@@ -143,12 +143,6 @@ def mlflow(files: Files) -> Iterator[Check]:
         try:
             open_store(files).search_experiments(max_results=1)
             yield Check("mlflow", True, f"{uri} answers" + (f" to user {user}" if user else ""))
-            with open_registry(files, load(files.params)) as registry:
-                registry.checked_lineage()
-        except (RegistryError, ParamsError) as error:
-            if isinstance(error, RegistryError):
-                message, _, remedy = str(error).partition("; ")
-                yield Check("registry", False, message, remedy)
         except Exception as error:  # of MLflow, requests, SQLAlchemy or a driver
             default = "start or repair it; until then runs stay on disk, and `smaller-student sync` uploads them later"
             remedy = next((remedy for text, remedy in REMEDIES.items() if text in str(error)), default)
@@ -157,6 +151,20 @@ def mlflow(files: Files) -> Iterator[Check]:
         message = f"{count} ended executions are not uploaded completely, so MLflow may show them as running"
         remedy = "`smaller-student sync` uploads them"
         yield Check("mlflow", False, message, remedy, lambda: sync(files))
+
+
+def registry(files: Files) -> Iterator[Check]:
+    """Check that no version or alias that decides about promotions was deleted or moved in MLflow."""
+    if tracking_uri(files).endswith(str(files.mlflow_db)) and not files.mlflow_db.is_file():
+        return
+    try:
+        with open_registry(files, load(files.params)) as models:
+            models.checked_lineage()
+    except RegistryError as error:
+        message, _, remedy = str(error).partition("; ")
+        yield Check("registry", False, message, remedy)
+    except (TrackingError, ParamsError):
+        return  # reported by the checks of MLflow and of params.yaml
 
 
 def unsynced(files: Files) -> int:

@@ -193,7 +193,7 @@ def reproduce(stage: str, execution: str, hours: float) -> State[None]:
 
     `execution` is the key of the execution that the stage belongs to, `hours` the time limit.
     """
-    log, progress, code, reason = get_run_logger(), notify.Progress(stage), 0, "the log above has the reason"
+    log, progress, code, reason = get_run_logger(), notify.Progress(stage), 0, ""
     try:
         with dvc("repro", "--single-item", stage, hours=hours, **{EXECUTION_VARIABLE: execution}) as process:
             for line in process.stdout or ():
@@ -211,10 +211,8 @@ def reproduce(stage: str, execution: str, hours: float) -> State[None]:
     if not dvc_code:
         progress.done()
         return Completed(message=f"stage {stage} is up to date")
-    return Failed(
-        name=NO_RETRY if code in NO_RETRY_CODES else "Failed",
-        message=f"stage {stage} failed: {reason}",
-    )
+    reason = reason or f"`dvc repro` ended with {dvc_code}; the task's log has its output"
+    return Failed(name=NO_RETRY if code in NO_RETRY_CODES else "Failed", message=f"stage {stage} failed: {reason}")
 
 
 @task(

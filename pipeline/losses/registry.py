@@ -31,10 +31,11 @@ class ExtraLoss:
     function: Callable[..., Tensor]
     settings: type[Section]
 
-    def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor, settings: Mapping[str, Any]) -> Tensor:
-        """Compute the weighted loss of a batch; settings without a value have their default."""
+    def bind(self, settings: Mapping[str, Any]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """Return the weighted loss of a batch; settings without a value have their default."""
         values = self.settings.model_validate(settings).model_dump()
-        return values.pop("weight") * self.function(student, teacher, labels, **values)
+        weight: float = values.pop("weight")
+        return lambda student, teacher, labels: weight * self.function(student, teacher, labels, **values)
 
 
 _LOSSES: dict[str, ExtraLoss] = {}
@@ -53,10 +54,15 @@ def extra_loss(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         TypeError: If the name is taken, or a setting is not keyword-only or has no type.
     """
     name, here = function.__name__, f"the loss `{function.__name__}` in {function.__module__}"
-    if name in RESERVED or (name in _LOSSES and _LOSSES[name].function.__module__ != function.__module__):
+    if name in RESERVED or name in _LOSSES:
         raise TypeError(f"{here} has the name of another loss or curve; rename it")
     fields: dict[str, Any] = {"weight": (Annotated[float, Field(gt=0, le=1000)], ...)}
-    for parameter in list(inspect.signature(function, eval_str=True).parameters.values())[3:]:
+    parameters = list(inspect.signature(function, eval_str=True).parameters.values())
+    if [parameter.kind for parameter in parameters[:3]] != [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 3:
+        raise TypeError(f"{here} must take the student's embeddings, the teacher's and the identities")
+    for parameter in parameters[3:]:
+        if parameter.name in fields:
+            raise TypeError(f"{here} must not have a setting `weight`, since each loss has one")
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY or parameter.annotation is inspect.Parameter.empty:
             raise TypeError(
                 f"the setting `{parameter.name}` of {here} must be keyword-only (after `*`) and have a type"

@@ -163,6 +163,8 @@ def _data_problems(document: Document) -> Iterator[str]:
         if isinstance(value, str) and value and value not in known:
             where = f" (line {_line(document.root, ('data', name))})"
             yield f"`data.{name}` must be {_alternatives(known)}, got {_format(value)}{where}"
+    if not (isinstance(source, str) and isinstance(protocol, str)):
+        return
     supported = LAYOUTS[source].protocols if source in LAYOUTS else ()
     if supported and protocol in PROTOCOLS and protocol not in supported:
         yield f"`data.protocol` is {protocol}, but source {source} supports only {' or '.join(supported)}"

@@ -255,3 +255,9 @@ def test_a_malformed_table_is_refused(tmp_path, text, message):
 def test_a_missing_table_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=re.escape("cars.csv is missing; `data.custom.table`")):
         read("csv", tmp_path, table="cars.csv")
+
+
+def test_the_file_that_keeps_the_data_folder_in_git_is_no_warning(tmp_path):
+    layouts.folder(tmp_path, 2, 1)
+    (tmp_path / ".gitkeep").touch()
+    assert read("folder", tmp_path).warnings == []

@@ -163,6 +163,12 @@ def test_given_splits_are_kept():
     ("protocol", "test", "message"),
     [
         ("loo", [("1", "a", "query"), ("1", "a", "gallery"), ("2", "a", "query")], "1 are in a gallery"),
+        # no camera is known, so no image is a query: the remedy is another protocol, not more images
+        (
+            "market",
+            [("1", "unknown", "gallery"), ("2", "unknown", "gallery")],
+            "2 have none, .* to query-gallery",
+        ),
         ("market", [("1", "a", "query"), ("2", "b", "query")], "needs a gallery, and there is none; set .* to loo"),
         (
             "market",

@@ -43,7 +43,7 @@ def test_a_registered_loss_can_be_selected_with_its_settings(params: Path) -> No
     loaded = load(write(params, "{asymmetric_triplet: {weight: 2, margin: 0.1}}"))
     settings = loaded.student.distill.extra_losses["asymmetric_triplet"]
     student, labels = batch(torch.float32)
-    weighted = extra_losses()["asymmetric_triplet"](student, student, labels, settings)
+    weighted = extra_losses()["asymmetric_triplet"].bind(settings)(student, student, labels)
     assert weighted == 2 * asymmetric_triplet(student, student, labels, margin=0.1)
 
 
@@ -79,9 +79,8 @@ def test_a_new_loss_is_one_file_and_its_settings_keep_type_and_default(
     monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
     found = load(write(params, "{length: {weight: 2.0, power: 2}}")).student.distill.extra_losses
     student, labels = batch(torch.float32)
-    assert float(extra_losses()["length"](2 * student, student, labels, found["length"])) == pytest.approx(
-        2 * float(student.norm(dim=1).pow(2).mean()), rel=1e-5
-    )
+    loss = extra_losses()["length"].bind(found["length"])(2 * student, student, labels)
+    assert float(loss) == pytest.approx(2 * float(student.norm(dim=1).pow(2).mean()), rel=1e-5)
 
 
 def kl(student, teacher, labels):  # a built-in loss has this name
@@ -96,9 +95,20 @@ def positional(student, teacher, labels, power: float):
     return student.sum()
 
 
+def short(student):
+    return student.sum()
+
+
+def weighted(student, teacher, labels, *, weight: float):
+    return student.sum()
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
+        (asymmetric_triplet, "has the name of another loss or curve; rename it"),
+        (short, "the loss `short` in .* must take the student's embeddings"),
+        (weighted, "must not have a setting `weight`"),
         (kl, "the loss `kl` in .* has the name of another loss or curve; rename it"),
         (untyped, "the setting `power` of the loss `untyped` in .* must be keyword-only"),
         (positional, "the setting `power` of the loss `positional` in .* must be keyword-only"),

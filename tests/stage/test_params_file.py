@@ -227,3 +227,10 @@ def test_any_text_is_rejected_without_a_crash(tmp_path_factory: pytest.TempPathF
     with pytest.raises(ParamsError) as caught:
         load(path)
     assert caught.value.problems
+
+
+@pytest.mark.parametrize("line", ["  source: [vehicles]", "  protocol: [market]", "  source: 3"])
+def test_names_of_another_type_are_refused_with_a_sentence(path: Path, line: str) -> None:
+    key = line.split(":")[0]
+    (problem,) = problems(path, re.sub(rf"^{key}: \w+", line, SMOKE, count=1, flags=re.MULTILINE))
+    assert f"`data.{key.strip()}` must be a text" in problem

@@ -1,0 +1,1 @@
+"""Retraining with Prefect: the flow, its deployments, new data, and the dvc command."""

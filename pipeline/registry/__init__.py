@@ -1,0 +1,1 @@
+"""MLflow's model registry: the promotion rule, publish, pull and rollback."""

@@ -1,0 +1,1 @@
+"""How a DVC stage runs: params.yaml, presets, exit codes, and what a stage reports."""

@@ -1,0 +1,1 @@
+"""MLflow tracking: run records on disk, and their upload."""
