@@ -82,7 +82,8 @@ def test_the_commands_of_a_page_work(root: Path, page: Path) -> None:
 
 def test_the_python_block_of_the_readme_embeds_a_picture(root: Path) -> None:
     if not (root / "model").is_dir():
-        assert [run(root, f"smaller-student {command}")[0] for command in ("publish", "pull")] == [0, 0]
+        assert run(root, "smaller-student publish")[0] in (0, 4)  # 4: another one stays champion
+        assert run(root, "smaller-student pull")[0] == 0
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     code, out = run(root, f"{sys.executable} -c {subprocess.list2cmdline([block + 'print(embedding.shape)'])!s}")
     assert (code, out.splitlines()[-1]) == (0, "(1, 32)")
