@@ -29,7 +29,7 @@ from pipeline.registry.publish import publish as publish_release
 from pipeline.stage import params_file
 from pipeline.system import git_cli
 from pipeline.system.locks import BusyError, last_retraining_start, retrain_lock, save_retraining_start
-from pipeline.system.process import TimeLimitError, die_with_parent
+from pipeline.system.process import TimeLimitError, stop_with_parent
 from pipeline.tracking import recorder
 from pipeline.tracking.execution import EXECUTION_VARIABLE, Execution
 from pipeline.tracking.store import TrackingError, check_uri, tracking_uri
@@ -63,7 +63,7 @@ def retrain(force: bool = False) -> State[None]:
         was due. Failed with the reason as message.
     """
     if WORKER_VARIABLE in os.environ:
-        die_with_parent()  # a killed worker does not stop its runs
+        stop_with_parent()  # a killed worker does not stop its runs
     files = Files.here()
     try:
         with retrain_lock(files, LOCK_TIMEOUT if WORKER_VARIABLE in os.environ else 0):

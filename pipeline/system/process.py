@@ -26,14 +26,32 @@ class Stopped(BaseException):
         self.exit_code = 128 + number
 
 
-def die_with_parent() -> None:
-    """Request SIGTERM from the kernel when the parent ends, so that killing dvc leaves no orphan (Linux only)."""
+def die_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
+    """Request a signal from the kernel when the parent ends, so that killing dvc leaves no orphan (Linux only)."""
     if sys.platform != "linux":
         return
     parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # the parent ended before the call
+        os.kill(os.getpid(), number)
+
+
+def stop_with_parent() -> None:
+    """Receive SIGTERM when the parent ends, with output discarded from then on; call it in the main thread.
+
+    The parent reads this process's output. Without a reader, rich ends a process that logs, so that Prefect could not
+    report the crash of a run.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
         os.kill(os.getpid(), signal.SIGTERM)
+
+    if sys.platform == "linux":
+        signal.signal(signal.SIGUSR1, stop)
+        die_with_parent(signal.SIGUSR1)
 
 
 @contextmanager

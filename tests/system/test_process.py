@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from pipeline.system.process import TimeLimitError, child_process
+from tests.fake_stages import wait_until
 
 STUBBORN = """
 import signal, subprocess, sys, time
@@ -53,3 +54,28 @@ def test_the_time_limit_ends_the_whole_process_group() -> None:
     assert time.monotonic() - began < 20
     psutil.wait_procs([child], timeout=5)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+WRITER = """
+import os, sys, time
+from pipeline.system.process import stop_with_parent
+stop_with_parent()
+print("ready", flush=True)
+try:
+    time.sleep(60)
+finally:
+    print("x" * 100_000, flush=True)  # nobody reads it
+    open(sys.argv[1], "w").write("reported")
+"""
+
+
+def test_a_process_whose_parent_ends_may_still_write(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, subprocess, sys\n"
+        "child = 'import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))\\n' + sys.argv[1]\n"
+        "one = subprocess.Popen([sys.executable, '-c', child, sys.argv[2]], stdout=subprocess.PIPE)\n"
+        "one.stdout.readline()\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, WRITER, str(tmp_path / "report")], cwd=ROOT, check=False)
+    wait_until(lambda: (tmp_path / "report").is_file() and (tmp_path / "report").read_text() == "reported", 20)
