@@ -69,6 +69,7 @@ finally:
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals a child when its parent ends")
 def test_a_process_whose_parent_ends_may_still_write(tmp_path: Path) -> None:
     code = (
         "import os, signal, subprocess, sys\n"
