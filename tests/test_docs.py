@@ -14,7 +14,8 @@ from pipeline.config import Data
 from pipeline.data import layout, published
 from pipeline.data.sources import read_source
 from pipeline.losses import registry
-from pipeline.stage.params_file import keys, load
+from pipeline.stage.params_file import load
+from pipeline.stage.params_problems import keys
 from pipeline.stage.presets import COMPLETE, names, preset_text
 
 ROOT = Path(__file__).parents[1]

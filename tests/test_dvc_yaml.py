@@ -11,7 +11,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipeline.records import RECORDS
-from pipeline.stage.params_file import keys
+from pipeline.stage.params_problems import keys
 from tests.imports import ROOT, files_of, rooms_of
 
 PIPELINE = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())

@@ -3,23 +3,22 @@
 Imports nothing heavier than numpy, so a mistyped key is reported in well under two seconds.
 """
 
-import difflib
-import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 
 from pipeline.compress.budget import BudgetError, cost_model, shrinking_sites
 from pipeline.config import Params
 from pipeline.data.sources import LAYOUTS
 from pipeline.models.spec import ArchSpec
 from pipeline.protocols import PROTOCOLS
+from pipeline.stage.params_problems import alternatives, dotted, entries, format_value, kind_of, line_of, problems_of
 
 REMEDY = "`smaller-student preset NAME` writes a complete one"
 RENAMED: dict[str, str] = {
@@ -130,7 +129,7 @@ def parse(path: Path, text: str) -> Document:
     if content is None:
         raise ParamsError(path, [f"is empty; {REMEDY}"])
     if not isinstance(content, dict):
-        raise ParamsError(path, [f"must hold sections, got a {_kind(content)}; {REMEDY}"])
+        raise ParamsError(path, [f"must hold sections, got a {kind_of(content)}; {REMEDY}"])
     return Document(path, text, root, content, renamed)
 
 
@@ -147,7 +146,7 @@ def check(document: Document) -> Params:
             _check_budget(params)  # needs otherwise valid params
             return params
     except ValidationError as error:
-        problems += [line for detail in error.errors() for line in _problems(detail, document.root)]
+        problems += [line for detail in error.errors() for line in problems_of(detail, document.root)]
     except BudgetError as error:
         problems.append(str(error))
     raise ParamsError(document.path, list(dict.fromkeys(problems))) from None
@@ -161,8 +160,8 @@ def _data_problems(document: Document) -> Iterator[str]:
     source, protocol = (data.get(name) for name in ("source", "protocol"))
     for name, value, known in (("source", source, LAYOUTS), ("protocol", protocol, PROTOCOLS)):
         if isinstance(value, str) and value and value not in known:
-            where = f" (line {_line(document.root, ('data', name))})"
-            yield f"`data.{name}` must be {_alternatives(known)}, got {_format(value)}{where}"
+            where = f" (line {line_of(document.root, ('data', name))})"
+            yield f"`data.{name}` must be {alternatives(known)}, got {format_value(value)}{where}"
     if not (isinstance(source, str) and isinstance(protocol, str)):
         return
     supported = LAYOUTS[source].protocols if source in LAYOUTS else ()
@@ -183,7 +182,7 @@ def _loss_problems(document: Document) -> Iterator[str]:
     for name, settings in section.items():
         location = ("student", "distill", "extra_losses", name)
         if name not in known:
-            where = f" (line {_line(document.root, location)})"
+            where = f" (line {line_of(document.root, location)})"
             yield f"`{dotted(location)}` is unknown; available: {', '.join(known)}{where}"
             continue
         try:
@@ -194,15 +193,10 @@ def _loss_problems(document: Document) -> Iterator[str]:
                 place = (*location, *detail["loc"])
                 if detail["type"] in ("missing", "extra_forbidden"):
                     what = "missing" if detail["type"] == "missing" else "unknown"
-                    where = f" (line {_line(document.root, place)})"
+                    where = f" (line {line_of(document.root, place)})"
                     yield f"`{dotted(place)}` is {what}; the settings of {name} are {wanted}{where}"
                 else:
-                    yield from _problems({**detail, "loc": place}, document.root)
-
-
-def _alternatives(names: Iterable[str]) -> str:
-    *others, last = (f"'{name}'" for name in names)
-    return f"{', '.join(others)} or {last}"
+                    yield from problems_of({**detail, "loc": place}, document.root)
 
 
 def _rename(root: Node | None) -> Iterator[Renaming]:
@@ -217,12 +211,6 @@ def _rename(root: Node | None) -> Iterator[Renaming]:
             key = entries(node)[last][0]
             key.value = name
             yield Renaming(old, new, key)
-
-
-def entries(node: Node | None) -> dict[str, tuple[ScalarNode, Node]]:
-    """Return key and value node of each entry of a section by name; empty if the node is not a section."""
-    pairs = node.value if isinstance(node, MappingNode) else []
-    return {key.value: (key, value) for key, value in pairs if isinstance(key, ScalarNode)}
 
 
 def _check_budget(params: Params) -> None:
@@ -256,103 +244,3 @@ def _sentence(error: MarkedYAMLError) -> str:
     if "\\t" in problem:
         return "is indented with a tab; indent with spaces"
     return problem.splitlines()[0]
-
-
-# --- problems ---------------------------------------------------------------------------------------------------------
-
-LIMITS = {
-    "greater_than": ("must be greater than", "gt"),
-    "greater_than_equal": ("must be at least", "ge"),
-    "less_than": ("must be less than", "lt"),
-    "less_than_equal": ("must be at most", "le"),
-    "multiple_of": ("must be a multiple of", "multiple_of"),
-    "too_short": ("must have at least", "min_length"),
-    "too_long": ("must have at most", "max_length"),
-    "literal_error": ("must be", "expected"),
-}
-KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "a text", "list": "a list"}
-
-
-def _problems(detail: Mapping[str, Any], root: Node) -> Iterator[str]:
-    """Format one of pydantic's errors as sentences."""
-    location, error, value = detail["loc"], detail["type"], detail["input"]
-    context = detail.get("ctx", {})
-    name = f"`{dotted(location)}`"
-    line = _line(root, location)
-    where = f" (line {line})" if line else ""
-    if error == "missing":
-        yield f"{name} is missing; `smaller-student preset --upgrade` adds it"
-    elif error == "extra_forbidden":
-        nearest = _nearest(dotted(location))
-        yield f"{name} is unknown{f'; nearest: `{nearest}`' if nearest else ''}{where}"
-    elif error == "value_error":  # raised by a validator in pipeline.config, whose message names the keys
-        for part in str(context["error"]).split("; "):
-            yield f"{name}: {part}{where}" if location else part
-    elif error in LIMITS:
-        words, key = LIMITS[error]
-        limit = context[key]
-        if isinstance(limit, float) and limit.is_integer():
-            limit = int(limit)
-        unit = "" if not key.endswith("length") else " entry" if limit == 1 else " entries"
-        yield f"{name} {words} {limit}{unit}, got {_format(value)}{where}"
-    elif error == "finite_number":
-        yield f"{name} must be finite, got {_format(value)}{where}"
-    elif error == "string_too_short":
-        yield f"{name} must not be empty{where}"
-    elif error in ("model_type", "dict_type"):
-        yield f"{name} must be a section with keys of its own, got {_format(value)}{where}"
-    elif (kind := error.partition("_")[0]) in KINDS:
-        yield f"{name} must be {KINDS[kind]}, got {_format(value)}{where}"
-    else:
-        yield f"{name}: {detail['msg']}{where}"
-
-
-def dotted(location: Sequence[str | int]) -> str:
-    """Format a location as a dotted name: `("data", "image_size", 0)` becomes `data.image_size[0]`."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
-
-
-def _format(value: object) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "nothing"}[value]
-    return f"the {_kind(value)} {value!r:.40}" if isinstance(value, str | dict | list) else str(value)
-
-
-def _kind(value: object) -> str:
-    names: dict[type, str] = {str: "text", dict: "section", list: "list"}
-    return names.get(type(value), type(value).__name__)
-
-
-def keys(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of all sections and keys of the schema."""
-    for name, field in model.model_fields.items():
-        yield f"{prefix}{name}"
-        if inspect.isclass(section := field.annotation) and issubclass(section, BaseModel):
-            yield from keys(section, f"{prefix}{name}.")
-
-
-def _nearest(name: str) -> str | None:
-    """Return the known key most similar to `name`: in the same section, else in any section by its last part."""
-    known = list(keys())
-    section, _, last = name.rpartition(".")
-    siblings = [key for key in known if key.rpartition(".")[0] == section]
-    for candidates, cutoff in ((siblings, 0.7), (known, 0.8)):
-        if matches := difflib.get_close_matches(last, [key.rpartition(".")[2] for key in candidates], 1, cutoff):
-            same = [key for key in candidates if key.rpartition(".")[2] == matches[0]]
-            return difflib.get_close_matches(name, same, 1, 0)[0]
-    return None
-
-
-def _line(root: Node, location: Sequence[str | int]) -> int | None:
-    """Return the line of the key or list entry at `location`, counted from 1."""
-    node, line = root, None
-    for part in location:
-        if isinstance(node, MappingNode):
-            if part not in entries(node):
-                return line
-            key, node = entries(node)[str(part)]
-            line = key.start_mark.line + 1
-        elif isinstance(node, SequenceNode) and isinstance(part, int):
-            node = node.value[part]
-            line = node.start_mark.line + 1
-    return line

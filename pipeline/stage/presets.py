@@ -19,7 +19,8 @@ from ruamel.yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode
 
 from pipeline.config import Params
 from pipeline.files import write_text
-from pipeline.stage.params_file import Document, ParamsError, check, entries, parse, read
+from pipeline.stage.params_file import Document, ParamsError, check, parse, read
+from pipeline.stage.params_problems import entries
 
 COMPLETE = "vehicles"
 """The preset that has every key."""

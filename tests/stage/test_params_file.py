@@ -8,7 +8,8 @@ from ruamel.yaml import YAML
 
 from pipeline.config import Params
 from pipeline.stage import params_file
-from pipeline.stage.params_file import ParamsError, keys, load
+from pipeline.stage.params_file import ParamsError, load
+from pipeline.stage.params_problems import keys
 from pipeline.stage.presets import load_preset, preset_text
 
 ROOT = Path(__file__).parents[2]

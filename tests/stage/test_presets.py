@@ -14,7 +14,8 @@ from ruamel.yaml import YAML
 
 from pipeline.config import Params
 from pipeline.stage import params_file
-from pipeline.stage.params_file import ParamsError, keys, load
+from pipeline.stage.params_file import ParamsError, load
+from pipeline.stage.params_problems import keys
 from pipeline.stage.presets import COMPLETE, is_preset, load_preset, names, preset_text, upgrade
 
 ROOT = Path(__file__).parents[2]
