@@ -52,7 +52,10 @@ class Scores(Record):
 
 
 class PrepareRecord(Record):
-    """Metrics of stage `prepare`; all counts except `identities` and `cameras` are numbers of images."""
+    """Metrics of stage `prepare`; counts are numbers of images, unless they are of `identities` or `cameras`.
+
+    `seen_identities` counts those of the test set that are in training too; 0 unless `data.closed_set` is true.
+    """
 
     images: int
     identities: int
@@ -64,6 +67,7 @@ class PrepareRecord(Record):
     quarantined: int
     leaked: int
     near_duplicates: int
+    seen_identities: int = 0
 
 
 class TeacherRecord(Scores):

@@ -20,7 +20,7 @@ from pipeline.data.inspection import (
     near_duplicates,
 )
 from pipeline.data.layout import UNKNOWN
-from pipeline.data.manifest import DataError, Manifest, first_few
+from pipeline.data.manifest import DataError, ImageWarning, Manifest, by_kind, first_few
 from pipeline.data.sources import read_source
 from pipeline.data.splits import check_test_set, split_test, split_validation
 from pipeline.files import csv_text, write_text
@@ -55,19 +55,20 @@ def prepare(run: Run) -> PrepareRecord:
     warnings = [
         *source.warnings,
         *inspection.warnings,
-        *((test, f"has the same pixels as training image {train}") for train, test in leaks),
-        *((copy, f"has the same pixels as test image {original}") for original, copy in copies),
-        *((test, f"looks like training image {train} ({bits} of 64 bits differ)") for train, test, bits in near),
+        *(ImageWarning(test, "has the same pixels as a training image", train) for train, test in leaks),
+        *(ImageWarning(copy, "has the same pixels as another test image", original) for original, copy in copies),
+        *(
+            ImageWarning(test, "looks like a training image", f"{train}, {bits} of 64 bits differ")
+            for train, test, bits in near
+        ),
     ]
     write_text(files.quarantine, csv_text(("path", "reason"), inspection.quarantined))
-    write_text(files.warnings, csv_text(("path", "warning"), warnings))
-    if warnings:
-        log.warning(
-            "%d warnings about images, such as %s; all are in warnings.csv", len(warnings), ": ".join(warnings[0])
-        )
+    write_text(files.warnings, csv_text(("path", "warning", "detail"), warnings))
+    for line in by_kind(warnings):
+        log.warning("%s", line)
     check_limits(inspection, len(source.items), data.max_quarantined, data.max_leaked)
     check_test_set(inspection.good, data.protocol)
-    manifest = Manifest(split_validation(inspection.good, data.validation, seed, data.protocol), root)
+    manifest = Manifest(split_validation(inspection.good, data.validation, seed, data.protocol), root, data.closed_set)
     if data.cache:
         height, width = data.image_size
         build_cache(manifest, (height, width), files.image_cache)
@@ -87,6 +88,7 @@ def prepare(run: Run) -> PrepareRecord:
         quarantined=len(inspection.quarantined),
         leaked=len(leaks),
         near_duplicates=len(near),
+        seen_identities=manifest.seen_identities,
     )
 
 

@@ -41,7 +41,8 @@ class Custom(Section):
     """Your own images (sources `folder` and `csv`)."""
 
     table: Annotated[str, Field(min_length=1)]
-    """Source `csv`: name of the table in `data.root`, with columns path, identity and, if known, camera and split."""
+    """Source `csv`: name of the table in `data.root`, with columns path, identity and, if known, camera, split and a
+    box in pixels: x, y, width, height, or x1, y1, x2, y2."""
     pattern: str
     """Source `folder`: regular expression that finds the camera in a file name, as group `camera`, such as
     `_(?P<camera>c\\d+)_`. Leave it empty if folders name the camera or if it is unknown."""
@@ -84,6 +85,9 @@ class Data(Section):
     """Largest share of unreadable images; the stage fails if there are more."""
     max_leaked: Fraction
     """Largest share of test images with the same pixels as a training image; the stage fails if there are more."""
+    closed_set: bool
+    """Whether identities of the test set may be in training too, as for products that are known in advance. Every
+    figure then names it, since it says nothing about unseen identities."""
     near_duplicate_bits: Annotated[int, Field(ge=-1, le=16)]
     """Bits of a 64-bit perceptual hash in which near duplicates may differ; they are only reported. -1 turns the search
     off."""

@@ -4,6 +4,7 @@ The preprocessing is the same everywhere: EXIF orientation, RGB, antialiased bil
 """
 
 import threading
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image, ImageCms, ImageOps
 
 from pipeline.config import Params
-from pipeline.data.manifest import DataError, Indices, Manifest
+from pipeline.data.manifest import Box, DataError, Indices, Manifest
 from pipeline.data.parallel import in_threads
 from pipeline.files import Files, write_atomically
 from pipeline.progress import track
@@ -98,22 +99,35 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def decode(path: Path, size: tuple[int, int]) -> Pixels:
-    """Decode an image and resize it to (height, width); returns (height, width, 3) uint8."""
+def decode(path: Path, size: tuple[int, int], box: Box | None = None) -> Pixels:
+    """Decode an image, or a part of it, and resize it to (height, width); returns (height, width, 3) uint8."""
+    return decode_parts(path, size, [box])[0]
+
+
+def decode_parts(path: Path, size: tuple[int, int], boxes: Sequence[Box | None]) -> list[Pixels]:
+    """Decode an image once, and resize each of its parts to (height, width); None stands for the whole image."""
     height, width = size
     with open_image(path) as image:
-        return np.asarray(upright_rgb(image).resize((width, height), Image.Resampling.BILINEAR))  # antialiased
+        rgb = upright_rgb(image)
+        parts = (rgb.crop(box) if box else rgb for box in boxes)
+        return [np.asarray(part.resize((width, height), Image.Resampling.BILINEAR)) for part in parts]  # antialiased
 
 
 def build_cache(manifest: Manifest, size: tuple[int, int], path: Path) -> None:
     """Write all images as one array (N, height, width, 3) uint8 to a .npy file, in the manifest's order."""
-    paths = [manifest.root / item.path for item in manifest.items]
+    files: dict[str, list[int]] = defaultdict(list)
+    for index, item in enumerate(manifest.items):
+        files[item.path].append(index)
+
+    def read(path: str) -> list[Pixels]:
+        return decode_parts(manifest.root / path, size, [manifest.items[index].box for index in files[path]])
 
     def write(temporary: Path) -> None:
-        array = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(paths), *size, 3))
-        images = in_threads(lambda image: decode(image, size), paths)
-        for index, image in enumerate(track(images, len(paths), "caching images")):
-            array[index] = image
+        array = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(manifest), *size, 3))
+        images = track(in_threads(read, files), len(files), "caching images")
+        for indices, parts in zip(files.values(), images, strict=True):
+            for index, part in zip(indices, parts, strict=True):
+                array[index] = part
         array.flush()
 
     write_atomically(path, write)
@@ -146,13 +160,16 @@ class Images:
             return np.asarray(self._array[np.asarray(indices, np.int64)])
         batch = np.empty((len(indices), *self.size, 3), np.uint8)
         for position, index in enumerate(indices):
-            batch[position] = decode(self.manifest.root / self.manifest.items[index].path, self.size)
+            item = self.manifest.items[index]
+            batch[position] = decode(self.manifest.root / item.path, self.size, item.box)
         return batch
 
     def original(self, index: int) -> Pixels:
         """Decode an image from its file, without resizing; returns (h, w, 3) uint8."""
-        with open_image(self.manifest.root / self.manifest.items[index].path) as image:
-            return np.asarray(upright_rgb(image))
+        item = self.manifest.items[index]
+        with open_image(self.manifest.root / item.path) as image:
+            rgb = upright_rgb(image)
+            return np.asarray(rgb.crop(item.box) if item.box else rgb)
 
     def _open(self, cache: Path) -> Pixels:
         try:

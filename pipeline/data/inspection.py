@@ -12,12 +12,21 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pipeline.data.images import open_image, upright_rgb
-from pipeline.data.manifest import TEST, DataError, ImageWarning, Item, first_few
+from pipeline.data.manifest import TEST, DataError, ImageWarning, Item, box_text, first_few
 from pipeline.data.parallel import in_threads
 from pipeline.progress import track
 
 STRIP = 256
 """Rows of pixels that are copied at a time for hashing."""
+
+FileState = tuple[int, int]
+"""Size (bytes) and modification time (ns) of a file."""
+
+WRONG_SUFFIX = "the suffix is not that of the format"
+MORE_FRAMES = "only the first frame is used"
+FLAT = "has only one colour"
+CLIPPED = "the box leaves the image and is clipped"
+TWO_IDENTITIES = "has the same pixels as an image of another identity"
 
 
 @dataclass(frozen=True)
@@ -27,16 +36,20 @@ class DecodedImage:
     Attributes:
         pixels: SHA-256 of size and decoded pixels.
         hashes: Perceptual hashes (64 bits) of the image and of its mirror image.
-        state: Size (bytes) and modification time (ns) of the file before it was decoded.
+        state: Of the file, before it was decoded.
         flat: Whether the image has one colour, and so looks like every other flat image.
-        warning: What is unusual about the image, or "".
+        warnings: (kind, detail) of what is unusual about the image.
     """
 
     pixels: str
     hashes: tuple[int, int]
-    state: tuple[int, int] | None
+    state: FileState | None
     flat: bool
-    warning: str
+    warnings: tuple[tuple[str, str], ...]
+
+
+_Result = tuple[Item, DecodedImage | str]
+"""An item, its box clipped, with its fingerprints or the reason why it is unusable."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +59,12 @@ class Inspection:
     Attributes:
         good: Items that can be decoded, in their original order.
         decoded: The fingerprints of `good`, in the same order.
-        quarantined: (path, reason) of the others.
+        quarantined: (name, reason) of the others.
     """
 
     good: list[Item]
     decoded: list[DecodedImage]
-    quarantined: list[ImageWarning]
+    quarantined: list[tuple[str, str]]
 
     @property
     def pairs(self) -> list[tuple[Item, DecodedImage]]:
@@ -60,68 +73,88 @@ class Inspection:
 
     @property
     def warnings(self) -> list[ImageWarning]:
-        """(path, warning) of images that are usable but unusual."""
-        return [(item.path, image.warning) for item, image in self.pairs if image.warning]
+        """Warnings about images that are usable but unusual."""
+        return [ImageWarning(item.name, *warning) for item, image in self.pairs for warning in image.warnings]
 
 
 def inspect(items: Sequence[Item], root: Path) -> Inspection:
-    """Decode every image completely (`Image.verify` misses truncated files); links that leave `root` are refused."""
-    resolved_root = root.resolve()
+    """Decode every file completely (`Image.verify` misses truncated files), once for all of its parts."""
+    parts: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        parts[item.path].append(item)
 
-    def inspect_one(item: Item) -> DecodedImage | str:
+    def inspect_file(path: str) -> list[_Result]:
         try:
-            return _decode(_regular_file(root / item.path, resolved_root))
+            return _decode(_regular_file(root / path), parts[path])
         except Exception as error:
-            reason = str(error).replace(str(root / item.path), item.path).replace(str(resolved_root), "")
-            return f"{type(error).__name__}: {reason}"
+            reason = str(error).replace(str(root / path), path).replace(str(root.resolve()), "")
+            missing = isinstance(error, FileNotFoundError)
+            reason = "there is no such file" if missing else f"{type(error).__name__}: {reason}"
+            return [(item, reason) for item in parts[path]]
 
     good, decoded, quarantined = [], [], []
-    results = track(in_threads(inspect_one, items), len(items), "inspecting images")
-    for item, result in zip(items, results, strict=True):
+    by_file = track(in_threads(inspect_file, parts), len(parts), "inspecting images")
+    results = dict(zip(parts, map(iter, by_file), strict=True))
+    for written in items:
+        item, result = next(results[written.path])
         if isinstance(result, str):
-            quarantined.append((item.path, result))
+            quarantined.append((item.name, result))
         else:
             good.append(item)
             decoded.append(result)
     return Inspection(good, decoded, quarantined)
 
 
-def _regular_file(path: Path, root: Path) -> Path:
-    """Resolve a path and check that it is a regular file below `root`: opening a pipe would block for ever."""
+def _regular_file(path: Path) -> Path:
+    """Follow links, and check that a regular file is at their end: opening a pipe would block for ever."""
     resolved = path.resolve(strict=True)
-    if not resolved.is_relative_to(root):
-        raise DataError("is outside `data.root`")
     if not stat.S_ISREG(resolved.stat().st_mode):
         raise DataError("is not a regular file")
     return resolved
 
 
-def _decode(path: Path) -> DecodedImage:
-    """Decode one file; raises whatever the decoder raises."""
-    before = _state(path)
+def _decode(path: Path, items: Sequence[Item]) -> list[_Result]:
+    """Decode one file, and take the fingerprints of its parts; raises whatever the decoder raises."""
+    state, suffix = _state(path), Path(items[0].path).suffix.lower()  # links to a cache end at names without a suffix
     with open_image(path) as image:
         actual_format, frames = image.format or "", int(getattr(image, "n_frames", 1))
+        warnings = []
+        if actual_format == "MPO":  # phones: a JPEG picture, followed by previews or a gain map
+            actual_format, frames = "JPEG", 1
+        if Image.registered_extensions().get(suffix) != actual_format:
+            warnings.append((WRONG_SUFFIX, f"is {actual_format}"))
+        if frames > 1:
+            warnings.append((MORE_FRAMES, f"of {frames}"))
         rgb = upright_rgb(image)
-        pixels = hashlib.sha256(repr(rgb.size).encode())
-        for top in range(0, rgb.height, STRIP):
-            pixels.update(rgb.crop((0, top, rgb.width, min(top + STRIP, rgb.height))).tobytes())
-        flat = all(high - low <= 1 for low, high in rgb.getextrema())  # type: ignore[misc]
-        small = rgb.convert("L").resize((32, 32), Image.Resampling.LANCZOS)  # the first step of `imagehash.phash`
+        results = [_fingerprint(item, rgb, state, warnings) for item in items]
         del rgb  # frees the memory of a large image before the next one is decoded
-    hashes = (_perceptual_hash(small), _perceptual_hash(ImageOps.mirror(small)))
-    warnings = []
-    named_format = Image.registered_extensions().get(path.suffix.lower())
-    if named_format != actual_format:
-        warnings.append(f"is {actual_format}, which does not match its suffix")
-    if frames > 1:
-        warnings.append(f"has {frames} frames, only the first is used")
+    return results
+
+
+def _fingerprint(item: Item, rgb: Image.Image, state: FileState | None, warnings: list[tuple[str, str]]) -> _Result:
+    """Take the fingerprints of one part of a decoded image; the box is clipped to the image."""
+    if item.box:
+        left, top, right, bottom = item.box
+        box = max(left, 0), max(top, 0), min(right, rgb.width), min(bottom, rgb.height)
+        if box[0] >= box[2] or box[1] >= box[3]:
+            return item, f"the box has no area inside of the image, which has {rgb.width} x {rgb.height} pixels"
+        if box != item.box:
+            size = f"{box_text(item.box)} in {rgb.width} x {rgb.height} pixels"
+            item, warnings = replace(item, box=box), [*warnings, (CLIPPED, size)]
+        rgb = rgb.crop(box)
+    pixels = hashlib.sha256(repr(rgb.size).encode())
+    for top in range(0, rgb.height, STRIP):
+        pixels.update(rgb.crop((0, top, rgb.width, min(top + STRIP, rgb.height))).tobytes())
+    flat = all(high - low <= 1 for low, high in rgb.getextrema())  # type: ignore[misc]
     if flat:
-        warnings.append("has only one colour")
-    return DecodedImage(pixels.hexdigest(), hashes, before, flat, "; ".join(warnings))
+        warnings = [*warnings, (FLAT, "")]
+    small = rgb.convert("L").resize((32, 32), Image.Resampling.LANCZOS)  # the first step of `imagehash.phash`
+    hashes = (_perceptual_hash(small), _perceptual_hash(ImageOps.mirror(small)))
+    return item, DecodedImage(pixels.hexdigest(), hashes, state, flat, tuple(warnings))
 
 
-def _state(path: Path) -> tuple[int, int] | None:
-    """Return size (bytes) and modification time (ns) of a file; None if it does not exist."""
+def _state(path: Path) -> FileState | None:
+    """Return the state of a file; None if it does not exist."""
     try:
         result = path.stat()
     except OSError:
@@ -136,17 +169,18 @@ def _perceptual_hash(grey: Image.Image) -> int:
 
 def changed_files(inspection: Inspection, root: Path) -> list[str]:
     """Return the paths of files whose size or modification time changed since they were inspected."""
-    return [item.path for item, image in inspection.pairs if _state(root / item.path) != image.state]
+    states = {item.path: image.state for item, image in inspection.pairs}
+    return [path for path, state in states.items() if _state(root / path) != state]
 
 
 def find_leaks(inspection: Inspection) -> list[tuple[str, str]]:
-    """Return pairs of paths (training image, test image) with the same pixels.
+    """Return pairs of names (training image, test image) with the same pixels.
 
     Duplicates within the test set are no leaks: VeRi-776's queries are in its gallery too.
     """
-    trained = {image.pixels: item.path for item, image in inspection.pairs if item.split not in TEST}
+    trained = {image.pixels: item.name for item, image in inspection.pairs if item.split not in TEST}
     return [
-        (trained[image.pixels], item.path)
+        (trained[image.pixels], item.name)
         for item, image in inspection.pairs
         if item.split in TEST and image.pixels in trained
     ]
@@ -164,20 +198,20 @@ def deduplicate(inspection: Inspection) -> Inspection:
     for item, image in inspection.pairs:
         is_test = item.split in TEST
         others = claims[image.pixels, is_test] - {item.identity}
-        warning = f"has the same pixels as an image of identity {first_few(sorted(others))}" if others else ""
-        if warning and not is_test:
-            quarantined.append((item.path, warning))
+        if others and not is_test:
+            quarantined.append((item.name, f"{TWO_IDENTITIES}: {first_few(sorted(others))}"))
             continue
         good.append(item)
-        decoded.append(replace(image, warning="; ".join(filter(None, (image.warning, warning)))))
+        more = ((TWO_IDENTITIES, first_few(sorted(others))),) if others else ()
+        decoded.append(replace(image, warnings=(*image.warnings, *more)))
     return Inspection(good, decoded, quarantined)
 
 
 def duplicates_in_test(inspection: Inspection) -> list[tuple[str, str]]:
-    """Return pairs of paths of test images with the same pixels: the first such image, and each later one."""
+    """Return pairs of names of test images with the same pixels: the first such image, and each later one."""
     first: dict[str, str] = {}
     tested = [(item, image) for item, image in inspection.pairs if item.split in TEST]
-    pairs = [(first.setdefault(image.pixels, item.path), item.path) for item, image in tested]
+    pairs = [(first.setdefault(image.pixels, item.name), item.name) for item, image in tested]
     return [(original, copy) for original, copy in pairs if original != copy]
 
 
@@ -190,7 +224,7 @@ def near_duplicates(inspection: Inspection, bits: int) -> list[tuple[str, str, i
         bits: Bits of 64 in which the perceptual hashes of near duplicates may differ; below 0 nothing is searched.
 
     Returns:
-        Path of the training image, path of the test image, and number of differing bits.
+        Name of the training image, name of the test image, and number of differing bits.
     """
     textured = [(item, image) for item, image in inspection.pairs if not image.flat]
     train = [(item, image) for item, image in textured if item.split not in TEST]
@@ -204,7 +238,7 @@ def near_duplicates(inspection: Inspection, bits: int) -> list[tuple[str, str, i
             distances = np.bitwise_count(hashes[:, None] ^ np.array(image.hashes, np.uint64)).min(axis=1)
             nearest = int(distances.argmin())
             if distances[nearest] <= bits:
-                pairs.append((train[nearest][0].path, item.path, int(distances[nearest])))
+                pairs.append((train[nearest][0].name, item.name, int(distances[nearest])))
     return pairs
 
 

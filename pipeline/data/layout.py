@@ -9,6 +9,20 @@ from pipeline.data.manifest import ImageWarning, Item
 
 UNKNOWN = "unknown"
 """Camera of images whose camera is unknown."""
+UNASSIGNED = "unsplit"
+"""Split of images that are not in a split yet."""
+UNASSIGNED_TEST = "test"
+"""Split of test images that are not divided into query and gallery yet."""
+UNASSIGNED_VALIDATION = "validation"
+"""Split of validation images that are not divided into query and gallery yet."""
+
+SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), UNASSIGNED_VALIDATION),
+    **dict.fromkeys(("test", "testing"), UNASSIGNED_TEST),
+    **{split: split for split in ("query", "gallery", "validation-query", "validation-gallery")},
+}
+"""Splits of custom data, by the words for them in lower case."""
 
 
 @dataclass(frozen=True)

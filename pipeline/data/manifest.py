@@ -10,9 +10,10 @@ import io
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +25,36 @@ TRAINING = ("train", "validation-query", "validation-gallery")
 TEST = ("query", "gallery")
 SPLITS = TRAINING + TEST
 COLUMNS = ("path", "identity", "camera", "split")
+BOX = "box"
+"""Fifth column, in manifests with parts of images: left, top, right and bottom, separated by spaces."""
 
-ImageWarning = tuple[str, str]
-"""Path of an image, and a warning about it."""
+Box = tuple[int, int, int, int]
+"""Left, top, right and bottom of a part of an upright image, pixels; right and bottom are outside."""
+
+
+class ImageWarning(NamedTuple):
+    """What is unusual about an image.
+
+    Attributes:
+        path: Of the image; for a part of it, its name.
+        warning: Kind, the same text for all images that share it.
+        detail: What differs between images of the same kind, or "".
+    """
+
+    path: str
+    warning: str
+    detail: str = ""
+
+
+def by_kind(warnings: Iterable[ImageWarning]) -> Iterator[str]:
+    """Yield one line for each kind of warning, with its count and an example; the most frequent kind comes first."""
+    kinds: dict[str, list[ImageWarning]] = defaultdict(list)
+    for warning in warnings:
+        kinds[warning.warning].append(warning)
+    for kind, same in sorted(kinds.items(), key=lambda pair: -len(pair[1])):
+        example = f"{same[0].path} ({same[0].detail})" if same[0].detail else same[0].path
+        yield f"{kind} ({len(same)}): {'such as ' if len(same) > 1 else ''}{example}"
+
 
 Indices = npt.NDArray[np.int64]
 Names = npt.NDArray[np.str_]
@@ -40,21 +68,31 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Item:
-    """One image.
+    """One image, or one part of an image.
 
     Attributes:
         path: Relative to the root of the data, with forward slashes.
         split: One of `SPLITS`.
+        box: The part, or None for the whole image.
     """
 
     path: str
     identity: str
     camera: str
     split: str
+    box: Box | None = None
+
+    @property
+    def name(self) -> str:
+        """The path, followed by the box if there is one; names the image in messages, and is unique in a manifest."""
+        return f"{self.path} [{box_text(self.box)}]" if self.box else self.path
 
 
 class Manifest:
     """A validated table of images, which are addressed by their index in `items`.
+
+    Args:
+        closed_set: Whether identities of the test set may be in training too.
 
     Attributes:
         root: Folder that the paths of the items are relative to.
@@ -63,10 +101,10 @@ class Manifest:
         DataError: Listing everything that is wrong with the items.
     """
 
-    def __init__(self, items: Iterable[Item], root: Path) -> None:
+    def __init__(self, items: Iterable[Item], root: Path, closed_set: bool = False) -> None:
         self.items = tuple(items)
         self.root = root
-        if problems := list(_problems(self.items)):
+        if problems := list(_problems(self.items, closed_set)):
             raise DataError("the manifest cannot be used: " + "; ".join(problems))
         self._identities = np.array([item.identity for item in self.items])
         self._cameras = np.array([item.camera for item in self.items])
@@ -85,12 +123,16 @@ class Manifest:
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{path} is missing; run `dvc repro prepare` or `dvc pull` first") from error
         header, *lines = list(csv.reader(io.StringIO(text, newline=""))) or [[]]
-        if tuple(header) != COLUMNS:
+        if tuple(header) not in (COLUMNS, (*COLUMNS, BOX)):
             raise DataError(f"{path}: the first line must be {','.join(COLUMNS)}, got {','.join(header)}")
         for number, line in enumerate(lines, start=2):
-            if len(line) != len(COLUMNS):
-                raise DataError(f"{path}: row {number} has {len(line)} fields, not {len(COLUMNS)}; run prepare again")
-        return cls((Item(*line) for line in lines), root)
+            if len(line) != len(header):
+                raise DataError(f"{path}: row {number} has {len(line)} fields, not {len(header)}; run prepare again")
+        try:
+            items = [Item(*line[: len(COLUMNS)], *map(_parse_box, line[len(COLUMNS) :])) for line in lines]
+        except ValueError as error:
+            raise DataError(f"{path}: a box must be four whole numbers ({error}); run prepare again") from error
+        return cls(items, root, closed_set=True)  # `data.closed_set` decided when the manifest was made
 
     def write(self, path: Path) -> None:
         """Write the table, atomically."""
@@ -124,13 +166,28 @@ class Manifest:
         return tuple(sorted({item.identity for item in self.items if item.split == "train"}))
 
     @cached_property
+    def seen_identities(self) -> int:
+        """Number of the test set's identities that are in training or validation too; 0 unless `data.closed_set`."""
+        trained = {item.identity for item in self.items if item.split in TRAINING}
+        return len({item.identity for item in self.items if item.split in TEST} & trained - {JUNK})
+
+    @cached_property
+    def has_boxes(self) -> bool:
+        """Whether some items are parts of images."""
+        return any(item.box for item in self.items)
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the CSV text."""
         return hashlib.sha256(self._csv.encode()).hexdigest()
 
     @cached_property
     def _csv(self) -> str:
-        return csv_text(COLUMNS, map(astuple, self.items))
+        rows = ((item.path, item.identity, item.camera, item.split) for item in self.items)
+        if not self.has_boxes:
+            return csv_text(COLUMNS, rows)
+        boxes = (box_text(item.box) for item in self.items)
+        return csv_text((*COLUMNS, BOX), ((*row, box) for row, box in zip(rows, boxes, strict=True)))
 
 
 def first_few(names: Iterable[str], limit: int = 3) -> str:
@@ -139,7 +196,19 @@ def first_few(names: Iterable[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _problems(items: tuple[Item, ...]) -> Iterator[str]:
+def box_text(box: Box | None) -> str:
+    """Join the sides of a box by spaces; empty for None."""
+    return " ".join(map(str, box)) if box else ""
+
+
+def _parse_box(text: str) -> Box | None:
+    if not text:
+        return None
+    left, top, right, bottom = map(int, text.split(" "))
+    return left, top, right, bottom
+
+
+def _problems(items: tuple[Item, ...], closed_set: bool) -> Iterator[str]:
     unknown = sorted({item.split for item in items} - set(SPLITS))
     if unknown:
         yield f"unknown splits {first_few(unknown)}; a split is one of {', '.join(SPLITS)}"
@@ -152,7 +221,7 @@ def _problems(items: tuple[Item, ...]) -> Iterator[str]:
     outside = [item.path for item in items if item.path and not is_inside(item.path)]
     if outside:
         yield f"paths must be relative, with forward slashes and without `..`: {first_few(outside)}"
-    twice = [path for path, count in Counter(item.path for item in items).items() if count > 1]
+    twice = [name for name, count in Counter(item.name for item in items).items() if count > 1]
     if twice:
         yield f"listed more than once: {first_few(twice)}"
     spellings: dict[str, set[str]] = defaultdict(set)  # by Unicode normal form: macOS does not distinguish them
@@ -181,8 +250,11 @@ def _problems(items: tuple[Item, ...]) -> Iterator[str]:
         (identities["train"] & validation, "in training and in validation"),
         ((identities["train"] | validation) & tested, "in training and in test"),
     ):
-        if shared - {JUNK}:
-            yield f"identities {where}: {first_few(sorted(shared - {JUNK}))}; each must be in one of the two"
+        if not closed_set and shared - {JUNK}:
+            yield (
+                f"identities {where}: {first_few(sorted(shared - {JUNK}))}; each must be in one of the two, unless "
+                "`data.closed_set` is true"
+            )
 
 
 def is_inside(path: str) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pipeline.config import Data
+from pipeline.data.folders import is_left_behind
 from pipeline.data.layout import UNKNOWN, layout
 from pipeline.data.manifest import DataError, Item, first_few
 from pipeline.protocols import PROTOCOLS
@@ -173,14 +174,14 @@ def lines(path: Path, words: int, skipped: int = 0) -> Iterator[list[str]]:
 
 
 def files_in(folder: Path) -> set[str]:
-    """Return the names of the files in a folder.
+    """Return the names of the files in a folder, except those that operating systems leave behind.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is missing; `data.root` must be the unpacked folder of the data set")
-    return {path.name for path in folder.iterdir() if path.is_file()}
+    return {path.name for path in folder.iterdir() if path.is_file() and not is_left_behind(path.name)}
 
 
 def jpeg_files(folder: Path) -> Iterable[str]:

@@ -8,15 +8,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from pipeline.data.custom import UNASSIGNED, UNASSIGNED_TEST
-from pipeline.data.layout import UNKNOWN
+from pipeline.data.layout import UNASSIGNED, UNASSIGNED_TEST, UNASSIGNED_VALIDATION, UNKNOWN
 from pipeline.data.manifest import DataError, Item, first_few
 from pipeline.protocols import JUNK, PROTOCOLS
 
 log = logging.getLogger(__name__)
 
-PathsByCamera = Mapping[str, Sequence[str]]
-"""Paths of one identity's images, by camera."""
+NamesByCamera = Mapping[str, Sequence[str]]
+"""Names of one identity's images, by camera."""
 
 
 def split_test(items: Sequence[Item], share: float, seed: int, protocol: str) -> list[Item]:
@@ -31,23 +30,23 @@ def split_test(items: Sequence[Item], share: float, seed: int, protocol: str) ->
         share: Share of the unsplit identities that become the test set, in (0, 1).
         protocol: Protocol that the test set is scored by.
     """
-    paths = _group_paths(item for item in items if item.split in (UNASSIGNED, UNASSIGNED_TEST))
+    paths = _group_names(item for item in items if item.split in (UNASSIGNED, UNASSIGNED_TEST))
     tested = {item.identity for item in items if item.split == UNASSIGNED_TEST}
     tested |= _draw_test({item.identity for item in items if item.split == UNASSIGNED} - {JUNK}, share, seed)
-    queries = {path for name in paths if name in tested for path in _query_paths(paths[name], protocol)}
+    queries = {path for name in paths if name in tested for path in _query_names(paths[name], protocol)}
 
     def assign(item: Item) -> Item:
         if item.split not in (UNASSIGNED, UNASSIGNED_TEST):
             return item
         if item.identity not in tested | {JUNK}:
             return replace(item, split="train")
-        return replace(item, split="query" if item.path in queries or PROTOCOLS[protocol].all_query else "gallery")
+        return replace(item, split="query" if item.name in queries or PROTOCOLS[protocol].all_query else "gallery")
 
     return [assign(item) for item in items]
 
 
 def split_validation(items: Sequence[Item], share: float, seed: int, protocol: str) -> list[Item]:
-    """Hold out whole training identities for validation.
+    """Divide given validation images into queries and gallery; without any, hold out whole training identities.
 
     Under protocol market, the first image of every camera is a query and the other images are the gallery. If fewer
     than two cameras have a second image, some queries would have no match: then the first image of every other camera
@@ -55,23 +54,49 @@ def split_validation(items: Sequence[Item], share: float, seed: int, protocol: s
     identity without a possible match stays in training.
 
     Args:
-        items: Images with splits `train`, `query` and `gallery`; the order is kept.
-        share: Share of the training identities to hold out, rounded down.
+        items: Images with splits `train`, `query`, `gallery` and perhaps `validation`; the order is kept.
+        share: Share of the training identities to hold out, rounded down; ignored if validation images are given.
         protocol: Protocol that the validation set is scored by.
+
+    Raises:
+        DataError: If validation images are given, and none of them has a match.
     """
-    paths = _group_paths(item for item in items if item.split == "train")
+    if any(item.split == UNASSIGNED_VALIDATION for item in items):
+        return _divide_validation(items, protocol)
+    if any(item.split.startswith("validation-") for item in items):
+        return list(items)
+    paths = _group_names(item for item in items if item.split == "train")
     candidates = [name for name in sorted(paths) if _has_match(paths[name], protocol) and name != JUNK]
     wanted = int(share * len(paths))
     if len(candidates) < wanted:
         requirement = "were seen by two cameras" if PROTOCOLS[protocol].cameras else "have two images"
         log.warning("only %d of %d identities %s and can be held out", len(candidates), wanted, requirement)
     held_out = set(np.random.default_rng(seed).permutation(candidates)[:wanted].tolist())
-    queries = {path for name in held_out for path in _query_paths(paths[name], protocol)}
+    queries = {path for name in held_out for path in _query_names(paths[name], protocol)}
 
     def assign(item: Item) -> Item:
         if item.split != "train" or item.identity not in held_out:
             return item
-        return replace(item, split="validation-query" if item.path in queries else "validation-gallery")
+        return replace(item, split="validation-query" if item.name in queries else "validation-gallery")
+
+    return [assign(item) for item in items]
+
+
+def _divide_validation(items: Sequence[Item], protocol: str) -> list[Item]:
+    names = _group_names(item for item in items if item.split == UNASSIGNED_VALIDATION)
+    queries = {name for views in names.values() for name in _query_names(views, protocol)}
+    if not queries:
+        cameras = " in two cameras" if PROTOCOLS[protocol].cameras else ""
+        raise DataError(
+            f"no identity of the validation split has two images{cameras}, as protocol {protocol} needs; add images, "
+            "or remove the split"
+        )
+
+    def assign(item: Item) -> Item:
+        if item.split != UNASSIGNED_VALIDATION:
+            return item
+        is_query = item.name in queries or PROTOCOLS[protocol].all_query
+        return replace(item, split="validation-query" if is_query else "validation-gallery")
 
     return [assign(item) for item in items]
 
@@ -119,27 +144,27 @@ def check_test_set(items: Sequence[Item], protocol: str) -> None:
         raise DataError(f"protocol {protocol} needs a gallery, and there is none; set `data.protocol` to loo")
 
 
-def _group_paths(items: Iterable[Item]) -> dict[str, dict[str, list[str]]]:
-    """Group paths by identity and camera."""
-    paths: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+def _group_names(items: Iterable[Item]) -> dict[str, dict[str, list[str]]]:
+    """Group names of images by identity and camera."""
+    names: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for item in items:
-        paths[item.identity][item.camera].append(item.path)
-    return paths
+        names[item.identity][item.camera].append(item.name)
+    return names
 
 
-def _has_match(paths: PathsByCamera, protocol: str) -> bool:
+def _has_match(names: NamesByCamera, protocol: str) -> bool:
     """Return whether an image of the identity can be a query with another one as its match."""
-    return len(paths.keys() - {UNKNOWN}) > 1 if PROTOCOLS[protocol].cameras else sum(map(len, paths.values())) > 1
+    return len(names.keys() - {UNKNOWN}) > 1 if PROTOCOLS[protocol].cameras else sum(map(len, names.values())) > 1
 
 
-def _query_paths(paths: PathsByCamera, protocol: str) -> Sequence[str]:
+def _query_names(names: NamesByCamera, protocol: str) -> Sequence[str]:
     """Choose which images of one identity are queries."""
-    if not _has_match(paths, protocol):
+    if not _has_match(names, protocol):
         return []
     if PROTOCOLS[protocol].cameras:
-        cameras = sorted(paths.keys() - {UNKNOWN})
-        if sum(len(paths[camera]) > 1 for camera in cameras) < 2:
+        cameras = sorted(names.keys() - {UNKNOWN})
+        if sum(len(names[camera]) > 1 for camera in cameras) < 2:
             cameras = cameras[::2]
-        return [paths[camera][0] for camera in cameras]
-    all_paths = [path for camera in sorted(paths) for path in paths[camera]]
-    return all_paths[:1] if protocol == "query-gallery" else all_paths
+        return [names[camera][0] for camera in cameras]
+    everything = [path for camera in sorted(names) for path in names[camera]]
+    return everything[:1] if protocol == "query-gallery" else everything

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import Params
-from pipeline.data.custom import UNASSIGNED
 from pipeline.data.images import Images, data_root
+from pipeline.data.layout import UNASSIGNED
 from pipeline.data.manifest import TEST, Item, Manifest
 from pipeline.data.splits import split_test
 from pipeline.export.embed import embed
@@ -119,7 +119,7 @@ class PromotionPolicy:
     def _test_set(self) -> str:
         """Return a digest of queries and gallery: images, labels and protocol."""
         items = (self._manifest.items[index] for index in self._manifest.indices(*TEST))
-        return _digest(self._params.data.protocol, *(f"{i.split} {i.path} {i.identity} {i.camera}" for i in items))
+        return _digest(self._params.data.protocol, *(f"{i.split} {i.name} {i.identity} {i.camera}" for i in items))
 
     def _split(self) -> str:
         """Return a digest of what assigns identities to the training set, whatever images there are.

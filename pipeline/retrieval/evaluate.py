@@ -30,7 +30,7 @@ class Manifest(Protocol):
 
     @property
     def items(self) -> Sequence[Any]:
-        """All images, each with a `path`."""
+        """All images, each with a `name` for messages."""
 
     def indices(self, *splits: str) -> Indices:
         """Return the indices of all images in these splits."""
@@ -54,9 +54,9 @@ def evaluate_embedder(
     embeddings = embedder(indices)
     broken = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
     if len(broken):
-        path = manifest.items[indices[broken[0]]].path
+        name = manifest.items[indices[broken[0]]].name
         raise ValueError(
-            f"embedding of {path} is not finite ({len(broken)} of {len(embeddings)} images); the network diverged"
+            f"embedding of {name} is not finite ({len(broken)} of {len(embeddings)} images); the network diverged"
         )
     return scoring.evaluate(protocol, *sides(embeddings, manifest, query_split, gallery_split, protocol))
 

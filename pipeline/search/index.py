@@ -13,7 +13,7 @@ import faiss
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.data.custom import walk
+from pipeline.data.folders import walk
 from pipeline.data.images import Pixels, decode
 from pipeline.data.parallel import in_threads
 from pipeline.export.embed import Embeddings

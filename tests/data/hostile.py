@@ -119,6 +119,7 @@ CONTENTS: dict[str, tuple[Callable[[], bytes], str]] = {
     "moving.png": (lambda: multi_frame("PNG"), UNUSUAL),
     "pages.tif": (lambda: multi_frame("TIFF"), UNUSUAL),
     "pair.mpo": (lambda: multi_frame("MPO"), UNUSUAL),
+    "phone.jpg": (lambda: multi_frame("MPO"), GOOD),
 }
 """Content and expected treatment by file name."""
 
@@ -139,6 +140,8 @@ def write(root: Path) -> dict[str, str]:
     layouts.picture(root / "-dash \u00fc\u4e16 \n.png", 4)
     layouts.picture(root / f"{'n' * 251}.png", 5)
     expected = {name: treatment for name, (_, treatment) in CONTENTS.items()}
-    expected |= dict.fromkeys(("link out.png", "loop.png", "nowhere.png", "folder.png", "pipe.png", "gone.png"), BAD)
-    expected |= dict.fromkeys(("inside.png", "link in.png", "-dash \u00fc\u4e16 \n.png", f"{'n' * 251}.png"), GOOD)
+    expected |= dict.fromkeys(("loop.png", "nowhere.png", "folder.png", "pipe.png", "gone.png"), BAD)
+    expected |= dict.fromkeys(
+        ("inside.png", "link in.png", "link out.png", "-dash \u00fc\u4e16 \n.png", f"{'n' * 251}.png"), GOOD
+    )
     return expected

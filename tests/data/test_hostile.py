@@ -10,7 +10,7 @@ from tests.data import hostile
 
 def treatments(root, paths):
     inspection = inspect([Item(path, "1", "c1", "train") for path in paths], root)
-    unusual = dict(inspection.warnings)
+    unusual = {warning.path for warning in inspection.warnings}
     usable = {item.path: hostile.UNUSUAL if item.path in unusual else hostile.GOOD for item in inspection.good}
     reasons = dict(inspection.quarantined)
     return usable | dict.fromkeys(reasons, hostile.BAD), reasons

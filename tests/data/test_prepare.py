@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline.config import Custom, Data, VehicleId, Vehicles
 from pipeline.data.images import open_images
@@ -20,7 +21,7 @@ class Run(SimpleNamespace):
     def __init__(self, root, **data):
         size = Vehicles(train_identities=4, test_identities=2, views=2, size=16)
         defaults = {"source": "vehicles", "root": "data", "image_size": [20, 16], "cache": True, "validation": 0.5}
-        limits = {"max_quarantined": 0.0, "max_leaked": 0.0, "near_duplicate_bits": 4}
+        limits = {"max_quarantined": 0.0, "max_leaked": 0.0, "closed_set": False, "near_duplicate_bits": 4}
         sources = {
             "vehicleid": VehicleId(test_identities=800),
             "custom": Custom(table="images.csv", pattern="", test=0.5),
@@ -57,10 +58,11 @@ def test_the_default_set_is_rendered_split_and_cached(tmp_path):
     assert counts == {
         **{"images": 72, "identities": 6, "cameras": 6, "train": 24, "validation": 24},
         **{"query": 4, "gallery": 20, "quarantined": 0, "leaked": 0, "near_duplicates": counts["near_duplicates"]},
+        "seen_identities": 0,
     }
     outs = {path.relative_to(tmp_path / "artifacts") for path in (tmp_path / "artifacts").glob("*/*")}
     assert {path.name for path in outs} == {"vehicles", "manifest.csv", "images.npy", "quarantine.csv"}
-    assert (tmp_path / "artifacts" / "warnings.csv").read_text().startswith("path,warning\n")
+    assert (tmp_path / "artifacts" / "warnings.csv").read_text().startswith("path,warning,detail\n")
     manifest, images = open_images(run.files, run.params)
     assert images.batch(manifest.indices("query")).shape == (4, 20, 16, 3)
     assert len(manifest.indices("validation-query")) == 12
@@ -106,9 +108,10 @@ def test_a_test_image_that_is_a_training_image_stops_the_stage(veri):
     record = prepare(Run(veri, source="veri776", max_leaked=0.5))
     assert (record.leaked, record.gallery) == (1, 3)
     with Files(veri, veri).warnings.open() as file:
-        warnings = {row["path"]: row["warning"] for row in csv.DictReader(file)}
-    assert warnings["image_test/0003_c002_00000000_0.jpg"].startswith(
-        "has the same pixels as training image image_train/0002"
+        warnings = {row["path"]: (row["warning"], row["detail"]) for row in csv.DictReader(file)}
+    assert warnings["image_test/0003_c002_00000000_0.jpg"] == (
+        "has the same pixels as a training image",
+        "image_train/0002_c002_00000001_0.jpg",
     )
 
 
@@ -138,3 +141,78 @@ def test_equal_images_of_two_identities_are_unusable(tmp_path):
         layouts.picture(tmp_path / "data" / thing / "cam1" / "same.png", 99)
     with pytest.raises(DataError, match=r"2 of 50 images are unusable.*has the same pixels as"):
         prepare(Run(tmp_path, source="folder", custom=Custom(table="images.csv", pattern="", test=0.01)))
+
+
+def write_table(root, rows, header=("path", "identity", "camera", "split")):
+    for path, identity, camera, *_ in rows:
+        layouts.picture(root / path, int(identity), ord(camera), int(path.split("/")[-1][0]))
+    (root / "images.csv").write_text("".join(",".join(row) + "\n" for row in (header, *rows)))
+
+
+def test_identities_of_the_test_set_are_trained_on_only_if_the_parameter_allows_it(tmp_path):
+    words = {0: "query", 1: "gallery", 2: "train"}
+    write_table(
+        tmp_path / "data",
+        [(f"{i}/{c}/{v}.png", str(i), c, words[v]) for i in range(6) for c in "ab" for v in range(3)],
+    )
+    with pytest.raises(DataError, match=r"identities in training and in test: 0, 1, 2 and 3 more; .*`data.closed_set`"):
+        prepare(Run(tmp_path, source="csv", validation=0.0))
+    record = prepare(Run(tmp_path, source="csv", validation=0.0, closed_set=True))
+    assert (record.train, record.query, record.gallery, record.seen_identities) == (12, 12, 12, 6)
+    assert open_images(Files(tmp_path, tmp_path), Run(tmp_path, source="csv").params)[0].seen_identities == 6
+
+
+def test_an_allowed_closed_set_that_is_none_is_not_called_one(tmp_path):
+    layouts.folder(tmp_path / "data", 12, 0)
+    assert prepare(Run(tmp_path, source="folder", closed_set=True)).seen_identities == 0
+
+
+@pytest.mark.parametrize(("protocol", "queries"), [("market", 4), ("query-gallery", 2), ("loo", 12)])
+def test_a_validation_split_of_the_user_is_the_validation_and_nothing_more_is_held_out(tmp_path, protocol, queries):
+    words = ["Train"] * 4 + ["VAL"] * 2 + ["Test"] * 3
+    write_table(
+        tmp_path / "data",
+        [(f"{i}/{c}/{v}.png", str(i), c, word) for i, word in enumerate(words) for c in "ab" for v in range(3)],
+    )
+    run = Run(tmp_path, source="csv", validation=0.5, protocol=protocol)
+    record = prepare(run)
+    assert (record.train, record.validation, record.query + record.gallery) == (24, 12, 18)
+    manifest, _ = open_images(run.files, run.params)
+    assert {item.identity for item in manifest.items if item.split.startswith("validation")} == {"4", "5"}
+    assert len(manifest.indices("validation-query")) == queries
+
+
+def test_a_validation_split_without_a_match_is_refused(tmp_path):
+    words = ["train"] * 4 + ["val"] * 2 + ["test"] * 3
+    write_table(
+        tmp_path / "data",
+        [(f"{i}/{c}/{v}.png", str(i), "a" if word == "val" else c, word)
+         for i, word in enumerate(words) for c in "ab" for v in range(3)],
+    )  # fmt: skip
+    with pytest.raises(DataError, match="no identity of the validation split has two images in two cameras"):
+        prepare(Run(tmp_path, source="csv"))
+
+
+def test_a_thousand_warnings_of_one_kind_do_not_hide_one_of_another(tmp_path, caplog):
+    layouts.folder(tmp_path / "data", 12, 0)
+    for number in range(1000):
+        (tmp_path / "data" / "thing 1" / f"._{number}.png").touch()
+    layouts.picture(tmp_path / "data" / "thing 2" / "cam1" / "renamed.png", 2, 1, 7)
+    (tmp_path / "data" / "thing 2" / "cam1" / "renamed.png").rename(tmp_path / "data" / "thing 2" / "cam1" / "r.jpg")
+    prepare(Run(tmp_path, source="folder", near_duplicate_bits=-1))
+    lines = [record.getMessage() for record in caplog.records if record.name == "stages.prepare"]
+    assert lines == [
+        "skipped: left behind by an operating system (1000): such as thing 1/._0.png",
+        "the suffix is not that of the format (1): thing 2/cam1/r.jpg (is PNG)",
+    ]
+
+
+def test_pictures_of_phones_are_ordinary(tmp_path):
+    layouts.folder(tmp_path / "data", 12, 0)
+    for path in sorted((tmp_path / "data" / "thing 1").rglob("*.png")):
+        image = Image.open(path)
+        image.save(path.with_suffix(".jpg"), format="MPO", save_all=True, append_images=[image.rotate(5)])
+        path.unlink()
+    record = prepare(Run(tmp_path, source="folder", near_duplicate_bits=-1))
+    assert record.images == 72
+    assert (tmp_path / "artifacts" / "warnings.csv").read_text() == "path,warning,detail\n"

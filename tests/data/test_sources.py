@@ -10,9 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.config import Custom, Data
-from pipeline.data import custom
-from pipeline.data.custom import UNASSIGNED
-from pipeline.data.layout import LAYOUTS, UNKNOWN
+from pipeline.data import custom, folders
+from pipeline.data.layout import LAYOUTS, UNASSIGNED, UNASSIGNED_TEST, UNASSIGNED_VALIDATION, UNKNOWN
 from pipeline.data.manifest import DataError, Item
 from pipeline.data.published import lines
 from pipeline.data.sources import read_source
@@ -76,7 +75,7 @@ def test_a_file_name_of_another_form_is_refused(veri):
 
 
 def test_files_that_are_in_no_list_are_skipped_with_a_warning(veri, caplog):
-    (veri / "image_train" / "Thumbs.db").touch()
+    (veri / "image_train" / "0009_c001_00000001_1.jpg").touch()
     with caplog.at_level(logging.WARNING):
         assert len(read("veri776", veri).items) == 5
     assert "1 files are not in name_train.txt" in caplog.text
@@ -183,14 +182,66 @@ def test_files_that_are_not_images_of_an_identity_are_skipped_with_a_warning(tmp
     (tmp_path / ".git").mkdir()
     (tmp_path / "thing 1" / "Thumbs.db").touch()
     (tmp_path / "thing 1" / "cam1" / "._0.png").touch()
-    (tmp_path / "thing 1" / "link.png").symlink_to(tmp_path / "thing 2" / "cam1" / "0.png")
-    (tmp_path / "thing 1" / "loop").symlink_to(tmp_path)
+    (tmp_path / "thing 1" / "photo.HEIC").touch()
+    os.mkfifo(tmp_path / "thing 1" / "pipe.png")
     listing = read("folder", tmp_path)
     assert len(listing.items) == 18
-    assert dict(listing.warnings).keys() == {
-        *("readme.txt", ".git", "thing 1/Thumbs.db", "thing 1/cam1/._0.png", "thing 1/link.png", "thing 1/loop"),
-        *("thing 1/labels.json", "thing 1/more.zip", "thing 1/\\udcff.png"),
+    assert {warning.path: warning.warning for warning in listing.warnings} == {
+        "readme.txt": folders.NO_IMAGE,
+        ".git": folders.HIDDEN,
+        "thing 1/Thumbs.db": folders.LEFT_BEHIND,
+        "thing 1/cam1/._0.png": folders.LEFT_BEHIND,
+        "thing 1/labels.json": folders.NO_IMAGE,
+        "thing 1/more.zip": folders.NO_IMAGE,
+        "thing 1/\\udcff.png": folders.NOT_UTF8,
+        "thing 1/photo.HEIC": folders.HEIC,
+        "thing 1/pipe.png": folders.SPECIAL,
     }
+
+
+def test_links_to_files_are_followed_and_others_are_named(tmp_path):
+    layouts.folder(tmp_path / "cache", 3, 1)
+    seen = tmp_path / "seen"
+    for path in sorted((tmp_path / "cache").rglob("*.png")):
+        link = seen / path.relative_to(tmp_path / "cache")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    (seen / "thing 1" / "folder").symlink_to(tmp_path / "cache" / "thing 2")
+    (seen / "thing 1" / "loop.png").symlink_to("loop.png")
+    (seen / "thing 1" / "gone.png").symlink_to("nowhere.png")
+    listing = read("folder", seen)
+    assert len(listing.items) == len(read("folder", tmp_path / "cache").items) > 20
+    assert {warning.path: warning.warning for warning in listing.warnings} == {
+        "thing 1/folder": folders.LINK_TO_FOLDER,
+        "thing 1/loop.png": folders.LINK_LOOP,
+        "thing 1/gone.png": folders.DANGLING,
+    }
+
+
+def test_a_root_of_linked_folders_is_refused_with_the_reason(tmp_path):
+    layouts.folder(tmp_path / "real", 2, 1)
+    (tmp_path / "root").mkdir()
+    for name in ("thing 1", "thing 2"):
+        (tmp_path / "root" / name).symlink_to(tmp_path / "real" / name)
+    with pytest.raises(DataError, match="no images in folders of identities; 2 files are skipped: a link to a folder"):
+        read("folder", tmp_path / "root")
+
+
+@pytest.mark.parametrize("source", layouts.LAYOUTS)
+def test_files_that_systems_leave_behind_are_ignored_and_counted_in_every_layout(source, tmp_path):
+    layouts.LAYOUTS[source](tmp_path, 5, 2)
+    expected = read(source, tmp_path)
+    left = 0
+    for folder in sorted(path for path in tmp_path.rglob("*") if path.is_dir()):
+        for name in ("._0002_c1s1_000451_03.jpg", ".DS_Store", "desktop.ini"):
+            (folder / name).write_bytes(b"\0\5\x16\7junk")
+            left += 1
+        (folder / "@eaDir").mkdir()
+        layouts.picture(folder / "@eaDir" / "1.jpg", 1)
+        left += 1
+    listing = read(source, tmp_path)
+    assert listing.items == expected.items
+    assert sum(warning.warning == folders.LEFT_BEHIND for warning in listing.warnings) == left + len(expected.warnings)
 
 
 def test_cameras_of_a_flat_folder_come_from_the_pattern(tmp_path):
@@ -207,10 +258,40 @@ def test_cameras_of_a_flat_folder_come_from_the_pattern(tmp_path):
             Custom(table="t", pattern=invalid, test=0.5)
 
 
-def test_folders_named_like_splits_are_refused(tmp_path):
-    for part in ("train", "Test"):
-        layouts.folder(tmp_path / part, 1, 1)
-    with pytest.raises(DataError, match=r"has a folder `test`: source folder takes folders for identities"):
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        (
+            ["train", "val", "query", "gallery"],
+            {"train": 18, UNASSIGNED_VALIDATION: 18, "query": 18, "gallery": 18},
+        ),
+        (["Training", "VALID", "Test"], {"train": 18, UNASSIGNED_VALIDATION: 18, UNASSIGNED_TEST: 18}),
+        (["train", "query", "test"], {"train": 18, "query": 18, "gallery": 18}),
+        (["training", "validation", "testing"], {"train": 18, UNASSIGNED_VALIDATION: 18, UNASSIGNED_TEST: 18}),
+    ],
+)
+def test_folders_named_as_splits_hold_the_identities(tmp_path, parts, expected):
+    for part in parts:
+        layouts.folder(tmp_path / part, 2, 0)
+    listing = read("folder", tmp_path)
+    counts = Counter(item.split for item in listing.items)
+    assert counts == {split: count * counts["train"] // 18 for split, count in expected.items()}
+    assert {item.identity for item in listing.items} == {"thing 1", "thing 2"}
+    assert {item.camera for item in listing.items} == {"cam1", "cam2", "cam3"}
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (["train", "car 7"], "has a folder `train` beside car 7: folders in `data.root` are either all splits"),
+        (["val", "Validation", "train"], "has the folders Validation and val, which are the same split; join them"),
+        (["my data"], "all images in .* are in one folder, `my data`, and so of one identity; point `data.root`"),
+    ],
+)
+def test_folders_that_are_neither_all_splits_nor_all_identities_are_refused(tmp_path, parts, message):
+    for part in parts:
+        layouts.folder(tmp_path / part, 2, 0)
+    with pytest.raises(DataError, match=message):
         read("folder", tmp_path)
 
 
@@ -235,15 +316,19 @@ def test_a_table_keeps_text_unchanged_and_may_have_splits(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("path,name\na,b\n", "columns must be path, identity"),
-        ("path,identity,colour\na,b,c\n", "columns must be path, identity"),
+        ("path,name\na,b\n", "first line must name the columns path, identity .* got path, name"),
+        ("path,identity,Path\na,b,c\n", "has two columns path"),
+        ("path,identity,x,y\na,b,1,2\n", "has the columns x, y; a box is x, y, width, height or x1, y1, x2, y2"),
+        ('path,identity,bbox\na,b,"1 2 3 4"\n', "has a column bbox; split it into x, y, width, height"),
+        ("path,identity,x,y,width,height\na,b,1,2,3,\n", "box of a must be four numbers of pixels, got .*height ''"),
+        ("path,identity,x,y,width,height\na,b,1,2,3,nan\n", "box of a must be four numbers of pixels"),
         ("path,identity\na\n", "line 2: expected 2 fields"),
         ("path,identity\na,b,c\n", "line 2: expected 2 fields"),
-        ("path,identity,split\na,b,dev\n", "line 2: split must be train, query, gallery or test, got 'dev'"),
+        ("path,identity,split\na,b,fold 1\n", "line 2: split must be train, validation, .* or gallery, got 'fold 1'"),
         ("path,identity,split\na,b,train\nc,d,\n", "give all one, or none"),
-        ("path,identity,split\na,b,test\nc,d,query\n", "give all one, or none"),
+        ("path,identity,split\na,b,test\nc,d,gallery\n", "splits test and gallery are both given"),
         ("path,identity\n", "lists no images"),
-        ("", "columns must be"),
+        ("", "got an empty file"),
     ],
 )
 def test_a_malformed_table_is_refused(tmp_path, text, message):

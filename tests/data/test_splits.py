@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.custom import UNASSIGNED, UNASSIGNED_TEST
+from pipeline.data.layout import UNASSIGNED, UNASSIGNED_TEST
 from pipeline.data.manifest import DataError, Item
 from pipeline.data.splits import check_test_set, split_test, split_validation
 from pipeline.protocols import PROTOCOLS

@@ -8,7 +8,7 @@ import onnx
 import pytest
 
 from pipeline.config import Params
-from pipeline.data.custom import UNASSIGNED
+from pipeline.data.layout import UNASSIGNED
 from pipeline.data.manifest import Item, Manifest
 from pipeline.data.splits import split_test
 from pipeline.export.metadata import finish

@@ -1,0 +1,180 @@
+"""Read tables of images, as spreadsheets and pandas write them."""
+
+import csv
+import io
+import os
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.data.layout import SPLIT_WORDS, UNASSIGNED, UNASSIGNED_TEST
+from pipeline.data.manifest import DataError, first_few
+
+Row = dict[str, str]
+"""One row of a table, by column; known columns have the names below, whatever their case in the file."""
+
+COLUMNS = ("path", "identity", "camera", "split")
+CORNER_BOX = ("x1", "y1", "x2", "y2")
+SIZE_BOX = ("x", "y", "width", "height")
+BOX_COLUMNS = {*CORNER_BOX, *SIZE_BOX}
+_ALIASES = {"xmin": "x1", "ymin": "y1", "xmax": "x2", "ymax": "y2", "w": "width", "h": "height"}
+DELIMITERS = ",;\t|"
+
+
+@dataclass(frozen=True)
+class Table:
+    """The content of a table.
+
+    Attributes:
+        columns: In the order of the file.
+        ignored: Columns that mean nothing here, such as the index that pandas writes.
+        box: Columns of the box of each row: `CORNER_BOX`, `SIZE_BOX`, or empty.
+    """
+
+    path: Path
+    columns: tuple[str, ...]
+    delimiter: str
+    rows: list[Row]
+
+    @property
+    def ignored(self) -> list[str]:
+        return [name for name in self.columns if name not in COLUMNS and name not in self.box]
+
+    @property
+    def box(self) -> tuple[str, ...]:
+        return next((names for names in (CORNER_BOX, SIZE_BOX) if set(names) <= set(self.columns)), ())
+
+
+def read_table(path: Path) -> Table:
+    """Read a table with the columns path, identity and, if known, camera, split and a box in pixels.
+
+    The delimiter is a comma, a semicolon, a tab or a vertical bar. Column names may have any case; further columns are
+    kept in the rows. Splits are those of `SPLIT_WORDS`.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        DataError: If columns are missing or doubled, or a row has too few or too many fields, or an unknown split.
+    """
+    text = _text(path)
+    columns, delimiter = _header(path, text)
+    table = Table(path, columns, delimiter, [])
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    next(reader)
+    for fields in reader:
+        if not any(field.strip() for field in fields):  # spreadsheets leave rows of empty fields behind
+            continue
+        where = f"{path}, line {reader.line_num}"
+        if len(fields) != len(columns):
+            raise DataError(f"{where}: expected {len(columns)} fields, got {len(fields)}")
+        row = dict(zip(columns, fields, strict=True))
+        if not (row["path"].strip() and row["identity"].strip()):
+            raise DataError(f"{where}: path or identity is empty")
+        if (split := row.get("split", "").strip()) and split.lower() not in SPLIT_WORDS:
+            raise DataError(f"{where}: split must be train, validation, test, query or gallery, got {split!r}")
+        table.rows.append(row)
+    _check_splits(path, (split_of(row) for row in table.rows))
+    return table
+
+
+def split_of(row: Row) -> str:
+    """Return the split of a row, `UNASSIGNED` if it has none."""
+    return SPLIT_WORDS.get(row.get("split", "").strip().lower(), UNASSIGNED)
+
+
+def box_of(table: Table, row: Row) -> tuple[int, int, int, int] | None:
+    """Return the box of a row as (left, top, right, bottom) in whole pixels; None if the row has no box.
+
+    Raises:
+        DataError: If it is incomplete, or not numbers.
+    """
+    values = [row[name].strip() for name in table.box]
+    if not any(values):
+        return None
+    try:
+        a, b, c, d = (round(float(value.replace(",", "."))) for value in values)
+    except (ValueError, OverflowError) as error:
+        box = ", ".join(f"{name} {value!r}" for name, value in zip(table.box, values, strict=True))
+        raise DataError(f"{table.path}: the box of {row['path']} must be four numbers of pixels, got {box}") from error
+    return (a, b, c, d) if table.box == CORNER_BOX else (a, b, a + c, b + d)
+
+
+def path_of(root: Path, written: str) -> str:
+    """Return the path of a file below `root`, relative to it, for a path as it stands in a table.
+
+    Backslashes of Windows, absolute paths below `root`, and the other Unicode normal form of a name are understood. If
+    no such file exists, the path is returned as it stands in the table.
+    """
+    plain = written.strip()
+    for candidate in (written, plain, plain.replace("\\", "/")):
+        for form in (candidate, unicodedata.normalize("NFC", candidate), unicodedata.normalize("NFD", candidate)):
+            path = os.path.normpath(form)
+            if os.path.isabs(path):
+                inside = os.path.relpath(path, root.absolute())
+                path = path if inside.startswith("..") else inside
+            if os.path.exists(root / path):
+                return path
+    return written
+
+
+def _text(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is missing; `data.custom.table` must name the table of source csv") from error
+    if content.startswith(b"PK"):
+        raise DataError(f"{path} is a spreadsheet, not CSV; save it as `CSV UTF-8`")
+    try:
+        return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 text, perhaps Windows' cp1252; save it as `CSV UTF-8`, or convert it with "
+            "`iconv -f cp1252 -t utf-8`"
+        ) from error
+
+
+def _header(path: Path, text: str) -> tuple[tuple[str, ...], str]:
+    """Return column names and delimiter: the one that separates `path` from `identity`."""
+    for delimiter in DELIMITERS:
+        fields = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
+        columns = tuple(_column(field) for field in fields)
+        if {"path", "identity"} <= set(columns):
+            _check_columns(path, columns)
+            return columns, delimiter
+    header = next(csv.reader(io.StringIO(text, newline="")), [])
+    raise DataError(
+        f"{path}: the first line must name the columns path, identity and, if known, camera, split and x, y, width, "
+        f"height; got {first_few(header, 8) or 'an empty file'}"
+    )
+
+
+def _column(name: str) -> str:
+    """Return the known name that a column's name stands for, else the name itself."""
+    plain = name.strip().lower()
+    known = _ALIASES.get(plain, plain)
+    return known if known in {*COLUMNS, *BOX_COLUMNS} else name.strip()
+
+
+def _check_columns(path: Path, columns: tuple[str, ...]) -> None:
+    if twice := sorted({name for name in columns if columns.count(name) > 1 and name in {*COLUMNS, *BOX_COLUMNS}}):
+        raise DataError(f"{path} has two columns {twice[0]}; delete or rename one")
+    present = BOX_COLUMNS & set(columns)
+    if present and present not in ({*CORNER_BOX}, {*SIZE_BOX}):
+        raise DataError(
+            f"{path} has the columns {', '.join(sorted(present))}; a box is x, y, width, height or x1, y1, x2, y2"
+        )
+    if boxes := [name for name in columns if name.lower() in ("box", "bbox", "bounding_box", "roi")]:
+        raise DataError(f"{path} has a column {boxes[0]}; split it into x, y, width, height or x1, y1, x2, y2")
+
+
+def _check_splits(path: Path, splits: Iterable[str]) -> None:
+    """Check that all rows have a split or none has, and that `test` does not occur beside `gallery`.
+
+    Raises:
+        DataError: Naming the table.
+    """
+    present = set(splits)
+    if UNASSIGNED in present and len(present) > 1:
+        raise DataError(f"{path}: some images have a split and others have none; give all one, or none")
+    if {UNASSIGNED_TEST, "gallery"} <= present:
+        raise DataError(f"{path}: splits test and gallery are both given; call the images query and gallery, or test")
