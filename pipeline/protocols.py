@@ -58,3 +58,10 @@ PROTOCOLS = {
 Sources: market, Zheng et al., ICCV 2015; query-gallery, Liu et al., CVPR 2016 (In-Shop); loo, Oh Song et al., CVPR
 2016; vehicleid, Liu et al., CVPR 2016 (Deep Relative Distance Learning).
 """
+
+SEEN = "identities seen in training"
+
+
+def conditions(protocol: str, closed_set: bool) -> str:
+    """Return the protocol of a figure, as it is shown, with a note if identities of the test set were trained on."""
+    return f"{protocol}, {SEEN}" if closed_set else protocol

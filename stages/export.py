@@ -22,6 +22,7 @@ from pipeline.export.release import ALL_IN_ONE, INT8, STUDENT, TEACHER, sha256, 
 from pipeline.models import cost
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
+from pipeline.protocols import conditions
 from pipeline.records import ExportRecord
 from pipeline.retrieval.compatibility import compare
 from pipeline.retrieval.embed import embed
@@ -45,6 +46,9 @@ def export(run: Run) -> ExportRecord:
     test = np.concatenate([queries, gallery])
     protocol = params.data.protocol
 
+    def shown(protocol: str) -> str:
+        return conditions(protocol, manifest.seen_identities > 0)
+
     def score(embeddings: Embeddings, protocol: str = protocol) -> float:
         return evaluate_embedder(lambda _: embeddings, manifest, "query", "gallery", protocol).map
 
@@ -62,7 +66,7 @@ def export(run: Run) -> ExportRecord:
             params_digest=params_digest(params),
             git_commit=commit,
             licence=licence,
-            protocol=protocol,
+            protocol=shown(protocol),
             map=test_map,
             image_size=(height, width),
             mean=MEAN,
@@ -101,7 +105,8 @@ def export(run: Run) -> ExportRecord:
         name: CardEntry(
             file.description,
             file.metadata,
-            {protocol: file.metadata.map} | {more: score(file.embeddings, more) for more in more_protocols},
+            {shown(protocol): file.metadata.map}
+            | {shown(more): score(file.embeddings, more) for more in more_protocols},
             len(file.content),
             sha256(file.content),
             resizes=name == ALL_IN_ONE,

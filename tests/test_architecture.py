@@ -11,12 +11,13 @@ import pytest
 from pipeline import DEFAULTS
 from tests.imports import ROOT, files_of, imported, rooms_of, sources
 
-BASE = {"config", "records", "files", "progress", "protocols", "runtime"}
+BASE = {"config", "records", "files", "labels", "progress", "protocols", "runtime"}
 """Rooms that every room may use."""
 LIBRARY = {
     "config": set(),
     "records": set(),
     "files": set(),
+    "labels": set(),
     "progress": set(),
     "protocols": set(),
     "runtime": {"config"},
@@ -46,7 +47,7 @@ SERVICES = {"mlflow": {"tracking", "registry"}, "prefect": {"flow"}, "dvc": {"fl
 """Which rooms import which service."""
 TOY_LIBRARIES = {"trimesh", "embreex"}
 """Libraries of the default data set alone."""
-LIGHT = {"config", "records", "files", "protocols"}
+LIGHT = {"config", "records", "files", "labels", "protocols"}
 """Rooms of the standard library and pydantic only."""
 NO_TORCH = ("toy_vehicles.render", "sources", "manifest", "images", "inspection")
 """Modules of `data` that stage prepare uses."""

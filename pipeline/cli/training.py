@@ -82,7 +82,7 @@ def compare(
     rows = metrics.result_table(files)
     if not rows:
         raise Refusal("no stage has run yet; run `dvc repro` first")
-    protocol = metrics.last_protocol(files)
+    protocol = metrics.last_conditions(files)
     console.print(to_table(rows, f"{f'Protocol {protocol}, batch' if protocol else 'Batch'} 1, all threads"))
     for label, path in (("report", files.report / "index.html"), ("ONNX", files.artifacts("export") / "model.onnx")):
         if path.is_file():
@@ -113,7 +113,9 @@ def evaluate(
     from pipeline.retrieval.npz import read_archive
     from pipeline.retrieval.similarity import Cosine
     from pipeline.search.reranking import Reranked
+    from pipeline.stage.run import log_to_stderr
 
+    log_to_stderr("evaluate")
     archive = read_archive(file, protocol)
     started = time.perf_counter()
     ties: Ties = "positives first" if optimistic else "negatives first"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from pipeline.export.metadata import Metadata
 from pipeline.inference.session import INPUT, OUTPUT
+from pipeline.protocols import SEEN
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,7 @@ class CardEntry:
 
     Attributes:
         description: A few words.
-        maps: mAP by protocol, in [0, 1]; the protocol of the run comes first.
+        maps: mAP by protocol as shown, in [0, 1]; the protocol of the run comes first.
         bytes: Size of the file.
         sha256: Hexadecimal.
         resizes: Whether the model accepts images of any size.
@@ -64,6 +65,7 @@ def render_card(files: Mapping[str, CardEntry], notes: Mapping[str, str]) -> str
         for file, entry in files.items()
     )
     sums = "\n".join(f"{entry.sha256}  {file}" for file, entry in files.items())
+    seen = "were used for training too" if SEEN in metadata.protocol else "were not used for training"
     changes = " with uncommitted changes" if metadata.git_commit.endswith("+") else ""
     sections = "\n\n".join(f"## {heading}\n\n{text}" for heading, text in notes.items())
     return f"""\
@@ -82,8 +84,8 @@ Use `{whole}` unless you resize and normalise images yourself; then use `{core}`
 |---|---|{"---|" * len(protocols)}---|---|---|
 {rows}
 
-- mAP was measured on these files with ONNX Runtime, on identities of data set `{metadata.data}` that were not used for
-  training. Its value depends on the evaluation protocol named in the column.
+- mAP was measured on these files with ONNX Runtime, on identities of data set `{metadata.data}` that {seen}.
+  Its value depends on the evaluation protocol named in the column.
 - MACs are multiply-accumulates per image.
 - Embeddings of the teacher and of the student are not interchangeable; see the section on galleries below.
 

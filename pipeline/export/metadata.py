@@ -29,7 +29,7 @@ class Metadata:
         params_digest: See `params_digest`.
         git_commit: Commit of the sources, with a trailing "+" if they had uncommitted changes; `unknown` outside Git.
         licence: `export.licence`.
-        protocol: Evaluation protocol of `map`.
+        protocol: Evaluation protocol of `map`, as `pipeline.protocols.conditions` shows it.
         map: mAP of this file on the test set, computed with ONNX Runtime, in [0, 1].
         image_size: (height, width) of the input, pixels.
         mean: Per channel (RGB), for pixels in [0, 1], as `std`.

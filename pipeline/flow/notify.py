@@ -94,7 +94,11 @@ class Progress:
 def results(files: Files) -> None:
     """Create artifacts: a table of the stages' results, and a plot of mAP against MACs."""
     with _best_effort("the results"):
-        create_table_artifact(table=metrics.result_table(files), key="result", description="Results of each stage.")
+        create_table_artifact(
+            table=metrics.result_table(files),
+            key="result",
+            description=f"Results of each stage, protocol {metrics.last_conditions(files)}.",
+        )
         picture = files.report / "pareto.png"
         if picture.is_file():
             content = base64.b64encode(picture.read_bytes()).decode()

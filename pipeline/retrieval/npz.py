@@ -1,5 +1,6 @@
 """Read labelled embeddings from .npz files, for `smaller-student evaluate`."""
 
+import logging
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,11 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.npyio import NpzFile
 
+from pipeline.labels import clean_label, look_alikes
 from pipeline.protocols import PROTOCOLS
 from pipeline.retrieval.scoring import Side
+
+log = logging.getLogger(__name__)
 
 
 class ArchiveError(ValueError):
@@ -77,7 +81,14 @@ def _side(path: Path, name: str, arrays: dict[str, npt.NDArray[np.generic]], nee
 
 
 def _labels(path: Path, name: str, labels: npt.NDArray[np.generic]) -> npt.NDArray[np.str_]:
-    """Convert integers or text to text; floats are refused, since 1.0 and 1 would be two identities."""
+    """Convert integers or text to clean text; floats are refused, since 1.0 and 1 would be two identities."""
     if labels.ndim != 1 or labels.dtype.kind not in "iuUS":
         raise ArchiveError(f"{path}: `{name}` must hold integers or text (n,), got {labels.dtype} {labels.shape}")
-    return np.char.decode(labels.astype(np.bytes_), "utf-8") if labels.dtype.kind == "S" else labels.astype(np.str_)
+    texts = np.char.decode(labels.astype(np.bytes_), "utf-8") if labels.dtype.kind == "S" else labels.astype(np.str_)
+    cleaned = {text: clean_label(text) for text in np.unique(texts).tolist()}
+    if changed := [text for text in cleaned if cleaned[text] != text]:
+        log.warning("%s: %d labels in `%s` are trimmed or Unicode-normalised, such as %r", path, len(changed), name,
+                    changed[0])  # fmt: skip
+    if alike := look_alikes(cleaned.values()):
+        log.warning("%s: labels in `%s` differ only by case or leading zeros: %s", path, name, ", ".join(alike[0]))
+    return np.array([cleaned[text] for text in texts.tolist()], np.str_)

@@ -6,6 +6,7 @@ from datetime import datetime
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from pipeline.protocols import SEEN
 from pipeline.tracking.metrics import cells
 from pipeline.tracking.store import TrackingError
 
@@ -36,7 +37,11 @@ def executions_table(client: MlflowClient, experiment: str, ids: Sequence[str], 
     if not runs:
         raise UnknownRunError(f"MLflow has no execution in experiment {experiment}; run `dvc repro` first")
     selected = [_find(runs, prefix) for prefix in ids] if ids else runs[:last]
-    return [_row(run) for run in selected]
+    rows = [_row(run) for run in selected]
+    seen = [run.data.tags.get("protocol", "").endswith(SEEN) for run in selected]
+    if any(seen):
+        rows = [{**row, "test identities": "seen" if s else "unseen"} for row, s in zip(rows, seen, strict=True)]
+    return rows
 
 
 def _parent_runs(client: MlflowClient, experiment: str) -> list[Run]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from pipeline.files import Files, read_json
+from pipeline.protocols import conditions
 from pipeline.records import RECORDS
 
 SHARED = {
@@ -133,9 +134,15 @@ def _latency(files: Files, stage: str) -> str:
     return f"{load_metrics(files, 'benchmark')[f'{network}.batch1_threadsall.p50']:.2f} ms"
 
 
-def last_protocol(files: Files) -> str | None:
-    """Return the protocol of the last run from dvc.lock, since params.yaml may have changed; None if it has none."""
+def last_conditions(files: Files) -> str | None:
+    """Return the protocol of the last run as shown, by dvc.lock, since params.yaml may have changed; or None."""
     path = files.root / "dvc.lock"
     lock = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     params = lock.get("stages", {}).get("teacher", {}).get("params", {}).get("params.yaml", {})
-    return params.get("data.protocol") if isinstance(params, dict) else None
+    protocol = params.get("data.protocol") if isinstance(params, dict) else None
+    return conditions(protocol, is_closed_set(files)) if protocol else None
+
+
+def is_closed_set(files: Files) -> bool:
+    """Return whether identities of the test set were trained on, by the metrics of stage `prepare`."""
+    return files.metrics("prepare").is_file() and load_metrics(files, "prepare").get("seen_identities", 0) > 0

@@ -83,3 +83,15 @@ def test_identities_stay_text(tmp_path):
     arrays = ARRAYS | {"gallery_ids": np.array(["01", "1", b"7".decode()]), "query_ids": np.array(["1", "7"])}
     np.savez(tmp_path / "text.npz", **arrays)
     assert list(read_archive(tmp_path / "text.npz", "market").gallery.identities) == ["01", "1", "7"]
+
+
+def test_labels_are_trimmed_and_normalised_with_a_warning(tmp_path, caplog):
+    arrays = ARRAYS | {
+        "query_ids": np.array(["car1 ", "Mu\u0308ller"]),
+        "gallery_ids": np.array(["car1", "M\u00fcller", "Car1"]),
+    }
+    np.savez(tmp_path / "embeddings.npz", **arrays)
+    archive = read_archive(tmp_path / "embeddings.npz", "query-gallery")
+    assert archive.query.identities.tolist() == ["car1", "M\u00fcller"]
+    assert "2 labels in `query_ids` are trimmed or Unicode-normalised, such as" in caplog.text
+    assert "labels in `gallery_ids` differ only by case or leading zeros: Car1, car1" in caplog.text
