@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from pipeline.config import Data
 from pipeline.data.folders import walk
 from pipeline.data.layout import SPLIT_WORDS, UNASSIGNED, UNASSIGNED_TEST, UNKNOWN, Listing, layout
 from pipeline.data.manifest import DataError, ImageWarning, Item, first_few
-from pipeline.data.tables import box_of, path_of, read_table, split_of
+from pipeline.data.tables import boxes_of, path_of, read_table, split_of
 
 NOT_IN_IDENTITY = "skipped: not in the folder of an identity"
 
@@ -117,9 +116,8 @@ def table(root: Path, data: Data) -> Listing:
         names = first_few((repr(name) for name in content.ignored), 10)
         warnings.append(ImageWarning(data.custom.table, "columns are ignored", names))
 
-    def items() -> Iterator[Item]:
-        for row in content.rows:
-            camera = row.get("camera", "").strip() or UNKNOWN
-            yield Item(path_of(root, row["path"]), row["identity"], camera, split_of(row), box_of(content, row))
-
-    return Listing(_with_gallery(list(items())), warnings)
+    items = [
+        Item(path_of(root, row["path"]), row["identity"], row.get("camera", "").strip() or UNKNOWN, split_of(row), box)
+        for row, box in zip(content.rows, boxes_of(content), strict=True)
+    ]
+    return Listing(_with_gallery(items), warnings)

@@ -14,6 +14,9 @@ from pipeline.protocols import JUNK, PROTOCOLS
 
 log = logging.getLogger(__name__)
 
+MAX_DEVIATION = 0.1
+"""Difference between the drawn and the requested share of test identities above which there is a warning."""
+
 NamesByCamera = Mapping[str, Sequence[str]]
 """Names of one identity's images, by camera."""
 
@@ -32,7 +35,14 @@ def split_test(items: Sequence[Item], share: float, seed: int, protocol: str) ->
     """
     paths = _group_names(item for item in items if item.split in (UNASSIGNED, UNASSIGNED_TEST))
     tested = {item.identity for item in items if item.split == UNASSIGNED_TEST}
-    tested |= _draw_test({item.identity for item in items if item.split == UNASSIGNED} - {JUNK}, share, seed)
+    unassigned = {item.identity for item in items if item.split == UNASSIGNED} - {JUNK}
+    drawn = _draw_test(unassigned, share, seed)
+    if abs(len(drawn) - share * len(unassigned)) > MAX_DEVIATION * len(unassigned):
+        log.warning(
+            "%d of %d identities are drawn for the test set, although `data.custom.test` is %g, because few identities "
+            "scatter; another `seed`, or splits of your own, change that", len(drawn), len(unassigned), share,
+        )  # fmt: skip
+    tested |= drawn
     queries = {path for name in paths if name in tested for path in _query_names(paths[name], protocol)}
 
     def assign(item: Item) -> Item:

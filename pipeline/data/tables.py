@@ -2,14 +2,15 @@
 
 import csv
 import io
+import math
 import os
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.data.layout import SPLIT_WORDS, UNASSIGNED, UNASSIGNED_TEST
-from pipeline.data.manifest import DataError, first_few
+from pipeline.data.manifest import Box, DataError, first_few
 
 Row = dict[str, str]
 """One row of a table, by column; known columns have the names below, whatever their case in the file."""
@@ -82,20 +83,37 @@ def split_of(row: Row) -> str:
     return SPLIT_WORDS.get(row.get("split", "").strip().lower(), UNASSIGNED)
 
 
-def box_of(table: Table, row: Row) -> tuple[int, int, int, int] | None:
-    """Return the box of a row as (left, top, right, bottom) in whole pixels; None if the row has no box.
+def boxes_of(table: Table) -> list[Box | None]:
+    """Return the box of each row in whole pixels; None if the row has no box.
 
     Raises:
-        DataError: If it is incomplete, or not numbers.
+        DataError: If one is incomplete or not numbers, or all are fractions of the images' sizes.
     """
+    sides = [_sides(table, row) for row in table.rows]
+    largest = max((max(box) for box in sides if box), default=0.0)
+    if largest <= 1 and any(side % 1 for box in sides if box for side in box):
+        raise DataError(
+            f"{table.path}: no side of a box exceeds {largest:g}; boxes must be in pixels, not in fractions"
+        )
+    return [None if box is None else _corners(table, box) for box in sides]
+
+
+def _sides(table: Table, row: Row) -> list[float] | None:
     values = [row[name].strip() for name in table.box]
     if not any(values):
         return None
     try:
-        a, b, c, d = (round(float(value.replace(",", "."))) for value in values)
-    except (ValueError, OverflowError) as error:
+        sides = [float(value.replace(",", ".")) for value in values]
+    except ValueError:
+        sides = [math.nan]
+    if not all(map(math.isfinite, sides)):
         box = ", ".join(f"{name} {value!r}" for name, value in zip(table.box, values, strict=True))
-        raise DataError(f"{table.path}: the box of {row['path']} must be four numbers of pixels, got {box}") from error
+        raise DataError(f"{table.path}: the box of {row['path']} must be four numbers of pixels, got {box}")
+    return sides
+
+
+def _corners(table: Table, sides: Sequence[float]) -> Box:
+    a, b, c, d = map(round, sides)
     return (a, b, c, d) if table.box == CORNER_BOX else (a, b, a + c, b + d)
 
 

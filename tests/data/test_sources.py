@@ -322,6 +322,7 @@ def test_a_table_keeps_text_unchanged_and_may_have_splits(tmp_path):
         ('path,identity,bbox\na,b,"1 2 3 4"\n', "has a column bbox; split it into x, y, width, height"),
         ("path,identity,x,y,width,height\na,b,1,2,3,\n", "box of a must be four numbers of pixels, got .*height ''"),
         ("path,identity,x,y,width,height\na,b,1,2,3,nan\n", "box of a must be four numbers of pixels"),
+        ("path,identity,x,y,w,h\na,b,0.1,0.2,0.3,0.4\n", "no side of a box exceeds 0.4; boxes must be in pixels"),
         ("path,identity\na\n", "line 2: expected 2 fields"),
         ("path,identity\na,b,c\n", "line 2: expected 2 fields"),
         ("path,identity,split\na,b,fold 1\n", "line 2: split must be train, validation, .* or gallery, got 'fold 1'"),

@@ -188,3 +188,10 @@ def test_a_test_set_that_cannot_be_scored_is_refused_with_a_remedy(protocol, tes
     items = [Item(f"{n}.jpg", *fields) for n, fields in enumerate(test)]
     with pytest.raises(DataError, match=message):
         check_test_set(items, protocol)
+
+
+@pytest.mark.parametrize(("identities", "warned"), [(20, True), (2000, False)])
+def test_a_share_of_few_identities_that_scatters_is_named(identities, warned, caplog):
+    items = items_of([(f"car{n}", camera) for n in range(identities) for camera in "ab"], UNASSIGNED)
+    tested = {item.identity for item in split_test(items, 0.5, 0, "market") if item.split != "train"}
+    assert (f"{len(tested)} of 20 identities are drawn for the test set" in caplog.text) == warned

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.data.manifest import DataError, by_kind
 from pipeline.data.sources import read_source
-from pipeline.data.tables import box_of, path_of, read_table
+from pipeline.data.tables import boxes_of, path_of, read_table
 from tests import layouts
 from tests.data.test_sources import section
 
@@ -126,5 +126,5 @@ def test_boxes_have_corners_or_sizes(tmp_path, header, box):
     text = f"path{delimiter}identity{delimiter}{header}\na.png{delimiter}1{delimiter}{fields}\n"
     (tmp_path / "images.csv").write_text(text + f"b.png{delimiter}1{delimiter * 4}\n")
     table = read_table(tmp_path / "images.csv")
-    assert [box_of(table, row) for row in table.rows] == [box, None]
+    assert boxes_of(table) == [box, None]
     assert table.ignored == []
