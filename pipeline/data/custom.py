@@ -9,7 +9,7 @@ from pipeline.config import Data
 from pipeline.data.folders import walk
 from pipeline.data.layout import SPLIT_WORDS, UNASSIGNED, UNASSIGNED_TEST, UNKNOWN, Listing, layout
 from pipeline.data.manifest import DataError, ImageWarning, Item, first_few
-from pipeline.data.tables import boxes_of, path_of, read_table, split_of
+from pipeline.data.tables import Row, boxes_of, path_of, read_table, split_of
 
 NOT_IN_IDENTITY = "skipped: not in the folder of an identity"
 
@@ -117,7 +117,12 @@ def table(root: Path, data: Data) -> Listing:
         warnings.append(ImageWarning(data.custom.table, "columns are ignored", names))
 
     items = [
-        Item(path_of(root, row["path"]), row["identity"], row.get("camera", "").strip() or UNKNOWN, split_of(row), box)
+        Item(path_of(root, row["path"]), row["identity"], _camera_of(row), split_of(row), box)
         for row, box in zip(content.rows, boxes_of(content), strict=True)
     ]
     return Listing(_with_gallery(items), warnings)
+
+
+def _camera_of(row: Row) -> str:
+    camera = row.get("camera", "")
+    return camera if camera.strip() else UNKNOWN
