@@ -28,3 +28,8 @@ def look_alikes(labels: Iterable[str]) -> list[list[str]]:
 def is_fraction(label: str) -> bool:
     """Return whether a label is a whole number with a trailing `.0`, as pandas writes numbers of incomplete columns."""
     return re.fullmatch(r"-?\d+\.0", label) is not None
+
+
+def is_missing_value(label: str) -> bool:
+    """Return whether a label is what programs write where there is none; all such images would be one identity."""
+    return label.casefold() in ("", "nan", "none", "null", "n/a", "na", "<na>", "#n/a", "?")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.labels import clean_label, is_fraction, look_alikes
+from pipeline.labels import clean_label, is_fraction, is_missing_value, look_alikes
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,8 @@ def test_labels_that_look_alike_are_grouped():
 
 def test_numbers_with_a_fraction_of_zero_are_found():
     assert [label for label in ("12.0", "-1.0", "12", "v1.0", "1.5", "1.00") if is_fraction(label)] == ["12.0", "-1.0"]
+
+
+def test_labels_that_programs_write_for_missing_values_are_found():
+    labels = ("nan", "NaN", "None", "nancy", "0", "NA", "-1")
+    assert [label for label in labels if is_missing_value(label)] == ["nan", "NaN", "None", "NA"]

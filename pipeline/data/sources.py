@@ -11,7 +11,7 @@ from pipeline.data import custom, published  # noqa: F401 - importing them regis
 from pipeline.data.folders import LEFT_BEHIND, files_left_behind
 from pipeline.data.layout import LAYOUTS, Listing
 from pipeline.data.manifest import ImageWarning, Item, first_few
-from pipeline.labels import clean_label, is_fraction, look_alikes
+from pipeline.labels import clean_label, is_fraction, is_missing_value, look_alikes
 
 __all__ = ["LAYOUTS", "read_source"]
 
@@ -63,6 +63,8 @@ def _label_warnings(kind: str, items: list[Item], label: Callable[[Item], str]) 
             cleaned_first[group[0]], f"{kind} labels differ only by case, leading zeros or a trailing .0", detail
         )
     for cleaned, name in cleaned_first.items():
+        if is_missing_value(cleaned):
+            yield ImageWarning(name, f"{kind} labels look like a missing value", repr(cleaned))
         if is_fraction(cleaned):
             kind_of = f"{kind} labels end in .0, as pandas writes numbers; write whole numbers if that is not meant"
             yield ImageWarning(name, kind_of, repr(cleaned))

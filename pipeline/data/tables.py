@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -92,9 +93,7 @@ def boxes_of(table: Table) -> list[Box | None]:
     sides = [_sides(table, row) for row in table.rows]
     largest = max((max(box) for box in sides if box), default=0.0)
     if largest <= 1 and any(side % 1 for box in sides if box for side in box):
-        raise DataError(
-            f"{table.path}: no side of a box exceeds {largest:g}; boxes must be in pixels, not in fractions"
-        )
+        raise DataError(f"{table.path}: no side of a box exceeds {largest:g}; boxes must be in pixels, not fractions")
     return [None if box is None else _corners(table, box) for box in sides]
 
 
@@ -143,12 +142,13 @@ def _text(path: Path) -> str:
     if content.startswith(b"PK"):
         raise DataError(f"{path} is a spreadsheet, not CSV; save it as `CSV UTF-8`")
     try:
-        return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8 text, perhaps Windows' cp1252; save it as `CSV UTF-8`, or convert it with "
             "`iconv -f cp1252 -t utf-8`"
         ) from error
+    return re.sub(r"\Asep=.\r?\n", "", text)  # a line for Excel
 
 
 def _header(path: Path, text: str) -> tuple[tuple[str, ...], str]:

@@ -50,8 +50,9 @@ def labels(listing):
         text_of([(f" {path} ", f"{identity} ", f" {camera}") for path, identity, camera in ROWS]).encode(),
         text_of([(path.replace("/", "\\"), identity, camera) for path, identity, camera in ROWS]).encode(),
         (text_of() + ",,\r\n,,\r\n").encode(),
+        ("sep=;\r\n" + text_of(delimiter=";")).encode("utf-8-sig"),
     ],
-    ids=["excel", "excel unicode", "bars", "quoted", "dot", "spaces", "windows", "empty rows"],
+    ids=["excel", "excel unicode", "bars", "quoted", "dot", "spaces", "windows", "empty rows", "sep"],
 )
 def test_tables_of_many_programs_are_read_alike(root, content):
     assert labels(read(root, content)) == ROWS
