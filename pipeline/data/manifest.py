@@ -129,7 +129,7 @@ class Manifest:
             if len(line) != len(header):
                 raise DataError(f"{path}: row {number} has {len(line)} fields, not {len(header)}; run prepare again")
         try:
-            items = [Item(*line[:4], _parse_box("".join(line[4:]))) for line in lines]
+            items = [Item(line[0], line[1], line[2], line[3], _parse_box("".join(line[4:]))) for line in lines]
         except ValueError as error:
             raise DataError(f"{path}: a box must be four whole numbers ({error}); run prepare again") from error
         return cls(items, root, closed_set=True)  # `data.closed_set` decided when the manifest was made
