@@ -18,12 +18,12 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.responses import DeploymentResponse
-from prefect.settings import get_current_settings
 from prefect.states import Crashed
 
 from pipeline.files import Files
 from pipeline.flow import dvc_rwlock
 from pipeline.flow.deploy import AUTOMATION, POOL, deployments, work_pools, workers_online, working_directory
+from pipeline.flow.server import ServerError, check_server
 from pipeline.registry.model_registry import RegistryError
 from pipeline.registry.publish import open_registry
 from pipeline.stage.params_file import ParamsError, load
@@ -179,18 +179,19 @@ def unsynced(files: Files) -> int:
 
 def prefect(files: Files) -> Iterator[Check]:
     """Check the Prefect server, and what `make deploy` creates on it."""
-    if not (url := get_current_settings().api.url):
+    try:
+        url = check_server()
+    except ServerError as error:
+        message, _, remedy = str(error).partition("; ")
+        yield Check("prefect", False, message, remedy)
+        return
+    if url is None:
         message = "PREFECT_API_URL is not set: `smaller-student retrain` works, schedules do not"
         yield Check("prefect", None, message, "`make stack` starts a server")
         return
+    yield Check("prefect", True, f"{url} responds")
     with get_client(sync_client=True, httpx_settings={"timeout": 5}) as client:
-        try:
-            existing = {pool.name for pool in client.read_work_pools()}
-            yield Check("prefect", True, f"{url} answers")
-        except Exception as error:  # of Prefect, httpx or a proxy
-            remedy = "set PREFECT_API_AUTH_STRING" if "401" in str(error) else "start it"
-            yield Check("prefect", False, f"{url} cannot be used: {root_cause(error)}", remedy)
-            return
+        existing = {pool.name for pool in client.read_work_pools()}
         pools = work_pools(files.root)
         ours = deployments(client, pools)
         missing = [f"work pool {pool}" for pool in pools if pool not in existing]
