@@ -56,19 +56,24 @@ def check_server() -> str | None:
 
 
 def compare_versions(server: str, version: str) -> None:
-    """Check that a server is not of an older minor version than this client, nor of a newer major one.
+    """Check that a server is not older than this client, nor of a newer major version.
 
-    A client sends fields that an older minor version does not know: 3.8 to servers 3.4, 3.6 and 3.7 ends in status 422.
+    A client sends fields that an older server does not know: with 3.8.8, `make deploy` ends in status 422 at servers
+    3.4.25, 3.6.29, 3.7.2 and 3.8.0.
 
     Raises:
         ServerError: If they do not fit; names both versions and which must be newer.
     """
-    theirs, ours = (tuple(map(int, re.findall(r"\d+", text)[:2])) for text in (version, __version__))
-    if len(theirs) < 2:
+    theirs, ours = (tuple(map(int, re.findall(r"\d+", text)[:3])) for text in (version, __version__))
+    if len(theirs) < 3:
         raise ServerError(f"{server} does not respond as Prefect does; {ADDRESS}")
     if theirs < ours:
-        remedy = f"upgrade the server to {ours[0]}.{ours[1]} or newer"
-        raise ServerError(f"{server} has version {version}, which is older than Prefect {__version__} here; {remedy}")
+        raise ServerError(
+            f"{server} has version {version}, which is older than Prefect {__version__} here; upgrade the server to "
+            f"{__version__} or newer"
+        )
     if theirs[0] > ours[0]:
-        remedy = f"a server of version {ours[0]} is needed"
-        raise ServerError(f"{server} has version {version}, which is too new for Prefect {__version__} here; {remedy}")
+        raise ServerError(
+            f"{server} has version {version}, and Prefect {__version__} here is too old for it; use a server of "
+            f"version {ours[0]}"
+        )
