@@ -190,7 +190,6 @@ def test_new_files_cause_a_run_and_results_are_committed_to_the_branch(pipeline:
     pipeline.params.write_text(text)
     stages = pipeline.root / "dvc.yaml"
     stages.write_text(stages.read_text().replace("- stages/prepare.py", "- stages/prepare.py\n    - data", 1))
-    (pipeline.root / "data").mkdir()
     for words in (
         ["init", "-q"],
         ["add", "params.yaml"],
