@@ -1,7 +1,7 @@
 """Health check of a service by one real request, using only the standard library.
 
 health.py URL [JSON [LOGIN]] sends GET, or POST if JSON is given. LOGIN is `user:password`; `@FILE` in it is replaced by
-the content of a file. The exit code is 0 if the response is 200.
+the content of a file. The exit code is 0 if the response is 200. The services are near, so no proxy is used.
 """
 
 import base64
@@ -19,7 +19,8 @@ def main(url: str, body: str = "", login: str = "") -> None:
         user = re.sub(r"@(.+)$", lambda match: Path(match[1]).read_text(encoding="utf-8").strip(), login)
         headers["Authorization"] = "Basic " + base64.b64encode(user.encode()).decode()
     request = urllib.request.Request(url, body.encode() or None, headers)  # noqa: S310 (address from compose.yaml)
-    with urllib.request.urlopen(request, timeout=8) as response:  # noqa: S310
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with direct.open(request, timeout=8) as response:
         json.load(response)
 
 

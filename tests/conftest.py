@@ -51,6 +51,7 @@ def pipeline(checkout: Files) -> Files:
     stages["prepare"]["deps"] = ["stages/prepare.py"]
     with (checkout.root / "dvc.yaml").open("w") as file:
         YAML().dump({"stages": stages}, file)
+    (checkout.root / "data").mkdir()
     (checkout.root / ".dvc").mkdir()
     write_text(checkout.root / ".dvc" / "config", "[core]\n    no_scm = true\n    analytics = false\n")
     return checkout

@@ -50,7 +50,9 @@ def retrain(
     load(files.params)
     check_uri(tracking_uri(files))  # before Prefect is imported, which takes seconds
     from pipeline.flow.retrain import retrain as flow
+    from pipeline.flow.server import check_server
 
+    check_server()
     state = flow(force=force, return_state=True)
     if not state.is_completed():
         raise RuntimeError(state.message)

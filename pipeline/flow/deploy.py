@@ -20,10 +20,10 @@ from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectAlreadyExists
-from prefect.settings import get_current_settings
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from pipeline.flow.server import check_server
 from pipeline.stage.run import log_to_stderr, run_guarded
 
 log = logging.getLogger(__name__)
@@ -45,10 +45,10 @@ def deploy() -> None:
     """Create everything on the server of PREFECT_API_URL or of the active Prefect profile.
 
     Raises:
-        DeployError: If there is no server, it rejects a request, or its worker uses another checkout.
+        DeployError: If no server is configured, it rejects a request, or its worker uses another checkout.
+        ServerError: If the server does not respond, or is too old.
     """
-    settings = get_current_settings()
-    if not settings.api.url:
+    if not (url := check_server()):
         raise DeployError("no Prefect server is configured; set PREFECT_API_URL (`make stack` starts a server)")
     pools = work_pools(Path.cwd())
     with get_client(sync_client=True) as client:
@@ -62,7 +62,7 @@ def deploy() -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise DeployError(f"`prefect deploy --all` failed: {(done.stderr or done.stdout).strip()[-800:]}")
-    log.info("created or updated the deployments of prefect.yaml at %s", settings.api.url)
+    log.info("created or updated the deployments of prefect.yaml at %s", url)
 
 
 def work_pools(root: Path) -> list[str]:

@@ -18,12 +18,14 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.responses import DeploymentResponse
-from prefect.settings import get_current_settings
 from prefect.states import Crashed
 
+from pipeline.data.manifest import DataError
 from pipeline.files import Files
 from pipeline.flow import dvc_rwlock
 from pipeline.flow.deploy import AUTOMATION, POOL, deployments, work_pools, workers_online, working_directory
+from pipeline.flow.raw_data import check_root
+from pipeline.flow.server import ServerError, check_server
 from pipeline.registry.model_registry import RegistryError
 from pipeline.registry.publish import open_registry
 from pipeline.stage.params_file import ParamsError, load
@@ -66,7 +68,7 @@ class Check:
 
 def examine(files: Files) -> Iterator[Check]:
     """Run all checks; an exception in one does not end the others."""
-    for check in (libraries, disk, sources, dvc_locks, own_locks, mlflow, registry, prefect):
+    for check in (libraries, disk, sources, data, dvc_locks, own_locks, mlflow, registry, prefect):
         try:
             yield from check(files)
         except Exception as error:
@@ -101,17 +103,32 @@ def disk(files: Files) -> Iterator[Check]:
 
 
 def sources(files: Files) -> Iterator[Check]:
-    """Check that params.yaml is valid and dvc.lock has no merge conflicts."""
+    """Check that params.yaml is valid and DVC's files have no merge conflicts."""
     try:
         load(files.params)
         yield Check("params.yaml", True, "is valid")
     except (ParamsError, OSError) as error:
         remedy = "correct it; `smaller-student preset --upgrade` adds missing keys"
         yield Check("params.yaml", False, str(error).replace("params.yaml: ", "").replace("\n", "; "), remedy)
-    for number, line in enumerate(_text(files.root / "dvc.lock").splitlines(), start=1):
-        if line.startswith(("<<<<<<<", ">>>>>>>")):
-            yield Check("dvc.lock", False, f"has merge markers in line {number}", "run `git checkout --ours dvc.lock`")
-            break
+    for path in (files.root / "dvc.lock", files.root / "dvc.yaml", *sorted(files.root.glob("data/*.dvc"))):
+        for number, line in enumerate(_text(path).splitlines(), start=1):
+            if line.startswith(("<<<<<<<", ">>>>>>>")):
+                name = path.relative_to(files.root).as_posix()
+                yield Check(name, False, f"has merge markers in line {number}", f"run `git checkout --ours {name}`")
+                break
+
+
+def data(files: Files) -> Iterator[Check]:
+    """Check that DVC can read `data.root`."""
+    try:
+        params = load(files.params)
+        check_root(files, params)
+        yield Check("data", True, f"`data.root` {params.data.root} can be read")
+    except DataError as error:
+        message, _, remedy = str(error).partition("; ")
+        yield Check("data", False, message, remedy)
+    except ParamsError:
+        return  # reported by the check of params.yaml
 
 
 def dvc_locks(files: Files) -> Iterator[Check]:
@@ -179,18 +196,19 @@ def unsynced(files: Files) -> int:
 
 def prefect(files: Files) -> Iterator[Check]:
     """Check the Prefect server, and what `make deploy` creates on it."""
-    if not (url := get_current_settings().api.url):
+    try:
+        url = check_server()
+    except ServerError as error:
+        message, _, remedy = str(error).partition("; ")
+        yield Check("prefect", False, message, remedy)
+        return
+    if url is None:
         message = "PREFECT_API_URL is not set: `smaller-student retrain` works, schedules do not"
         yield Check("prefect", None, message, "`make stack` starts a server")
         return
+    yield Check("prefect", True, f"{url} responds")
     with get_client(sync_client=True, httpx_settings={"timeout": 5}) as client:
-        try:
-            existing = {pool.name for pool in client.read_work_pools()}
-            yield Check("prefect", True, f"{url} answers")
-        except Exception as error:  # of Prefect, httpx or a proxy
-            remedy = "set PREFECT_API_AUTH_STRING" if "401" in str(error) else "start it"
-            yield Check("prefect", False, f"{url} cannot be used: {root_cause(error)}", remedy)
-            return
+        existing = {pool.name for pool in client.read_work_pools()}
         pools = work_pools(files.root)
         ours = deployments(client, pools)
         missing = [f"work pool {pool}" for pool in pools if pool not in existing]

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 
 from pipeline.system.process import child_process
@@ -13,8 +14,38 @@ STAGE_FAILED = re.compile(r"failed to run: .*, exited with (-?\d+)")
 """Message by which dvc reports the exit code of a stage."""
 
 
+EXPLANATIONS = (
+    (
+        re.compile(r"'\./(\S+)' is invalid \(possible merge conflicts\)"),
+        r"\1 has merge markers; keep one side by `git checkout --ours \1`",
+    ),
+    (re.compile("Unable to acquire lock"), "dvc is already running in this checkout; wait for it, or end it"),
+    (re.compile("surrogates not allowed"), "a file name is not UTF-8; `smaller-student doctor` names it"),
+    (re.compile(r"missing data 'source': (\S+)"), r"\1 is in DVC, but not in this checkout; run `dvc pull \1.dvc`"),
+)
+"""Messages of dvc that do not name the remedy, and sentences that do."""
+
+
 class StageError(RuntimeError):
     """A stage or a dvc command failed."""
+
+
+def reason(output: str) -> str:
+    """Return why a dvc command failed, in one line."""
+    for pattern, sentence in EXPLANATIONS:
+        if match := pattern.search(output):
+            return match.expand(sentence)
+    lines = output.strip().splitlines() or ["it has no output"]
+    return next((line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")), lines[-1])
+
+
+def changed() -> list[str]:
+    """Return the stages and .dvc files whose dependencies, outputs or params differ from dvc.lock or the file.
+
+    Raises:
+        StageError: If `dvc status` fails.
+    """
+    return list(json.loads(_output("status", "--json") or "{}"))
 
 
 def changed_stages() -> list[str]:
@@ -23,10 +54,28 @@ def changed_stages() -> list[str]:
     Raises:
         StageError: If `dvc status` fails.
     """
-    done = subprocess.run([*DVC, "status", "--json"], capture_output=True, text=True)
+    return stages_in(changed())
+
+
+def stages_in(names: Iterable[str]) -> list[str]:
+    """Return the names that are stages, not .dvc files."""
+    return [name for name in names if not name.endswith(".dvc")]
+
+
+def commit(file: str) -> None:
+    """Save the present files of a folder that a .dvc file tracks in DVC's cache, and write their hash to the file.
+
+    Raises:
+        StageError: If `dvc commit` fails.
+    """
+    _output("commit", "--force", file)
+
+
+def _output(command: str, *words: str) -> str:
+    done = subprocess.run([*DVC, command, *words], capture_output=True, text=True)
     if done.returncode:
-        raise StageError(f"`dvc status` failed: {done.stderr.strip()}")
-    return list(json.loads(done.stdout or "{}"))
+        raise StageError(f"`dvc {command}` failed: {reason(done.stderr)}")
+    return done.stdout
 
 
 def dvc(*words: str, hours: float = 1000, **extra: str) -> "AbstractContextManager[subprocess.Popen[str]]":

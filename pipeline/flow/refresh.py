@@ -1,19 +1,26 @@
 """Fetch new data before a retraining: run `retrain.refresh`, and move files from `retrain.incoming` to `data.root`."""
 
+import csv
 import filecmp
+import io
 import logging
 import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from pipeline.config import Params
 from pipeline.data import custom
+from pipeline.data.images import open_image, upright_rgb
 from pipeline.data.manifest import DataError, is_inside
+from pipeline.data.parallel import in_threads
 from pipeline.files import Files, csv_text, sync_folder, write_atomically, write_text
+from pipeline.flow.raw_data import check_root, is_utf8, tracking_file
 from pipeline.system.process import TimeLimitError, child_process
 
 log = logging.getLogger(__name__)
@@ -24,6 +31,10 @@ MAX_WAIT = 120.0
 """Seconds to wait for incomplete files before they are left for the next run."""
 PARTIAL_SUFFIXES = (".part", ".tmp", ".crdownload", ".filepart")
 """Suffixes of files that a download is still writing."""
+SYSTEM_FILES = custom.SYSTEM_FILES | {"@eadir"}
+"""Names in lower case of files and folders that systems leave behind; hidden ones need no entry."""
+BOX = ("x", "y", "width", "height", "x1", "y1", "x2", "y2")
+"""Columns of a box: a picture may have several rows, one for each box."""
 
 
 class RefreshError(RuntimeError):
@@ -73,9 +84,20 @@ def refresh(files: Files, params: Params) -> list[str]:
         return []
     paths = _complete_files(folder)
     table = params.data.custom.table
-    moved = (
-        _ingest_with_table(paths, folder, root, table) if params.data.source == "csv" else ingest(paths, folder, root)
-    )
+    try:
+        if tracking_file(files, params) and not root.is_dir():  # or the new images alone would become the data set
+            check_root(files, params)
+        if params.data.source == "csv":
+            moved = _ingest_with_table(paths, folder, root, table)
+        else:
+            moved = ingest(_decodable(paths, folder), folder, root)
+    except DataError as error:
+        raise RefusedError(str(error)) from error
+    except OSError as error:
+        reason = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        raise RefreshError(
+            f"new files could not be moved to {root} ({reason}); repair that, the next run moves the others"
+        ) from error
     subfolders = [path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()]
     for subfolder in sorted(subfolders, reverse=True):
         if not any(subfolder.iterdir()):
@@ -115,17 +137,52 @@ def _complete_files(folder: Path) -> list[Path]:
         log.info("%d new files may be incomplete; checking again in %.0f s", len(incomplete), MIN_AGE)
         time.sleep(MIN_AGE)
         before = states
-    complete = [path for path in states if path not in incomplete]
-    for path in sorted(set(_visible(folder)) - set(complete)):
-        regular = path.is_file() and not path.is_symlink()
-        log.warning("%s is not ingested: it is %s", path, "incomplete" if regular else "not a regular file")
+    complete = [path for path in states if path not in incomplete and is_utf8(str(path))]
+    left = {path: _why_left(path) for path in _visible(folder) if path not in set(complete)}
+    _report_left(folder, left)
     return complete
 
 
+def _why_left(path: Path) -> str:
+    if not is_utf8(str(path)):
+        return "its name is not UTF-8, which DVC cannot store; rename it"
+    if path.is_symlink():
+        return "it is a link; move the file itself there"
+    return "it is incomplete" if path.is_file() else "it is not a regular file"
+
+
+def _report_left(folder: Path, left: Mapping[Path, str]) -> None:
+    """Log one warning for each reason why files stay in a folder, with an example."""
+    for reason, count in Counter(left.values()).items():
+        example = next(path for path, other in left.items() if other == reason).relative_to(folder)
+        name = os.fsencode(example).decode(errors="backslashreplace")
+        files = "1 file stays" if count == 1 else f"{count} files stay"
+        log.warning("%s in %s, such as %s: %s", files, folder, name, reason)
+
+
+def _decodable(paths: Sequence[Path], folder: Path) -> list[Path]:
+    """Return the pictures that can be decoded; a broken one would stop stage `prepare` in every later retraining."""
+    reasons = dict(zip(paths, in_threads(_why_undecodable, paths), strict=True))
+    broken = {path: reason for path, reason in reasons.items() if reason}
+    _report_left(folder, broken)
+    return [path for path in paths if path not in broken]
+
+
+def _why_undecodable(path: Path) -> str:
+    try:
+        with open_image(path) as image:
+            upright_rgb(image)
+    except Exception as error:  # decoders raise any
+        text = str(error).replace(f" {str(path)!r}", "").replace(str(path), "the file")
+        return f"it cannot be decoded ({text}); replace or delete it"
+    return ""
+
+
 def _visible(folder: Path) -> Iterator[Path]:
-    """Yield everything except folders and hidden files, sorted by name."""
+    """Yield everything except folders, hidden files and files that systems leave behind, sorted by name."""
     for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        parts = path.relative_to(folder).parts
+        hidden = any(part.startswith(".") or part.lower() in SYSTEM_FILES for part in parts)
         if not hidden and (path.is_symlink() or not path.is_dir()):
             yield path
 
@@ -149,11 +206,16 @@ def ingest(paths: Sequence[Path], folder: Path, target: Path) -> list[str]:
     Raises:
         RefusedError: If the target has a file with different content; nothing is moved then.
     """
-    targets = {path: target / path.relative_to(folder) for path in paths}
-    if taken := [new for old, new in targets.items() if new.exists() and not filecmp.cmp(old, new, False)]:
+    targets = {path: _target(path.relative_to(folder), target) for path in paths}
+    if taken := [new for old, new in targets.items() if new.exists() and not _same(old, new)]:
         raise RefusedError(
             f"{taken[0]} exists with different content ({len(taken)} such files), so nothing was moved; rename the new "
             "files"
+        )
+    spelled = Counter(unicodedata.normalize("NFC", str(new)) for new in targets.values())
+    if twice := [name for name, count in spelled.items() if count > 1]:
+        raise RefusedError(
+            f"{folder} holds {Path(twice[0]).name} twice, in two Unicode normal forms, so nothing was moved; rename one"
         )
     moved = []
     for old, new in targets.items():
@@ -163,6 +225,16 @@ def ingest(paths: Sequence[Path], folder: Path, target: Path) -> list[str]:
         _move(old, new)
         moved.append(new.relative_to(target).as_posix())
     return moved
+
+
+def _target(path: Path, folder: Path) -> Path:
+    """Return where a new file belongs; if the name exists in another Unicode normal form, that is the same name."""
+    spellings = [str(path), *(unicodedata.normalize(form, str(path)) for form in ("NFC", "NFD"))]
+    return next((folder / name for name in spellings if (folder / name).exists()), folder / path)
+
+
+def _same(old: Path, new: Path) -> bool:
+    return new.is_file() and filecmp.cmp(old, new, shallow=False)
 
 
 def _move(old: Path, new: Path) -> None:
@@ -195,7 +267,7 @@ def _ingest_with_table(paths: Sequence[Path], folder: Path, root: Path, name: st
         old_columns, old_rows = custom.read_rows(table) if table.exists() else (columns, [])
         if set(columns) != set(old_columns):
             raise DataError(f"{new} has the columns {columns}, but {table} has {old_columns}")
-        labels, added = {row["path"]: row for row in old_rows}, []
+        labels, added = {_key(row): row for row in old_rows}, []
         for row in rows:
             path = row["path"]
             partial = [folder / f"{path}{suffix}" for suffix in ("", *PARTIAL_SUFFIXES)]
@@ -204,21 +276,40 @@ def _ingest_with_table(paths: Sequence[Path], folder: Path, root: Path, name: st
                 return []
             if not is_inside(path) or not (path in images or (root / path).is_file()):
                 raise DataError(f"{new}: the image of row {','.join(row.values())} is missing")
-            if labels.setdefault(path, row) is row:
+            if labels.setdefault(_key(row), row) is row:
                 added.append(row)
-            elif labels[path] != row:
-                raise DataError(f"{new}: {path} is listed already, as {','.join(labels[path].values())}")
+            elif labels[_key(row)] != row:
+                raise DataError(f"{new}: {path} is listed already, as {','.join(labels[_key(row)].values())}")
         custom.check_splits(new, labels.values())
     except DataError as error:
         raise RefusedError(f"{error}; nothing was moved; correct the table") from error
-    if unlisted := sorted(images.keys() - labels):
-        log.warning("%d files stay in %s: the table does not list them, such as %s", len(unlisted), folder, unlisted[0])
-    moved = ingest([path for name, path in images.items() if name in labels], folder, root)
+    listed = {row["path"] for row in labels.values()}
+    _report_left(folder, {images[name]: "the table does not list it" for name in sorted(images.keys() - listed)})
+    wanted = [path for name, path in images.items() if name in listed]
+    if len(_decodable(wanted, folder)) < len(wanted):
+        log.warning("the table %s waits for the pictures that cannot be decoded", new)
+        return []
+    moved = ingest(wanted, folder, root)
     if added:
-        text = csv_text(old_columns, ([row[column] for column in old_columns] for row in added))
-        if table.exists():  # keep its text unchanged
-            before = table.read_bytes().decode()
-            text = before + ("" if before.endswith("\n") else "\n") + text.partition("\n")[2]
-        write_text(table, text)
+        if table.exists():
+            write_text(table, _appended(table.read_bytes().decode(), added))
+        else:
+            write_text(table, csv_text(columns, ([row[column] for column in columns] for row in added)))
     new.unlink()
     return moved
+
+
+def _key(row: custom.Row) -> tuple[str, ...]:
+    """Return what may occur only once in a table: a picture, or a box in it."""
+    return (row["path"], *(row.get(column, "") for column in BOX))
+
+
+def _appended(text: str, rows: Sequence[custom.Row]) -> str:
+    """Return the text of a table with further rows, which get its delimiter and columns; the text stays as it is."""
+    header = text.lstrip("\ufeff").splitlines()[0]
+    delimiter = max(",;\t", key=header.count)
+    columns = [column.strip().lower() for column in next(csv.reader([header], delimiter=delimiter))]
+    added = io.StringIO(newline="")
+    writer = csv.writer(added, delimiter=delimiter, lineterminator="\n")
+    writer.writerows([row.get(column, "") for column in columns] for row in rows)
+    return text + ("" if text.endswith("\n") else "\n") + added.getvalue()

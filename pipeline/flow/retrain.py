@@ -16,10 +16,12 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
 
 from pipeline.config import Params
+from pipeline.data.manifest import DataError
 from pipeline.export.release import ReleaseError
 from pipeline.files import Files
 from pipeline.flow import dvc_rwlock, notify
-from pipeline.flow.dvc_cli import STAGE_FAILED, StageError, changed_stages, dvc
+from pipeline.flow.dvc_cli import STAGE_FAILED, StageError, changed, commit, dvc, reason, stages_in
+from pipeline.flow.raw_data import check_root, tracking_file
 from pipeline.flow.refresh import RefreshError, RefusedError, check_incoming
 from pipeline.flow.refresh import refresh as fetch_new_data
 from pipeline.records import RECORDS
@@ -42,7 +44,7 @@ NO_RETRY = "Refused"
 """Name of the state of a task that would fail again in the same way: params, data, a failed check, the time limit."""
 NO_RETRY_CODES = {2, 3, 4}
 """Exit codes of a stage that lead to this state (see `pipeline.stage.run`)."""
-ERRORS = (params_file.ParamsError, RefreshError, StageError, TrackingError, git_cli.CommitError)
+ERRORS = (params_file.ParamsError, DataError, RefreshError, StageError, TrackingError, git_cli.CommitError)
 """Errors whose message becomes that of the failed flow run, without a traceback."""
 
 
@@ -92,17 +94,22 @@ def _retrain(files: Files, force: bool) -> State[None]:
         return Cancelled(name="Skipped", message=message)
     if params.retrain.refresh or params.retrain.incoming:
         _raise_if_failed(refresh(files, params, return_state=True), RefreshError)
-    changed = changed_stages()
-    recorder.complete_last_execution(files, params, lambda: changed)
+    check_root(files, params)
+    names = changed()
+    if (tracked := tracking_file(files, params)) in names:
+        commit(tracked)  # new images; otherwise the next run would find the file changed again
+        get_run_logger().info("updated %s", tracked)
+    stale = stages_in(names)
+    recorder.complete_last_execution(files, params, lambda: stale)
     unpublished = params.retrain.publish and last_published(files, params) is None
-    if not changed and not unpublished and not force:
+    if not stale and not unpublished and not force:
         _commit(files, params, "nothing changed")  # in case the last run failed to commit
         return Completed(name="NoChange", message="nothing changed since the last run")
-    get_run_logger().info("changed stages: %s", ", ".join(changed) or "none")
-    if changed or force:
+    get_run_logger().info("changed stages: %s", ", ".join(stale) or "none")
+    if stale or force:
         _run_stages(files, params)
     notify.results(files)
-    message, name = f"ran {', '.join(changed) or 'no stage, since none changed'}", "Completed"
+    message, name = f"ran {', '.join(stale) or 'no stage, since none changed'}", "Completed"
     if params.retrain.publish:
         published = _publish(files, params)
         notify.promotion(files, params, published)
@@ -118,7 +125,8 @@ def _commit(files: Files, params: Params, message: str) -> None:
         CommitError: If the commit fails; the next run tries again.
     """
     if params.retrain.branch:
-        get_run_logger().info(git_cli.commit_results(files.root, params.retrain.branch, f"Retrained: {message}"))
+        text, data = f"Retrained: {message}", tracking_file(files, params)
+        get_run_logger().info(git_cli.commit_results(files.root, params.retrain.branch, text, data))
 
 
 def _run_stages(files: Files, params: Params) -> None:
@@ -193,7 +201,7 @@ def reproduce(stage: str, execution: str, hours: float) -> State[None]:
 
     `execution` is the key of the execution that the stage belongs to, `hours` the time limit.
     """
-    log, progress, code, reason = get_run_logger(), notify.Progress(stage), 0, ""
+    log, progress, code, cause, errors = get_run_logger(), notify.Progress(stage), 0, "", ""
     try:
         with dvc("repro", "--single-item", stage, hours=hours, **{EXECUTION_VARIABLE: execution}) as process:
             for line in process.stdout or ():
@@ -201,7 +209,9 @@ def reproduce(stage: str, execution: str, hours: float) -> State[None]:
                     log.info(line)
                     progress.read(line)
                     if line.startswith(f"{stage}: "):  # how a stage that fails ends its output
-                        reason = line.removeprefix(f"{stage}: ")
+                        cause = line.removeprefix(f"{stage}: ")
+                    if line.startswith("ERROR: "):
+                        errors += f"{line}\n"
                 if match := STAGE_FAILED.search(line):
                     code = int(match[1])
             dvc_code = process.wait()
@@ -211,8 +221,8 @@ def reproduce(stage: str, execution: str, hours: float) -> State[None]:
     if not dvc_code:
         progress.done()
         return Completed(message=f"stage {stage} is up to date")
-    reason = reason or f"`dvc repro` ended with {dvc_code}; the task's log has its output"
-    return Failed(name=NO_RETRY if code in NO_RETRY_CODES else "Failed", message=f"stage {stage} failed: {reason}")
+    cause = cause or (reason(errors) if errors else f"`dvc repro` ended with {dvc_code}; the task's log has its output")
+    return Failed(name=NO_RETRY if code in NO_RETRY_CODES else "Failed", message=f"stage {stage} failed: {cause}")
 
 
 @task(

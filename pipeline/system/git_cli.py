@@ -30,11 +30,14 @@ def head_commit(root: Path) -> tuple[str, bool | None]:
         return UNKNOWN, None
 
 
-def commit_results(root: Path, branch: str, message: str) -> str:
+def commit_results(root: Path, branch: str, message: str, data: str | None = None) -> str:
     """Commit the results of a retraining to a branch without touching working tree, index and current branch.
 
     The commit holds the sources of HEAD with the new results. Its parents are the tip of the branch, if it exists, and
     HEAD.
+
+    Args:
+        data: The .dvc file of the raw images, if there is one; it belongs to the results.
 
     Returns:
         The outcome in one sentence.
@@ -53,7 +56,8 @@ def commit_results(root: Path, branch: str, message: str) -> str:
         with tempfile.TemporaryDirectory() as scratch:
             index = Path(scratch) / "index"
             _git(root, "read-tree", head, index=index)
-            _git(root, "add", "--all", "--", *(name for name in RESULTS if (root / name).exists()), index=index)
+            names = (*RESULTS, *([data] if data else []))
+            _git(root, "add", "--all", "--", *(name for name in names if (root / name).exists()), index=index)
             tree = _git(root, "write-tree", index=index)
         if tip and _git(root, "rev-parse", f"{tip}^{{tree}}") == tree:
             return f"branch {branch} has these results already"

@@ -1,5 +1,7 @@
 """New data are ingested completely, once, and without replacing files."""
 
+import csv
+import io
 import os
 import threading
 import time
@@ -8,6 +10,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pipeline.config import Params
 from pipeline.data import custom
@@ -18,6 +21,16 @@ from pipeline.flow.refresh import RefreshError, RefusedError, check_incoming, in
 from pipeline.stage.params_file import load
 
 
+def picture(color: int = 0) -> bytes:
+    """Return a small PNG file."""
+    file = io.BytesIO()
+    Image.new("RGB", (4, 3), (color, 100, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+NEW = picture()
+
+
 @pytest.fixture
 def here(checkout: Files, monkeypatch: pytest.MonkeyPatch) -> Files:
     monkeypatch.chdir(checkout.root)
@@ -26,7 +39,7 @@ def here(checkout: Files, monkeypatch: pytest.MonkeyPatch) -> Files:
     return checkout
 
 
-def arrive(files: Files, *names: str, age: float = 60, content: bytes = b"new") -> None:
+def arrive(files: Files, *names: str, age: float = 60, content: bytes = NEW) -> None:
     for name in names:
         path = files.root / "incoming" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +59,7 @@ def changed(files: Files, source: str, root: str = "data") -> Params:
 def test_files_keep_their_relative_paths_and_empty_folders_are_removed(here: Files) -> None:
     arrive(here, "car 1/c1/é.jpg", "car 2/0.jpg")
     assert refresh(here, load(here.params)) == ["car 1/c1/é.jpg", "car 2/0.jpg"]
-    assert content(here.root / "data") == {"car 1/c1/é.jpg": b"new", "car 2/0.jpg": b"new"}
+    assert content(here.root / "data") == {"car 1/c1/é.jpg": NEW, "car 2/0.jpg": NEW}
     assert not list((here.root / "incoming").iterdir())
     assert refresh(here, load(here.params)) == []
 
@@ -73,6 +86,7 @@ def test_refresh_waits_for_new_files_and_skips_growing_ones(
 
     def grow() -> None:
         with grows.open("ab", buffering=0) as file:
+            file.write(NEW)
             while not ended.wait(0.1):
                 file.write(b"x")
 
@@ -83,7 +97,7 @@ def test_refresh_waits_for_new_files_and_skips_growing_ones(
     finally:
         ended.set()
         writer.join()
-    assert f"{grows} is not ingested: it is incomplete" in caplog.text
+    assert f"1 file stays in {grows.parent}, such as grows.jpg: it is incomplete" in caplog.text
     assert refresh(here, load(here.params)) == ["grows.jpg"]
 
 
@@ -115,7 +129,7 @@ def test_a_crash_between_two_files_loses_and_duplicates_nothing(here: Files, mon
         refresh(here, load(here.params))
     monkeypatch.setattr(refresh_module, "_move", move)
     assert refresh(here, load(here.params)) == ["2.jpg"]
-    assert content(here.root / "data") == dict.fromkeys(("0.jpg", "1.jpg", "2.jpg"), b"new")
+    assert content(here.root / "data") == dict.fromkeys(("0.jpg", "1.jpg", "2.jpg"), NEW)
     assert not content(here.root / "incoming")
 
 
@@ -186,7 +200,7 @@ def check_all_is_ingested(files: Files) -> None:
     data = content(files.root / "data")
     table = data.pop("images.csv").decode()
     assert table == TABLE + '2.jpg,7,c2\n"more/a, b.jpg",8,\n'
-    assert data == {"1.jpg": b"old", "2.jpg": b"new", "more/a, b.jpg": b"new"}
+    assert data == {"1.jpg": b"old", "2.jpg": NEW, "more/a, b.jpg": NEW}
     assert custom.table(files.root / "data", load(files.params).data).items[1:] == [
         Item("2.jpg", "7", "c2", "unsplit"),
         Item("more/a, b.jpg", "8", "unknown", "unsplit"),
@@ -266,7 +280,8 @@ def test_a_table_waits_for_incomplete_images(listed: Files, caplog: pytest.LogCa
 
 def test_the_first_table_becomes_the_table_of_the_data_set(listed: Files) -> None:
     for name in ("1.jpg", "images.csv"):
-        (listed.root / "data" / name).rename(listed.root / "incoming" / name)
+        (listed.root / "data" / name).unlink()
+    arrive(listed, "1.jpg")
     rows = b'1.jpg,1,train\n2.jpg,2,query\n"more/a, b.jpg",2,gallery\n'
     arrive(listed, "images.csv", content=b"path,identity,split\n" + rows)
     assert refresh(listed, load(listed.params)) == ["1.jpg", "2.jpg", "more/a, b.jpg"]
@@ -327,8 +342,142 @@ def test_images_without_a_row_stay_and_are_reported(listed: Files, caplog: pytes
     arrive(listed, "3.jpg")
     arrive(listed, "images.csv", content=rows)
     assert refresh(listed, load(listed.params)) == ["2.jpg", "more/a, b.jpg"]
-    assert "1 files stay in" in caplog.text and "the table does not list them, such as 3.jpg" in caplog.text
+    assert "1 file stays in" in caplog.text and "such as 3.jpg: the table does not list it" in caplog.text
     assert set(content(listed.root / "incoming")) == {"3.jpg"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("half.png", NEW[: len(NEW) // 2], "cannot be decoded"),
+        ("empty.jpg", b"", "cannot be decoded"),
+        ("notes.txt", b"hello", "cannot be decoded"),
+        ("x\udcefy.png", NEW, "its name is not UTF-8, which DVC cannot store; rename it"),
+    ],
+)
+def test_a_file_that_would_stop_later_stages_stays_and_is_reported_once(
+    here: Files, caplog: pytest.LogCaptureFixture, name: str, content: bytes, why: str
+) -> None:
+    arrive(here, f"car 1/{name}", content=content)
+    arrive(here, "car 1/good.png")
+    for moved in (["car 1/good.png"], []):  # the next retraining goes on, too
+        caplog.clear()
+        assert refresh(here, load(here.params)) == moved
+        (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+        shown = os.fsencode(name).decode(errors="backslashreplace")
+        assert (
+            warning.startswith(f"1 file stays in {here.root / 'incoming'}, such as car 1/{shown}: ") and why in warning
+        )
+    assert os.listdir(here.root / "incoming" / "car 1") == [name]
+    assert os.listdir(here.root / "data" / "car 1") == ["good.png"]
+
+
+def test_a_picture_moves_once_it_was_written_completely(here: Files) -> None:
+    arrive(here, "1/a.png", content=NEW[:40])
+    assert refresh(here, load(here.params)) == []
+    arrive(here, "1/a.png")
+    assert refresh(here, load(here.params)) == ["1/a.png"]
+
+
+def test_broken_pictures_are_counted_by_reason(here: Files, caplog: pytest.LogCaptureFixture) -> None:
+    arrive(here, *(f"1/{number}.jpg" for number in range(20)), content=b"x")
+    arrive(here, "1/link.jpg")
+    (here.root / "incoming" / "1" / "link.jpg").unlink()
+    (here.root / "incoming" / "1" / "link.jpg").symlink_to(here.params)
+    assert refresh(here, load(here.params)) == []
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 2
+    assert "1 file stays" in warnings[0] and "it is a link; move the file itself there" in warnings[0]
+    assert warnings[1].startswith("20 files stay in") and warnings[1].endswith("; replace or delete it")
+
+
+def test_files_that_systems_leave_behind_stay_unmentioned(
+    here: Files, checkout: Files, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = ("._a.png", ".DS_Store", "1/Thumbs.db", "1/desktop.ini", "@eaDir/1/a.png", "__MACOSX/1/._a.png")
+    arrive(here, *left, content=b"x")
+    arrive(here, "1/a.png")
+    assert refresh(here, load(here.params)) == ["1/a.png"]
+    assert not caplog.text
+    assert set(content(here.root / "incoming")) == set(left)
+    check_incoming(here, changed(here, "vehicles"))  # they are no new images
+
+
+def test_the_same_name_in_another_unicode_normal_form_is_the_same_file(here: Files) -> None:
+    composed, decomposed = "\u00e9/1.png", "e\u0301/1.png"  # as Linux and as macOS write it
+    arrive(here, composed)
+    assert refresh(here, load(here.params)) == [composed]
+    arrive(here, decomposed)
+    assert refresh(here, load(here.params)) == []
+    assert set(content(here.root / "data")) == {composed}
+    arrive(here, decomposed, content=picture(9))
+    with pytest.raises(RefusedError, match="exists with different content"):
+        refresh(here, load(here.params))
+    arrive(here, composed, content=picture(9))
+    arrive(here, "e\u0301/2.png", "\u00e9/2.png")
+    (here.root / "data" / composed).unlink()
+    with pytest.raises(RefusedError, match="twice, in two Unicode normal forms, so nothing was moved; rename one"):
+        refresh(here, load(here.params))
+
+
+def test_a_label_with_a_space_keeps_its_folder(here: Files) -> None:
+    arrive(here, "car1 /a.png", "car1/b.png")
+    refresh(here, load(here.params))
+    assert set(content(here.root / "data")) == {"car1 /a.png", "car1/b.png"}  # stage prepare trims labels
+
+
+def test_a_folder_in_the_place_of_a_file_is_one_sentence(here: Files) -> None:
+    (here.root / "data" / "1.png").mkdir(parents=True)
+    arrive(here, "1.png")
+    with pytest.raises(RefusedError, match=r"1\.png exists with different content"):
+        refresh(here, load(here.params))
+    (here.root / "data" / "2").write_bytes(b"")
+    (here.root / "incoming" / "1.png").unlink()
+    arrive(here, "2/a.png")
+    with pytest.raises(RefreshError, match=r"new files could not be moved to .*data \((Not a directory|File exists)"):
+        refresh(here, load(here.params))
+
+
+def test_a_data_set_that_is_only_in_dvc_is_not_replaced_by_the_new_files(here: Files) -> None:
+    (here.root / "data.dvc").write_text("outs:\n- md5: a.dir\n  path: data\n")
+    arrive(here, "1/a.png")
+    with pytest.raises(RefusedError, match=r"data is in DVC, but not in this checkout; run `dvc pull data\.dvc`"):
+        refresh(here, load(here.params))
+    assert set(content(here.root / "incoming")) == {"1/a.png"}
+
+
+def test_a_table_waits_for_broken_pictures(listed: Files, caplog: pytest.LogCaptureFixture) -> None:
+    arrive(listed, "2.jpg", content=NEW[:30])
+    for _ in range(2):
+        assert refresh(listed, load(listed.params)) == []
+    assert "such as 2.jpg: it cannot be decoded" in caplog.text and "images.csv waits for the pictures" in caplog.text
+    assert (listed.root / "data" / "images.csv").read_bytes() == TABLE.encode()
+    arrive(listed, "2.jpg")
+    refresh(listed, load(listed.params))
+    check_all_is_ingested(listed)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("path,identity,camera\n1.jpg,7,c1\n", "2.jpg,8,c2\n"),
+        ("\ufeffPath;Identity;Camera\r\n1.jpg;7;c1", "\n2.jpg;8;c2\n"),  # Excel
+        ("path\tidentity\n1.jpg\t7\n", "2.jpg\t8\n"),
+        (",path,identity,camera,colour\n0,1.jpg,7,c1,red\n", ",2.jpg,8,c2,\n"),  # pandas
+    ],
+    ids=["plain", "Excel", "tabs", "pandas"],
+)
+def test_rows_are_appended_in_the_form_of_the_table(text: str, expected: str) -> None:
+    row = {"path": "2.jpg", "identity": "8", "camera": "c2"}
+    assert refresh_module._appended(text, [row]) == text + expected
+
+
+def test_boxes_of_one_picture_are_rows_of_their_own() -> None:
+    rows = list(csv.DictReader(["path,identity,x,y,width,height", "1.png,7,0,0,9,9", "1.png,8,5,0,9,9"]))
+    assert len({refresh_module._key(row) for row in rows}) == 2
+    assert refresh_module._key({"path": "1.png", "identity": "7"}) == refresh_module._key(
+        {"path": "1.png", "identity": "8"}
+    )
 
 
 @pytest.mark.parametrize(
@@ -359,12 +508,14 @@ def test_a_command_is_ended_at_the_time_limit(here: Files) -> None:
 
 
 def test_files_fetched_by_the_command_are_ingested(here: Files, caplog: pytest.LogCaptureFixture) -> None:
-    script = "import os, pathlib; p = pathlib.Path('incoming/x.jpg'); p.parent.mkdir(); p.touch(); os.utime(p, (1, 1))"
+    arrive(here, "1/x.png")
+    (here.root / "incoming").rename(here.root / "elsewhere")
+    script = "import os; os.rename('elsewhere', 'incoming')"
     params = load(here.params)
     command = f'python -c "{script}; print(3)"'
     with caplog.at_level("INFO"):
         found = refresh(
             here, params.model_copy(update={"retrain": params.retrain.model_copy(update={"refresh": command})})
         )
-    assert found == ["x.jpg"]
+    assert found == ["1/x.png"]
     assert "3" in caplog.messages

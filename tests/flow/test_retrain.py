@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from mlflow import MlflowClient
+from PIL import Image
 
 from pipeline.files import Files
 from pipeline.flow import dvc_cli
@@ -190,7 +191,6 @@ def test_new_files_cause_a_run_and_results_are_committed_to_the_branch(pipeline:
     pipeline.params.write_text(text)
     stages = pipeline.root / "dvc.yaml"
     stages.write_text(stages.read_text().replace("- stages/prepare.py", "- stages/prepare.py\n    - data", 1))
-    (pipeline.root / "data").mkdir()
     for words in (
         ["init", "-q"],
         ["add", "params.yaml"],
@@ -200,7 +200,7 @@ def test_new_files_cause_a_run_and_results_are_committed_to_the_branch(pipeline:
     for number, expected in enumerate(("Completed: ran prepare", "Completed: ran prepare", "NoChange")):
         if number < 2:
             (pipeline.root / "incoming").mkdir(exist_ok=True)
-            (pipeline.root / "incoming" / f"{number}.jpg").touch()
+            Image.new("RGB", (4, 4), (number, 0, 0)).save(pipeline.root / "incoming" / f"{number}.jpg")
             os.utime(pipeline.root / "incoming" / f"{number}.jpg", (1, 1))
         process = start(pipeline, *RETRAIN, **home(pipeline), **OFF)
         out, err = process.communicate()

@@ -1,0 +1,71 @@
+"""Check `data.root` for what stops DVC before stage `prepare` can report it."""
+
+import os
+from pathlib import Path
+
+from pipeline.config import Params
+from pipeline.data.manifest import DataError
+from pipeline.files import Files
+
+
+def check_root(files: Files, params: Params) -> None:
+    """Check that `data.root` is a folder that DVC can read.
+
+    DVC reports a missing folder without its key, and stops at the first file name that is not UTF-8 without the name.
+
+    Raises:
+        DataError: If it is missing or cannot be read; reason and remedy are separated by a semicolon.
+    """
+    name = params.data.root
+    root = files.root / name
+    if not root.is_dir():
+        if root.exists():
+            raise DataError(f"`data.root` {name} is a file; set it to the folder of the images")
+        if file := tracking_file(files, params):
+            raise DataError(f"`data.root` {name} is in DVC, but not in this checkout; run `dvc pull {file}`")
+        raise DataError(f"`data.root` {name} does not exist in {files.root}; create the folder, or correct the key")
+    if names := undecodable(root):
+        raise DataError(
+            f"{len(names)} file names in `data.root` {name} are not UTF-8, which DVC cannot store, such as {names[0]}; "
+            f"rename them, such as by `convmv -r -f cp1252 -t utf8 --notest {name}`"
+        )
+
+
+def undecodable(root: Path) -> list[str]:
+    r"""Return the paths below a folder that are not UTF-8, with such bytes written as in `caf\xe9.png`; sorted.
+
+    Raises:
+        DataError: If a folder cannot be read, which DVC takes for an empty one.
+    """
+
+    def fail(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be read ({error.strerror}); make it readable for this user")
+
+    found = []
+    for folder, _, names in os.walk(root, onerror=fail):
+        inside = os.path.relpath(folder, root)
+        for name in names:
+            path = os.path.normpath(os.path.join(inside, name))
+            if not is_utf8(path):
+                found.append(os.fsencode(path).decode(errors="backslashreplace"))
+    return sorted(found)
+
+
+def is_utf8(path: str) -> bool:
+    """Return whether a path that the system reported can be written as UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def tracking_file(files: Files, params: Params) -> str | None:
+    """Return the .dvc file by which `dvc add` tracks `data.root` or a folder around it, relative to the checkout."""
+    if Path(params.data.root).is_absolute():
+        return None
+    for folder in (Path(params.data.root), *Path(params.data.root).parents):
+        file = folder.with_name(f"{folder.name}.dvc") if folder.name else None
+        if file is not None and (files.root / file).is_file():
+            return file.as_posix()
+    return None
