@@ -1,5 +1,6 @@
 """Read tables of images, as spreadsheets and pandas write them."""
 
+import codecs
 import csv
 import io
 import math
@@ -22,6 +23,7 @@ SIZE_BOX = ("x", "y", "width", "height")
 BOX_COLUMNS = {*CORNER_BOX, *SIZE_BOX}
 _ALIASES = {"xmin": "x1", "ymin": "y1", "xmax": "x2", "ymax": "y2", "w": "width", "h": "height"}
 DELIMITERS = ",;\t|"
+BOM = "\ufeff"
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,7 @@ class Table:
 
     Attributes:
         columns: In the order of the file.
-        ignored: Columns that mean nothing here, such as the index that pandas writes.
-        box: Columns of the box of each row: `CORNER_BOX`, `SIZE_BOX`, or empty.
+        text: The whole file, with a byte order mark if it had one.
     """
 
     path: Path
@@ -39,13 +40,29 @@ class Table:
     delimiter: str
     rows: list[Row]
 
+    text: str
+
+    @property
+    def known(self) -> list[str]:
+        """Columns that mean something here."""
+        return [name for name in self.columns if name in COLUMNS or name in self.box]
+
     @property
     def ignored(self) -> list[str]:
-        return [name for name in self.columns if name not in COLUMNS and name not in self.box]
+        """Other columns, such as the index that pandas writes."""
+        return [name for name in self.columns if name not in self.known]
 
     @property
     def box(self) -> tuple[str, ...]:
+        """Columns of the box of each row: `CORNER_BOX`, `SIZE_BOX`, or empty."""
         return next((names for names in (CORNER_BOX, SIZE_BOX) if set(names) <= set(self.columns)), ())
+
+    def with_rows(self, rows: Iterable[Row]) -> str:
+        """Return the text of the table with further rows, which get its columns and delimiter."""
+        added = io.StringIO(newline="")
+        writer = csv.writer(added, delimiter=self.delimiter, lineterminator="\n")
+        writer.writerows([row.get(column, "") for column in self.columns] for row in rows)
+        return self.text + ("" if self.text.endswith("\n") else "\n") + added.getvalue()
 
 
 def read_table(path: Path) -> Table:
@@ -58,9 +75,10 @@ def read_table(path: Path) -> Table:
         FileNotFoundError: If the file does not exist.
         DataError: If columns are missing or doubled, or a row has too few or too many fields, or an unknown split.
     """
-    text = _text(path)
+    whole = _text(path)
+    text = re.sub(r"\Asep=.\r?\n", "", whole.removeprefix(BOM))  # a line for Excel
     columns, delimiter = _header(path, text)
-    table = Table(path, columns, delimiter, [])
+    table = Table(path, columns, delimiter, [], whole)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     next(reader)
     for fields in reader:
@@ -75,7 +93,7 @@ def read_table(path: Path) -> Table:
         if (split := row.get("split", "").strip()) and split.lower() not in SPLIT_WORDS:
             raise DataError(f"{where}: split must be train, validation, test, query or gallery, got {split!r}")
         table.rows.append(row)
-    _check_splits(path, (split_of(row) for row in table.rows))
+    check_splits(path, (split_of(row) for row in table.rows))
     return table
 
 
@@ -142,13 +160,14 @@ def _text(path: Path) -> str:
     if content.startswith(b"PK"):
         raise DataError(f"{path} is a spreadsheet, not CSV; save it as `CSV UTF-8`")
     try:
-        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            return BOM + content.decode("utf-16")
+        return content.decode()
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8 text, perhaps Windows' cp1252; save it as `CSV UTF-8`, or convert it with "
             "`iconv -f cp1252 -t utf-8`"
         ) from error
-    return re.sub(r"\Asep=.\r?\n", "", text)  # a line for Excel
 
 
 def _header(path: Path, text: str) -> tuple[tuple[str, ...], str]:
@@ -185,7 +204,7 @@ def _check_columns(path: Path, columns: tuple[str, ...]) -> None:
         raise DataError(f"{path} has a column {boxes[0]}; split it into x, y, width, height or x1, y1, x2, y2")
 
 
-def _check_splits(path: Path, splits: Iterable[str]) -> None:
+def check_splits(path: Path, splits: Iterable[str]) -> None:
     """Check that all rows have a split or none has, and that `test` does not occur beside `gallery`.
 
     Raises:

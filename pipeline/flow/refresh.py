@@ -1,8 +1,6 @@
 """Fetch new data before a retraining: run `retrain.refresh`, and move files from `retrain.incoming` to `data.root`."""
 
-import csv
 import filecmp
-import io
 import logging
 import os
 import shlex
@@ -15,12 +13,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipeline.config import Params
-from pipeline.data import custom
+from pipeline.data.folders import is_left_behind
 from pipeline.data.images import open_image, upright_rgb
 from pipeline.data.manifest import DataError, is_inside
 from pipeline.data.parallel import in_threads
-from pipeline.files import Files, csv_text, sync_folder, write_atomically, write_text
+from pipeline.data.tables import CORNER_BOX, SIZE_BOX, Row, Table, check_splits, path_of, read_table, split_of
+from pipeline.files import Files, sync_folder, write_atomically, write_text
 from pipeline.flow.raw_data import check_root, is_utf8, tracking_file
+from pipeline.labels import clean_label
 from pipeline.system.process import TimeLimitError, child_process
 
 log = logging.getLogger(__name__)
@@ -31,10 +31,6 @@ MAX_WAIT = 120.0
 """Seconds to wait for incomplete files before they are left for the next run."""
 PARTIAL_SUFFIXES = (".part", ".tmp", ".crdownload", ".filepart")
 """Suffixes of files that a download is still writing."""
-SYSTEM_FILES = custom.SYSTEM_FILES | {"@eadir"}
-"""Names in lower case of files and folders that systems leave behind; hidden ones need no entry."""
-BOX = ("x", "y", "width", "height", "x1", "y1", "x2", "y2")
-"""Columns of a box: a picture may have several rows, one for each box."""
 
 
 class RefreshError(RuntimeError):
@@ -45,6 +41,10 @@ class RefreshError(RuntimeError):
 
 class RefusedError(RefreshError):
     """New data cannot be ingested, and a retry would fail in the same way."""
+
+
+class IncompleteError(RefreshError):
+    """An image is still being written; the message is its path."""
 
 
 def check_incoming(files: Files, params: Params) -> None:
@@ -182,7 +182,7 @@ def _visible(folder: Path) -> Iterator[Path]:
     """Yield everything except folders, hidden files and files that systems leave behind, sorted by name."""
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        hidden = any(part.startswith(".") or part.lower() in SYSTEM_FILES for part in parts)
+        hidden = any(part.startswith(".") or is_left_behind(part) for part in parts)
         if not hidden and (path.is_symlink() or not path.is_dir()):
             yield path
 
@@ -263,27 +263,14 @@ def _ingest_with_table(paths: Sequence[Path], folder: Path, root: Path, name: st
             log.warning("%d files stay in %s: their table %s is missing or incomplete", len(images), folder, new)
         return []
     try:
-        columns, rows = custom.read_rows(new)
-        old_columns, old_rows = custom.read_rows(table) if table.exists() else (columns, [])
-        if set(columns) != set(old_columns):
-            raise DataError(f"{new} has the columns {columns}, but {table} has {old_columns}")
-        labels, added = {_key(row): row for row in old_rows}, []
-        for row in rows:
-            path = row["path"]
-            partial = [folder / f"{path}{suffix}" for suffix in ("", *PARTIAL_SUFFIXES)]
-            if is_inside(path) and path not in images and any(file.is_file() for file in partial):
-                log.warning("%d files stay in %s: image %s is incomplete", len(images) + 1, folder, path)
-                return []
-            if not is_inside(path) or not (path in images or (root / path).is_file()):
-                raise DataError(f"{new}: the image of row {','.join(row.values())} is missing")
-            if labels.setdefault(_key(row), row) is row:
-                added.append(row)
-            elif labels[_key(row)] != row:
-                raise DataError(f"{new}: {path} is listed already, as {','.join(labels[_key(row)].values())}")
-        custom.check_splits(new, labels.values())
+        new_table = read_table(new)
+        old_table = read_table(table) if table.exists() else None
+        added, listed = _new_rows(new_table, old_table, images, folder, root)
+    except IncompleteError as error:
+        log.warning("%d files stay in %s: image %s is incomplete", len(images) + 1, folder, error)
+        return []
     except DataError as error:
         raise RefusedError(f"{error}; nothing was moved; correct the table") from error
-    listed = {row["path"] for row in labels.values()}
     _report_left(folder, {images[name]: "the table does not list it" for name in sorted(images.keys() - listed)})
     wanted = [path for name, path in images.items() if name in listed]
     if len(_decodable(wanted, folder)) < len(wanted):
@@ -291,25 +278,48 @@ def _ingest_with_table(paths: Sequence[Path], folder: Path, root: Path, name: st
         return []
     moved = ingest(wanted, folder, root)
     if added:
-        if table.exists():
-            write_text(table, _appended(table.read_bytes().decode(), added))
-        else:
-            write_text(table, csv_text(columns, ([row[column] for column in columns] for row in added)))
+        write_text(table, old_table.with_rows(added) if old_table else new_table.text)
     new.unlink()
     return moved
 
 
-def _key(row: custom.Row) -> tuple[str, ...]:
+def _new_rows(
+    new: Table, old: Table | None, images: Mapping[str, Path], folder: Path, root: Path
+) -> tuple[list[Row], set[str]]:
+    """Return the rows that `old` lacks, and the paths of all images that either table lists.
+
+    Raises:
+        IncompleteError: If an image is still being written.
+        DataError: If the tables contradict each other, or an image is missing.
+    """
+    rows = old.rows if old else []
+    if old and set(new.known) != set(old.known):
+        raise DataError(f"{new.path} has the columns {', '.join(new.known)}, but {old.path} has {', '.join(old.known)}")
+    labels = {_key(path_of(root, row["path"]), row): _labels(row) for row in rows}
+    added = []
+    for row in new.rows:
+        path = path_of(folder, row["path"])
+        partial = [folder / f"{path}{suffix}" for suffix in ("", *PARTIAL_SUFFIXES)]
+        if is_inside(path) and path not in images and any(file.is_file() for file in partial):
+            raise IncompleteError(path)
+        if path not in images:
+            path = path_of(root, row["path"])  # moved before an interruption
+        if not is_inside(path) or not (path in images or (root / path).is_file()):
+            raise DataError(f"{new.path}: the image of row {','.join(row.values())} is missing")
+        key = _key(path, row)
+        if key not in labels:
+            labels[key] = _labels(row)
+            added.append(row)
+        elif labels[key] != _labels(row):
+            raise DataError(f"{new.path}: {row['path']} is listed already, as {', '.join(filter(None, labels[key]))}")
+    check_splits(new.path, map(split_of, (*rows, *added)))
+    return added, {path for path, *_ in labels}
+
+
+def _key(path: str, row: Row) -> tuple[str, ...]:
     """Return what may occur only once in a table: a picture, or a box in it."""
-    return (row["path"], *(row.get(column, "") for column in BOX))
+    return (path, *(row.get(column, "").strip() for column in (*CORNER_BOX, *SIZE_BOX)))
 
 
-def _appended(text: str, rows: Sequence[custom.Row]) -> str:
-    """Return the text of a table with further rows, which get its delimiter and columns; the text stays as it is."""
-    header = text.lstrip("\ufeff").splitlines()[0]
-    delimiter = max(",;\t", key=header.count)
-    columns = [column.strip().lower() for column in next(csv.reader([header], delimiter=delimiter))]
-    added = io.StringIO(newline="")
-    writer = csv.writer(added, delimiter=delimiter, lineterminator="\n")
-    writer.writerows([row.get(column, "") for column in columns] for row in rows)
-    return text + ("" if text.endswith("\n") else "\n") + added.getvalue()
+def _labels(row: Row) -> tuple[str, ...]:
+    return tuple(clean_label(row.get(column, "")) for column in ("identity", "camera", "split"))

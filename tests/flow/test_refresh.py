@@ -1,6 +1,5 @@
 """New data are ingested completely, once, and without replacing files."""
 
-import csv
 import io
 import os
 import threading
@@ -295,8 +294,8 @@ def test_the_first_table_becomes_the_table_of_the_data_set(listed: Files) -> Non
 @pytest.mark.parametrize(
     ("rows", "why"),
     [
-        ("c1,1.jpg,8\n", r"1\.jpg is listed already, as 1\.jpg,007,c1"),
-        ("c1,2.jpg,7\nc1,2.jpg,8\n", r"2\.jpg is listed already, as c1,2\.jpg,7"),
+        ("c1,1.jpg,8\n", r"1\.jpg is listed already, as 007, c1"),
+        ("c1,2.jpg,7\nc1,2.jpg,8\n", r"2\.jpg is listed already, as 7, c1"),
         ("c1,2.jpg,7\nc1,3.jpg,7\n", r"the image of row c1,3\.jpg,7 is missing"),
         ("c1,../params.yaml,7\n", r"the image of row c1,\.\./params\.yaml,7 is missing"),
         ("c1,2.jpg\n", r"line 2: expected 3 fields"),
@@ -314,7 +313,10 @@ def test_contradicting_rows_are_rejected_before_anything_is_moved(listed: Files,
 @pytest.mark.parametrize(
     ("header", "why"),
     [
-        (b"path,identity\n2.jpg,7\n", r"has the columns \['path', 'identity'\], but .*data/images\.csv has \['path'"),
+        (
+            b"path,identity\n2.jpg,7\n",
+            r"has the columns path, identity, but .*data/images\.csv has path, identity, camera",
+        ),
         (b"path,identity,camera,split\n2.jpg,7,c1,train\n", r"has the columns"),
     ],
 )
@@ -460,24 +462,30 @@ def test_a_table_waits_for_broken_pictures(listed: Files, caplog: pytest.LogCapt
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("path,identity,camera\n1.jpg,7,c1\n", "2.jpg,8,c2\n"),
-        ("\ufeffPath;Identity;Camera\r\n1.jpg;7;c1", "\n2.jpg;8;c2\n"),  # Excel
-        ("path\tidentity\n1.jpg\t7\n", "2.jpg\t8\n"),
-        (",path,identity,camera,colour\n0,1.jpg,7,c1,red\n", ",2.jpg,8,c2,\n"),  # pandas
+        ("path,identity,camera\n1.jpg,007,c1\n", "2.jpg,8,c2\n"),
+        ("\ufeffsep=;\r\nPath;Identity;Camera\r\n1.jpg;007;c1", "\n2.jpg;8;c2\n"),  # Excel
+        ("path\tidentity\tcamera\n1.jpg\t007\tc1\n", "2.jpg\t8\tc2\n"),
+        (",path,identity,camera,colour\n0,1.jpg,007,c1,red\n", ",2.jpg,8,c2,\n"),  # pandas
     ],
     ids=["plain", "Excel", "tabs", "pandas"],
 )
-def test_rows_are_appended_in_the_form_of_the_table(text: str, expected: str) -> None:
-    row = {"path": "2.jpg", "identity": "8", "camera": "c2"}
-    assert refresh_module._appended(text, [row]) == text + expected
+def test_rows_are_appended_in_the_form_of_the_table(listed: Files, text: str, expected: str) -> None:
+    (listed.root / "data" / "images.csv").write_bytes(text.encode())
+    arrive(listed, "2.jpg")
+    arrive(listed, "images.csv", content=b"Camera;Path;Identity\r\nc2;2.jpg;8\r\n")
+    assert refresh(listed, load(listed.params)) == ["2.jpg"]
+    assert (listed.root / "data" / "images.csv").read_bytes().decode() == text + expected
 
 
-def test_boxes_of_one_picture_are_rows_of_their_own() -> None:
-    rows = list(csv.DictReader(["path,identity,x,y,width,height", "1.png,7,0,0,9,9", "1.png,8,5,0,9,9"]))
-    assert len({refresh_module._key(row) for row in rows}) == 2
-    assert refresh_module._key({"path": "1.png", "identity": "7"}) == refresh_module._key(
-        {"path": "1.png", "identity": "8"}
-    )
+def test_boxes_of_one_picture_are_rows_of_their_own(listed: Files) -> None:
+    head = "path,identity,x,y,width,height\n"
+    (listed.root / "data" / "images.csv").write_text(head + "1.jpg,7,0,0,9,9\n")
+    arrive(listed, "images.csv", content=(head + "1.jpg,8,5,0,9,9\n1.jpg,7, 0,0,9,9\n").encode())
+    assert refresh(listed, load(listed.params)) == []
+    assert (listed.root / "data" / "images.csv").read_text() == head + "1.jpg,7,0,0,9,9\n1.jpg,8,5,0,9,9\n"
+    arrive(listed, "images.csv", content=(head + "1.jpg,9,5,0,9,9\n").encode())
+    with pytest.raises(RefusedError, match=r"1\.jpg is listed already, as 8; nothing was moved"):
+        refresh(listed, load(listed.params))
 
 
 @pytest.mark.parametrize(
