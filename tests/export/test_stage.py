@@ -112,7 +112,7 @@ def test_an_int8_file_that_depends_on_the_batch_is_not_published_and_the_card_gi
     assert (record.int8_published, record.map_int8, record.bytes_int8) == (0, None, None)
     assert "model.int8.onnx" not in written(run)
     text = written(run)["card.md"].decode()
-    assert re.search(r"There is no int8 file\. .* but at batch size 1 an embedding has cosine (1\.0|0\.99)", text)
+    assert re.search(r"There is no int8 file\. .* but at batch 1 an embedding has cosine (1\.0|0\.99)", text)
 
 
 def test_nothing_is_written_if_the_last_file_fails_its_check(run, translated, monkeypatch):
