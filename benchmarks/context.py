@@ -21,7 +21,8 @@ REPEATS = 50
 def main() -> None:
     """Print one line per network."""
     files = Files.here()
-    size = load(files.params).data.image_size
+    params = load(files.params)
+    size, batch = params.data.image_size, min(params.benchmark.batches)
     export = files.artifacts("export")
     paths = {"teacher": export / "teacher.onnx", "student": export / "model.onnx"}
     records = {"teacher": read_json(files.metrics("teacher")), "student": read_json(files.metrics("export"))}
@@ -38,9 +39,9 @@ def main() -> None:
                 net, (image,), str(paths[name]), dynamo=True, external_data=False, verbose=False,
                 input_names=["image"], output_names=["embedding"], dynamic_shapes={"x": {0: "batch"}},
             )  # fmt: skip
-        timings = measure(paths, (size[0], size[1]), [1], [0], REPEATS)
+        timings = measure(paths, (size[0], size[1]), [batch], [0], REPEATS)
     teacher = timings[0]
-    print(f"{size[0]} x {size[1]} pixels, one image, all threads")
+    print(f"{size[0]} x {size[1]} pixels, batch {batch}, all threads")
     for timing in timings:
         speedup = gain(teacher, timing)
         params, macs = sizes[timing.file]

@@ -58,6 +58,10 @@ def _section(
 def _range(entry: dict[str, Any]) -> str:
     """Return the choices or the range of a key, of its entries if it is a list."""
     entry = entry.get("items", entry)
+    if "anyOf" in entry:
+        return ", ".join(map(_range, entry["anyOf"]))
+    if "const" in entry:
+        return f"`{entry['const']}`"
     if choices := entry.get("enum"):
         return ", ".join(f"`{json.dumps(choice).strip(chr(34))}`" for choice in choices)
     low, above = entry.get("minimum"), entry.get("exclusiveMinimum")

@@ -14,7 +14,7 @@ from pipeline.data.images import open_images
 from pipeline.data.sources import LAYOUTS
 from pipeline.export import int8, sample
 from pipeline.export.card import CardEntry, gallery_note, render_card
-from pipeline.export.embed import Embeddings, normalise_pixels
+from pipeline.export.embed import Embeddings, fill, normalise_pixels
 from pipeline.export.files import OnnxExporter
 from pipeline.export.metadata import RENDERED_LICENCES, Metadata, params_digest
 from pipeline.export.parity import ParityCheck
@@ -81,6 +81,7 @@ def export(run: Run) -> ExportRecord:
 
     train = manifest.indices("train")
     train = train[np.linspace(0, len(train) - 1, min(int8.CALIBRATION_IMAGES, len(train))).astype(int)]
+    size = int8.CALIBRATION_BATCH if params.export.batch == "dynamic" else params.export.batch
     exporter = OnnxExporter(
         image_size=(height, width),
         settings=params.export,
@@ -88,8 +89,8 @@ def export(run: Run) -> ExportRecord:
         make_metadata=make_metadata,
         embed=embed_with_torch,
         calibration=[
-            normalise_pixels(images.batch(train[start : start + int8.CALIBRATION_BATCH]), MEAN, STD)
-            for start in range(0, len(train), int8.CALIBRATION_BATCH)
+            normalise_pixels(fill(images.batch(train[start : start + size]), size), MEAN, STD)
+            for start in range(0, len(train), size)
         ],
         originals=(images.original(index) for index in test[:: -(-len(test) // MAX_ORIGINALS)]),
     )
@@ -109,6 +110,7 @@ def export(run: Run) -> ExportRecord:
             | {shown(more): score(file.embeddings, more) for more in more_protocols},
             len(file.content),
             sha256(file.content),
+            file.requirements,
             resizes=name == ALL_IN_ONE,
         )
         for name, file in files.items()

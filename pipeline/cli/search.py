@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.app import app, short
+from pipeline.cli.app import Refusal, app, short
 from pipeline.files import Files
 from pipeline.stage.run import log_to_stderr
 
@@ -35,6 +35,7 @@ def search(
     top: Annotated[int, typer.Option(help="Number of images to find.", min=1)] = 10,
     out: Annotated[Path | None, typer.Option(help="PNG file for a picture of the query and its hits.")] = None,
     model: Annotated[Path | None, typer.Option(help="ONNX file of the index, if it was moved.")] = None,
+    gallery: Annotated[Path | None, typer.Option(help="Folder of the images, if it was moved.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the hits as JSON.")] = False,
 ) -> None:
     """Find the gallery images most similar to a query image."""
@@ -42,18 +43,25 @@ def search(
 
     from pipeline.search.index import open_index
 
-    opened = open_index(index, model)
+    opened = open_index(index, model, gallery)
+    if gallery is not None or out is not None:
+        opened.check_gallery()
     picture = opened.query(query)
     hits = opened.search(opened.model.embed(picture), top)
+    paths, problems = opened.intact(hits)
     if out is not None:
         from pipeline.report.panels import save_finds
 
-        save_finds(out, opened.model.name, picture[0], [opened.query(opened.path(hit.place))[0] for hit in hits])
+        if not paths:
+            raise Refusal(f"no hit can be shown in {short(out)}: {problems[0]}")
+        save_finds(out, opened.model.name, picture[0], [opened.query(path)[0] for path in paths])
     if as_json:
         typer.echo(json.dumps([asdict(hit) for hit in hits], ensure_ascii=False))
-        return
-    for hit in hits:
-        typer.echo(f"{hit.similarity:.4f}  {hit.path}")
+    else:
+        for hit in hits:
+            typer.echo(f"{hit.similarity:.4f}  {hit.path}")
+    if problems:
+        typer.echo(f"{len(problems)} of {len(hits)} hits can no longer be shown: {problems[0]}", err=True)
 
 
 @app.command(epilog="Example: smaller-student serve --index index --port 8000")
@@ -68,6 +76,13 @@ def serve(
     name: Annotated[
         list[str] | None, typer.Option(help="Host name in the page's address, if not localhost; can be repeated.")
     ] = None,
+    model: Annotated[
+        list[Path] | None, typer.Option(help="ONNX file, if it was moved: one for all indexes, or one for each, in order.")
+    ] = None,
+    gallery: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of the images, if it was moved: one for all indexes, or one for each, in order."),
+    ] = None,
 ) -> None:
     """Serve a web page for searching by image."""
     import uvicorn
@@ -76,13 +91,29 @@ def serve(
     from pipeline.search.page import allowed_hosts, application, listen
 
     hosts = allowed_hosts(host, name or [])
-    indexes = [open_index(folder) for folder in index]
+    models, galleries = _for_each(model, "--model", len(index)), _for_each(gallery, "--gallery", len(index))
+    indexes = [open_index(*one) for one in zip(index, models, galleries, strict=True)]
+    for opened in indexes:
+        opened.check_gallery()
     for folder in sorted({str(opened.gallery) for opened in indexes}):
         typer.echo(f"serving the images of {folder}")
     with listen(host, port) as listener, suppress(KeyboardInterrupt):
         typer.echo(f"http://{(name or [host])[0]}:{listener.getsockname()[1]}/")
         config = uvicorn.Config(application(indexes, hosts), log_level="warning", access_log=False)
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def _for_each(paths: list[Path] | None, option: str, indexes: int) -> list[Path] | list[None]:
+    """Return a path for each index; a single one is that of all.
+
+    Raises:
+        Refusal: If there are others than none, one, or one for each.
+    """
+    if not paths:
+        return [None] * indexes
+    if len(paths) not in (1, indexes):
+        raise Refusal(f"{len(paths)} `{option}` for {indexes} `--index`: give one, or one for each index in their order")
+    return paths * indexes if len(paths) == 1 else paths
 
 
 @app.command()

@@ -120,12 +120,23 @@ class Export(Section):
     """Stage `export`: the ONNX files."""
 
     opset: Annotated[int, Field(ge=18, le=23)]
-    """Version of the ONNX operator set."""
+    """Version of the ONNX operator set; older runtimes know the lower ones only."""
+    batch: Literal["dynamic"] | Annotated[int, Field(ge=1, le=1024)]
+    """Images in each call of a file: `dynamic` for any number, or a fixed number, for runtimes that want one;
+    `benchmark.batches` must then be that number alone."""
     precisions: Annotated[list[Literal["fp32", "int8"]], Field(min_length=1)]
     """Files to write: fp32 is required, int8 is written if it passes its checks."""
     licence: Annotated[str, Field(min_length=1)]
     """Terms of use in the model card and the file's metadata; the licence of the training data may restrict them."""
     limits: Limits
+
+    @field_validator("batch", mode="before")
+    @classmethod
+    def _is_dynamic_or_a_number(cls, batch: object) -> object:
+        # Checked before the types: pydantic reports a problem for each member of a union.
+        if batch != "dynamic" and not (type(batch) is int and 1 <= batch <= 1024):
+            raise ValueError(f"must be dynamic or a whole number in [1, 1024], got {batch!r}")
+        return batch
 
     @model_validator(mode="after")
     def _has_fp32(self) -> Self:
@@ -138,7 +149,7 @@ class Benchmark(Section):
     """Stage `benchmark`: latency and the report."""
 
     batches: Annotated[list[Annotated[int, Field(ge=1, le=1024)]], Field(min_length=1)]
-    """Batch sizes to time, images. 1 is required, because `speedup` is reported for it."""
+    """Batch sizes to time, images. `speedup` is reported for the smallest: 1, which is required, or `export.batch`."""
     threads: Annotated[list[Annotated[int, Field(ge=0, le=1024)]], Field(min_length=1)]
     """Numbers of intra-op threads to time. 0 stands for all that the process may use, and is required."""
     repeats: Annotated[int, Field(ge=3, le=100_000)]
@@ -148,8 +159,6 @@ class Benchmark(Section):
 
     @model_validator(mode="after")
     def _has_reported_setting(self) -> Self:
-        if 1 not in self.batches:
-            raise ValueError(f"`batches` must contain 1, got {self.batches}")
         if 0 not in self.threads:
             raise ValueError(f"`threads` must contain 0 (all), got {self.threads}")
         return self
@@ -254,6 +263,14 @@ class Params(Section):
             complaints.append(
                 f"`surgery.channel_multiple` ({self.surgery.channel_multiple}) must divide `student.channel_multiple` "
                 f"({self.student.channel_multiple})"
+            )
+        if self.export.batch == "dynamic":
+            if 1 not in self.benchmark.batches:
+                complaints.append(f"`benchmark.batches` must contain 1, got {self.benchmark.batches}")
+        elif self.benchmark.batches != [self.export.batch]:
+            complaints.append(
+                f"`benchmark.batches` must be [{self.export.batch}], got {self.benchmark.batches}, because files with "
+                f"`export.batch` {self.export.batch} take no other batch"
             )
         if self.student.method == "paper" and self.runtime.devices * self.runtime.nodes > 1:
             complaints.append(

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.export.metadata import Metadata
+from pipeline.export.runtimes import RUNTIMES, Requirements
 from pipeline.inference.session import INPUT, OUTPUT
 from pipeline.protocols import SEEN
 
@@ -17,6 +18,7 @@ class CardEntry:
         maps: mAP by protocol as shown, in [0, 1]; the protocol of the run comes first.
         bytes: Size of the file.
         sha256: Hexadecimal.
+        requirements: What the file needs to run.
         resizes: Whether the model accepts images of any size.
     """
 
@@ -25,6 +27,7 @@ class CardEntry:
     maps: Mapping[str, float]
     bytes: int
     sha256: str
+    requirements: Requirements
     resizes: bool
 
 
@@ -58,11 +61,26 @@ def render_card(files: Mapping[str, CardEntry], notes: Mapping[str, str]) -> str
     metadata = files[core].metadata
     height, width = metadata.image_size
     protocols = list(files[core].maps)
+    needs = files[core].requirements
+    images, repeat, fill = needs.batch or "batch", "[None]", ""
+    batch = f"The number of images in a call is {needs.batch} (`export.batch`)."
+    if needs.batch is None:
+        batch = "A runtime that needs a fixed number of images in a call needs files that were exported with `export.batch`."
+    if needs.batch is not None and needs.batch > 1:
+        repeat = f"[None].repeat({needs.batch}, axis=0)"
+        fill = (
+            f"\nEach call takes exactly {needs.batch} images: fill the last batch up, and drop the embeddings of the "
+            "filling.\n"
+        )
     scores = " | ".join(f"mAP, `{protocol}`" for protocol in protocols)
     rows = "\n".join(
         f"| `{file}` | {entry.description} | {' | '.join(f'{entry.maps[protocol]:.4f}' for protocol in protocols)} "
         f"| {entry.metadata.params:,} | {entry.metadata.macs:,} | {entry.bytes:,} |"
         for file, entry in files.items()
+    )
+    runtimes = "\n".join(
+        f"| {runtime.name} | {', '.join(f'`{name}`' for name in runtime.files if name in files)} | {runtime.note} |"
+        for runtime in RUNTIMES
     )
     sums = "\n".join(f"{entry.sha256}  {file}" for file, entry in files.items())
     seen = "were used for training too" if SEEN in metadata.protocol else "were not used for training"
@@ -91,9 +109,9 @@ Use `{whole}` unless you resize and normalise images yourself; then use `{core}`
 
 ## How do I run it?
 
-`{whole}` takes uint8 images, (batch, height, width, 3) RGB of any size, and resizes and normalises them.
-The output `{OUTPUT}` is float32, (batch, {metadata.embedding_dim}), L2-normalised.
-
+`{whole}` takes uint8 images, ({images}, height, width, 3) RGB of any size, and resizes and normalises them.
+The output `{OUTPUT}` is float32, ({images}, {metadata.embedding_dim}), L2-normalised.
+{fill}
 ```python
 import numpy as np
 import onnxruntime
@@ -101,10 +119,10 @@ from PIL import Image, ImageOps
 
 session = onnxruntime.InferenceSession("{whole}", providers=["CPUExecutionProvider"])
 image = ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")
-embedding = session.run(["{OUTPUT}"], {{"{INPUT}": np.asarray(image)[None]}})[0]
+embedding = session.run(["{OUTPUT}"], {{"{INPUT}": np.asarray(image){repeat}}})[0]
 ```
 
-The other files take float32, (batch, 3, {height}, {width}), preprocessed in these steps: rotate upright by the EXIF
+The other files take float32, ({images}, 3, {height}, {width}), preprocessed in these steps: rotate upright by the EXIF
 tag, convert to RGB, resize to height {height} and width {width} (bilinear, antialiased), divide by 255, subtract the
 mean, divide by the standard deviation.
 
@@ -117,9 +135,20 @@ session = onnxruntime.InferenceSession("{core}", providers=["CPUExecutionProvide
 image = ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")
 image = image.resize(({width}, {height}), Image.Resampling.BILINEAR)
 pixels = (np.asarray(image) / 255 - {list(metadata.mean)}) / {list(metadata.std)}
-batch = pixels.transpose(2, 0, 1)[None].astype(np.float32)
+batch = pixels.transpose(2, 0, 1){repeat}.astype(np.float32)
 embedding = session.run(["{OUTPUT}"], {{"{INPUT}": batch}})[0]
 ```
+
+## Which file for which runtime?
+
+The files have ONNX operator set {needs.opset} and IR version {needs.ir_version}, the lowest that goes with it. All of them
+run in ONNX Runtime {needs.onnxruntime} and later on the CPU.
+
+| other runtime | files | remarks |
+|---|---|---|
+{runtimes}
+
+`{whole}` suits few of them, because it takes uint8 images and resizes with antialiasing. {batch}
 
 {sections}
 

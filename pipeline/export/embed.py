@@ -22,13 +22,29 @@ class Images(Protocol):
 
 
 def embed_pixels(session: InferenceSession, pixels: Pixels, mean: PerChannel, std: PerChannel) -> Embeddings:
-    """Embed a batch of upright images with an exported file, (n, h, w, 3) uint8 RGB -> (n, D), L2-normalised.
+    """Embed upright images with an exported file, (n, h, w, 3) uint8 RGB -> (n, D), L2-normalised.
 
-    A model with float input needs images of its input size, which are normalised with `mean` and `std`.
+    A model with float input needs images of its input size, which are normalised with `mean` and `std`. A file with a
+    fixed batch is called as often as needed.
     """
-    feed = pixels if has_preprocessing(session) else normalise_pixels(pixels, mean, std)
-    embeddings: Embeddings = session.run([OUTPUT], {INPUT: feed})[0]
-    return embeddings
+    size = fixed_batch(session) or len(pixels)
+    embeddings = []
+    for start in range(0, len(pixels), size):
+        batch = fill(pixels[start : start + size], size)
+        feed = batch if has_preprocessing(session) else normalise_pixels(batch, mean, std)
+        embeddings.append(session.run([OUTPUT], {INPUT: feed})[0])
+    return np.concatenate(embeddings)[: len(pixels)]
+
+
+def fixed_batch(session: InferenceSession) -> int | None:
+    """Return the number of images that every call of a file takes; None if it takes any number."""
+    size = session.get_inputs()[0].shape[0]
+    return size if isinstance(size, int) else None
+
+
+def fill(pixels: Pixels, size: int) -> Pixels:
+    """Append copies of the last image until there are `size`, (n, h, w, 3) -> (size, h, w, 3), n >= 1."""
+    return np.concatenate([pixels, np.repeat(pixels[-1:], size - len(pixels), axis=0)])
 
 
 def has_preprocessing(session: InferenceSession) -> bool:
@@ -57,7 +73,12 @@ def embed(
     std: PerChannel,
     batch: int = 32,
 ) -> Embeddings:
-    """Embed the images at `indices` (n,), n >= 1, of a manifest -> (n, D), `batch` at a time; see `embed_pixels`."""
+    """Embed the images at `indices` (n,), n >= 1, of a manifest -> (n, D); see `embed_pixels`.
+
+    Args:
+        batch: Images in a call, unless the file fixes their number.
+    """
+    batch = fixed_batch(session) or batch
     chunks = [indices[start : start + batch] for start in range(0, len(indices), batch)]
     return np.concatenate(
         [

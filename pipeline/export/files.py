@@ -10,9 +10,10 @@ from pipeline.config import Export
 from pipeline.export import int8
 from pipeline.export.embed import Embeddings, Pixels
 from pipeline.export.metadata import Metadata, finish, serialise
-from pipeline.export.parity import BATCH_SIZES, ParityCheck, Reference, batch_subset, cosines
+from pipeline.export.parity import ParityCheck, Reference, cosines
 from pipeline.export.preprocessing import add_preprocessing
 from pipeline.export.release import ALL_IN_ONE, INT8, STUDENT, TEACHER
+from pipeline.export.runtimes import Requirements
 from pipeline.export.sample import MIN_COSINE_INT8
 from pipeline.export.to_onnx import to_onnx
 from pipeline.inference.session import open_session
@@ -30,6 +31,7 @@ class ExportedFile:
     Attributes:
         description: A few words for the model card.
         content: Bytes of the file.
+        requirements: What the file needs to run.
         embeddings: (n, D) of the test images, by ONNX Runtime.
         min_cosine: Smallest cosine of these embeddings with torch's; None for int8, which is lossy.
     """
@@ -37,6 +39,7 @@ class ExportedFile:
     description: str
     content: bytes
     metadata: Metadata
+    requirements: Requirements
     embeddings: Embeddings
     min_cosine: float | None
 
@@ -51,7 +54,8 @@ class OnnxExporter:
         check: Compares files with torch on the test images.
         make_metadata: Builds the metadata of a file from the spec of its network and the mAP of the file.
         embed: Embeds the test images with a torch network, (n, D).
-        calibration: Batches of normalised training images, (n, 3, h, w) each, for int8.
+        calibration: Batches of normalised training images, (n, 3, h, w) each, for int8; n is `export.batch` if it is
+            a number.
         originals: Test images (h, w, 3) at their original size, which may differ; read one at a time.
     """
 
@@ -76,7 +80,7 @@ class OnnxExporter:
             ParityError: If a file does not reproduce its network.
         """
         check, reference = self.check, self.check.reference(self.embed(student))
-        model = to_onnx(student, self.image_size, self.settings.opset)
+        model = self._to_onnx(student)
         core = self._checked(STUDENT, "the student", student, model, reference)
         resizing = add_preprocessing(model, self.image_size, check.mean, check.std)
         whole = self._checked(ALL_IN_ONE, "the student with built-in preprocessing", student, resizing, reference)
@@ -85,9 +89,13 @@ class OnnxExporter:
         if "int8" in self.settings.precisions:
             int8_result, quantised = self._quantised(student, model, core)
             files |= {INT8: quantised} if quantised else {}
-        teacher_model = to_onnx(teacher, self.image_size, self.settings.opset)
+        teacher_model = self._to_onnx(teacher)
         reference = check.reference(self.embed(teacher))
         return files | {TEACHER: self._checked(TEACHER, "the teacher", teacher, teacher_model, reference)}, int8_result
+
+    def _to_onnx(self, net: RetrievalNet) -> onnx.ModelProto:
+        batch = None if self.settings.batch == "dynamic" else self.settings.batch
+        return to_onnx(net, self.image_size, self.settings.opset, batch)
 
     def _checked(
         self, name: str, description: str, net: RetrievalNet, model: onnx.ModelProto, reference: Reference
@@ -101,7 +109,8 @@ class OnnxExporter:
         metadata = self.make_metadata(net.spec, parity.map)
         content = finish(model, metadata)
         self.check.verify_batches(name, content, reference)
-        return ExportedFile(description, content, metadata, parity.embeddings, parity.min_cosine)
+        needs = Requirements.of(model)
+        return ExportedFile(description, content, metadata, needs, parity.embeddings, parity.min_cosine)
 
     def _quantised(
         self, net: RetrievalNet, model: onnx.ModelProto, core: ExportedFile
@@ -110,7 +119,7 @@ class OnnxExporter:
         scored: list[Embeddings] = []
 
         def speedups(files: Mapping[str, bytes]) -> Mapping[str, Gain]:
-            return gains({STUDENT: core.content, **files}, STUDENT, self.image_size)
+            return gains({STUDENT: core.content, **files}, STUDENT, self.image_size, core.requirements.batch or 1)
 
         def score(content: bytes) -> float:
             scored.append(self.check.embed(open_session(content)))
@@ -121,20 +130,18 @@ class OnnxExporter:
         file = None
         if result.model is not None and result.map is not None:
             metadata = self.make_metadata(net.spec, result.map)
+            content, needs = finish(result.model, metadata), Requirements.of(result.model)
             # `choose` stops scoring at the file it chooses, so the last embeddings are those of that file.
-            file = ExportedFile(
-                "the student, quantised to int8", finish(result.model, metadata), metadata, scored[-1], None
-            )
+            file = ExportedFile("the student, quantised to int8", content, metadata, needs, scored[-1], None)
             if problem := self._batch_dependence(file):
                 result, file = replace(result, model=None, map=None, reason=f"{result.reason}, but {problem}"), None
         log.info("int8 is %s: %s", "published" if file else "not published", result.reason)
         return result, file
 
     def _batch_dependence(self, file: ExportedFile) -> str:
-        """Describe how the embeddings of a file depend on the batch size; empty if they do not."""
-        session, subset = open_session(file.content), batch_subset(len(file.embeddings))
-        for batch in BATCH_SIZES:
-            cosine = cosines(self.check.embed(session, subset, batch), file.embeddings[subset]).min()
+        """Describe how the embeddings of a file depend on the batch; empty if they do not."""
+        for label, subset, embeddings in self.check.embed_regrouped(open_session(file.content)):
+            cosine = cosines(embeddings, file.embeddings[subset]).min()
             if not cosine >= MIN_COSINE_INT8:
-                return f"at batch size {batch} an embedding has cosine {cosine:.4f} with that of batch size 32"
+                return f"at {label} an embedding has cosine {cosine:.4f} with the one that was scored"
         return ""

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
+from pipeline.export.runtimes import fixed_dimension
 from pipeline.inference.session import INPUT, open_session  # before onnxruntime: it turns telemetry off
 from pipeline.inference.timing import Gain
 
@@ -59,7 +60,8 @@ class Candidate:
 
     Attributes:
         recipe: Name of the recipe.
-        speedup: Latency of the float file divided by that of this file, for one image with all threads.
+        speedup: Latency of the float file divided by that of this file, for one image (or `export.batch`) with all
+            threads.
         speedup_low: Lower end of the 95 % confidence interval of `speedup`.
         map: mAP on the test set, in [0, 1]; None if it was not evaluated: not faster than float, or slower than the
             candidate that was chosen.
@@ -81,6 +83,7 @@ class Int8Result:
         model: The chosen model; None if no candidate qualified.
         map: Its mAP on the test set; None if no candidate qualified.
         reason: Why this candidate was chosen, or why none was.
+        calls: What was timed, such as `one image`.
         candidates: All candidates, fastest first.
         saturates: Result of `int8_products_saturate` on this machine.
     """
@@ -88,6 +91,7 @@ class Int8Result:
     model: onnx.ModelProto | None
     map: float | None
     reason: str
+    calls: str
     candidates: tuple[Candidate, ...]
     saturates: bool
 
@@ -103,7 +107,7 @@ class Int8Result:
         return (
             f"There is {'an' if self.model else 'no'} int8 file. {self.reason}.\n\n"
             f"The processor that exported these files {sums}. Int8 weights have 7 bits, which keeps sums exact on any "
-            "processor.\n\n| recipe | speed-up over float, one image | at least (95 %) | mAP | bytes |\n"
+            f"processor.\n\n| recipe | speed-up over float, {self.calls} | at least (95 %) | mAP | bytes |\n"
             f"|---|---|---|---|---|\n{rows}"
         )
 
@@ -126,7 +130,8 @@ def choose(
         score: Computes the mAP of a file.
         gains: Measures the speed-up over the float file of each file, by name.
     """
-    saturates = int8_products_saturate()
+    saturates, batch = int8_products_saturate(), fixed_dimension(model) or 1
+    calls = "one image" if batch == 1 else f"{batch} images a call"
     models = {recipe.name: quantise(model, inputs, recipe) for recipe in RECIPES}
     contents = {name: quantised.SerializeToString() for name, quantised in models.items()}
     speedups, candidates, reasons = gains(contents), [], []
@@ -144,10 +149,10 @@ def choose(
         elif int8_map is not None:
             chosen = (name, int8_map)
     if chosen is None:
-        return Int8Result(None, None, "; ".join(reasons), tuple(candidates), saturates)
+        return Int8Result(None, None, "; ".join(reasons), calls, tuple(candidates), saturates)
     name, int8_map = chosen
-    reason = f"{name}: {speedups[name].ratio:.2f} times as fast as float on one image, mAP {int8_map - float_map:+.4f}"
-    return Int8Result(models[name], int8_map, reason, tuple(candidates), saturates)
+    reason = f"{name}: {speedups[name].ratio:.2f} times as fast as float on {calls}, mAP {int8_map - float_map:+.4f}"
+    return Int8Result(models[name], int8_map, reason, calls, tuple(candidates), saturates)
 
 
 def quantise(model: onnx.ModelProto, inputs: Sequence[Inputs], recipe: Recipe) -> onnx.ModelProto:

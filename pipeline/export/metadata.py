@@ -10,6 +10,7 @@ import onnx
 from pydantic import TypeAdapter
 
 from pipeline.config import Params
+from pipeline.export.runtimes import Requirements
 
 DIGEST_SECTIONS = ("data", "seed", "teacher", "student", "surgery", "export")
 """Sections of params.yaml that decide the content of a file; the others change speed or logging only."""
@@ -74,12 +75,16 @@ def params_digest(params: Params) -> str:
 
 
 def finish(model: onnx.ModelProto, metadata: Metadata) -> bytes:
-    """Set the metadata of a model in place, check the model, and return the content of its file.
+    """Set the metadata and the IR version of a model in place, check the model, and return the content of its file.
+
+    The IR version is the lowest that the operator set allows, because a runtime refuses files with a later one than its
+    own. Exporter and quantiser write their own, so it is set last.
 
     Raises:
         onnx.checker.ValidationError: If the model is not valid ONNX.
     """
-    onnx.helper.set_model_props(model, metadata.properties())
+    model.ir_version = onnx.helper.find_min_ir_version_for(model.opset_import)
+    onnx.helper.set_model_props(model, {**metadata.properties(), **Requirements.of(model).properties()})
     onnx.checker.check_model(model, full_check=True)
     return serialise(model)
 

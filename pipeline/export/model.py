@@ -49,8 +49,10 @@ def open_model(path: Path) -> Model:
     """Load a file of a release folder, after checking it against SHA256SUMS.
 
     Raises:
-        ReleaseError: If its hash differs, or this package did not write it.
+        ReleaseError: If it is missing, its hash differs, or this package did not write it.
     """
+    if not path.exists():
+        raise ReleaseError(f"{path} is missing; run `dvc repro` or `dvc pull`, or name an ONNX file of another release")
     return load_model(path.name, read_checked(path.parent, path.name))
 
 

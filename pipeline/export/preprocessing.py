@@ -11,6 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.export.embed import PerChannel, scale_to_255
+from pipeline.export.runtimes import fixed_dimension
 from pipeline.inference.session import INPUT
 
 NORMALISED = "preprocess/normalised"
@@ -22,7 +23,7 @@ def add_preprocessing(
     """Return a copy of a model with resizing and normalisation in front.
 
     The core has float input (n, 3, h, w), where (h, w) is `image_size`; the result has uint8 input
-    (n, height, width, 3), RGB, of any height and width.
+    (n, height, width, 3), RGB, of any height and width. The number of images n is fixed if the core's is.
     """
     constants: dict[str, npt.NDArray[Any]] = {
         "size": np.array(image_size, np.int64),
@@ -46,8 +47,9 @@ def add_preprocessing(
     del model.graph.node[:]
     model.graph.node.extend(nodes + core_nodes)
     model.graph.initializer.extend(numpy_helper.from_array(v, f"preprocess/{name}") for name, v in constants.items())
+    batch = fixed_dimension(core) or "batch"
     del model.graph.input[:]
-    shape: list[str | int | None] = ["batch", "height", "width", 3]
+    shape: list[str | int | None] = [batch, "height", "width", 3]
     model.graph.input.append(helper.make_tensor_value_info(INPUT, TensorProto.UINT8, shape))
     return model
 

@@ -10,12 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.inference.session import INPUT, OUTPUT
-from pipeline.models.head import l2_normalise
 from pipeline.models.resnet import RetrievalNet, convert
-
-IR_VERSION = 10
-"""Version of the ONNX file format; ONNX Runtime 1.19 (2024) and later read it."""
-
 
 class Embedder(nn.Module):
     """A copy of a network without its classifier, followed by L2 normalisation."""
@@ -25,22 +20,31 @@ class Embedder(nn.Module):
         self.net = convert(net, net.spec.model_copy(update={"identities": 0})).cpu()
 
     def forward(self, image: Tensor) -> Tensor:
-        """Embed normalised images, (B, 3, H, W) -> (B, D)."""
-        return l2_normalise(self.net(image).embedding)
+        """Embed normalised images, (B, 3, H, W) -> (B, D).
+
+        The formula is that of `l2_normalise`, whose `expand` would become a Shape and an Expand of the batch in the graph:
+        OpenCV 4 cannot run them for more than one image.
+        """
+        embedding = self.net(image).embedding
+        length = embedding.norm(dim=1, keepdim=True)
+        return embedding / length.clamp_min(torch.finfo(embedding.dtype).eps)
 
 
-def to_onnx(net: RetrievalNet, image_size: tuple[int, int], opset: int) -> onnx.ModelProto:
-    """Convert a network to an ONNX model with a dynamic batch dimension.
+def to_onnx(
+    net: RetrievalNet, image_size: tuple[int, int], opset: int, batch: int | None = None
+) -> onnx.ModelProto:
+    """Convert a network to an ONNX model.
 
     Args:
         net: Network; it is not modified.
         image_size: (height, width) of the input, pixels.
         opset: Version of the ONNX operator set.
+        batch: Images in a call; None for any number.
 
     Raises:
         RuntimeError: If the exporter falls back to another operator set.
     """
-    example = torch.zeros(2, 3, *image_size)  # the exporter would treat a batch of 1 as a constant
+    example = torch.zeros(batch or 2, 3, *image_size)  # the exporter treats a batch of 1 as a constant
     program = torch.onnx.export(
         Embedder(net).eval(),
         (example,),
@@ -48,7 +52,7 @@ def to_onnx(net: RetrievalNet, image_size: tuple[int, int], opset: int) -> onnx.
         external_data=False,
         input_names=[INPUT],
         output_names=[OUTPUT],
-        dynamic_shapes={"image": {0: "batch"}},
+        dynamic_shapes={"image": {0: "batch"}} if batch is None else None,
         opset_version=opset,
         verbose=False,
     )
@@ -61,7 +65,6 @@ def to_onnx(net: RetrievalNet, image_size: tuple[int, int], opset: int) -> onnx.
             f"the exporter of torch {torch.__version__} wrote operator sets {versions} instead of `export.opset` "
             f"{opset}; set another `export.opset`"
         )
-    model.ir_version = IR_VERSION
     _strip_notes(model)
     return model
 

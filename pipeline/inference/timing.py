@@ -154,19 +154,20 @@ def _order(names: Sequence[str], turn: int) -> list[str]:
     return order[::-1] if turn % 2 else order
 
 
-def gains(files: Mapping[str, bytes], reference: str, image_size: tuple[int, int]) -> dict[str, Gain]:
-    """Return the speedup of each file over a reference, for one image with all threads.
+def gains(files: Mapping[str, bytes], reference: str, image_size: tuple[int, int], batch: int = 1) -> dict[str, Gain]:
+    """Return the speedup of each file over a reference, for one batch with all threads.
 
     Args:
         files: Contents of the ONNX files by name.
         reference: Name of the file to compare with.
         image_size: Height and width, pixels.
+        batch: Images per call.
     """
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: Path(folder) / f"{number}.onnx" for number, name in enumerate(files)}
         for name, path in paths.items():
             path.write_bytes(files[name])
-        timings = {timing.file: timing for timing in measure(paths, image_size, [1], [0], COMPARISON_CALLS)}
+        timings = {timing.file: timing for timing in measure(paths, image_size, [batch], [0], COMPARISON_CALLS)}
     return {name: gain(timings[reference], timings[name]) for name in files}
 
 

@@ -70,7 +70,8 @@ class Comparison:
     Attributes:
         map: Difference in mAP on the same test set.
         size_ratio: File size of the challenger / that of the rival.
-        latency_ratio: Latency of the challenger / that of the rival at batch 1; None if it was not measured.
+        latency_ratio: Latency of the challenger / that of the rival for one image, or for the batch that one of them
+            fixes; None if it was not measured.
     """
 
     map: Difference

@@ -13,7 +13,7 @@ from pipeline.data.images import Images, data_root
 from pipeline.data.layout import UNASSIGNED
 from pipeline.data.manifest import TEST, Item, Manifest
 from pipeline.data.splits import split_test
-from pipeline.export.embed import embed
+from pipeline.export.embed import embed, fixed_batch
 from pipeline.export.model import Model, open_model
 from pipeline.export.release import STUDENT
 from pipeline.files import Files
@@ -76,12 +76,15 @@ class PromotionPolicy:
         gap = difference(self._evaluate("", new), self._evaluate(version, old), queries)
         size_ratio = (self._folder / STUDENT).stat().st_size / (folder / STUDENT).stat().st_size
         latency_ratio = None
-        if timed and new.metadata.image_size == old.metadata.image_size:  # another size was chosen on purpose
+        batches = {size for model in (new, old) if (size := fixed_batch(model.session)) is not None}
+        comparable = new.metadata.image_size == old.metadata.image_size and len(batches) < 2
+        if timed and comparable:  # another image size or another fixed batch was chosen on purpose
             contents = {
                 "champion": (folder / STUDENT).read_bytes(),
                 "challenger": (self._folder / STUDENT).read_bytes(),
             }
-            gain = gains(contents, "champion", new.metadata.image_size)["challenger"]
+            batch = max(batches, default=1)
+            gain = gains(contents, "champion", new.metadata.image_size, batch)["challenger"]
             latency_ratio = 1 / gain.high  # lower end of the interval: timing noise rejects no challenger
         log.info("difference to version %s: mAP %+.4f (%+.4f to %+.4f)", version, gap.mean, gap.low, gap.high)
         return Comparison(gap, size_ratio, latency_ratio)

@@ -13,7 +13,7 @@ from pipeline.inference.timing import Timing
 from pipeline.protocols import PROTOCOLS, conditions
 from pipeline.records import BenchmarkRecord, ExportRecord, PrepareRecord, StudentRecord, SurgeryRecord, TeacherRecord
 from pipeline.report.curves import Curves, plot_capacity, plot_training
-from pipeline.report.latency import HEADLINE_SETTING, STUDENT, TEACHER, gains, setting_name
+from pipeline.report.latency import STUDENT, TEACHER, gains, headline_batch, setting_name
 from pipeline.report.panels import PanelQuery, Ranking, choose_queries, describe, plot_panel, rank
 from pipeline.report.pareto import Point, plot_pareto
 from pipeline.report.render import render
@@ -88,7 +88,7 @@ def write_report(folder: Path, run: RunResults) -> None:
     if run.sites:
         save(plot_widths(run.widths[TEACHER], run.widths[STUDENT], run.sites), folder / "widths.png")
     retrievals = {name: _evaluate(run, name) for name in (TEACHER, STUDENT)}
-    speedups = gains(run.timings)
+    speedups, batch = gains(run.timings), headline_batch(run.timings)
     html = render(
         "report.html.jinja",
         run=run,
@@ -98,7 +98,8 @@ def write_report(folder: Path, run: RunResults) -> None:
         protocol=PROTOCOLS[run.protocol],
         conditions=conditions(run.protocol, run.prepare.seen_identities > 0),
         gains=speedups,
-        headline=speedups[STUDENT][HEADLINE_SETTING],
+        headline=speedups[STUDENT][setting_name(batch, threads=0)],
+        call="one image" if batch == 1 else f"{batch} images",
         setting=setting_name,
     )
     write_text(folder / PAGE, html)

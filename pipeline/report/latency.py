@@ -18,8 +18,10 @@ def setting_name(batch: int, threads: int) -> str:
 
 COLUMNS = ("file", "batch", "threads", "p50_ms", "p90_ms", "p99_ms", "spread", "images_per_second")
 
-HEADLINE_SETTING = setting_name(batch=1, threads=0)
-"""The setting of metric `speedup`."""
+
+def headline_batch(timings: Sequence[Timing]) -> int:
+    """Return the batch size of metric `speedup`: the smallest, which is 1 unless the files fix another."""
+    return min(timing.batch for timing in timings)
 
 
 def gains(timings: Sequence[Timing]) -> dict[str, dict[str, Gain]]:
@@ -47,27 +49,28 @@ def benchmark_record(
     """Compare the latency of the student with that of the teacher, and the speed-up with the ratio of MACs.
 
     Args:
-        timings: Of files `teacher` and `student`, optionally `int8`, at the same settings, with `HEADLINE_SETTING`.
+        timings: Of files `teacher` and `student`, optionally `int8`, at the same settings, also with all threads.
         footprints: Of the same files.
         teacher_macs: Multiply-accumulates per image.
         student_macs: Multiply-accumulates per image.
 
     Raises:
-        KeyError: If a setting was timed for some files only, or `HEADLINE_SETTING` was not timed.
+        KeyError: If a setting was timed for some files only, or all threads were not timed.
     """
     latencies: dict[str, dict[str, Latency]] = {}
     for timing in timings:
         latency = Latency(p50=timing.p50_ms, p90=timing.p90_ms, p99=timing.p99_ms)
         latencies.setdefault(timing.file, {})[setting_name(timing.batch, timing.threads)] = latency
     speedups = gains(timings)
-    headline, ideal = speedups[STUDENT][HEADLINE_SETTING], teacher_macs / student_macs
+    setting = setting_name(headline_batch(timings), threads=0)
+    headline, ideal = speedups[STUDENT][setting], teacher_macs / student_macs
     return BenchmarkRecord(
         speedup=headline.ratio,
         speedup_low=headline.low,
         speedup_high=headline.high,
         conclusive=int(headline.conclusive),
         speedup_by_setting={name: speedup.ratio for name, speedup in speedups[STUDENT].items()},
-        speedup_int8=speedups[INT8][HEADLINE_SETTING].ratio if INT8 in speedups else None,
+        speedup_int8=speedups[INT8][setting].ratio if INT8 in speedups else None,
         ideal_speedup=ideal,
         realised=headline.ratio / ideal,
         teacher=latencies[TEACHER],

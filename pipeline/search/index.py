@@ -1,22 +1,28 @@
-"""An index of a gallery: its embeddings, and the hash of the model that computed them.
+"""An index of a gallery: its embeddings, and the hashes of its images and of the model that computed them.
 
-Embeddings of different models are not comparable, so an index refuses queries of another model.
+Embeddings of different models are not comparable, so an index refuses queries of another model. Images that were deleted
+or replaced since are recognised by their hashes.
 """
 
+import hashlib
 import io
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from errno import EINVAL
 from pathlib import Path
+from stat import S_ISREG
+from typing import Self
 
 import faiss
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.data.folders import walk
 from pipeline.data.images import Pixels, decode
 from pipeline.data.parallel import in_threads
-from pipeline.export.embed import Embeddings
+from pipeline.export.embed import Embeddings, fixed_batch
 from pipeline.export.model import Model, open_model
 from pipeline.export.release import SUMS, ReleaseError, read_release, read_sums, write_release
 from pipeline.progress import track
@@ -26,6 +32,8 @@ log = logging.getLogger(__name__)
 VECTORS, INFO = "vectors.npy", "index.json"
 BATCH, CHUNK = 32, 256
 """Images that are embedded, and images that are decoded at a time: the gallery need not fit into memory."""
+SAMPLE = 100
+"""Images that must not all be missing from a gallery, evenly spread over the index."""
 
 
 class GalleryError(RuntimeError):
@@ -38,18 +46,30 @@ class IndexInfo(BaseModel):
     """Content of index.json.
 
     Attributes:
-        model: Path of the model when the index was written.
+        model: Absolute path of the model when the index was written.
+        model_from_here: The same, relative to the folder of the index: where it is after a checkout was moved or copied.
         sha256: SHA-256 of the model.
-        gallery: Folder of the images.
+        gallery: Absolute path of the folder of the images.
+        gallery_from_here: The same, relative to the folder of the index.
         paths: Paths of the images, relative to `gallery`.
+        digests: SHA-256 of the images.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str
+    model_from_here: str
     sha256: str
     gallery: str
+    gallery_from_here: str
     paths: list[str] = Field(min_length=1)
+    digests: list[str]
+
+    @model_validator(mode="after")
+    def _has_a_digest_of_each_image(self) -> Self:
+        if len(self.digests) != len(self.paths):
+            raise ValueError(f"{len(self.digests)} digests of {len(self.paths)} images")
+        return self
 
 
 @dataclass(frozen=True)
@@ -73,12 +93,16 @@ class Index:
     Args:
         model: Embeds queries, and has embedded the gallery.
         gallery: Folder of the images.
-        paths: Paths of the images, relative to `gallery`.
+        paths: Paths of the images, relative to the gallery.
+        digests: SHA-256 of the images, in the order of `paths`.
         vectors: (n, D) L2-normalised embeddings, in the order of `paths`.
     """
 
-    def __init__(self, model: Model, gallery: Path, paths: Sequence[str], vectors: Embeddings) -> None:
-        self.model, self.gallery, self.paths, self._vectors = model, gallery, list(paths), vectors
+    def __init__(
+        self, model: Model, gallery: Path, paths: Sequence[str], digests: Sequence[str], vectors: Embeddings
+    ) -> None:
+        self.model, self.gallery, self.paths = model, gallery, list(paths)
+        self._digests, self._vectors = list(digests), vectors
         self._faiss = faiss.IndexFlatIP(vectors.shape[1])
         self._faiss.add(vectors)
 
@@ -96,15 +120,50 @@ class Index:
         return [Hit(int(place), self.paths[place], -float(negative)) for negative, place in nearest]
 
     def path(self, place: int) -> Path:
-        """Return the path of an image, which must be in the gallery: an index from elsewhere may name any path.
+        """Return the path of an image, if the file there is the one that was indexed.
+
+        An index from elsewhere may name any path, and a link may lead anywhere: only what its author knew is shown.
 
         Raises:
-            GalleryError: If the path, or a link in it, leads outside the gallery.
+            GalleryError: If the path leads outside the gallery, or the file was deleted or replaced.
         """
-        path = (self.gallery / self.paths[place]).resolve()
-        if not path.is_relative_to(self.gallery.resolve()):
-            raise GalleryError(f"{self.paths[place]} is outside the gallery {self.gallery}; index it again")
-        return path
+        name = Path(self.paths[place])
+        if name.is_absolute() or ".." in name.parts:
+            raise GalleryError(f"{name} is outside the gallery {self.gallery}; index it again")
+        try:
+            digest = _digest(self.gallery / name)
+        except OSError as error:
+            raise GalleryError(
+                f"{name} is not in {self.gallery} ({error.strerror}); index the gallery again, or name its new folder "
+                "with `--gallery`"
+            ) from None
+        if digest != self._digests[place]:
+            raise GalleryError(f"{name} in {self.gallery} is not the file that was indexed; index the gallery again")
+        return self.gallery / name
+
+    def intact(self, hits: Sequence[Hit]) -> tuple[list[Path], list[str]]:
+        """Return the paths of the hits that are still what was indexed, and what is wrong with the others."""
+        paths, problems = [], []
+        for hit in hits:
+            try:
+                paths.append(self.path(hit.place))
+            except GalleryError as error:
+                problems.append(str(error))
+        return paths, problems
+
+    def check_gallery(self) -> None:
+        """Check that the gallery is where it should be.
+
+        Raises:
+            GalleryError: If it is no folder, or has none of the images (`SAMPLE` of them are tried).
+        """
+        if not self.gallery.is_dir():
+            raise GalleryError(f"the gallery {self.gallery} is gone; name its new folder with `--gallery`")
+        if not any((self.gallery / name).exists() for name in self.paths[:: -(-len(self) // SAMPLE)]):
+            raise GalleryError(
+                f"{self.gallery} has none of the images of the index, such as {self.paths[0]}; name their folder with "
+                "`--gallery`"
+            )
 
     def query(self, picture: Path) -> Pixels:
         """Decode a picture at the model's input size, (1, h, w, 3).
@@ -123,10 +182,13 @@ class Index:
         """
         check_place(folder)
         info = IndexInfo(
-            model=str(model.resolve()),
+            model=os.path.abspath(model),  # not resolved: DVC may link to a file of its cache, which is no release
+            model_from_here=os.path.relpath(model, folder),
             sha256=self.model.sha256,
-            gallery=str(self.gallery.resolve()),
+            gallery=os.path.abspath(self.gallery),
+            gallery_from_here=os.path.relpath(self.gallery, folder),
             paths=self.paths,
+            digests=self._digests,
         )
         vectors = io.BytesIO()
         np.save(vectors, self._vectors, allow_pickle=False)
@@ -162,17 +224,19 @@ def build(model: Path, gallery: Path) -> Index:
     if not gallery.is_dir():
         raise GalleryError(f"{gallery} is not a folder; name one with `--gallery`")
     candidates = [path for path, reason in walk(gallery) if not reason]
-    size = loaded.metadata.image_size
+    size, batch = loaded.metadata.image_size, fixed_batch(loaded.session) or BATCH
+    decoded = max(CHUNK, batch)
 
-    def read(path: str) -> Pixels | str:
+    def read(path: str) -> tuple[str, Pixels] | str:
         try:
-            return decode(gallery / path, size)
+            return _digest(gallery / path), decode(gallery / path, size)
         except Exception as error:  # whatever a decoder raises
             return f"{type(error).__name__}: {error}"
 
     paths: list[str] = []
+    digests: list[str] = []
     embeddings: list[Embeddings] = []
-    chunks = [candidates[start : start + CHUNK] for start in range(0, len(candidates), CHUNK)]
+    chunks = [candidates[start : start + decoded] for start in range(0, len(candidates), decoded)]
     for chunk in track(chunks, len(chunks), "embedding"):
         pictures = []
         for path, result in zip(chunk, in_threads(read, chunk), strict=True):
@@ -180,19 +244,36 @@ def build(model: Path, gallery: Path) -> Index:
                 log.warning("%s is skipped: %s", path, result)
             else:
                 paths.append(path)
-                pictures.append(result)
-        for start in range(0, len(pictures), BATCH):
-            embeddings.append(loaded.embed(np.stack(pictures[start : start + BATCH])))
+                digests.append(result[0])
+                pictures.append(result[1])
+        for start in range(0, len(pictures), batch):
+            embeddings.append(loaded.embed(np.stack(pictures[start : start + batch])))
     if not paths:
         raise GalleryError(f"{gallery} has no readable image ({len(candidates)} files were tried)")
-    return Index(loaded, gallery, paths, np.concatenate(embeddings))
+    return Index(loaded, gallery, paths, digests, np.concatenate(embeddings))
 
 
-def open_index(folder: Path, model: Path | None = None) -> Index:
+def _digest(path: Path) -> str:
+    """Return the SHA-256 of an image.
+
+    Raises:
+        OSError: If it cannot be read, or is not a regular file: reading a device or a pipe may never end.
+    """
+    if not S_ISREG(path.stat().st_mode):
+        raise OSError(EINVAL, "not a regular file")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_index(folder: Path, model: Path | None = None, gallery: Path | None = None) -> Index:
     """Read an index and load its model.
 
+    Model and gallery are looked for relative to the index, as in a checkout that was moved or copied, then where they
+    were when it was written.
+
     Args:
-        model: Path of the model; None for its path when the index was written.
+        model: Path of the model, if it was moved.
+        gallery: Folder of the images, if it was moved.
 
     Raises:
         ReleaseError: If the SHA-256 of a file of the index or of the model is wrong.
@@ -209,7 +290,9 @@ def open_index(folder: Path, model: Path | None = None) -> Index:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise GalleryError(f"{folder / INFO} is invalid: {key}: {first['msg']}; index the gallery again") from None
-    path = model or Path(info.model)
+    path = model or _find(folder, info.model_from_here, info.model)
+    if not path.is_file():
+        raise GalleryError(f"the model {path} of {folder} is gone; name its new path with `--model`")
     loaded = open_model(path)
     if loaded.sha256 != info.sha256:
         raise GalleryError(
@@ -218,7 +301,13 @@ def open_index(folder: Path, model: Path | None = None) -> Index:
             "with `--model`"
         )
     vectors = _vectors(folder / VECTORS, content[VECTORS], (len(info.paths), loaded.metadata.embedding_dim))
-    return Index(loaded, Path(info.gallery), info.paths, vectors)
+    where = gallery or _find(folder, info.gallery_from_here, info.gallery)
+    return Index(loaded, where, info.paths, info.digests, vectors)
+
+
+def _find(folder: Path, from_here: str, absolute: str) -> Path:
+    near = Path(os.path.abspath(folder / from_here))
+    return near if near.exists() else Path(absolute)
 
 
 def _vectors(path: Path, content: bytes, shape: tuple[int, int]) -> Embeddings:

@@ -20,7 +20,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from pipeline.data.images import open_image, upright_rgb
-from pipeline.search.index import Index
+from pipeline.search.index import GalleryError, Index
 
 T = TypeVar("T")
 
@@ -126,6 +126,8 @@ def application(indexes: Sequence[Index], hosts: Sequence[str]) -> FastAPI:
         index = indexes[column]
         try:
             content = _thumbnail(index.path(place))
+        except GalleryError as error:
+            raise HTTPException(404, str(error).replace(str(index.gallery), index.gallery.name)) from None
         except Exception as error:  # whatever a decoder raises
             raise HTTPException(404, f"{index.paths[place]} can no longer be read: {error}") from None
         return Response(content, media_type="image/png", headers={"Cache-Control": "max-age=3600"})

@@ -5,6 +5,7 @@ the `/` is the section of the chart.
 """
 
 import csv
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -127,11 +128,16 @@ def cells(values: Mapping[str, float], columns: Mapping[str, tuple[str, str, flo
 
 
 def _latency(files: Files, stage: str) -> str:
-    """Format the p50 latency of batch 1 with all threads: of teacher.onnx for `teacher`, of model.onnx for `export`."""
+    """Format the p50 latency of the smallest batch with all threads: of teacher.onnx for `teacher`, else model.onnx."""
     network = {"teacher": "teacher", "export": "student"}.get(stage)
     if network is None or not files.metrics("benchmark").is_file():
         return ""
-    return f"{load_metrics(files, 'benchmark')[f'{network}.batch1_threadsall.p50']:.2f} ms"
+    values = {
+        int(found[1]): value
+        for key, value in load_metrics(files, "benchmark").items()
+        if (found := re.fullmatch(rf"{network}\.batch(\d+)_threadsall\.p50", key))
+    }
+    return f"{values[min(values)]:.2f} ms"
 
 
 def last_conditions(files: Files) -> str | None:

@@ -15,7 +15,11 @@ from pipeline.export.card import CardEntry, gallery_note, render_card
 from pipeline.export.metadata import finish
 from pipeline.export.preprocessing import add_preprocessing
 from pipeline.export.release import sha256
+from pipeline.export.runtimes import Requirements
+from pipeline.export.to_onnx import to_onnx
 from tests.export.tiny_network import MEAN, SIZE, STD, Pictures
+
+NEEDS = Requirements(opset=18, ir_version=8, onnxruntime="1.15", batch=None)
 
 RUN_WITHOUT_TORCH = """
 import importlib.abc, json, sys
@@ -30,23 +34,30 @@ print(json.dumps(variables["embedding"].tolist()))
 """
 
 
-@pytest.fixture(scope="module")
-def files(content, translated, metadata):
-    return {
-        "model.onnx": content,
-        "model.allinone.onnx": finish(add_preprocessing(onnx.load_from_string(translated), SIZE, MEAN, STD), metadata),
-    }
+@pytest.fixture(scope="module", params=[None, 1, 3], ids=["dynamic", "one", "three"])
+def batch(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def entries(files, metadata):
+def files(batch, translated, net, metadata):
+    model = onnx.load_from_string(translated) if batch is None else to_onnx(net, SIZE, 18, batch)
+    whole = add_preprocessing(model, SIZE, MEAN, STD)
+    return {"model.onnx": finish(model, metadata), "model.allinone.onnx": finish(whole, metadata)}
+
+
+@pytest.fixture(scope="module")
+def entries(files, batch, metadata):
+    needs = replace(NEEDS, batch=batch)
     return {
-        name: CardEntry("the student", metadata, {"market": 0.625, "loo": 0.5}, len(file), sha256(file), "all" in name)
+        name: CardEntry(
+            "the student", metadata, {"market": 0.625, "loo": 0.5}, len(file), sha256(file), needs, resizes="all" in name
+        )
         for name, file in files.items()
     }
 
 
-def test_each_code_block_reproduces_the_embedding_with_onnxruntime_alone(files, entries, reference, tmp_path):
+def test_each_code_block_reproduces_the_embedding_with_onnxruntime_alone(files, entries, batch, reference, tmp_path):
     text = render_card(entries, {})
     for name, file in files.items():
         (tmp_path / name).write_bytes(file)
@@ -61,14 +72,15 @@ def test_each_code_block_reproduces_the_embedding_with_onnxruntime_alone(files, 
         command = [sys.executable, "-c", RUN_WITHOUT_TORCH]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
         embedding = np.array(json.loads(done.stdout))
-        assert embedding.shape == (1, 16)
+        assert embedding.shape == (batch or 1, 16)
         np.testing.assert_allclose(embedding[0], reference[5], atol=1e-5)
 
 
+@pytest.mark.parametrize("batch", [None], indirect=True)
 def test_it_shows_protocols_map_size_input_licence_origin_and_checksums(entries, metadata):
     changed = replace(metadata, params=9876543, git_commit="c" * 40 + "+")
     shown = entries | {
-        "teacher.onnx": CardEntry("the teacher", changed, {"market": 0.6666, "loo": 0.1}, 99, "b" * 64, False)
+        "teacher.onnx": CardEntry("the teacher", changed, {"market": 0.6666, "loo": 0.1}, 99, "b" * 64, NEEDS, False)
     }
     text = render_card(shown, {"Is there an int8 file?": "No."})
     height, width = SIZE
@@ -83,11 +95,27 @@ def test_it_shows_protocols_map_size_input_licence_origin_and_checksums(entries,
         f"Git commit `{'c' * 12}`",
         "## Is there an int8 file?\n\nNo.",
         f"{'b' * 64}  teacher.onnx",
+        "operator set 18 and IR version 8",
+        "ONNX Runtime 1.15 and later",
+        "| TensorRT 10 | `model.onnx`, `teacher.onnx` | not tried",
+        "A runtime that needs a fixed number of images in a call needs files that were exported with `export.batch`.",
     ):
         assert expected in text
     assert render_card(shown, {"Is there an int8 file?": "No."}) == text
     changed_first = {name: replace(entry, metadata=changed) for name, entry in shown.items()}
     assert f"Git commit `{'c' * 12}` with uncommitted changes" in render_card(changed_first, {})
+
+
+@pytest.mark.parametrize("batch", [3], indirect=True)
+def test_a_fixed_batch_is_on_the_card(entries):
+    text = render_card(entries, {})
+    for expected in (
+        "uint8 images, (3, height, width, 3) RGB of any size",
+        "float32, (3, 16), L2-normalised",
+        "Each call takes exactly 3 images: fill the last batch up",
+        "The number of images in a call is 3 (`export.batch`).",
+    ):
+        assert expected in text
 
 
 def test_the_card_says_whether_the_student_can_search_a_gallery_of_the_teacher():

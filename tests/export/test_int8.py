@@ -30,7 +30,7 @@ def test_weights_are_int8_and_embeddings_nearly_those_of_float(translated, metad
     kinds = {tensor.data_type for tensor in quantised.graph.initializer if len(tensor.dims) == 4}
     assert kinds == {onnx.TensorProto.INT8}
     content = finish(quantised, metadata)
-    assert (quantised.ir_version, b"/tmp/" in content) == (10, False)
+    assert (onnx.load_from_string(content).ir_version, b"/tmp/" in content) == (8, False)
     embeddings = embed_pixels(open_session(content), Pictures.pixels, MEAN, STD)
     assert np.einsum("nd,nd->n", embeddings, reference).min() > 0.9
     largest = max(

@@ -86,6 +86,30 @@ def test_files_metadata_and_card_agree_with_the_record(run, translated, net, mon
     assert (stage.export(run), written(run)) == (record, content)
 
 
+@pytest.mark.parametrize("batch", [1, 5, 64])
+def test_all_files_take_the_fixed_batch_of_the_params(run, batch, monkeypatch):
+    settings = run.params.export.model_copy(update={"batch": batch, "precisions": ["fp32", "int8"]})
+    settings = settings.model_copy(update={"limits": settings.limits.model_copy(update={"int8_map_loss": 1.0})})
+    run = Run("export", run.params.model_copy(update={"export": settings}), run.files, run.out)
+    timed = []
+
+    def gains(candidates, _reference, _size, count):
+        timed.append(count)
+        return dict.fromkeys(candidates, Gain(2.0, 2.0, 2.0, 8))
+
+    monkeypatch.setattr(files, "gains", gains)
+    record = stage.export(run)
+    content = written(run)
+    assert (record.int8_published, timed) == (1, [batch])
+    for name in ("model.onnx", "model.allinone.onnx", "model.int8.onnx", "teacher.onnx"):
+        model = onnx.load_from_string(content[name])
+        assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == batch
+        assert model.ir_version == 8
+    assert record.map_allinone == record.map == record.map_teacher
+    assert min(check_release(run.out).values()) > 0.9999
+    assert f"The number of images in a call is {batch} " in content["card.md"].decode()
+
+
 def test_each_set_of_embeddings_is_evaluated_once_per_protocol(run, translated, monkeypatch):
     monkeypatch.setattr(files, "to_onnx", lambda *_: onnx.load_from_string(translated))
     scored = []
@@ -112,7 +136,7 @@ def test_an_int8_file_that_depends_on_the_batch_is_not_published_and_the_card_gi
     assert (record.int8_published, record.map_int8, record.bytes_int8) == (0, None, None)
     assert "model.int8.onnx" not in written(run)
     text = written(run)["card.md"].decode()
-    assert re.search(r"There is no int8 file\. .* but at batch size 1 an embedding has cosine (1\.0|0\.99)", text)
+    assert re.search(r"There is no int8 file\. .* but at batch 1 an embedding has cosine (1\.0|0\.99)", text)
 
 
 def test_nothing_is_written_if_the_last_file_fails_its_check(run, translated, monkeypatch):

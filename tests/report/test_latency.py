@@ -5,7 +5,7 @@ import pytest
 from pipeline.inference.footprint import Footprint
 from pipeline.inference.timing import Timing
 from pipeline.records import BenchmarkRecord
-from pipeline.report.latency import HEADLINE_SETTING, benchmark_record, gains, setting_name, write_csv
+from pipeline.report.latency import benchmark_record, gains, headline_batch, setting_name, write_csv
 
 FOOTPRINTS = {name: Footprint(number, 100 * number, ()) for number, name in enumerate(("teacher", "student"), start=1)}
 
@@ -26,7 +26,7 @@ def timings():
 
 def test_settings_are_named_by_batch_and_threads():
     assert setting_name(32, 2) == "batch32_threads2"
-    assert setting_name(1, 0) == HEADLINE_SETTING == "batch1_threadsall"
+    assert setting_name(1, 0) == "batch1_threadsall"
 
 
 def test_the_record_compares_medians_and_macs():
@@ -42,6 +42,14 @@ def test_the_record_compares_medians_and_macs():
     assert (record.memory_teacher, record.memory_student) == (100, 200)
     assert (record.int8, record.speedup_int8) == (None, None)
     assert BenchmarkRecord.model_validate(record.model_dump()) == record
+
+
+def test_the_speedup_is_that_of_the_smallest_batch():
+    assert headline_batch(timings()) == 1
+    fixed = [timed("teacher", 8, 0, *[9.0] * 8), timed("student", 8, 0, *[3.0] * 8)]
+    record = benchmark_record(fixed, FOOTPRINTS, teacher_macs=80, student_macs=20)
+    assert (record.speedup, record.realised) == (9.0 / 3.0, (9.0 / 3.0) / (80 / 20))
+    assert list(record.student) == ["batch8_threadsall"]
 
 
 def test_an_int8_file_adds_its_numbers_and_changes_no_others():

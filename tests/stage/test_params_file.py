@@ -56,6 +56,24 @@ def test_all_problems_are_reported_at_once_by_key_and_line(path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("batch", ["0", "1025", "2.0", "true", "all", "[4]", "null", "'4'"])
+def test_the_batch_of_files_is_dynamic_or_a_number(path: Path, batch: str) -> None:
+    (problem,) = problems(path, SMOKE.replace("  batch: dynamic", f"  batch: {batch}"))
+    assert problem.startswith("`export.batch`: must be dynamic or a whole number in [1, 1024], got ")
+
+
+def test_the_timed_batches_are_those_that_the_files_take(path: Path) -> None:
+    fixed = SMOKE.replace("  batch: dynamic", "  batch: 8")
+    (problem,) = problems(path, fixed)
+    assert problem == (
+        "`benchmark.batches` must be [8], got [1, 4], because files with `export.batch` 8 take no other batch"
+    )
+    path.write_text(fixed.replace("batches: [1, 4]", "batches: [8]"))
+    assert load(path).export.batch == 8
+    (problem,) = problems(path, SMOKE.replace("batches: [1, 4]", "batches: [2, 4]"))
+    assert problem == "`benchmark.batches` must contain 1, got [2, 4]"
+
+
 def test_contradicting_values_are_both_named(path: Path) -> None:
     text = SMOKE.replace("recipe: scratch", "recipe: paper", 1)
     (line,) = problems(path, text)
