@@ -20,7 +20,7 @@ from pipeline.tracking import metrics
 from pipeline.tracking.execution import Execution, ProcessId
 from pipeline.tracking.recorder import RELEASE_DIGEST, Recorder, complete_last_execution, flatten
 from pipeline.tracking.run_record import EXECUTION, ExecutionRecords, Point, all_executions
-from pipeline.tracking.store import TrackingError
+from pipeline.tracking.store import TrackingError, store_key
 from pipeline.tracking.sync import Sync, sync
 from tests.fake_stages import NUMBERS, wait_until
 
@@ -115,9 +115,9 @@ def test_repeated_uploads_store_each_point_and_each_final_metric_once(
         sync(here)
     ended = time.time() + 1
     recorder.end(name, "FINISHED", ended)
-    assert recorder.records.pending(os.environ["MLFLOW_TRACKING_URI"])
+    assert recorder.records.pending(store_key(here))
     assert sync(here)[0] == 1
-    assert not recorder.records.pending(os.environ["MLFLOW_TRACKING_URI"])
+    assert not recorder.records.pending(store_key(here))
     before = [run.info.run_id for run in runs(here)]
     assert sync(here)[0] == 0
     for _ in range(2):
@@ -476,7 +476,7 @@ def test_the_background_upload_ends_the_run_of_a_killed_stage(here: Files) -> No
     )
     assert child.stdin is not None
     wait_until(
-        lambda: bool(records.synced(os.environ["MLFLOW_TRACKING_URI"]).get("prepare", {}).get("fingerprint")), 60
+        lambda: bool(records.synced(store_key(here)).get("prepare", {}).get("fingerprint")), 60
     )
     running = records.read("prepare")
     assert running is not None
