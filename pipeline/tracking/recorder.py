@@ -293,8 +293,8 @@ class StageRun:
             time.sleep(0.1)
         if self._pending(records):
             failed = records.problem.is_file()
-            problem = records.problem.read_text(encoding="utf-8").strip() if failed else "still uploading"
-            log.warning("the upload to MLflow at %s is not complete (%s); `smaller-student sync` uploads the rest",
+            problem = records.problem.read_text(encoding="utf-8").strip() if failed else "it takes longer"
+            log.warning("the upload to MLflow at %s is not complete: %s; `smaller-student sync` uploads the rest",
                         shown(self._uri), problem)  # fmt: skip
         for notice in records.take_notices():
             log.warning("MLflow at %s: %s", shown(self._uri), notice)

@@ -161,7 +161,7 @@ def _reason(uri: str, error: BaseException) -> str:
     if status == 403:
         who = f"user {user}" if (user := _credentials(uri)[0]) else "this login"
         return f"denies the request to {who} (403); ask its administrator, or set another {LOGIN}"
-    if "not in a valid JSON format" in text or status == 404:
+    if "not in a valid JSON format" in text or status == 404 or "{'detail': 'Not Found'}" in text:
         return f"answers like a web page (a login page, or a path prefix is missing); correct {VARIABLE}"
     if status:
         return f"cannot be used now (HTTP status {status}); see the log of the server or its proxy"
@@ -183,6 +183,8 @@ def _credentials(uri: str) -> tuple[str, str]:
 def _login(uri: str) -> str:
     """Describe a rejected login: which variables are missing, or which were used."""
     (user, password), token = _credentials(uri), os.environ.get("MLFLOW_TRACKING_TOKEN")
+    if urlsplit(uri).password:
+        return f"rejects the password of user {user} in the address (401); correct {VARIABLE}"
     if user and password:
         return f"rejects the password of user {user} (401); correct {LOGIN}"
     if token:
