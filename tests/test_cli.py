@@ -142,6 +142,19 @@ def test_compare_before_the_first_run_names_the_remedy(
     assert capsys.readouterr().err == "smaller-student: no stage has run yet; run `dvc repro` first\n"
 
 
+@pytest.mark.parametrize("uri", ["./mlruns", "file:./mlruns", "http//host", "http://host:5000/#/models", "mlruns:5000"])
+def test_retrain_rejects_an_invalid_tracking_uri_at_once(
+    files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], uri: str
+) -> None:
+    write_text(files.params, preset_text(ROOT, "smoke"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    began = time.monotonic()
+    assert smaller_student(monkeypatch, "retrain") == 2
+    assert time.monotonic() - began < 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"smaller-student: MLFLOW_TRACKING_URI {uri} ") and "; set it to http://HOST:PORT" in error
+
+
 def test_retrain_rejects_invalid_params_at_once(
     files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,7 +34,10 @@ def sync(
     uploaded, notices = run(files, again)
     for notice in notices:
         typer.echo(notice)
-    typer.echo(f"executions uploaded: {uploaded}" if uploaded else "MLflow is up to date")
+    if uploaded:
+        typer.echo(f"executions uploaded: {uploaded}")
+    elif not notices:
+        typer.echo("MLflow is up to date")
 
 
 @app.command()

@@ -31,7 +31,7 @@ from pipeline.registry.publish import open_registry
 from pipeline.stage.params_file import ParamsError, load
 from pipeline.system.locks import holder, is_held
 from pipeline.tracking.run_record import all_executions
-from pipeline.tracking.store import TrackingError, UriError, check_uri, open_store, root_cause, tracking_uri
+from pipeline.tracking.store import TrackingError, UriError, check_uri, open_store, root_cause, store_key, tracking_uri
 from pipeline.tracking.sync import sync
 
 MIN_FREE_BYTES = 5 * 2**30
@@ -186,11 +186,11 @@ def registry(files: Files) -> Iterator[Check]:
 
 def unsynced(files: Files) -> int:
     """Count executions that ended and were not uploaded to MLflow completely."""
-    uri, count = tracking_uri(files), 0
+    store, count = store_key(files), 0
     for records in all_executions(files):
         running = [record.process.alive for record in records.stages().values() if record.status == "RUNNING"]
         alive = any(state is not False for state in running)  # None: on another host, which cannot be checked
-        count += not alive and bool(running or records.pending(uri))
+        count += not alive and bool(running or records.pending(store))
     return count
 
 

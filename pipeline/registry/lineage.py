@@ -64,6 +64,7 @@ class Lineage:
         promotions: Valid promotions, the oldest first.
         champions: Promotions that a rollback can return to; the last one is the present champion.
         withdrawn: Versions that a rollback withdrew.
+        model_tags: Tags of the registered model, if they were read.
         gap: Description of a deletion that makes the order of promotions unknown; empty if there is none.
     """
 
@@ -71,6 +72,7 @@ class Lineage:
     promotions: list[Promotion] = field(default_factory=list)
     champions: list[Promotion] = field(default_factory=list)
     withdrawn: set[str] = field(default_factory=set)
+    model_tags: dict[str, str] = field(default_factory=dict)
     gap: str = ""
 
     @classmethod

@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 
 ARTIFACTS = "export"
 """Artifact folder of a release in a run."""
+MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+"""Error codes of MLflow for a version or alias that does not exist."""
 ATTEMPTS = 5
 """Maximum comparisons of one challenger while other versions are promoted."""
 DIGEST = "release_digest"
@@ -88,6 +90,7 @@ class Registry:
         """
         models = self.client.search_registered_models(f"name = '{self.name}'")
         lineage = self.lineage()
+        lineage.model_tags = dict(models[0].tags) if models else {}
         if models and (change := lineage.manual_change(models[0])):
             remedy = (
                 f"name the champion (one of {', '.join(lineage.passed)}) by `smaller-student rollback --to VERSION`"
@@ -109,8 +112,11 @@ class Registry:
             if champion := self.checked_lineage().champion:
                 return champion.version if alias == CHAMPION else champion.best
         else:
-            with contextlib.suppress(MlflowException):
+            try:
                 return str(self.client.get_model_version_by_alias(self.name, alias).version)
+            except MlflowException as error:
+                if error.error_code not in MISSING:
+                    raise
         raise RegistryError(f"{self.name} has no `{alias}`; `smaller-student publish` creates one")
 
     def tags(self, version: str) -> dict[str, str]:
@@ -147,10 +153,18 @@ class Registry:
             try:
                 digest = self.tags(version).get(DIGEST)
                 uri = self.client.get_model_version_download_uri(self.name, version)
+            except MlflowException as error:
+                if error.error_code not in MISSING:
+                    raise
+                raise RegistryError(
+                    f"{self.name} has no version {version}; `smaller-student history` lists them"
+                ) from error
+            try:
                 downloaded = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=scratch))
-            except (MlflowException, OSError) as error:
-                reason = str(error).splitlines()[0]
-                raise RegistryError(f"version {version} of {self.name} cannot be downloaded ({reason})") from error
+            except Exception as error:  # of any artifact store
+                reason = f"version {version} of {self.name} cannot be downloaded ({store.root_cause(error)})"
+                remedy = "repair the artifact store, or name a champion by `smaller-student rollback --to VERSION`"
+                raise RegistryError(f"{reason}; {remedy}") from error
             if digest is None:
                 raise RegistryError(f"version {version} of {self.name} was not created by `smaller-student publish`")
             if release_digest(downloaded) != digest:
@@ -178,9 +192,6 @@ class Registry:
             RegistryError: If something was deleted or moved by hand in MLflow; nothing is registered then.
             BusyError: If other versions were promoted during each of ATTEMPTS comparisons.
         """
-        with contextlib.suppress(MlflowException):  # the model exists
-            text = "ONNX files for image retrieval. `champion` is in use, `challenger` was published last."
-            self.client.create_registered_model(self.name, description=text)
         tags = {**tags, DIGEST: release_digest(folder)}
         for _ in range(ATTEMPTS):
             lineage = self.checked_lineage()
@@ -191,7 +202,11 @@ class Registry:
                 return champion.version, Decision(True, "it is the champion already")
             if lineage.withdrawn.intersection(same):
                 return same[-1], Decision(False, "it was withdrawn by `rollback`")
-            decision, better = decide(champion.version if champion else None, champion.best if champion else None)
+            if (tag := _withdrawn_tag(tags[DIGEST])) in lineage.model_tags:  # and then deleted in MLflow
+                reason = f"it was withdrawn by `rollback`; the tag {tag} of the model in MLflow keeps it out"
+                decision, better = Decision(False, reason), False
+            else:
+                decision, better = decide(champion.version if champion else None, champion.best if champion else None)
             tags |= {
                 DECISION: PASSED if decision.passed else FAILED,
                 REASON: decision.reason,
@@ -249,9 +264,18 @@ class Registry:
             tags[BEST] = ITSELF
         description = f"Rollback to version {to}: {reason}."
         self.set_aliases(self._create(version.source or "", version.run_id, tags, description))
-        return sorted(self.lineage().withdrawn - lineage.withdrawn, key=int), to
+        withdrawn = sorted(self.lineage().withdrawn - lineage.withdrawn, key=int)
+        for number in withdrawn:  # the version may be deleted in MLflow later
+            digest = lineage.versions[number].tags.get(DIGEST, "") if number in lineage.versions else ""
+            self.client.set_registered_model_tag(self.name, _withdrawn_tag(digest), f"version {number}")
+        if (tag := _withdrawn_tag(version.tags.get(DIGEST, ""))) in model.tags:
+            self.client.delete_registered_model_tag(self.name, tag)
+        return withdrawn, to
 
     def _create(self, source: str, run: str | None, tags: dict[str, str], description: str) -> str:
+        with contextlib.suppress(MlflowException):  # the model exists
+            text = "ONNX files for image retrieval. `champion` is in use, `challenger` was published last."
+            self.client.create_registered_model(self.name, description=text)
         return str(self.client.create_model_version(self.name, source, run, tags, description=description).version)
 
     def set_aliases(self, number: str) -> None:
@@ -267,6 +291,11 @@ class Registry:
 
 def _numbers(lineage: Lineage) -> list[str]:
     return [promotion.number for promotion in lineage.promotions]
+
+
+def _withdrawn_tag(digest: str) -> str:
+    """Return the tag of a registered model that keeps a withdrawn release out, even if its version was deleted."""
+    return f"withdrawn.{digest[:16]}"
 
 
 def release_digest(folder: Path) -> str:
@@ -288,26 +317,39 @@ def version_tags(folder: Path) -> dict[str, str]:
 
 
 def upload_release(client: MlflowClient, files: Files, folder: Path, experiment: str) -> str:
-    """Return the id of a run with the release among its artifacts, uploading it to a new run if there is none.
+    """Return the id of a run with the release among its artifacts, uploading it if there is none.
+
+    A release goes to the run of the stage that exported it, or to a new run if MLflow has no such run.
 
     Raises:
         RegistryError: If the experiment was deleted in MLflow.
+        TrackingError: If the artifact store fails.
     """
     if (number := store.experiment_id(client, files, experiment)) is None:
         raise RegistryError(f"experiment {experiment} was deleted in MLflow; restore it or set `tracking.experiment`")
     digest = release_digest(folder)
     sizes = {f"{ARTIFACTS}/{path.name}": path.stat().st_size for path in folder.iterdir()}
-    for run in client.search_runs([number], f"tags.{DIGEST} = '{digest}' and attributes.status = 'FINISHED'"):
+    runs = list(client.search_runs([number], f"tags.{DIGEST} = '{digest}' and attributes.status = 'FINISHED'"))
+    for run in runs:
         with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(Exception):  # of any artifact store
             uploaded = {file.path: file.file_size for file in client.list_artifacts(run.info.run_id, ARTIFACTS)}
             sums = Path(client.download_artifacts(run.info.run_id, f"{ARTIFACTS}/{SUMS}", scratch))
             if uploaded == sizes and release_digest(sums.parent) == digest:
                 return str(run.info.run_id)
-    run_id = client.create_run(number, run_name="publish", tags={DIGEST: digest}).info.run_id
+    exported = sorted((run for run in runs if "stage" in run.data.tags), key=lambda run: run.data.tags["cached"])
+    if exported:
+        run_id = exported[0].info.run_id
+    else:
+        run_id = client.create_run(number, run_name="publish", tags={DIGEST: digest}).info.run_id
     try:
         client.log_artifacts(run_id, str(folder), ARTIFACTS)
-    except BaseException:
-        client.set_terminated(run_id, "FAILED")
-        raise
-    client.set_terminated(run_id)
+    except Exception as error:  # of any artifact store
+        if not exported:
+            with contextlib.suppress(MlflowException):
+                client.delete_run(run_id)
+        place = f"the artifact store of MLflow at {store.shown(client.tracking_uri)}"
+        message = f"{place} failed ({store.root_cause(error)}); nothing was registered, publish again when it works"
+        raise store.TrackingError(message) from error
+    if not exported:
+        client.set_terminated(run_id)
     return str(run_id)

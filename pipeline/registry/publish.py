@@ -1,7 +1,7 @@
 """Publish a release: check it, compare it with the champion, and register it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from pipeline.registry.model_registry import Registry, release_digest, upload_re
 from pipeline.registry.policy import Decision
 from pipeline.registry.promotion import PromotionPolicy
 from pipeline.system.locks import locked
-from pipeline.tracking.store import connect, tracking_uri
+from pipeline.tracking.store import TrackingError, connect, identify, store_key
 from pipeline.tracking.sync import sync
 
 
@@ -68,6 +68,8 @@ def last_published(files: Files, params: Params) -> Published | None:
     """Return the saved outcome if the release in artifacts/export was published to this registry before."""
     try:
         saved = read_json(_saved(files))
+        with suppress(TrackingError), connect(files) as client:  # another store may be at the same address now
+            identify(files, client)
         decision = Decision(bool(saved["decision"]["passed"]), str(saved["decision"]["reason"]))
         published = Published(str(saved["digest"]), str(saved["version"]), decision)
         same_target = {name: saved[name] for name in _target(files, params)} == _target(files, params)
@@ -82,4 +84,4 @@ def _saved(files: Files) -> Path:
 
 
 def _target(files: Files, params: Params) -> dict[str, str]:
-    return {"uri": tracking_uri(files), "model": params.tracking.model_name}
+    return {"store": store_key(files), "model": params.tracking.model_name}

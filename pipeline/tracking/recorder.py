@@ -28,7 +28,7 @@ from pipeline.system.locks import locked
 from pipeline.tracking import metrics
 from pipeline.tracking.execution import Execution, ProcessId
 from pipeline.tracking.run_record import EXECUTION, ExecutionRecords, Point, RunRecord, Status, all_executions
-from pipeline.tracking.store import UriError, check_uri, tracking_uri
+from pipeline.tracking.store import UriError, check_uri, shown, store_key, tracking_uri
 
 log = logging.getLogger(__name__)
 
@@ -293,17 +293,20 @@ class StageRun:
         local = self._uri.startswith("sqlite")
         timeout = SQLITE_TIMEOUT if local else max(0.0, SERVER_TIMEOUT - waited)
         started = time.monotonic()
-        while upload.poll() is None and records.pending(self._uri) and time.monotonic() - started < timeout:
+        while upload.poll() is None and self._pending(records) and time.monotonic() - started < timeout:
             time.sleep(0.1)
-        if records.pending(self._uri):
+        if self._pending(records):
             failed = records.problem.is_file()
-            problem = records.problem.read_text(encoding="utf-8").strip() if failed else "still uploading"
-            log.warning("the upload to MLflow at %s is not complete (%s); `smaller-student sync` uploads the rest",
-                        self._uri, problem)  # fmt: skip
+            problem = records.problem.read_text(encoding="utf-8").strip() if failed else "it takes longer"
+            log.warning("the upload to MLflow at %s is not complete: %s; `smaller-student sync` uploads the rest",
+                        shown(self._uri), problem)  # fmt: skip
         for notice in records.take_notices():
-            log.warning("MLflow at %s: %s", self._uri, notice)
+            log.warning("MLflow at %s: %s", shown(self._uri), notice)
         if (record := records.read(self._name)) is not None and not local:
             records.write(self._name, record.updated(waited=time.monotonic() - started))
+
+    def _pending(self, records: ExecutionRecords) -> list[str]:
+        return records.pending(store_key(self._files))  # again each time, since the upload identifies the store
 
 
 # --- stages that ran no code ------------------------------------------------------------------------------------------

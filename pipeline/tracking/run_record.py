@@ -172,7 +172,7 @@ class ExecutionRecords:
         return {record.stage: record.status for record in self.stages().values()}
 
     def copy_for_upload(self, source: Path, names: list[str], folder: str) -> str:
-        """Copy files and folders from `source` to `files`/`folder`; the upload deletes the copies.
+        """Copy files and folders from `source` to `files`/`folder`; the upload deletes large copies.
 
         Returns:
             `folder`, or "" if copying failed: a full disk must not fail the stage.
@@ -209,33 +209,42 @@ class ExecutionRecords:
 
     # --- state of the upload ------------------------------------------------------------------------------------------
 
-    def synced(self, uri: str) -> dict[str, dict[str, Any]]:
-        """Return what was uploaded to a tracking server, by record name.
+    def synced(self, store: str) -> dict[str, dict[str, Any]]:
+        """Return what was uploaded to a store (see `store_key`), by record name.
 
-        Keys are `run` (run id), `fingerprint`, `points` (number of uploaded points) and `gone` (why a deleted run is
-        not uploaded again).
+        Keys are `run` (run id), `fingerprint`, `points` (number of uploaded points), `files` (fingerprint of the record
+        whose files were uploaded) and `gone` (why a deleted run is not uploaded again).
         """
         try:
-            return dict(read_json(self._synced_file(uri)))
+            return dict(read_json(self._synced_file(store)))
         except (OSError, ValueError):
             return {}
 
-    def save_synced(self, uri: str, state: dict[str, dict[str, Any]]) -> None:
-        write_json(self._synced_file(uri), state)
+    def save_synced(self, store: str, state: dict[str, dict[str, Any]]) -> None:
+        write_json(self._synced_file(store), state)
 
-    def _synced_file(self, uri: str) -> Path:
-        return self.folder / "synced" / f"{hashlib.sha256(uri.encode()).hexdigest()[:16]}.json"
+    def _synced_file(self, store: str) -> Path:
+        return self.folder / "synced" / f"{store}.json"
 
-    def pending(self, uri: str) -> list[str]:
-        """Return the names of records that a tracking server does not have in their present state."""
-        state, parent = self.synced(uri), self.parent_record()
+    def pending(self, store: str) -> list[str]:
+        """Return the names of records that a store does not have in their present state."""
+        state, parent = self.synced(store), self.parent_record()
         if parent is None:
             return []
         return [
             name
             for name, record in {EXECUTION: parent, **self.stages()}.items()
-            if not (seen := state.get(name, {})).get("gone") and seen.get("fingerprint") != record.fingerprint
+            if not (seen := state.get(name, {})).get("gone") and not self.is_synced(record, seen)
         ]
+
+    def is_synced(self, record: RunRecord, seen: dict[str, Any]) -> bool:
+        """Return whether a store has a record in its present state, and its files as far as they are still here."""
+        present = record.fingerprint
+        return seen.get("fingerprint") == present and (seen.get("files") == present or not self.has_files(record))
+
+    def has_files(self, record: RunRecord) -> bool:
+        """Return whether files of a record are here to be uploaded."""
+        return bool(record.folder) and (self.files / record.folder).is_dir()
 
 
 def all_executions(files: Files) -> Iterator[ExecutionRecords]:

@@ -1,5 +1,6 @@
-"""Address of the MLflow store, connection to it, and its experiment."""
+"""Address and identity of the MLflow store, connection to it, its errors in one sentence, and its experiment."""
 
+import hashlib
 import importlib.metadata
 import logging
 import os
@@ -36,7 +37,15 @@ EXPERIMENT_TAGS = {
 
 
 class TrackingError(RuntimeError):
-    """MLflow cannot be reached, or rejects a request."""
+    """MLflow cannot be reached, or rejects a request.
+
+    Attributes:
+        problem: Short form of the message that does not repeat the address; may be empty.
+    """
+
+    def __init__(self, message: str, problem: str = "") -> None:
+        super().__init__(message)
+        self.problem = problem
 
 
 class UriError(TrackingError):
@@ -69,8 +78,8 @@ def check_uri(uri: str) -> None:
     kind = scheme.partition("+")[0].lower()
     plugins = {entry.name for entry in importlib.metadata.entry_points(group="mlflow.tracking_store")}
     if uri == "databricks" or (colon and (kind in (*DATABASES, *SERVERS) or scheme in plugins)):
-        if kind in SERVERS[:2] and not urlsplit(uri).hostname:
-            raise UriError(f"{VARIABLE} {uri} has no host; set it to http://HOST:PORT")
+        if kind in SERVERS[:2]:
+            _check_address(uri)
         if kind == "sqlite" and _sqlite(uri)[1] in ("", ":memory:"):
             raise UriError(f"{VARIABLE} {uri} has no file, so runs would be lost; set it to sqlite:///FILE")
         return
@@ -79,17 +88,114 @@ def check_uri(uri: str) -> None:
     raise UriError(f"{VARIABLE} {uri} {reason}; set it to http://HOST:PORT or sqlite:///FILE, or unset it")
 
 
+def _check_address(uri: str) -> None:
+    """Check the address of a server.
+
+    Raises:
+        UriError: If it has no host, an invalid port, or is the address of a page of the MLflow UI.
+    """
+    try:
+        address = urlsplit(uri)
+        reason = "" if address.hostname else "has no host"
+        if address.fragment or address.query:
+            reason = "is the address of a page, not of a server"
+        _ = address.port
+    except ValueError as error:  # of the port, or of an IPv6 address
+        reason = f"is invalid ({error})"
+    if reason:
+        raise UriError(f"{VARIABLE} {shown(uri)} {reason}; set it to http://HOST:PORT")
+
+
+def shown(uri: str) -> str:
+    """Return an address as messages show it, without the password."""
+    return re.sub(r"(://[^:/@]*:)[^/]*@", r"\1***@", uri)
+
+
 def _sqlite(uri: str) -> tuple[str, str, str]:
     """Split the URI of an SQLite file into scheme, path and query; empty strings for any other URI."""
     match = re.fullmatch(r"(sqlite(?:\+\w+)?):///([^?]*)(\?.*)?", uri, re.IGNORECASE)
     return (match[1], match[2], match[3] or "") if match else ("", "", "")
 
 
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+STATUS = re.compile(r"error code (\d{3})|too many (\d{3}) error|(\d{3}) (?:Client|Server) Error")
+"""HTTP status in an error of MLflow, urllib3 or requests."""
+LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+
+
 def root_cause(error: BaseException) -> str:
     """Return the first line of the innermost error of a chain, such as `Connection refused`."""
-    while inner := error.__cause__ or error.__context__:
-        error = inner
+    error = list(_chain(error))[-1]
     return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def failure(uri: str, error: BaseException) -> TrackingError:
+    """Return an error that says in one sentence why a request to MLflow failed, with the remedy if it is known."""
+    reason = _reason(uri, error)
+    return TrackingError(f"MLflow at {shown(uri)} {reason}", f"it {reason}")
+
+
+def http_status(error: BaseException) -> int:
+    """Return the HTTP status of a failed request; 0 if it is unknown."""
+    text = "\n".join(map(str, _chain(error)))
+    if match := STATUS.search(text):
+        return int(next(filter(None, match.groups())))
+    return 403 if "PERMISSION_DENIED" in text else 0
+
+
+def _reason(uri: str, error: BaseException) -> str:
+    from requests.exceptions import RequestException
+
+    text, cause, status = "\n".join(map(str, _chain(error))), root_cause(error), http_status(error)
+    if "Invalid Host" in text:
+        return "rejects this name of its host; add it and the default names to its `--allowed-hosts`"
+    if status == 401:
+        return _login(uri)
+    if status == 403:
+        who = f"user {user}" if (user := _credentials(uri)[0]) else "this login"
+        return f"denies the request to {who} (403); ask its administrator, or set another {LOGIN}"
+    if "not in a valid JSON format" in text or status == 404 or "{'detail': 'Not Found'}" in text:
+        return f"answers like a web page (a login page, or a path prefix is missing); correct {VARIABLE}"
+    if status:
+        return f"cannot be used now (HTTP status {status}); see the log of the server or its proxy"
+    if "timed out" in cause:
+        seconds = os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT")
+        return f"cannot be reached (no answer in {seconds} s; MLFLOW_HTTP_REQUEST_TIMEOUT sets this limit)"
+    network = any(isinstance(one, RequestException | OSError) for one in _chain(error))
+    return f"cannot be reached ({cause})" if network else f"rejects the request ({cause})"
+
+
+def _credentials(uri: str) -> tuple[str, str]:
+    """Return user and password that MLflow's client uses for a server; empty if it has none."""
+    from mlflow.utils.credentials import read_mlflow_creds
+
+    found, address = read_mlflow_creds(), urlsplit(uri)
+    return found.username or address.username or "", found.password or address.password or ""
+
+
+def _login(uri: str) -> str:
+    """Describe a rejected login: which variables are missing, or which were used."""
+    (user, password), token = _credentials(uri), os.environ.get("MLFLOW_TRACKING_TOKEN")
+    if urlsplit(uri).password:
+        return f"rejects the password of user {user} in the address (401); correct {VARIABLE}"
+    if user and password:
+        return f"rejects the password of user {user} (401); correct {LOGIN}"
+    if token:
+        return f"rejects the token (401); correct MLFLOW_TRACKING_TOKEN, or set {LOGIN}"
+    if user or password:
+        missing = "PASSWORD" if user else "USERNAME"
+        return f"needs a login (401) and MLFLOW_TRACKING_{missing} is not set; set it, or MLFLOW_TRACKING_TOKEN"
+    return f"needs a login (401); set {LOGIN}, or MLFLOW_TRACKING_TOKEN"
+
+
+# --- connection -------------------------------------------------------------------------------------------------------
 
 
 def open_store(files: Files) -> "MlflowClient":
@@ -135,23 +241,66 @@ def connect(files: Files) -> Iterator["MlflowClient"]:
     try:
         yield open_store(files)
     except (MlflowException, RequestException) as error:
-        raise TrackingError(f"the request to MLflow at {tracking_uri(files)} failed ({root_cause(error)})") from error
+        raise failure(tracking_uri(files), error) from error
+
+
+def store_key(files: Files) -> str:
+    """Return the key of the present store, under which the state of uploads is kept.
+
+    It is the identity of the store as of the last connection (see `identify`), or a digest of the address.
+    """
+    path = _identity_file(files)
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else path.name
+
+
+def identify(files: Files, client: "MlflowClient") -> str:
+    """Read the identity of the store from it, save it for `store_key`, and return it.
+
+    It is the time at which the store was created, to the millisecond: MLflow creates experiment 0 together with its
+    tables. So a store keeps its state under a new address, and a new store at an old address has none. A store that
+    does not show this experiment is identified by its address.
+
+    Raises:
+        Exception: Any error of MLflow.
+    """
+    from mlflow.exceptions import MlflowException
+
+    path = _identity_file(files)
+    try:
+        found = str(client.get_experiment("0").creation_time or path.name)
+    except MlflowException as error:
+        if error.get_http_status_code() not in (400, 403, 404):
+            raise
+        found = path.name
+    if not path.is_file():  # version 0.1.0 used the address
+        for state in (files.tracking / "runs").glob(f"*/synced/{path.name}.json"):
+            state.replace(state.with_name(f"{found}.json"))
+    if store_key(files) != found or not path.is_file():
+        write_text(path, found + "\n")
+    return found
+
+
+def _identity_file(files: Files) -> Path:
+    return files.tracking / "stores" / hashlib.sha256(tracking_uri(files).encode()).hexdigest()[:16]
 
 
 def _update_artifact_paths(files: Files, uri: str) -> None:
-    """Update the artifact paths in the checkout's own database after the checkout was moved or copied.
+    """Update the artifact paths in a database below the checkout after the checkout was moved or copied.
 
     MLflow stores absolute paths and has no call to change them, so a copied checkout would write into the folder of the
     original. The file `artifacts-at` holds the path at the last call.
     """
-    if Path(_sqlite(uri)[1]) != files.mlflow_db.resolve():
+    database_file, name = Path(_sqlite(uri)[1]), "artifacts-at"
+    if not database_file.is_relative_to(files.state.resolve()):
         return
-    new, path_file = files.mlflow_artifacts.resolve().as_uri(), files.tracking / "artifacts-at"
+    if database_file != files.mlflow_db.resolve():
+        name += "-" + "-".join(database_file.relative_to(files.state.resolve()).parts)
+    new, path_file = files.mlflow_artifacts.resolve().as_uri(), files.tracking / name
     old = path_file.read_text(encoding="utf-8").strip() if path_file.is_file() else new
-    if old != new and files.mlflow_db.is_file():
+    if old != new and database_file.is_file():
         import sqlite3
 
-        with closing(sqlite3.connect(files.mlflow_db, timeout=30)) as database, database:
+        with closing(sqlite3.connect(database_file, timeout=30)) as database, database:
             for table, column in ARTIFACT_COLUMNS:
                 database.execute(
                     f"UPDATE {table} SET {column} = ? || substr({column}, ?) "  # noqa: S608 - constant names

@@ -39,6 +39,10 @@ INTERVAL = 60.0
 """Seconds between two uploads during a stage."""
 LOCK_TIMEOUT = 45.0
 """Seconds that a command waits for another process that uploads the same execution."""
+LARGE = {"export"}
+"""Stages whose files are deleted after their upload; `publish` uploads a release to another store."""
+MAX_FILE_ERRORS = 3
+"""Number of executions whose files may fail to upload before files are left to a later call."""
 MAX_EXECUTIONS = 200
 """Number of executions whose records are kept; older records are deleted after their upload."""
 
@@ -52,15 +56,32 @@ class Sync:
 
     Attributes:
         uploaded: Number of executions that were not up to date.
+        file_errors: Errors of the artifact store.
+        denied: First error of a request that MLflow denied to the user.
     """
 
     def __init__(self, files: Files, timeout: float = 0, again: bool = False) -> None:
         self.files, self.uri, self._timeout, self._again = files, store.tracking_uri(files), timeout, again
-        self.uploaded = 0
+        self.uploaded, self.file_errors = 0, list[str]()
+        self.denied: TrackingError | None = None
 
     @cached_property
     def client(self) -> MlflowClient:
         return store.open_store(self.files)
+
+    @cached_property
+    def store(self) -> str:
+        """Identity of the store.
+
+        Raises:
+            TrackingError: If the store cannot be reached.
+        """
+        try:
+            return store.identify(self.files, self.client)
+        except TrackingError:
+            raise
+        except Exception as error:
+            raise self._failed(error) from error
 
     def upload_all(self) -> None:
         """Upload all executions; if MLflow rejects one, the others are still uploaded.
@@ -76,7 +97,7 @@ class Sync:
             except BusyError as error:
                 busy = error
         for records in every[:-MAX_EXECUTIONS]:
-            if (parent := records.parent_record()) and parent.ended is not None and not records.pending(self.uri):
+            if (parent := records.parent_record()) and parent.ended is not None and not records.pending(self.store):
                 shutil.rmtree(records.folder, ignore_errors=True)
         if busy is not None and self._timeout:
             raise busy
@@ -90,17 +111,35 @@ class Sync:
         """
         again, outdated = self._again, False
         records.mark_killed()
-        while again or records.pending(self.uri):
+        while again or records.pending(self.store):
             outdated = True
             with locked(records.folder / "sync.lock", f"the upload of execution {records.id}", self._timeout):
                 try:
                     _Upload(self, records, again).run()
                 except Exception as error:
                     self._check_store(error)
+                    if store.http_status(error) in (401, 403):
+                        self.denied = self.denied or self._failed(error)
+                        return
                     records.add_notice(f"MLflow rejected part of execution {records.id} ({store.root_cause(error)})")
                     return
             again = False
+            if self.file_errors:
+                break
         self.uploaded += outdated
+
+    def check(self) -> None:
+        """Check that MLflow and its artifact store accepted everything.
+
+        Raises:
+            TrackingError: If they did not.
+        """
+        if self.denied is not None:
+            raise self.denied
+        if self.file_errors:
+            place, problem = f"MLflow at {store.shown(self.uri)}", f"its artifact store failed: {self.file_errors[0]}"
+            remedy = "the files stay on disk, and `smaller-student sync` uploads them later"
+            raise TrackingError(f"{place} has all figures and statuses, but {problem}; {remedy}", problem)
 
     def _check_store(self, error: Exception) -> None:
         """Check after an error whether the store can be reached at all.
@@ -113,9 +152,11 @@ class Sync:
         except TrackingError:
             raise
         except Exception as cause:
-            reason = store.root_cause(cause)
-            message = f"MLflow at {self.uri} cannot be reached ({reason}); run records stay on disk"
-            raise TrackingError(message) from error
+            raise self._failed(cause) from error
+
+    def _failed(self, cause: Exception) -> TrackingError:
+        error = store.failure(self.uri, cause)
+        return TrackingError(f"{error}; run records stay on disk", error.problem)
 
 
 class _Upload:
@@ -123,7 +164,7 @@ class _Upload:
 
     def __init__(self, sync: Sync, records: ExecutionRecords, again: bool) -> None:
         self.sync, self.client, self.records = sync, sync.client, records
-        self.state = records.synced(sync.uri)
+        self.state, self.file_error = records.synced(sync.store), ""
         if again:  # the run ids stay, to recognise purged runs
             self.state = {name: {"run": seen["run"]} for name, seen in self.state.items() if "run" in seen}
 
@@ -165,11 +206,11 @@ class _Upload:
         return "run" in self.state.get(name, {}) if run is None else bool(run.info.lifecycle_stage == "deleted")
 
     def _is_synced(self, name: str, record: RunRecord) -> bool:
-        return bool(self.state.get(name, {}).get("fingerprint") == record.fingerprint)
+        return self.records.is_synced(record, self.state.get(name, {}))
 
     def _save_state(self, name: str, **state: Any) -> None:
         self.state[name] = {**self.state.get(name, {}), **state}
-        self.records.save_synced(self.sync.uri, self.state)
+        self.records.save_synced(self.sync.store, self.state)
 
     def _skip_deleted(self, names: list[str], reason: str) -> None:
         """Stop uploading runs that were deleted in MLflow, and report it once, for a parent run not for each stage."""
@@ -190,7 +231,7 @@ class _Upload:
         return str(run.info.run_id)
 
     def _write(self, name: str, record: RunRecord, run: str) -> None:
-        """Upload a record; artifacts come last, since the artifact store may fail on its own."""
+        """Upload a record, and its files last, since the artifact store may fail on its own."""
         for params in _chunks([Param(*pair) for pair in record.params.items()], MAX_PARAMS):
             self.client.log_batch(run, params=params)
         points = [
@@ -210,10 +251,21 @@ class _Upload:
             self.client.update_run(run, status="RUNNING")
         else:
             self.client.set_terminated(run, record.status, _ms(record.ended))
-        if record.folder and (self.records.files / record.folder).is_dir():
-            self.client.log_artifacts(run, str(self.records.files / record.folder), record.folder)
-            shutil.rmtree(self.records.files / record.folder, ignore_errors=True)
         self._save_state(name, fingerprint=record.fingerprint, points=len(record.curve))
+        if self.records.has_files(record) and not self.file_error and len(self.sync.file_errors) < MAX_FILE_ERRORS:
+            self._upload_files(name, record, run)
+
+    def _upload_files(self, name: str, record: RunRecord, run: str) -> None:
+        folder = self.records.files / record.folder
+        try:
+            self.client.log_artifacts(run, str(folder), record.folder)
+        except Exception as error:  # of any artifact store
+            self.file_error = store.root_cause(error)
+            self.sync.file_errors.append(self.file_error)
+            return
+        self._save_state(name, files=record.fingerprint)
+        if record.stage in LARGE:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -241,11 +293,12 @@ def sync(files: Files, again: bool = False) -> tuple[int, list[str]]:
         executions that MLflow rejected.
 
     Raises:
-        TrackingError: If the store cannot be reached.
+        TrackingError: If the store cannot be reached, or its artifact store fails.
         BusyError: If another process uploads an execution for longer than LOCK_TIMEOUT.
     """
     upload = Sync(files, LOCK_TIMEOUT, again)
     upload.upload_all()
+    upload.check()
     notices = [notice for records in all_executions(files) for notice in records.take_notices()]
     return upload.uploaded, list(dict.fromkeys(notices))
 
@@ -272,11 +325,12 @@ def main() -> None:
                 upload.upload(records)
             if not last:
                 upload.upload_all()
+            upload.check()
             records.problem.unlink(missing_ok=True)
         except Exception as error:
-            write_text(records.problem, f"{store.root_cause(error)}\n")
+            write_text(records.problem, f"{getattr(error, 'problem', '') or store.root_cause(error)}\n")
         if monitor is None and not ended.is_set():
-            monitor = _start_monitor(records, arguments["name"], upload.uri)
+            monitor = _start_monitor(files, records, arguments["name"])
         ended.wait(INTERVAL)
     if monitor is not None:
         monitor.finish()
@@ -287,14 +341,14 @@ def _wait_for_end(ended: threading.Event) -> None:
     ended.set()
 
 
-def _start_monitor(records: ExecutionRecords, name: str, uri: str) -> Any:
+def _start_monitor(files: Files, records: ExecutionRecords, name: str) -> Any:
     """Start MLflow's system metrics for a stage's run, unless MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING is false."""
-    run = records.synced(uri).get(name, {}).get("run")
+    run = records.synced(store.store_key(files)).get(name, {}).get("run")
     if run is None or os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower() == "false":
         return None
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-    monitor: Any = SystemMetricsMonitor(run, tracking_uri=uri)  # type: ignore[no-untyped-call]
+    monitor: Any = SystemMetricsMonitor(run, tracking_uri=store.tracking_uri(files))  # type: ignore[no-untyped-call]
     monitor.start()
     return monitor
 

@@ -12,8 +12,9 @@ from mlflow import MlflowClient
 
 from pipeline.files import Files
 from pipeline.registry.lineage import BEST, CHALLENGER, CHAMPION
-from pipeline.registry.model_registry import DIGEST, Decide, Registry, RegistryError, upload_release
+from pipeline.registry.model_registry import DIGEST, Decide, Registry, RegistryError, release_digest, upload_release
 from pipeline.registry.policy import Decision
+from pipeline.tracking.store import TrackingError
 
 NAMES = (f"model{number}" for number in itertools.count())
 
@@ -236,6 +237,37 @@ def test_deleting_a_rollback_does_not_restore_the_withdrawn_champion(
         registry.version_of(CHAMPION)
 
 
+def test_a_withdrawn_release_stays_out_although_its_version_and_the_rollback_were_deleted(
+    registry: Registry, run: str, tmp_path: Path
+) -> None:
+    publish(registry, run, tmp_path, 5)
+    publish(registry, run, tmp_path, 6)
+    registry.roll_back()
+    delete("2")(registry)
+    again, passed = publish(registry, run, tmp_path, 6)
+    assert (passed, champions(registry)) == (False, ["1", "1"])
+    assert publish(registry, run, tmp_path, 6) == (again, False)
+    reason = registry.tags(again)["reason"]
+    assert reason.startswith("it was withdrawn by `rollback`; the tag withdrawn.")
+    delete(again, "3")(registry)  # the version that records the rollback, too
+    registry.roll_back("1")
+    again, passed = publish(registry, run, tmp_path, 6)
+    assert not passed and registry.version_of(CHAMPION) == "1"
+    registry.client.delete_registered_model_tag(registry.name, reason.split()[7])  # as the reason says
+    version, passed = publish(registry, run, tmp_path, 6)
+    assert passed and registry.version_of(CHAMPION) == version
+
+
+def test_a_withdrawn_version_that_is_named_may_be_published_again(registry: Registry, run: str, tmp_path: Path) -> None:
+    publish(registry, run, tmp_path, 5)
+    publish(registry, run, tmp_path, 6)
+    registry.roll_back()
+    registry.roll_back("2")
+    publish(registry, run, tmp_path, 6.5)
+    delete("2")(registry)
+    assert publish(registry, run, tmp_path, 6)[1]
+
+
 def test_a_champion_of_version_0_1_0_is_named_once(registry: Registry, run: str, tmp_path: Path) -> None:
     client = registry.client
     client.create_registered_model(registry.name)
@@ -290,6 +322,53 @@ def test_a_release_is_uploaded_once_unless_its_run_is_incomplete_or_deleted(
     client.delete_experiment(client.get_experiment_by_name(name).experiment_id)
     with pytest.raises(RegistryError, match=f"experiment {name} was deleted in MLflow; restore it"):
         upload_release(client, files, folder, name)
+
+
+def test_a_release_goes_to_the_run_that_exported_it(client: MlflowClient, tmp_path: Path) -> None:
+    files, folder, name = Files(tmp_path, tmp_path), release(tmp_path / "release", 5), next(NAMES)
+    experiment = client.create_experiment(name, (tmp_path / "artifacts").as_uri())
+    tags = {"stage": "export", DIGEST: release_digest(folder)}
+    runs = {}
+    for cached in ("false", "true"):
+        runs[cached] = client.create_run(experiment, tags={**tags, "cached": cached}).info.run_id
+        client.set_terminated(runs[cached])
+    assert upload_release(client, files, folder, name) == runs["false"]
+    assert [file.path for file in client.list_artifacts(runs["false"], "export")] == ["export/SHA256SUMS"]
+    assert upload_release(client, files, folder, name) == runs["false"]
+    assert client.get_run(runs["false"]).info.status == "FINISHED"
+    assert len(client.search_runs([experiment])) == 2
+
+
+def test_nothing_is_registered_if_the_artifact_store_fails(
+    registry: Registry, client: MlflowClient, tmp_path: Path
+) -> None:
+    files, folder = Files(tmp_path, tmp_path), release(tmp_path / "release", 5)
+    (tmp_path / "a file").write_text("")
+    experiment = client.create_experiment(registry.name, (tmp_path / "a file" / "artifacts").as_uri())
+    for _ in range(2):
+        with pytest.raises(
+            TrackingError, match=r"^the artifact store of MLflow .* failed \(.*\); nothing was register"
+        ):
+            registry.publish(
+                folder,
+                lambda: upload_release(client, files, folder, registry.name),
+                {"quality": "5"},
+                promotion_rule(registry, 5),
+            )
+    assert client.search_registered_models(f"name = '{registry.name}'") == []
+    assert client.search_runs([experiment]) == []
+
+
+def test_a_version_that_is_missing_or_has_lost_its_files_is_one_error(
+    registry: Registry, run: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RegistryError, match=f"{registry.name} has no version 7; `smaller-student history`"):
+        registry.download("7", tmp_path / "fetched")
+    with pytest.raises(RegistryError, match=f"{registry.name} has no `challenger`; `smaller-student publish`"):
+        registry.version_of(CHALLENGER)
+    publish(registry, run, tmp_path, 5)
+    with pytest.raises(RegistryError, match=r"version 1 of .* cannot be downloaded .*; repair the artifact store, or n"):
+        registry.download("1", tmp_path / "fetched")
 
 
 # --- concurrent promoters ---------------------------------------------------------------------------------------------

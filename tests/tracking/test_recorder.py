@@ -99,7 +99,10 @@ def test_a_server_that_is_down_causes_one_warning(checkout: Files, start: Start)
     _, err = process.communicate()
     assert process.returncode == 0 and checkout.metrics("teacher").is_file()
     assert err.count("MLflow") == 1 and "Traceback" not in err
-    assert "the upload to MLflow at http://127.0.0.1:9 is not complete ([Errno 111] Connection refused)" in err
+    assert (
+        "the upload to MLflow at http://127.0.0.1:9 is not complete: it cannot be reached ([Errno 111] Connection"
+        in err
+    )
     assert "`smaller-student sync` uploads the rest" in err
 
 
@@ -110,7 +113,7 @@ def test_a_server_that_never_answers_causes_a_short_wait_and_one_warning(
     process = start(checkout, *TEACHER, NAP="12", MLFLOW_TRACKING_URI=silent)
     _, err = process.communicate()
     assert process.returncode == 0 and checkout.metrics("teacher").is_file()
-    assert err.count("MLflow") == 1 and ("(still uploading)" in err or "timed out" in err.lower())
+    assert err.count("MLflow") == 1 and ("it takes longer" in err or "no answer in 10 s" in err)
     assert time.monotonic() - began < 12 + 5 + 2  # the stage, the wait, starting Python
 
 

@@ -1,5 +1,6 @@
 """After an upload MLflow has complete runs, without duplicates and without runs that seem to be running."""
 
+import hashlib
 import json
 import os
 import sqlite3
@@ -20,9 +21,9 @@ from pipeline.tracking import metrics
 from pipeline.tracking.execution import Execution, ProcessId
 from pipeline.tracking.recorder import RELEASE_DIGEST, Recorder, complete_last_execution, flatten
 from pipeline.tracking.run_record import EXECUTION, ExecutionRecords, Point, all_executions
-from pipeline.tracking.store import TrackingError
+from pipeline.tracking.store import TrackingError, store_key
 from pipeline.tracking.sync import Sync, sync
-from tests.fake_stages import NUMBERS, wait_until
+from tests.fake_stages import NUMBERS, Start, wait_until
 
 HERE = ProcessId.of(os.getpid())
 GONE = HERE.model_copy(update={"start": 1})
@@ -80,6 +81,14 @@ def children(files: Files) -> dict[str, Run]:
     return {run.data.tags["stage"]: run for run in found}
 
 
+def purge(run: str) -> None:
+    """Remove a deleted run from the database."""
+    store = os.environ["MLFLOW_TRACKING_URI"]
+    words = [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", store, "--run-ids", run]
+    done = subprocess.run(words, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
 def points(run: Run, key: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in client().get_metric_history(run.info.run_id, key)]
 
@@ -115,9 +124,9 @@ def test_repeated_uploads_store_each_point_and_each_final_metric_once(
         sync(here)
     ended = time.time() + 1
     recorder.end(name, "FINISHED", ended)
-    assert recorder.records.pending(os.environ["MLFLOW_TRACKING_URI"])
+    assert recorder.records.pending(store_key(here))
     assert sync(here)[0] == 1
-    assert not recorder.records.pending(os.environ["MLFLOW_TRACKING_URI"])
+    assert not recorder.records.pending(store_key(here))
     before = [run.info.run_id for run in runs(here)]
     assert sync(here)[0] == 0
     for _ in range(2):
@@ -175,7 +184,7 @@ def test_artifacts_are_uploaded_although_a_later_run_overwrote_the_files(here: F
     assert downloaded.read_text() == "onnx"
     assert len(found["export"].data.tags[RELEASE_DIGEST]) == 64
     assert (here.root / "mlartifacts").is_dir()
-    assert not list(records.files.iterdir())  # copies are deleted after the upload
+    assert [path.name for path in records.files.iterdir()] == ["report"]  # a release is too large to be kept
 
 
 def test_a_fully_cached_execution_is_complete_and_links_to_the_original_runs(here: Files) -> None:
@@ -285,13 +294,106 @@ def test_sync_does_not_end_runs_of_living_processes_or_other_hosts(here: Files, 
     assert {run.info.status for run in runs(here)} == {"RUNNING"}
 
 
-def test_another_store_gets_all_runs(here: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# --- other stores -----------------------------------------------------------------------------------------------------
+
+
+def test_another_store_gets_all_runs_with_their_files_and_the_first_one_keeps_its_own(
+    here: Files, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(here, "benchmark", owner=dvc(1))
+    sync(here)
+    first = [run.info.run_id for run in runs(here)]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
+    record(here, "prepare", owner=dvc(2))
+    assert sync(here)[0] == 2
+    expected = ["", *RECORDS, "", "prepare"]
+    assert [run.data.tags.get("stage", "") for run in runs(here)] == expected
+    assert {run.info.status for run in runs(here)} == {"FINISHED"}
+    (page,) = client().list_artifacts(runs(here)[len(RECORDS)].info.run_id, "report")
+    assert page.path == "report/index.html"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    assert sync(here)[0] == 1  # the second execution
+    assert sync(here)[0] == 0
+    assert [run.info.run_id for run in runs(here)][: len(first)] == first
+    assert [run.data.tags.get("stage", "") for run in runs(here)] == expected
+
+
+def test_a_store_under_another_address_is_recognised(here: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     record(here, "prepare")
     sync(here)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
-    record(here, "teacher")
+    run = children(here)["prepare"].info.run_id
+    client().delete_run(run)
+    purge(run)
+    other = os.environ["MLFLOW_TRACKING_URI"].replace("sqlite:", "sqlite+pysqlite:")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", other)
+    assert sync(here) == (0, [])
+    sync(here, again=True)
+    assert list(children(here)) == []  # a purged run stays away, too
+
+
+def test_a_new_store_at_an_old_address_gets_all_runs(
+    reported: Files, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    record(reported, "benchmark")
+    ids = []
+    for _ in range(2):
+        process = start(reported, "-m", "pipeline", "sync")  # MLflow keeps the old database open in this process
+        out, err = process.communicate(timeout=300)
+        assert out == "executions uploaded: 1\n", err
+        with sqlite3.connect(reported.mlflow_db) as database:
+            ids.append({run for (run,) in database.execute("SELECT run_uuid FROM runs WHERE status = 'FINISHED'")})
+        reported.mlflow_db.unlink()
+    assert len(ids[0]) == len(ids[1]) == 1 + len(RECORDS)
+    assert not ids[0] & ids[1]
+
+
+def test_the_state_of_version_0_1_0_is_kept(here: Files) -> None:
+    records = record(here, "prepare")
     sync(here)
-    assert list(children(here)) == ["prepare", "teacher"]
+    address = hashlib.sha256(os.environ["MLFLOW_TRACKING_URI"].encode()).hexdigest()[:16]
+    (state,) = (records.folder / "synced").iterdir()
+    state.rename(state.with_name(f"{address}.json"))
+    (here.tracking / "stores" / address).unlink()
+    assert sync(here)[0] == 0
+
+
+# --- an artifact store that fails -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("broken", ["s3", "folder"])
+def test_figures_and_statuses_arrive_although_the_artifact_store_fails(
+    here: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "missing"))
+    in_the_way = tmp_path / "a file"
+    in_the_way.write_text("")
+    location = "s3://bucket/runs" if broken == "s3" else (in_the_way / "runs").as_uri()
+    client().create_experiment(load(here.params).tracking.experiment, location)
+    write_text(here.artifacts("export") / "SHA256SUMS", "1234  model.onnx\n")
+    for number in (1, 2):
+        for stage in ("export", "benchmark"):
+            records = record(here, stage, owner=dvc(number))
+    reason = "Unable to locate credentials" if broken == "s3" else "Not a directory"
+    for _ in range(2):
+        with pytest.raises(TrackingError, match=f"^MLflow at .* has all figures and statuses, but .*{reason}.*; the f"):
+            sync(here)
+        assert len(runs(here)) == 2 * (1 + len(RECORDS))
+        assert {run.info.status for run in runs(here)} == {"FINISHED"}
+        assert all(run.data.metrics["eval/mAP"] == 0.59 for run in parents(here))
+    assert records.pending(store_key(here)) == ["export", "benchmark"]
+    if broken == "s3":
+        return
+    in_the_way.unlink()
+    assert sync(here)[0] == 2
+    assert len(runs(here)) == 2 * (1 + len(RECORDS))
+    for run in runs(here):
+        expected = {"export": ["export"], "benchmark": ["report"]}.get(run.data.tags.get("stage", ""), [])
+        expected = expected if run.data.tags.get("cached") == "false" else []
+        assert [file.path for file in client().list_artifacts(run.info.run_id)] == expected
 
 
 # --- deleted runs -----------------------------------------------------------------------------------------------------
@@ -327,16 +429,13 @@ def test_an_execution_with_a_deleted_parent_run_is_skipped_and_reported_once(her
     assert len(runs(here, ViewType.ALL)) == 2
 
 
-def test_a_purged_run_is_not_created_again(here: Files, store: str) -> None:
+def test_a_purged_run_is_not_created_again(here: Files) -> None:
     record(here, "prepare")
     sync(here)
     run = children(here)["prepare"].info.run_id
     client().delete_run(run)
-    done = subprocess.run(
-        [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", store, "--run-ids", run], capture_output=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert sync(here)[1] == []  # up to date, so MLflow was not queried
+    purge(run)
+    assert sync(here)[1] == []  # up to date, so its runs were not queried
     record(here, "teacher")
     assert len(sync(here)[1]) == 1
     sync(here, again=True)
@@ -475,9 +574,7 @@ def test_the_background_upload_ends_the_run_of_a_killed_stage(here: Files) -> No
         cwd=Path(__file__).parents[2],
     )
     assert child.stdin is not None
-    wait_until(
-        lambda: bool(records.synced(os.environ["MLFLOW_TRACKING_URI"]).get("prepare", {}).get("fingerprint")), 60
-    )
+    wait_until(lambda: bool(records.synced(store_key(here)).get("prepare", {}).get("fingerprint")), 60)
     running = records.read("prepare")
     assert running is not None
     records.write("prepare", running.updated(process=GONE, ended=None))
