@@ -56,7 +56,7 @@ def benchmark(run: Run) -> BenchmarkRecord:
         del onnx[INT8]
     timings = measure(onnx, (height, width), settings.batches, settings.threads, settings.repeats)
     sizes = footprints(onnx, (height, width), max(settings.batches))
-    record = benchmark_record(timings, sizes, teacher.macs, export.macs)
+    record = benchmark_record(timings, sizes, teacher.macs, export.macs, available_threads())
     write_csv(timings, run.out / "latency.csv")
 
     manifest, images = open_images(files, params)

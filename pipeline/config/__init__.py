@@ -136,7 +136,8 @@ class Benchmark(Section):
     batches: Annotated[list[Annotated[int, Field(ge=1, le=1024)]], Field(min_length=1)]
     """Batch sizes to time, images. 1 is required, because `speedup` is reported for it."""
     threads: Annotated[list[Annotated[int, Field(ge=0, le=1024)]], Field(min_length=1)]
-    """Numbers of intra-op threads to time. 0 stands for all that the process may use, and is required."""
+    """Numbers of intra-op threads to time. 0 stands for all that the process may use (`runtime.threads`), and is
+    required; the report and metrics/benchmark.json name the number."""
     repeats: Annotated[int, Field(ge=3, le=100_000)]
     """Timed calls of each file at each setting; the files are timed in turns."""
     panels: Annotated[int, Field(ge=1, le=100)]
@@ -168,6 +169,10 @@ class Runtime(Section):
     """How Lightning Fabric distributes training over devices."""
     precision: Literal["auto", "32-true", "bf16-mixed"]
     """Number format of training; `auto` is bf16-mixed on a GPU that supports it, else 32-true."""
+    threads: Annotated[int, Field(ge=0, le=1024)]
+    """Largest number of threads of a process, for training, decoding and ONNX Runtime; 0 for one on each available
+    core. OMP_NUM_THREADS and the available cores limit it too: the smallest of the three counts. Another number rounds
+    sums differently, so on a CPU the weights have other last digits."""
     workers: Annotated[int, Field(ge=0, le=256)]
     """Processes that load images; 0 loads them in the training process."""
     teacher_cache_gib: Annotated[float, Field(ge=0, le=100_000)]

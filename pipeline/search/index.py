@@ -20,6 +20,7 @@ from pipeline.export.embed import Embeddings
 from pipeline.export.model import Model, open_model
 from pipeline.export.release import SUMS, ReleaseError, read_release, read_sums, write_release
 from pipeline.progress import track
+from pipeline.runtime import available_threads
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class Index:
 
     def __init__(self, model: Model, gallery: Path, paths: Sequence[str], vectors: Embeddings) -> None:
         self.model, self.gallery, self.paths, self._vectors = model, gallery, list(paths), vectors
+        faiss.omp_set_num_threads(available_threads())  # OpenMP does not know the quotas of control groups
         self._faiss = faiss.IndexFlatIP(vectors.shape[1])
         self._faiss.add(vectors)
 
