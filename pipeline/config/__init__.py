@@ -22,7 +22,7 @@ class Vehicles(Section):
 
     train_identities: Annotated[int, Field(ge=2, le=20_000)]
     """Number of vehicles in the training set (folder image_train)."""
-    test_identities: Annotated[int, Field(ge=1, le=20_000)]
+    test_identities: Annotated[int, Field(ge=2, le=20_000)]
     """Number of vehicles in the test set (folders image_query and image_test); none of them is in the training set."""
     views: Annotated[int, Field(ge=1, le=20)]
     """Images of each vehicle in each of the six cameras."""
@@ -244,12 +244,13 @@ class Params(Section):
     def _stages_agree(self) -> Self:
         complaints = []
         if self.data.source == "vehicles":
-            training = self.data.vehicles.train_identities * (1 - self.data.validation)
+            rendered = self.data.vehicles.train_identities
+            training = rendered - int(self.data.validation * rendered)  # as `split_validation` rounds
             for stage, section in (("teacher", self.teacher), ("student", self.student)):
                 if section.batch.identities > training:
                     complaints.append(
-                        f"`{stage}.batch.identities` ({section.batch.identities}) must not exceed the {int(training)} "
-                        "identities left for training"
+                        f"`{stage}.batch.identities` ({section.batch.identities}) must not exceed the {training} "
+                        f"identities left for training: lower it, or raise `data.vehicles.train_identities` ({rendered})"
                     )
         if self.student.channel_multiple % self.surgery.channel_multiple:
             complaints.append(
