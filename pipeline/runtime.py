@@ -13,6 +13,7 @@ from threadpoolctl import threadpool_limits
 from pipeline.config import Runtime
 
 if TYPE_CHECKING:
+    import torch
     from lightning_fabric import Fabric
 
 log = logging.getLogger(__name__)
@@ -108,3 +109,13 @@ def launch(runtime: Runtime, seed: int) -> "Fabric":
     torch.set_num_threads(available_threads(runtime.devices if accelerator == "cpu" else 1))
     log.info("%s on %s, %d threads, %s", accelerator, fabric.device, torch.get_num_threads(), precision)
     return fabric
+
+
+def device_memory(device: "torch.device") -> int | None:
+    """Wait for the queued work of a device; return the most memory that torch has used on it, bytes (None: a CPU)."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_reserved(device)

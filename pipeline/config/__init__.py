@@ -250,7 +250,8 @@ class Params(Section):
                 if section.batch.identities > training:
                     complaints.append(
                         f"`{stage}.batch.identities` ({section.batch.identities}) must not exceed the {training} "
-                        f"identities left for training: lower it, or raise `data.vehicles.train_identities` ({rendered})"
+                        "identities left for training: lower it, or raise `data.vehicles.train_identities` "
+                        f"({rendered})"
                     )
         if self.student.channel_multiple % self.surgery.channel_multiple:
             complaints.append(

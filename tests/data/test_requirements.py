@@ -59,7 +59,9 @@ def test_a_batch_with_more_identities_than_are_left_is_refused_with_both_numbers
     items = own(20, "ab", params, images=3)
     left = len({item.identity for item in items if item.split == "train"})
     (problem,) = problems(items, params)
-    assert problem.startswith(f"`student.batch.identities` (16) must not exceed the {left} identities left for training")
+    assert problem.startswith(
+        f"`student.batch.identities` (16) must not exceed the {left} identities left for training"
+    )
     assert problem.endswith(f"set it to {left} or less")
     assert list(problems(items, params_of(student__batch__identities=left, data__custom__test=0.3))) == []
 
@@ -70,7 +72,10 @@ def test_all_problems_are_listed_at_once() -> None:
     with pytest.raises(DataError) as error:
         check_requirements(items_of([*views, ("v", "a", "validation-gallery")]), params)
     lines = str(error.value).splitlines()
-    assert [line.partition(" ")[0] for line in lines[:2]] == ["`teacher.batch.identities`", "`student.batch.identities`"]
+    assert [line.partition(" ")[0] for line in lines[:2]] == [
+        "`teacher.batch.identities`",
+        "`student.batch.identities`",
+    ]
     assert "test set" in lines[2] and "validation set" in lines[3] and len(lines) == 4
     assert error.value.exit_code == 3
 
