@@ -135,7 +135,8 @@ class BenchmarkRecord(Record):
 
     `speedup` is the ratio of p50 latencies at the smallest batch with all threads, `ideal_speedup` the ratio of MACs, and
     `realised` the quotient of the two. `conclusive` is 1 if the 95 % interval [`speedup_low`, `speedup_high`] is
-    narrow. `teacher`, `student` and `int8` hold latencies by setting `batch<B>_threads<T>` (T is `all` or a number).
+    narrow. `teacher`, `student` and `int8` hold latencies by setting `batch<B>_threads<T>` (T is `all` or a number, and
+    `threads` is the number that `all` stands for).
     Memory is the peak in bytes of loading a file and running the largest batch once.
     """
 
@@ -146,6 +147,7 @@ class BenchmarkRecord(Record):
     speedup_by_setting: dict[str, float]
     ideal_speedup: float
     realised: float
+    threads: int | None = None
     teacher: dict[str, Latency]
     student: dict[str, Latency]
     int8: dict[str, Latency] | None = None

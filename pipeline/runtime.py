@@ -8,21 +8,46 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from threadpoolctl import threadpool_limits
+
 from pipeline.config import Runtime
 
 if TYPE_CHECKING:
+    import torch
     from lightning_fabric import Fabric
 
 log = logging.getLogger(__name__)
 
+THREADS = "OMP_NUM_THREADS"
+"""Environment variable by which OpenMP, and libraries that do not use it, limit the threads of a process."""
 
-def available_threads(root: Path = Path("/")) -> int:
-    """Count the processors this process may use: its affinity mask, limited by the CPU quotas of its control groups.
 
-    Control groups are read below `root`.
+def available_threads(processes: int = 1, root: Path = Path("/")) -> int:
+    """Count the threads that this process may use: one for each core, and no more than OMP_NUM_THREADS.
+
+    Cores are those of the affinity mask, limited by the CPU quotas of the control groups, which are read below `root`.
+
+    Args:
+        processes: Processes that share the cores; OMP_NUM_THREADS counts for each of them.
     """
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, math.floor(min([count, *_cpu_quotas(root)])))
+    cores = math.floor(min([count, *_cpu_quotas(root)]))
+    first = os.environ.get(THREADS, "").partition(",")[0].strip()  # a list is for nested parallel regions
+    limit = int(first) if first.isascii() and first.isdigit() else 0  # OpenMP ignores other values, and so does this
+    return max(1, min(cores // processes, limit or cores))
+
+
+def limit_threads(threads: int) -> None:
+    """Limit the threads of this process and of those that it starts from now on, through OMP_NUM_THREADS.
+
+    A variable that is smaller stays. Set before a library is loaded, the variable suffices; numpy is loaded already.
+
+    Args:
+        threads: `runtime.threads`; 0 sets no limit.
+    """
+    if threads:
+        os.environ[THREADS] = str(min(threads, available_threads()))
+        threadpool_limits(available_threads())
 
 
 def _cpu_quotas(root: Path) -> Iterator[float]:
@@ -70,7 +95,6 @@ def launch(runtime: Runtime, seed: int) -> "Fabric":
         # Without AMX or AVX-512, bf16 is emulated and many times slower.
         raise ValueError(f"`runtime.precision` is {precision}, which a CPU emulates slowly; set it to auto or 32-true")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this setting
-    torch.set_num_threads(max(1, available_threads() // (runtime.devices if accelerator == "cpu" else 1)))
     torch.use_deterministic_algorithms(True, warn_only=accelerator != "cpu")
     seed_everything(seed, workers=True, verbose=False)
     fabric = Fabric(
@@ -81,5 +105,17 @@ def launch(runtime: Runtime, seed: int) -> "Fabric":
         precision=precision,
     )
     fabric.launch()
+    # After the launch of several processes, in which Fabric sets another number.
+    torch.set_num_threads(available_threads(runtime.devices if accelerator == "cpu" else 1))
     log.info("%s on %s, %d threads, %s", accelerator, fabric.device, torch.get_num_threads(), precision)
     return fabric
+
+
+def device_memory(device: "torch.device") -> int | None:
+    """Wait for the queued work of a device; return the most memory that torch has used on it, bytes (None: a CPU)."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_reserved(device)

@@ -14,6 +14,7 @@ import numpy as np
 from pipeline import checkpoint
 from pipeline.data.augment import MEAN, STD
 from pipeline.data.images import open_images
+from pipeline.data.requirements import check_requirements
 from pipeline.export.embed import embed
 from pipeline.export.release import read_release
 from pipeline.files import read_json
@@ -45,6 +46,8 @@ def benchmark(run: Run) -> BenchmarkRecord:
     params, files = run.params, run.files
     height, width = params.data.image_size
     settings = params.benchmark
+    manifest, images = open_images(files, params)
+    check_requirements(manifest.items, params)
 
     def read(stage: str, record: type[R]) -> R:
         return record.model_validate(read_json(files.metrics(stage)))
@@ -56,10 +59,9 @@ def benchmark(run: Run) -> BenchmarkRecord:
         del onnx[INT8]
     timings = measure(onnx, (height, width), settings.batches, settings.threads, settings.repeats)
     sizes = footprints(onnx, (height, width), max(settings.batches))
-    record = benchmark_record(timings, sizes, teacher.macs, export.macs)
+    record = benchmark_record(timings, sizes, teacher.macs, export.macs, available_threads())
     write_csv(timings, run.out / "latency.csv")
 
-    manifest, images = open_images(files, params)
     test = np.concatenate([manifest.indices("query"), manifest.indices("gallery")])
     specs = {
         name: checkpoint.load_spec(files.artifacts(stage))

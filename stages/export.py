@@ -11,6 +11,7 @@ import numpy as np
 from pipeline import checkpoint
 from pipeline.data.augment import MEAN, STD, normalise
 from pipeline.data.images import open_images
+from pipeline.data.requirements import check_requirements
 from pipeline.data.sources import LAYOUTS
 from pipeline.export import int8, sample
 from pipeline.export.card import CardEntry, gallery_note, render_card
@@ -41,6 +42,7 @@ def export(run: Run) -> ExportRecord:
     params, commit = run.params, run.commit
     fabric = launch(params.runtime.alone(), params.seed)
     manifest, images = open_images(run.files, params)
+    check_requirements(manifest.items, params)
     height, width = params.data.image_size
     queries, gallery = manifest.indices("query"), manifest.indices("gallery")
     test = np.concatenate([queries, gallery])

@@ -21,8 +21,9 @@ from pipeline.data.inspection import (
 )
 from pipeline.data.layout import UNKNOWN
 from pipeline.data.manifest import DataError, ImageWarning, Manifest, by_kind, first_few
+from pipeline.data.requirements import check_requirements, remarks
 from pipeline.data.sources import read_source
-from pipeline.data.splits import check_test_set, split_test, split_validation
+from pipeline.data.splits import split_test, split_validation
 from pipeline.files import csv_text, write_text
 from pipeline.protocols import PROTOCOLS
 from pipeline.records import PrepareRecord
@@ -67,8 +68,11 @@ def prepare(run: Run) -> PrepareRecord:
     for line in by_kind(warnings):
         log.warning("%s", line)
     check_limits(inspection, len(source.items), data.max_quarantined, data.max_leaked)
-    check_test_set(inspection.good, data.protocol)
-    manifest = Manifest(split_validation(inspection.good, data.validation, seed, data.protocol), root, data.closed_set)
+    items = split_validation(inspection.good, data.validation, seed, data.protocol)
+    check_requirements(items, run.params)
+    for remark in remarks(items, run.params):
+        log.warning("%s", remark)
+    manifest = Manifest(items, root, data.closed_set)
     if data.cache:
         height, width = data.image_size
         build_cache(manifest, (height, width), files.image_cache)

@@ -17,6 +17,7 @@ from pipeline.compress.student import CALIBRATION, build_student, evenly_spaced,
 from pipeline.data.augment import as_tensor, normalise
 from pipeline.data.images import open_images
 from pipeline.data.loader import training_loader
+from pipeline.data.requirements import check_requirements
 from pipeline.models import cost
 from pipeline.models.cost import CostModel
 from pipeline.records import StudentRecord
@@ -38,6 +39,7 @@ def student(run: Run) -> StudentRecord:
     size = (params.data.image_size[0], params.data.image_size[1])
     fabric = launch(params.runtime, params.seed)
     manifest, images = open_images(run.files, params)
+    check_requirements(manifest.items, params)
     loader = training_loader(manifest, images, params.student, params, fabric.global_rank, fabric.world_size)
     teacher = checkpoint.load(run.files.artifacts("teacher"))
     checkpoints = run.checkpoints("data", "teacher", "student")

@@ -8,6 +8,7 @@ from pipeline import checkpoint
 from pipeline.compress.surgery import SurgeryPlan, run_surgery
 from pipeline.data.augment import as_tensor, normalise
 from pipeline.data.images import open_images
+from pipeline.data.requirements import check_requirements
 from pipeline.models import cost
 from pipeline.records import SurgeryRecord
 from pipeline.retrieval.embed import evaluate
@@ -21,6 +22,7 @@ def surgery(run: Run) -> SurgeryRecord:
     params = run.params
     fabric = launch(params.runtime.alone(), params.seed)
     manifest, images = open_images(run.files, params)
+    check_requirements(manifest.items, params)
     probe = normalise(as_tensor(images.batch(manifest.indices("query", "gallery")[:8])))
     full = checkpoint.load_spec(run.files.artifacts("teacher"))
     result = run_surgery(checkpoint.load(run.files.artifacts("student")), full, params.surgery, probe)

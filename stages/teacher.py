@@ -8,6 +8,7 @@ from pipeline import checkpoint
 from pipeline.data.augment import normalise
 from pipeline.data.images import open_images
 from pipeline.data.loader import training_loader
+from pipeline.data.requirements import check_requirements
 from pipeline.models import cost
 from pipeline.records import TeacherRecord
 from pipeline.retrieval.embed import evaluate
@@ -23,6 +24,7 @@ def teacher(run: Run) -> TeacherRecord:
     params = run.params
     fabric = launch(params.runtime, params.seed)
     manifest, images = open_images(run.files, params)
+    check_requirements(manifest.items, params)
     loader = training_loader(manifest, images, params.teacher, params, fabric.global_rank, fabric.world_size)
     task = TeacherTask(params.teacher, validator(manifest, images, params.data.protocol, normalise, fabric.device))
     fit = Fit(fabric, params.teacher, task, loader, normalise, run.checkpoints("data", "teacher"), run.curve)

@@ -27,6 +27,7 @@ WITHOUT_RESULT = {
     "retrain.refresh",
     "runtime.accelerator",
     "runtime.strategy",
+    "runtime.threads",
     "runtime.workers",
     "runtime.teacher_cache_gib",
     "tracking.experiment",

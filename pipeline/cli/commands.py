@@ -1,10 +1,10 @@
 """All commands, in the order of `--help`."""
 
-from pipeline.cli import training, models, search  # isort: skip
+from pipeline.cli import preview, training, models, search  # isort: skip
 from pipeline.cli.app import app
 from pipeline.stage.run import run_guarded
 
-__all__ = ["app", "models", "run", "search", "training"]
+__all__ = ["app", "models", "preview", "run", "search", "training"]
 
 
 def run() -> int:

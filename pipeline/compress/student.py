@@ -278,6 +278,8 @@ def student_task(
     shareable = not compression.observed_sites  # other methods do not read features at those sites
     if cache_folder is not None and shareable and params.runtime.teacher_cache_gib:
         computed = f"{params.runtime.precision} on {fabric.device.type}, torch {torch.__version__}"
+        if fabric.device.type == "cpu":  # the number of threads decides how sums are rounded
+            computed += f", {torch.get_num_threads()} threads"
         modules = sorted(task.feature_modules.values())
         settings = f"{modules}, flip average {config.distill.flip_average}, {computed}"
         task.cache = TeacherCache(cache_folder, params.runtime.teacher_cache_gib * GIB, teacher, settings)

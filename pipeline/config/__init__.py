@@ -22,7 +22,7 @@ class Vehicles(Section):
 
     train_identities: Annotated[int, Field(ge=2, le=20_000)]
     """Number of vehicles in the training set (folder image_train)."""
-    test_identities: Annotated[int, Field(ge=1, le=20_000)]
+    test_identities: Annotated[int, Field(ge=2, le=20_000)]
     """Number of vehicles in the test set (folders image_query and image_test); none of them is in the training set."""
     views: Annotated[int, Field(ge=1, le=20)]
     """Images of each vehicle in each of the six cameras."""
@@ -151,7 +151,8 @@ class Benchmark(Section):
     batches: Annotated[list[Annotated[int, Field(ge=1, le=1024)]], Field(min_length=1)]
     """Batch sizes to time, images. `speedup` is reported for the smallest: 1, which is required, or `export.batch`."""
     threads: Annotated[list[Annotated[int, Field(ge=0, le=1024)]], Field(min_length=1)]
-    """Numbers of intra-op threads to time. 0 stands for all that the process may use, and is required."""
+    """Numbers of intra-op threads to time. 0 stands for all that the process may use (`runtime.threads`), and is
+    required; the report and metrics/benchmark.json name the number."""
     repeats: Annotated[int, Field(ge=3, le=100_000)]
     """Timed calls of each file at each setting; the files are timed in turns."""
     panels: Annotated[int, Field(ge=1, le=100)]
@@ -181,6 +182,10 @@ class Runtime(Section):
     """How Lightning Fabric distributes training over devices."""
     precision: Literal["auto", "32-true", "bf16-mixed"]
     """Number format of training; `auto` is bf16-mixed on a GPU that supports it, else 32-true."""
+    threads: Annotated[int, Field(ge=0, le=1024)]
+    """Largest number of threads of a process, for training, decoding and ONNX Runtime; 0 for one on each available
+    core. OMP_NUM_THREADS and the available cores limit it too: the smallest of the three counts. Another number rounds
+    sums differently, so on a CPU the weights have other last digits."""
     workers: Annotated[int, Field(ge=0, le=256)]
     """Processes that load images; 0 loads them in the training process."""
     teacher_cache_gib: Annotated[float, Field(ge=0, le=100_000)]
@@ -252,12 +257,14 @@ class Params(Section):
     def _stages_agree(self) -> Self:
         complaints = []
         if self.data.source == "vehicles":
-            training = self.data.vehicles.train_identities * (1 - self.data.validation)
+            rendered = self.data.vehicles.train_identities
+            training = rendered - int(self.data.validation * rendered)  # as `split_validation` rounds
             for stage, section in (("teacher", self.teacher), ("student", self.student)):
                 if section.batch.identities > training:
                     complaints.append(
-                        f"`{stage}.batch.identities` ({section.batch.identities}) must not exceed the {int(training)} "
-                        "identities left for training"
+                        f"`{stage}.batch.identities` ({section.batch.identities}) must not exceed the {training} "
+                        "identities left for training: lower it, or raise `data.vehicles.train_identities` "
+                        f"({rendered})"
                     )
         if self.student.channel_multiple % self.surgery.channel_multiple:
             complaints.append(

@@ -1,4 +1,4 @@
-"""A thread pool over the processors that this process may use."""
+"""A thread pool with the threads that this process may use."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from pipeline.data.layout import UNASSIGNED, UNASSIGNED_TEST, UNASSIGNED_VALIDATION, UNKNOWN
-from pipeline.data.manifest import DataError, Item, first_few
+from pipeline.data.manifest import DataError, Item
 from pipeline.protocols import JUNK, PROTOCOLS
 
 log = logging.getLogger(__name__)
@@ -118,40 +118,6 @@ def _draw_test(names: Iterable[str], share: float, seed: int) -> set[str]:
         return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()) / 2**64
 
     return {name for name in names if uniform(name) < share}
-
-
-def check_test_set(items: Sequence[Item], protocol: str) -> None:
-    """Check that a test set can be scored under a protocol.
-
-    Raises:
-        DataError: Naming what is missing, and the remedy.
-    """
-    tested = [item for item in items if item.split in ("query", "gallery")]
-    query_identities = {item.identity for item in tested if item.split == "query"}
-    gallery = [item.path for item in tested if item.split == "gallery"]
-    identities = {item.identity for item in tested}
-    without_camera = [item.path for item in tested if item.camera == UNKNOWN]
-    if PROTOCOLS[protocol].cameras and without_camera:
-        raise DataError(
-            f"protocol {protocol} needs the camera of every test image, and {len(without_camera)} have none, such as "
-            f"{first_few(without_camera, 1)}; set `data.protocol` to query-gallery, or to loo without given splits, or "
-            "name the cameras"
-        )
-    if len(identities) < 2 or not query_identities:
-        raise DataError(
-            f"the test set has {len(tested)} images of {len(identities)} identities, {len(query_identities)} of them "
-            "with a query; two identities are needed, one of them with two images"
-            f"{' from two cameras' if PROTOCOLS[protocol].cameras else ''}: raise `data.custom.test`, or add images"
-        )
-    if JUNK in query_identities:
-        raise DataError(f"identity {JUNK} is junk and cannot be a query; remove it under protocol {protocol}")
-    if PROTOCOLS[protocol].all_query and gallery:
-        raise DataError(
-            f"under protocol {protocol} all test images are queries, but {len(gallery)} are in a gallery, such as "
-            f"{gallery[0]}; set `data.protocol` to query-gallery, or to market if cameras are known"
-        )
-    if not PROTOCOLS[protocol].all_query and not gallery:
-        raise DataError(f"protocol {protocol} needs a gallery, and there is none; set `data.protocol` to loo")
 
 
 def _group_names(items: Iterable[Item]) -> dict[str, dict[str, list[str]]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pipeline.inference.session import INPUT, OUTPUT
 from pipeline.models.resnet import RetrievalNet, convert
 
+
 class Embedder(nn.Module):
     """A copy of a network without its classifier, followed by L2 normalisation."""
 
@@ -30,9 +31,7 @@ class Embedder(nn.Module):
         return embedding / length.clamp_min(torch.finfo(embedding.dtype).eps)
 
 
-def to_onnx(
-    net: RetrievalNet, image_size: tuple[int, int], opset: int, batch: int | None = None
-) -> onnx.ModelProto:
+def to_onnx(net: RetrievalNet, image_size: tuple[int, int], opset: int, batch: int | None = None) -> onnx.ModelProto:
     """Convert a network to an ONNX model.
 
     Args:

@@ -44,7 +44,11 @@ def gains(timings: Sequence[Timing]) -> dict[str, dict[str, Gain]]:
 
 
 def benchmark_record(
-    timings: Sequence[Timing], footprints: Mapping[str, Footprint], teacher_macs: int, student_macs: int
+    timings: Sequence[Timing],
+    footprints: Mapping[str, Footprint],
+    teacher_macs: int,
+    student_macs: int,
+    threads: int | None = None,
 ) -> BenchmarkRecord:
     """Compare the latency of the student with that of the teacher, and the speed-up with the ratio of MACs.
 
@@ -53,6 +57,7 @@ def benchmark_record(
         footprints: Of the same files.
         teacher_macs: Multiply-accumulates per image.
         student_macs: Multiply-accumulates per image.
+        threads: The number that 0 stood for; None if it is not known.
 
     Raises:
         KeyError: If a setting was timed for some files only, or all threads were not timed.
@@ -73,6 +78,7 @@ def benchmark_record(
         speedup_int8=speedups[INT8][setting].ratio if INT8 in speedups else None,
         ideal_speedup=ideal,
         realised=headline.ratio / ideal,
+        threads=threads,
         teacher=latencies[TEACHER],
         student=latencies[STUDENT],
         int8=latencies.get(INT8),

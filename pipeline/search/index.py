@@ -26,6 +26,7 @@ from pipeline.export.embed import Embeddings, fixed_batch
 from pipeline.export.model import Model, open_model
 from pipeline.export.release import SUMS, ReleaseError, read_release, read_sums, write_release
 from pipeline.progress import track
+from pipeline.runtime import available_threads
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ class Index:
     ) -> None:
         self.model, self.gallery, self.paths = model, gallery, list(paths)
         self._digests, self._vectors = list(digests), vectors
+        faiss.omp_set_num_threads(available_threads())  # OpenMP does not know the quotas of control groups
         self._faiss = faiss.IndexFlatIP(vectors.shape[1])
         self._faiss.add(vectors)
 

@@ -25,6 +25,7 @@ from ruamel.yaml import YAML
 from pipeline.config import Params
 from pipeline.files import Files, csv_text, write_json, write_text
 from pipeline.records import Record
+from pipeline.runtime import available_threads, limit_threads
 from pipeline.stage import params_file
 from pipeline.system import git_cli
 from pipeline.system.locks import stage_lock
@@ -86,6 +87,8 @@ class Run:
     def checkpoints(self, *sections: str) -> "Checkpoints":
         """Return the store of training states; only a training with the same params, inputs and code resumes them.
 
+        The number of threads may differ: it only changes how sums are rounded, and hours of training are worth more.
+
         Args:
             sections: Sections of params.yaml that the training depends on, in addition to `seed` and `runtime`.
         """
@@ -117,6 +120,7 @@ class Run:
         timings = {
             "seconds": {"total": seconds, **self.seconds},
             "peak_memory_bytes": peak_memory(),
+            "threads": available_threads(),
             "host": platform.node(),
             "platform": platform.platform(),
             "versions": _versions(),
@@ -216,6 +220,7 @@ def _sentence(error: Exception) -> str:
 def _run(stage: str, function: Callable[[Run], Record]) -> None:
     files = Files.here()
     params = params_file.load(files.params)
+    limit_threads(params.runtime.threads)
     if not is_main_process():
         with tempfile.TemporaryDirectory() as scratch:
             function(Run(stage, params, files, Path(scratch)))

@@ -52,7 +52,12 @@ class TrainingState:
         tensors |= {f"optimizer/{name}": tensor for name, tensor in state_tensors(self.optimizer, self.net).items()}
         tensors |= {f"extra/{name}": tensor for name, tensor in self.extra.items()}
         plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        header = {"spec": self.net.spec.model_dump_json(), "epoch": str(self.epoch), "curve": json.dumps(self.curve)}
+        header = {
+            "spec": self.net.spec.model_dump_json(),
+            "epoch": str(self.epoch),
+            "curve": json.dumps(self.curve),
+            "threads": str(torch.get_num_threads()),
+        }
         write_atomically(path, lambda temporary: save_file(plain, temporary, metadata=header))
 
     @classmethod
@@ -115,6 +120,10 @@ class Checkpoints:
                 saved = None
                 continue
             log.info("resuming after epoch %d, from %s", state.epoch, path.name)
+            before, now = saved[0].get("threads"), str(torch.get_num_threads())
+            if fabric.device.type == "cpu" and before not in (None, now):
+                log.warning("resuming with %s threads a training that had %s, so the last digits of its weights will "
+                            "differ from those of an uninterrupted one", now, before)  # fmt: skip
             break
         saved = fabric.broadcast(saved)
         if state is None and saved is not None:

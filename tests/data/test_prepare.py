@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config import Custom, Data, VehicleId, Vehicles
+from pipeline.config import Batch, Custom, Data, VehicleId, Vehicles
 from pipeline.data.images import open_images
 from pipeline.data.manifest import DataError
 from pipeline.files import Files
+from pipeline.stage.presets import load_preset
 from stages.prepare import prepare
 from tests import layouts
+from tests.imports import ROOT
 
 
 class Run(SimpleNamespace):
@@ -20,7 +22,8 @@ class Run(SimpleNamespace):
 
     def __init__(self, root, **data):
         size = Vehicles(train_identities=4, test_identities=2, views=2, size=16)
-        defaults = {"source": "vehicles", "root": "data", "image_size": [20, 16], "cache": True, "validation": 0.5}
+        held_out = 0.0 if "source" in data else 0.5
+        defaults = {"source": "vehicles", "root": "data", "image_size": [20, 16], "cache": True, "validation": held_out}
         limits = {"max_quarantined": 0.0, "max_leaked": 0.0, "closed_set": False, "near_duplicate_bits": 4}
         sources = {
             "vehicleid": VehicleId(test_identities=800),
@@ -28,7 +31,9 @@ class Run(SimpleNamespace):
         }
         settings = Data(**{**defaults, "protocol": "market", **limits, "vehicles": size, **sources, **data})
         files = Files(root, root)
-        super().__init__(params=SimpleNamespace(seed=0, data=settings), files=files, seconds={})
+        smoke, batch = load_preset(ROOT, "smoke"), {"batch": Batch(identities=2, instances=2)}
+        networks = {name: getattr(smoke, name).model_copy(update=batch) for name in ("teacher", "student")}
+        super().__init__(params=smoke.model_copy(update={"data": settings, **networks}), files=files, seconds={})
 
     def timing(self, name, seconds):
         self.seconds[name] = seconds
@@ -79,7 +84,7 @@ def test_the_rendered_set_of_an_earlier_run_is_replaced(tmp_path):
 
 def test_raw_images_are_read_from_data_root(veri):
     run = Run(veri, source="veri776", cache=False)
-    assert prepare(run).train == 4
+    assert prepare(run).train == 8
     manifest, images = open_images(run.files, run.params)
     assert manifest.root == veri / "data" and not run.files.image_cache.exists()
     assert images.batch(np.arange(12)).shape == (12, 20, 16, 3)
@@ -133,6 +138,16 @@ def test_custom_data_without_splits_are_split(tmp_path):
     assert record.query == record.gallery > 0  # two views in each of three cameras
     all_queries = prepare(Run(tmp_path, source="folder", protocol="loo", validation=0.2))
     assert (all_queries.gallery, all_queries.query) == (0, record.query + record.gallery)
+
+
+def test_a_batch_that_cannot_be_filled_stops_the_stage_before_images_are_cached(tmp_path):
+    layouts.folder(tmp_path / "data", 12, 0)
+    run = Run(tmp_path, source="folder", validation=0.2)
+    batch = {"batch": Batch(identities=16, instances=2)}
+    run.params = run.params.model_copy(update={"student": run.params.student.model_copy(update=batch)})
+    with pytest.raises(DataError, match=r"`student.batch.identities` \(16\) must not exceed the \d identities left"):
+        prepare(run)
+    assert not run.files.image_cache.exists() and not run.files.manifest.exists()
 
 
 def test_equal_images_of_two_identities_are_unusable(tmp_path):

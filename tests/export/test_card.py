@@ -51,7 +51,13 @@ def entries(files, batch, metadata):
     needs = replace(NEEDS, batch=batch)
     return {
         name: CardEntry(
-            "the student", metadata, {"market": 0.625, "loo": 0.5}, len(file), sha256(file), needs, resizes="all" in name
+            "the student",
+            metadata,
+            {"market": 0.625, "loo": 0.5},
+            len(file),
+            sha256(file),
+            needs,
+            resizes="all" in name,
         )
         for name, file in files.items()
     }

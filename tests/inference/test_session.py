@@ -33,6 +33,12 @@ def test_zero_threads_stands_for_all_available_ones(content, tmp_path, requested
     assert open_session(path, requested).get_session_options().intra_op_num_threads == expected
 
 
+def test_the_variable_of_openmp_limits_all_threads_but_not_a_number_that_was_asked_for(content, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    counts = [open_session(content, number).get_session_options().intra_op_num_threads for number in (0, 2)]
+    assert counts == [1, 2]
+
+
 def test_the_error_for_a_missing_file_names_the_remedy(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"model\.onnx is missing; run `dvc repro`"):
         open_session(tmp_path / "model.onnx")

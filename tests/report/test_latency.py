@@ -30,7 +30,8 @@ def test_settings_are_named_by_batch_and_threads():
 
 
 def test_the_record_compares_medians_and_macs():
-    record = benchmark_record(timings(), FOOTPRINTS, teacher_macs=80, student_macs=20)
+    record = benchmark_record(timings(), FOOTPRINTS, teacher_macs=80, student_macs=20, threads=4)
+    assert record.threads == 4
     assert record.speedup == 4.0 / 2.0
     assert (record.speedup_low, record.speedup_high, record.conclusive) == (2.0, 2.0, 1)
     assert record.ideal_speedup == 80 / 20

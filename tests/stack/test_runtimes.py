@@ -194,7 +194,9 @@ def suitable(cosine: dict[str, float]) -> set[str]:
     return {name for name, value in cosine.items() if value >= 0.9999}
 
 
-@pytest.mark.skipif(sys.version_info >= (3, 12), reason="PyPI has ONNX Runtime 1.15 for Python 3.11 and older ones only")
+@pytest.mark.skipif(
+    sys.version_info >= (3, 12), reason="PyPI has ONNX Runtime 1.15 for Python 3.11 and older ones only"
+)
 def test_the_oldest_onnx_runtime_runs_every_file(oldest: Path, release: Path) -> None:
     cosine, problems = run(release, oldest, "-c", PYTHON, "onnxruntime")
     assert not problems

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.files import Files, write_text
+from pipeline.files import Files, read_json, write_text
 from pipeline.records import Record, TeacherRecord
 from pipeline.stage.params_file import load
 from pipeline.stage.run import Run, curves_csv, exit_code, run_guarded
@@ -66,6 +66,13 @@ def test_importing_the_stages_package_does_not_validate_params(checkout: Files, 
     process = start(checkout, "-c", "import stages")
     process.communicate()
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize(("param", "variable"), [("1", ""), ("0", "1")])
+def test_the_timings_name_the_threads_of_the_stage(checkout: Files, start: Start, param: str, variable: str) -> None:
+    checkout.params.write_text(checkout.params.read_text().replace("threads: 0 ", f"threads: {param} "))
+    assert start(checkout, "-m", "stages.prepare", OMP_NUM_THREADS=variable).wait() == 0
+    assert read_json(checkout.timings("prepare"))["threads"] == 1
 
 
 def test_an_error_is_one_line_with_its_own_exit_code(checkout: Files, start: Start) -> None:
@@ -229,11 +236,13 @@ def test_large_inputs_are_identified_by_content_not_by_modification_time(checkou
     assert folder(checkout, "teacher") != before
 
 
-def test_params_of_other_stages_do_not_matter(checkout: Files, inputs: Path) -> None:
+def test_params_of_other_stages_and_of_the_machine_do_not_matter(checkout: Files, inputs: Path) -> None:
     before = folder(checkout, "teacher")
-    checkout.params.write_text(
-        checkout.params.read_text().replace("workers: 0", "workers: 1").replace("repeats: 5", "repeats: 6")
-    )
+    text = checkout.params.read_text()
+    for old, new in (("workers: 0", "workers: 1"), ("threads: 0", "threads: 1"), ("repeats: 5", "repeats: 6")):
+        assert old in text
+        text = text.replace(old, new)
+    checkout.params.write_text(text)
     assert folder(checkout, "teacher") == before
 
 

@@ -100,6 +100,26 @@ def test_a_damaged_state_is_skipped(params: Params, teacher: RetrievalNet, tmp_p
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
 
 
+def test_a_training_resumes_with_another_number_of_threads_and_says_so(
+    params: Params,
+    teacher: RetrievalNet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def epochs(threads: int) -> list[int]:
+        monkeypatch.setattr("pipeline.runtime.available_threads", lambda processes: threads)
+        task, fit, _ = prepared(params, teacher, tmp_path)
+        states = fit.states(lambda: build_student(params, teacher, task.compression))
+        return [next(states).epoch for _ in range(2)]
+
+    assert epochs(2) == [0, 1]
+    assert epochs(2) == [1, 2]
+    assert not caplog.records
+    assert epochs(1) == [2, 3]
+    assert "resuming with 1 threads a training that had 2" in caplog.text
+
+
 def two_devices(folder: Path, params: Path) -> tuple[str, str]:
     """Train on two devices, and return the result of each."""
     command = [sys.executable, "-m", "tests.training.two_devices", folder, params]

@@ -1,0 +1,196 @@
+"""What later stages require of the data, checked before anything trains.
+
+Stage `prepare` checks it at its end. Params of the other stages do not make `prepare` run again, so each later stage
+checks it once more before it begins.
+"""
+
+import logging
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from pipeline.config import Batch, Params
+from pipeline.data.layout import UNKNOWN
+from pipeline.data.manifest import DataError, Item, first_few
+from pipeline.data.sources import LAYOUTS
+from pipeline.protocols import JUNK, PROTOCOLS, Protocol
+
+log = logging.getLogger(__name__)
+
+CUSTOM = ("folder", "csv")
+"""Sources that `data.custom.test` splits, unless the splits are given."""
+
+Cameras = Mapping[str, Counter[str]]
+"""Number of images by camera, by identity."""
+
+
+def check_requirements(items: Sequence[Item], params: Params) -> None:
+    """Check that every stage can use the images, whose splits are those of the manifest.
+
+    Raises:
+        DataError: Listing all problems, one a line.
+    """
+    if found := list(problems(items, params)):
+        raise DataError("\n".join(found))
+
+
+def problems(items: Sequence[Item], params: Params) -> Iterator[str]:
+    """Yield what keeps a stage from running, each with its remedy."""
+    yield from _training_problems(items, params)
+    yield from _test_problems(items, params)
+    if any(item.split == "validation-query" for item in items) and not _scorable(items, "validation-", params):
+        yield (
+            f"no query of the validation set has a match under protocol {params.data.protocol}, "
+            f"{_match(PROTOCOLS[params.data.protocol])}; set `data.validation` to 0, or correct the given splits"
+        )
+
+
+def remarks(items: Sequence[Item], params: Params) -> Iterator[str]:
+    """Yield what works and is probably not intended."""
+    trained = _cameras_of(items, "train")
+    held_out = {item.identity for item in items if item.split.startswith("validation-")}
+    share = params.data.validation
+    if not held_out and share and trained:
+        smallest = math.ceil(100 / len(trained)) / 100
+        enough = f"; {smallest:g} holds out one" if share < smallest <= 0.5 else ""
+        yield (
+            f"no identity is held out for validation, so no validation mAP is computed: `data.validation` is {share:g} "
+            f"of {len(trained)} training identities{enough}"
+        )
+    elif len(held_out) == 1:
+        yield (
+            f"one identity is held out for validation, so the validation mAP is always 1: `data.validation` is "
+            f"{share:g} of {len(trained) + 1} training identities"
+        )
+    for stage, batch in _batches(params):
+        few = sum(images.total() < batch.instances for images in trained.values())
+        if few > len(trained) / 2:
+            yield (
+                f"{few} of {len(trained)} training identities have fewer images than `{stage}.batch.instances` "
+                f"({batch.instances}), so batches repeat images"
+            )
+    queries = sum(item.split == "query" for item in items)
+    if queries < params.benchmark.panels:
+        yield f"`benchmark.panels` is {params.benchmark.panels}, and the test set has {queries} queries to show"
+
+
+def _batches(params: Params) -> tuple[tuple[str, Batch], ...]:
+    return ("teacher", params.teacher.batch), ("student", params.student.batch)
+
+
+def _cameras_of(items: Iterable[Item], *splits: str) -> dict[str, Counter[str]]:
+    """Count images by identity and camera, of some splits or of all."""
+    cameras: dict[str, Counter[str]] = defaultdict(Counter)
+    for item in items:
+        if not splits or item.split in splits:
+            cameras[item.identity][item.camera] += 1
+    return cameras
+
+
+def _training_problems(items: Sequence[Item], params: Params) -> Iterator[str]:
+    everyone = {item.identity for item in items}
+    trained = {item.identity for item in items if item.split == "train"}
+    tested = {item.identity for item in items if item.split in ("query", "gallery")}
+    left = (
+        f"{len(trained)} identities left for training (of {len(everyone)}: {len(tested)} are in the test set, "
+        f"{len(everyone - tested - trained)} in validation)"
+    )
+    fewer = "lower `data.custom.test`, or " if params.data.source in CUSTOM and len(tested) > 2 else ""
+    if len(trained) < 2:
+        yield f"training needs two identities, and there are {left}; {fewer}add identities"
+        return
+    for stage, batch in _batches(params):
+        if batch.identities > len(trained):
+            yield (
+                f"`{stage}.batch.identities` ({batch.identities}) must not exceed the {left}; "
+                f"set it to {len(trained)} or less"
+            )
+
+
+def _test_problems(items: Sequence[Item], params: Params) -> Iterator[str]:
+    """Yield why the test set cannot be scored under `data.protocol`."""
+    data = params.data
+    protocol = PROTOCOLS[data.protocol]
+    tested = [item for item in items if item.split in ("query", "gallery")]
+    identities = {item.identity for item in tested}
+    gallery = [item.path for item in tested if item.split == "gallery"]
+    without_camera = [item.path for item in tested if item.camera == UNKNOWN]
+    larger = (
+        f"raise `data.custom.test` ({data.custom.test:g}), or give more of them to the test set if the splits are your "
+        "own"
+    )
+    if protocol.cameras and without_camera:
+        yield (
+            f"protocol {data.protocol} needs the camera of every test image, and {len(without_camera)} have none, such "
+            f"as {first_few(without_camera, 1)}; {_other_protocol(data.source)}, or name the cameras"
+        )
+    elif len(identities - {JUNK}) < 2:
+        others = len({item.identity for item in items} - {JUNK}) - len(identities - {JUNK})
+        yield (
+            f"the test set needs two identities, and it has {len(identities - {JUNK})} ({len(tested)} images); "
+            + (larger if data.source in CUSTOM and others > 2 else "add identities")
+        )
+    elif any(item.split == "query" and item.identity == JUNK for item in tested):
+        yield f"identity {JUNK} is junk and cannot be a query; remove it under protocol {data.protocol}"
+    elif protocol.all_query and gallery:
+        yield (
+            f"under protocol {data.protocol} all test images are queries, but {len(gallery)} are in a gallery, such as "
+            f"{gallery[0]}; set `data.protocol` to query-gallery, or to market if cameras are known"
+        )
+    elif not _scorable(items, "", params):
+        yield f"no query of the test set has a match under protocol {data.protocol}, {_match(protocol)}; " + (
+            _remedy(items, params, larger)
+        )
+
+
+def _remedy(items: Sequence[Item], params: Params, larger: str) -> str:
+    """Return what gives a query of the test set a match."""
+    protocol, source = PROTOCOLS[params.data.protocol], params.data.source
+    test = _cameras_of(items, "query", "gallery")
+    test.pop(JUNK, None)
+    if any(_has_match(images, protocol) for images in test.values()):  # the given splits keep them apart
+        return "give such an image to the gallery, and another one to the queries"
+    elsewhere = sum(_has_match(images, protocol) for name, images in _cameras_of(items).items() if name != JUNK)
+    if source in CUSTOM and elsewhere:
+        return f"{elsewhere} training identities have one: {larger}"
+    if not protocol.cameras:
+        return "add images, so that an identity has two"
+    cameras = {item.camera for item in items} - {UNKNOWN}
+    why = "all images are of one camera" if len(cameras) == 1 else "no identity was seen by two cameras"
+    return f"{why}: {_other_protocol(source)}"
+
+
+def _other_protocol(source: str) -> str:
+    """Name the protocols that need no cameras, as far as the source can be scored by them."""
+    possible = LAYOUTS[source].protocols
+    if not possible or "query-gallery" in possible:
+        return "set `data.protocol` to query-gallery, or to loo without given splits"
+    return f"source {source} needs them under every protocol that it supports ({', '.join(possible)})"
+
+
+def _match(protocol: Protocol) -> str:
+    """Describe the match of a query."""
+    if protocol.all_query:
+        return "another image of its identity"
+    return f"a gallery image of its identity{' from another camera' if protocol.cameras else ''}"
+
+
+def _has_match(images: Counter[str], protocol: Protocol) -> bool:
+    """Return whether an image can be a query with another image of the same identity as its match."""
+    return len(images.keys() - {UNKNOWN}) > 1 if protocol.cameras else images.total() > 1
+
+
+def _scorable(items: Sequence[Item], prefix: str, params: Params) -> bool:
+    """Return whether any query of the test set, or of the validation set (prefix `validation-`), has a match."""
+    protocol = PROTOCOLS[params.data.protocol]
+    if protocol.all_query:
+        queried = _cameras_of(items, f"{prefix}query")
+        return any(_has_match(images, protocol) for images in queried.values())
+    gallery = _cameras_of(items, f"{prefix}gallery")
+    return any(
+        item.identity in gallery
+        and item.identity != JUNK
+        and (not protocol.cameras or bool(gallery[item.identity].keys() - {item.camera}))
+        for item in items
+        if item.split == f"{prefix}query"
+    )

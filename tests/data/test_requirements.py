@@ -1,0 +1,173 @@
+"""What later stages require of the data is found by the manifest, with a remedy that helps."""
+
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import Params
+from pipeline.data.custom import UNASSIGNED
+from pipeline.data.manifest import DataError, Item
+from pipeline.data.requirements import check_requirements, problems, remarks
+from pipeline.data.splits import split_test, split_validation
+from pipeline.stage.presets import load_preset
+from tests.imports import ROOT
+
+View = tuple[str, str, str]
+"""Identity, camera and split."""
+
+
+def params_of(**changes: Any) -> Params:
+    """Preset smoke for own images, with other values by dotted name (`__` for the dot)."""
+    content = load_preset(ROOT, "smoke").model_dump()
+    for name, value in {"data__source": "folder", "data__validation": 0.0, **changes}.items():
+        *path, last = name.split("__")
+        section = content
+        for key in path:
+            section = section[key]
+        section[last] = value
+    return Params.model_validate(content)
+
+
+def items_of(views: Iterable[View]) -> list[Item]:
+    return [Item(f"{number}.jpg", *view) for number, view in enumerate(views)]
+
+
+def own(identities: int, cameras: str, params: Params, images: int = 1) -> list[Item]:
+    """Split images as stage `prepare` does."""
+    views = [(f"car{n}", camera, UNASSIGNED) for n in range(identities) for camera in cameras for _ in range(images)]
+    data = params.data
+    items = split_test(items_of(views), data.custom.test, params.seed, data.protocol)
+    return split_validation(items, data.validation, params.seed, data.protocol)
+
+
+TRAIN = [(str(n), camera, "train") for n in range(6) for camera in "ab"]
+TEST = [(f"t{n}", camera, split) for n in range(3) for camera, split in (("a", "query"), ("b", "gallery"))]
+
+
+def test_ordinary_data_have_no_problem_and_no_remark() -> None:
+    params = params_of(student__batch__instances=2, teacher__batch__instances=2)
+    assert list(problems(items_of(TRAIN + TEST), params)) == []
+    assert list(remarks(items_of(TRAIN + TEST), params)) == []
+
+
+def test_a_batch_with_more_identities_than_are_left_is_refused_with_both_numbers() -> None:
+    params = params_of(student__batch__identities=16, data__validation=0.2, data__custom__test=0.3)
+    items = own(20, "ab", params, images=3)
+    left = len({item.identity for item in items if item.split == "train"})
+    (problem,) = problems(items, params)
+    assert problem.startswith(
+        f"`student.batch.identities` (16) must not exceed the {left} identities left for training"
+    )
+    assert problem.endswith(f"set it to {left} or less")
+    assert list(problems(items, params_of(student__batch__identities=left, data__custom__test=0.3))) == []
+
+
+def test_all_problems_are_listed_at_once() -> None:
+    params = params_of(student__batch__identities=16, teacher__batch__identities=12)
+    views = [*TRAIN, ("t0", "a", "query"), ("t1", "b", "gallery"), ("v", "a", "validation-query")]
+    with pytest.raises(DataError) as error:
+        check_requirements(items_of([*views, ("v", "a", "validation-gallery")]), params)
+    lines = str(error.value).splitlines()
+    assert [line.partition(" ")[0] for line in lines[:2]] == [
+        "`teacher.batch.identities`",
+        "`student.batch.identities`",
+    ]
+    assert "test set" in lines[2] and "validation set" in lines[3] and len(lines) == 4
+    assert error.value.exit_code == 3
+
+
+@pytest.mark.parametrize("protocol", ["market", "query-gallery", "loo"])
+def test_one_camera_is_refused_with_a_protocol_that_helps(protocol: str) -> None:
+    params = params_of(data__protocol=protocol)
+    found = list(problems(own(20, "a", params, images=3), params))
+    if protocol == "market":
+        (problem,) = found
+        assert "all images are of one camera: set `data.protocol` to query-gallery, or to loo" in problem
+        assert "data.custom.test" not in problem
+    else:
+        assert found == []
+
+
+def test_more_test_identities_are_suggested_only_if_they_help() -> None:
+    params = params_of(data__custom__test=0.02)
+    items = own(20, "ab", params, images=3)
+    assert len({item.identity for item in items if item.split != "train"}) < 2
+    (problem,) = problems(items, params)
+    assert "needs two identities" in problem and "raise `data.custom.test` (0.02)" in problem
+    more = params_of(data__custom__test=0.5)
+    assert list(problems(own(20, "ab", more, images=3), more)) == []
+    few = params_of(data__custom__test=0.1, teacher__batch__identities=2, student__batch__identities=2)
+    (problem,) = problems(items_of([*TRAIN[:4], *TEST[:2]]), few)
+    assert problem.endswith("add identities") and "raise" not in problem
+
+
+@pytest.mark.parametrize(
+    ("protocol", "test", "message"),
+    [
+        ("loo", [("8", "a", "query"), ("8", "a", "gallery"), ("9", "a", "query")], "but 1 are in a gallery"),
+        ("market", [("8", "?", "gallery"), ("9", "unknown", "gallery")], "1 have none, .* query-gallery"),
+        ("market", [("8", "a", "query"), ("9", "b", "query")], "6 training identities have one: raise"),
+        ("market", [("8", "a", "query"), ("8", "b", "gallery")], r"needs two identities, and it has 1 \(2 images\)"),
+        ("market", [("8", "a", "query"), ("-1", "b", "gallery")], "needs two identities, and it has 1"),
+        ("market", [("8", "a", "query"), ("9", "a", "gallery")], "no query of the test set .* from another camera"),
+        ("market", [("8", "a", "gallery"), ("8", "b", "gallery"), ("9", "a", "query")], "give such an image to the g"),
+        ("market", [("8", "a", "query"), ("8", "a", "gallery"), ("9", "a", "gallery")], "raise `data.custom.test`"),
+        ("query-gallery", [("8", "a", "query"), ("9", "a", "gallery")], "a gallery image of its identity; 6 training"),
+        ("loo", [("8", "a", "query"), ("9", "a", "query")], "another image of its identity"),
+        ("vehicleid", [("8", "a", "query"), ("9", "a", "query")], "another image of its identity"),
+        ("loo", [], r"has 0 \(0 images\)"),
+        ("loo", [("8", "a", "query"), ("9", "a", "query"), ("-1", "a", "query")], "junk and cannot be a query"),
+    ],
+)
+def test_a_test_set_that_cannot_be_scored_is_refused(protocol: str, test: list[View], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        check_requirements(items_of(TRAIN + test), params_of(data__protocol=protocol))
+
+
+def test_a_source_with_one_protocol_gets_no_other_one_as_the_remedy() -> None:
+    test = [("8", "a", "query"), ("9", "a", "gallery")]
+    train = [(identity, "a", split) for identity, _, split in TRAIN]
+    (problem,) = problems(items_of(train + test), params_of(data__source="market1501"))
+    assert "set `data.protocol`" not in problem and "source market1501 needs them" in problem
+
+
+def test_no_training_identity_is_a_problem_of_its_own() -> None:
+    (problem,) = problems(items_of([("1", "a", "train"), *TEST]), params_of())
+    assert problem.startswith("training needs two identities, and there are 1 identities left for training (of 4: 3")
+    assert problem.endswith("lower `data.custom.test`, or add identities")
+
+
+@pytest.mark.parametrize(
+    ("views", "changes", "message"),
+    [
+        (TRAIN, {"data__validation": 0.1}, r"`data.validation` is 0.1 of 6 training identities; 0.17 holds out one"),
+        ([*TRAIN, ("v", "a", "validation-query"), ("v", "b", "validation-gallery")], {}, "mAP is always 1"),
+        (TRAIN, {"teacher__batch__instances": 3}, r"6 of 6 .* `teacher.batch.instances` \(3\)"),
+        (TRAIN, {"benchmark__panels": 5}, "is 5, and the test set has 3 queries"),
+    ],
+)
+def test_what_is_probably_not_intended_is_a_remark(views: list[View], changes: dict[str, Any], message: str) -> None:
+    params = params_of(**({"teacher__batch__instances": 2, "student__batch__instances": 2} | changes))
+    items = items_of(views + TEST)
+    assert list(problems(items, params)) == []
+    (remark,) = remarks(items, params)
+    assert re.search(message, remark)
+
+
+def test_the_remedy_of_a_missing_validation_helps() -> None:
+    params = params_of(data__validation=0.17, data__custom__test=0.5)
+    held_out = split_validation(items_of(TRAIN), 0.17, 0, "market")
+    assert any(item.split == "validation-query" for item in held_out)
+    assert not any("no identity is held out" in remark for remark in remarks(held_out, params))
+
+
+def test_a_hundred_thousand_images_are_checked_within_seconds(tmp_path: Path) -> None:
+    params = params_of(data__validation=0.1)
+    items = own(5000, "abcde", params, images=4)
+    began = time.monotonic()
+    assert list(problems(items, params)) == []
+    assert time.monotonic() - began < 10
