@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import Params
-from pipeline.data.custom import UNASSIGNED
+from pipeline.data.layout import UNASSIGNED
 from pipeline.data.manifest import DataError, Item
 from pipeline.data.requirements import check_requirements, problems, remarks
 from pipeline.data.splits import split_test, split_validation
