@@ -129,8 +129,8 @@ class Latency(Record):
 class BenchmarkRecord(Record):
     """Metrics of stage `benchmark`.
 
-    `speedup` is the ratio of p50 latencies at the smallest batch with all threads, `ideal_speedup` the ratio of MACs, and
-    `realised` the quotient of the two. `conclusive` is 1 if the 95 % interval [`speedup_low`, `speedup_high`] is
+    `speedup` is the ratio of p50 latencies at the smallest batch with all threads, `ideal_speedup` the ratio of MACs,
+    and `realised` the quotient of the two. `conclusive` is 1 if the 95 % interval [`speedup_low`, `speedup_high`] is
     narrow. `teacher`, `student` and `int8` hold latencies by setting `batch<B>_threads<T>` (T is `all` or a number).
     Memory is the peak in bytes of loading a file and running the largest batch once.
     """

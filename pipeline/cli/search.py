@@ -77,7 +77,8 @@ def serve(
         list[str] | None, typer.Option(help="Host name in the page's address, if not localhost; can be repeated.")
     ] = None,
     model: Annotated[
-        list[Path] | None, typer.Option(help="ONNX file, if it was moved: one for all indexes, or one for each, in order.")
+        list[Path] | None,
+        typer.Option(help="ONNX file, if it was moved: one for all indexes, or one for each, in order."),
     ] = None,
     gallery: Annotated[
         list[Path] | None,
@@ -112,7 +113,9 @@ def _for_each(paths: list[Path] | None, option: str, indexes: int) -> list[Path]
     if not paths:
         return [None] * indexes
     if len(paths) not in (1, indexes):
-        raise Refusal(f"{len(paths)} `{option}` for {indexes} `--index`: give one, or one for each index in their order")
+        raise Refusal(
+            f"{len(paths)} `{option}` for {indexes} `--index`: give one, or one for each index in their order"
+        )
     return paths * indexes if len(paths) == 1 else paths
 
 

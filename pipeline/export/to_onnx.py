@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pipeline.inference.session import INPUT, OUTPUT
 from pipeline.models.resnet import RetrievalNet, convert
 
+
 class Embedder(nn.Module):
     """A copy of a network without its classifier, followed by L2 normalisation."""
 
@@ -22,17 +23,15 @@ class Embedder(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Embed normalised images, (B, 3, H, W) -> (B, D).
 
-        The formula is that of `l2_normalise`, whose `expand` would become a Shape and an Expand of the batch in the graph:
-        OpenCV 4 cannot run them for more than one image.
+        The formula is that of `l2_normalise`, whose `expand` would become a Shape and an Expand of the batch in the
+        graph: OpenCV 4 cannot run them for more than one image.
         """
         embedding = self.net(image).embedding
         length = embedding.norm(dim=1, keepdim=True)
         return embedding / length.clamp_min(torch.finfo(embedding.dtype).eps)
 
 
-def to_onnx(
-    net: RetrievalNet, image_size: tuple[int, int], opset: int, batch: int | None = None
-) -> onnx.ModelProto:
+def to_onnx(net: RetrievalNet, image_size: tuple[int, int], opset: int, batch: int | None = None) -> onnx.ModelProto:
     """Convert a network to an ONNX model.
 
     Args:

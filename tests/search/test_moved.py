@@ -122,7 +122,9 @@ def test_a_model_that_dvc_links_to_its_cache_is_still_found(root):
 
 def test_a_gallery_behind_a_link_is_named_by_the_link(root):
     (root / "current").symlink_to(root / "photos")
-    build(root / "model" / "model.onnx", root / "current").save(root / "indexes" / "mine", root / "model" / "model.onnx")
+    build(root / "model" / "model.onnx", root / "current").save(
+        root / "indexes" / "mine", root / "model" / "model.onnx"
+    )
     assert first(root) == root / "current" / "sub" / "2.png"
 
 
