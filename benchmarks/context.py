@@ -21,8 +21,8 @@ REPEATS = 50
 def main() -> None:
     """Print one line per network."""
     files = Files.here()
-    params = load(files.params)
-    size, batch = params.data.image_size, min(params.benchmark.batches)
+    settings = load(files.params)
+    size, batch = settings.data.image_size, min(settings.benchmark.batches)
     export = files.artifacts("export")
     paths = {"teacher": export / "teacher.onnx", "student": export / "model.onnx"}
     records = {"teacher": read_json(files.metrics("teacher")), "student": read_json(files.metrics("export"))}

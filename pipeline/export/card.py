@@ -65,7 +65,7 @@ def render_card(files: Mapping[str, CardEntry], notes: Mapping[str, str]) -> str
     images, repeat, fill = needs.batch or "batch", "[None]", ""
     batch = f"The number of images in a call is {needs.batch} (`export.batch`)."
     if needs.batch is None:
-        batch = "A runtime that needs a fixed number of images in a call needs files that were exported with `export.batch`."
+        batch = "For a runtime that needs a fixed number of images in a call, set `export.batch` and export again."
     if needs.batch is not None and needs.batch > 1:
         repeat = f"[None].repeat({needs.batch}, axis=0)"
         fill = (
@@ -141,8 +141,8 @@ embedding = session.run(["{OUTPUT}"], {{"{INPUT}": batch}})[0]
 
 ## Which file for which runtime?
 
-The files have ONNX operator set {needs.opset} and IR version {needs.ir_version}, the lowest that goes with it. All of them
-run in ONNX Runtime {needs.onnxruntime} and later on the CPU.
+The files have ONNX operator set {needs.opset} and IR version {needs.ir_version}, the lowest that goes with it. All of
+them run in ONNX Runtime {needs.onnxruntime} and later on the CPU.
 
 | other runtime | files | remarks |
 |---|---|---|

@@ -11,9 +11,10 @@ from pipeline.export.release import ALL_IN_ONE, INT8, STUDENT, TEACHER
 LEAST_ONNX_RUNTIME = {18: "1.15", 19: "1.16", 20: "1.17", 21: "1.18", 22: "1.21", 23: "1.24"}
 """Least version of ONNX Runtime that runs every file of a release on the CPU, by operator set.
 
-Measured with the releases that PyPI has for Python 3.11, of which 1.15.0 is the oldest: the version runs all files, and the
-minor version before it refuses at least one. https://onnxruntime.ai/docs/reference/compatibility.html names earlier
-versions for some: they know the operator set, but not all of its kernels (1.15 has no QuantizeLinear of 19, 1.23 none of 23).
+Measured with the releases that PyPI has for Python 3.11, of which 1.15.0 is the oldest: the version runs all files, and
+the minor version before it refuses at least one. https://onnxruntime.ai/docs/reference/compatibility.html names earlier
+versions for some: they know the operator set, but not all of its kernels (1.15 has no QuantizeLinear of 19, 1.23 none
+of 23).
 """
 
 
@@ -42,7 +43,7 @@ OPENVINO = Runtime(
 OPENCV = Runtime(
     "OpenCV 4.14 and 5.0, `cv2.dnn`",
     (STUDENT, TEACHER),
-    f"it has no Resize as in `{ALL_IN_ONE}`; OpenCV 5 refuses an int8 file, OpenCV 4 computes wrong embeddings with it",
+    f"it has no Resize as in `{ALL_IN_ONE}`; OpenCV 5 refuses an int8 file, OpenCV 4 computes wrong embeddings with some",
 )
 NOT_TRIED = (
     Runtime(
@@ -58,7 +59,7 @@ NOT_TRIED = (
         "file format",
     ),
 )
-"""From https://github.com/onnx/onnx-tensorrt, docs/operators.md of TensorRT 10.15, and the descriptions on Maven Central."""
+"""From docs/operators.md (10.15) of https://github.com/onnx/onnx-tensorrt and the packages' pages on Maven Central."""
 RUNTIMES = (WEB, OPENVINO, OPENCV, *NOT_TRIED)
 
 

@@ -23,8 +23,8 @@ class Embedder(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Embed normalised images, (B, 3, H, W) -> (B, D).
 
-        The formula is that of `l2_normalise`, whose `expand` would become a Shape and an Expand of the batch in the graph:
-        OpenCV 4 cannot run them for more than one image.
+        The formula is that of `l2_normalise`, whose `expand` would become a Shape and an Expand of the batch in the
+        graph: OpenCV 4 cannot run them for more than one image.
         """
         embedding = self.net(image).embedding
         length = embedding.norm(dim=1, keepdim=True)

@@ -76,14 +76,13 @@ class PromotionPolicy:
         gap = difference(self._evaluate("", new), self._evaluate(version, old), queries)
         size_ratio = (self._folder / STUDENT).stat().st_size / (folder / STUDENT).stat().st_size
         latency_ratio = None
-        batches = {size for model in (new, old) if (size := fixed_batch(model.session)) is not None}
-        comparable = new.metadata.image_size == old.metadata.image_size and len(batches) < 2
-        if timed and comparable:  # another image size or another fixed batch was chosen on purpose
+        batch = common_batch(new, old)
+        # Another image size or another fixed batch was chosen on purpose.
+        if timed and new.metadata.image_size == old.metadata.image_size and batch is not None:
             contents = {
                 "champion": (folder / STUDENT).read_bytes(),
                 "challenger": (self._folder / STUDENT).read_bytes(),
             }
-            batch = max(batches, default=1)
             gain = gains(contents, "champion", new.metadata.image_size, batch)["challenger"]
             latency_ratio = 1 / gain.high  # lower end of the interval: timing noise rejects no challenger
         log.info("difference to version %s: mAP %+.4f (%+.4f to %+.4f)", version, gap.mean, gap.low, gap.high)
@@ -147,6 +146,12 @@ class PromotionPolicy:
 
 def _test_identities(items: Iterable[Item]) -> set[str]:
     return {item.identity for item in items if item.split in TEST} - {JUNK}
+
+
+def common_batch(*models: Model) -> int | None:
+    """Return the number of images in a call that both take: 1 if they take any, None if they fix different ones."""
+    fixed = {size for model in models if (size := fixed_batch(model.session)) is not None}
+    return None if len(fixed) > 1 else max(fixed, default=1)
 
 
 def _digest(*values: object) -> str:

@@ -1,7 +1,7 @@
 """An index of a gallery: its embeddings, and the hashes of its images and of the model that computed them.
 
-Embeddings of different models are not comparable, so an index refuses queries of another model. Images that were deleted
-or replaced since are recognised by their hashes.
+Embeddings of different models are not comparable, so an index refuses queries of another model. Images that were
+deleted or replaced since are recognised by their hashes.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ class IndexInfo(BaseModel):
 
     Attributes:
         model: Absolute path of the model when the index was written.
-        model_from_here: The same, relative to the folder of the index: where it is after a checkout was moved or copied.
+        model_from_here: The same, relative to the folder of the index, for a checkout that was moved or copied.
         sha256: SHA-256 of the model.
         gallery: Absolute path of the folder of the images.
         gallery_from_here: The same, relative to the folder of the index.

@@ -51,13 +51,7 @@ def entries(files, batch, metadata):
     needs = replace(NEEDS, batch=batch)
     return {
         name: CardEntry(
-            "the student",
-            metadata,
-            {"market": 0.625, "loo": 0.5},
-            len(file),
-            sha256(file),
-            needs,
-            resizes="all" in name,
+            "the student", metadata, {"market": 0.625, "loo": 0.5}, len(file), sha256(file), needs, "all" in name
         )
         for name, file in files.items()
     }
@@ -104,7 +98,7 @@ def test_it_shows_protocols_map_size_input_licence_origin_and_checksums(entries,
         "operator set 18 and IR version 8",
         "ONNX Runtime 1.15 and later",
         "| TensorRT 10 | `model.onnx`, `teacher.onnx` | not tried",
-        "A runtime that needs a fixed number of images in a call needs files that were exported with `export.batch`.",
+        "For a runtime that needs a fixed number of images in a call, set `export.batch` and export again.",
     ):
         assert expected in text
     assert render_card(shown, {"Is there an int8 file?": "No."}) == text

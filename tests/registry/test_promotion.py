@@ -12,6 +12,7 @@ from pipeline.data.layout import UNASSIGNED
 from pipeline.data.manifest import Item, Manifest
 from pipeline.data.splits import split_test
 from pipeline.export.metadata import finish
+from pipeline.export.model import Model, load_model
 from pipeline.export.release import write_release
 from pipeline.export.sample import EXPECTED, PICTURE, as_png, expected, picture
 from pipeline.export.to_onnx import to_onnx
@@ -19,7 +20,7 @@ from pipeline.files import Files
 from pipeline.registry.lineage import CHAMPION
 from pipeline.registry.model_registry import RegistryError, upload_release
 from pipeline.registry.policy import Decision
-from pipeline.registry.promotion import SPLIT, TEST_SET, PromotionPolicy
+from pipeline.registry.promotion import SPLIT, TEST_SET, PromotionPolicy, common_batch
 from pipeline.registry.publish import open_registry
 from pipeline.stage.presets import load_preset
 from tests import layouts
@@ -123,6 +124,16 @@ def test_a_larger_test_set_of_the_same_split_is_compared_and_downloads_are_prune
         registry.prune(files.tracking / "models")
     assert one[SPLIT] == two[SPLIT]
     assert one[TEST_SET] != two[TEST_SET]
+
+
+def test_latencies_are_compared_in_a_batch_that_both_files_take() -> None:
+    def model(batch: int | None) -> Model:
+        return load_model("model.onnx", finish(to_onnx(tiny_net(0), SIZE, 18, batch), METADATA))
+
+    dynamic, two, four = model(None), model(2), model(4)
+    assert common_batch(dynamic, dynamic) == 1
+    assert common_batch(dynamic, four) == common_batch(four, dynamic) == common_batch(four, four) == 4
+    assert common_batch(two, four) is None  # another batch was chosen on purpose, as another image size is
 
 
 @pytest.mark.parametrize(
