@@ -127,7 +127,8 @@ LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 def root_cause(error: BaseException) -> str:
     """Return the first line of the innermost error of a chain, such as `Connection refused`."""
     error = list(_chain(error))[-1]
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+    lines = (str(error) or type(error).__name__).splitlines()
+    return lines[-1 if lines[0].endswith(":") else 0][:200]  # a heading, and what failed
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
