@@ -124,6 +124,9 @@ def data(files: Files) -> Iterator[Check]:
         params = load(files.params)
         check_root(files, params)
         yield Check("data", True, f"`data.root` {params.data.root} can be read")
+        if not str(cache_folder(files)).isascii():
+            message = "DVC's cache has letters outside of ASCII in its path, with which `dvc exp run` cannot queue"
+            yield Check("data", None, message, "move it by `dvc cache dir --local /PATH`, or `dvc exp run` without --temp")
     except DataError as error:
         message, _, remedy = str(error).partition("; ")
         yield Check("data", False, message, remedy)
