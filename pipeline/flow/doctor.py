@@ -124,11 +124,22 @@ def data(files: Files) -> Iterator[Check]:
         params = load(files.params)
         check_root(files, params)
         yield Check("data", True, f"`data.root` {params.data.root} can be read")
+        if not (folder := _cache_folder(files)).isascii():
+            message = (
+                f"DVC's cache {folder} has letters outside of ASCII in its path: `dvc exp run --temp` and --queue fail"
+            )
+            yield Check("data", None, message, "`dvc cache dir --local /PATH` names another folder")
     except DataError as error:
         message, _, remedy = str(error).partition("; ")
         yield Check("data", False, message, remedy)
     except ParamsError:
         return  # reported by the check of params.yaml
+
+
+def _cache_folder(files: Files) -> str:
+    from dvc.config import Config  # takes a second
+
+    return str(Config(str(files.root / ".dvc"))["cache"].get("dir") or files.root / ".dvc" / "cache")
 
 
 def dvc_locks(files: Files) -> Iterator[Check]:

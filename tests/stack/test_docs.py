@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.imports import ROOT
+from tests.layouts import LAYOUTS
 from tests.test_end_to_end import checkout
 
 pytestmark = pytest.mark.stack
@@ -43,6 +44,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert run(root, "dvc repro")[0] == 0
     query = next((root / "artifacts/prepare/vehicles/image_query").glob("*.jpg"))
     shutil.copy(query, root / "query.jpg")
+    LAYOUTS["folder"](root / "data" / "mine", 10, 5)
+    for key in ("name", "email"):
+        assert run(root, f"git config user.{key} test@example.org")[0] == 0
     return root
 
 

@@ -1,0 +1,184 @@
+"""What stops DVC before stage `prepare` can report it is found beforehand, and said in one sentence."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Params
+from pipeline.data.manifest import DataError
+from pipeline.files import Files
+from pipeline.flow import doctor, dvc_cli
+from pipeline.flow.dvc_cli import StageError, changed, changed_stages
+from pipeline.flow.raw_data import check_root, tracking_file
+from pipeline.stage.params_file import load
+from tests.fake_stages import OFF, Start
+
+NOT_UTF8 = os.fsdecode(b"caf\xe9.png")
+
+
+@pytest.fixture
+def here(pipeline: Files, monkeypatch: pytest.MonkeyPatch) -> Files:
+    """A checkout in which the first stage depends on `data`, which holds one picture."""
+    monkeypatch.chdir(pipeline.root)
+    stages = pipeline.root / "dvc.yaml"
+    stages.write_text(stages.read_text().replace("- stages/prepare.py", "- stages/prepare.py\n    - data", 1))
+    (pipeline.root / "data" / "1").mkdir()
+    (pipeline.root / "data" / "1" / "a.png").write_bytes(b"a")
+    return pipeline
+
+
+def with_root(files: Files, root: str) -> Params:
+    params = load(files.params)
+    return params.model_copy(update={"data": params.data.model_copy(update={"root": root})})
+
+
+def dvc(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "dvc", *words], capture_output=True, text=True)
+
+
+def bad(files: Files, check: object) -> list[doctor.Check]:
+    return [found for found in check(files) if found.ok is False]  # type: ignore[operator]
+
+
+def test_a_readable_folder_passes(here: Files) -> None:
+    check_root(here, load(here.params))
+    check_root(here, with_root(here, str(here.root / "data")))
+    (here.root / "data" / "1" / "é ß.png").write_bytes(b"")
+    assert not bad(here, doctor.data)
+
+
+def test_a_name_that_is_not_utf8_is_named_before_dvc_stops_at_it(here: Files) -> None:
+    (here.root / "data" / "1" / NOT_UTF8).write_bytes(b"a")
+    refused = dvc("status")
+    assert refused.returncode and "surrogates not allowed" in refused.stderr and "caf" not in refused.stderr
+    (found,) = bad(here, doctor.data)
+    assert found.message == (
+        r"1 file names in `data.root` data are not UTF-8, which DVC cannot store, such as 1/caf\xe9.png"
+    )
+    assert found.remedy == "rename them, such as by `convmv -r -f cp1252 -t utf8 --notest data`"
+    with pytest.raises(StageError, match="a file name is not UTF-8; `smaller-student doctor` names it"):
+        changed_stages()
+
+
+def test_a_folder_with_such_a_name_is_found_by_its_files(here: Files) -> None:
+    folder = here.root / "data" / os.fsdecode(b"\xff")
+    folder.mkdir()
+    check_root(here, load(here.params))  # DVC does not store empty folders
+    (folder / "a.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"such as \\xff/a\.png"):
+        check_root(here, load(here.params))
+
+
+@pytest.mark.parametrize(
+    ("root", "message"),
+    [
+        ("mien", r"^`data\.root` mien does not exist in .*; create the folder, or correct the key$"),
+        ("params.yaml", r"^`data\.root` params\.yaml is a file; set it to the folder of the images$"),
+        ("../elsewhere/data", r"^`data\.root` \.\./elsewhere/data does not exist"),
+    ],
+)
+def test_a_wrong_root_is_named_with_its_key(here: Files, root: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        check_root(here, with_root(here, root))
+
+
+def test_images_that_are_only_in_dvc_are_named_with_the_command(here: Files) -> None:
+    assert dvc("add", "data").returncode == 0
+    assert tracking_file(here, load(here.params)) == "data.dvc"
+    assert tracking_file(here, with_root(here, "data/1")) == "data.dvc"
+    assert tracking_file(here, with_root(here, str(here.root / "data"))) is None
+    for path in (here.root / "data").rglob("*.png"):
+        path.unlink()
+    (here.root / "data" / "1").rmdir()
+    (here.root / "data").rmdir()
+    sentence = "data is in DVC, but not in this checkout; run `dvc pull data.dvc`"
+    (found,) = bad(here, doctor.data)
+    assert f"{found.message}; {found.remedy}" == f"`data.root` {sentence}"
+    assert dvc_cli.reason(dvc("repro", "prepare").stderr) == sentence
+    assert dvc("checkout", "data.dvc").returncode == 0
+    assert not bad(here, doctor.data)
+
+
+def test_a_folder_that_cannot_be_read_is_named(here: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = here.root / "data" / "1"
+    closed.chmod(0)
+    here.root.chmod(0o755)
+    root = os.geteuid() == 0  # may read everything
+    try:
+        if root:
+            scandir = os.scandir
+
+            def refuse(path: str) -> object:
+                if str(path) == str(closed):
+                    raise PermissionError(13, "Permission denied", str(path))
+                return scandir(path)
+
+            monkeypatch.setattr(os, "scandir", refuse)
+        with pytest.raises(DataError, match=rf"^{closed} cannot be read \(Permission denied\); make it readable"):
+            check_root(here, load(here.params))
+    finally:
+        closed.chmod(0o755)
+
+
+@pytest.mark.parametrize("name", ["dvc.lock", "dvc.yaml", "data/x.dvc"])
+def test_merge_markers_are_named(here: Files, name: str) -> None:
+    before = (here.root / name).read_text() if (here.root / name).exists() else ""
+    (here.root / name).write_text(f"<<<<<<< HEAD\na: 1\n=======\na: 2\n>>>>>>> b\n{before}")
+    with pytest.raises(
+        StageError,
+        match=f"^`dvc status` failed: {name} has merge markers; keep one side by `git checkout --ours {name}`$",
+    ):
+        changed_stages()
+    (found,) = bad(here, doctor.sources)
+    assert (found.name, found.message, found.remedy) == (
+        name, "has merge markers in line 1", f"run `git checkout --ours {name}`"
+    )  # fmt: skip
+
+
+def test_a_dvc_that_runs_already_is_named(here: Files, start: Start) -> None:
+    (here.root / ".dvc" / "tmp").mkdir()
+    code = (
+        "import time; from dvc.lock import make_lock\n"
+        "with make_lock('.dvc/tmp/lock', tmp_dir='.dvc/tmp'): print('held', flush=True); time.sleep(600)"
+    )
+    holder = start(here, "-c", code)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    with pytest.raises(StageError, match=r"failed: dvc is already running in this checkout; wait for it, or end it$"):
+        changed_stages()
+
+
+def test_another_error_of_dvc_is_its_own_sentence() -> None:
+    assert dvc_cli.reason("WARNING: a\nERROR: no such target\n\nHaving any troubles?") == "no such target"
+    assert dvc_cli.reason("") == "it has no output"
+
+
+def test_a_cache_whose_path_is_not_ascii_is_mentioned(here: Files) -> None:
+    assert [check.ok for check in doctor.data(here)] == [True]
+    with (here.root / ".dvc" / "config").open("a", encoding="utf-8") as config:
+        config.write("[cache]\n    dir = /srv/réseau\n")
+    *_, found = doctor.data(here)
+    assert found.ok is None and found.message.startswith("DVC's cache /srv/réseau has letters outside of ASCII")
+
+
+def test_new_pictures_are_saved_in_dvc_and_the_next_retraining_has_nothing_to_do(here: Files, start: Start) -> None:
+    here.params.write_text(here.params.read_text().replace("source: vehicles", "source: folder"))
+    assert dvc("add", "data").returncode == 0
+    before = (here.root / "data.dvc").read_text()
+    (here.root / "incoming" / "1").mkdir(parents=True)
+    picture = Path(__file__).parents[2] / "docs" / "panels.png"
+    (here.root / "incoming" / "1" / "b.png").write_bytes(picture.read_bytes())
+    os.utime(here.root / "incoming" / "1" / "b.png", (1, 1))
+    (here.root / "incoming" / "1" / "broken.png").write_bytes(picture.read_bytes()[:999])
+    os.utime(here.root / "incoming" / "1" / "broken.png", (1, 1))
+    for expected in ("Completed: ran prepare", "NoChange"):
+        process = start(here, "-m", "pipeline", "retrain", PREFECT_HOME=str(here.root / "prefect"), **OFF)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        assert out.splitlines()[-1].startswith(expected)
+        assert err.count("broken.png") == 1 and "it cannot be decoded" in err
+    assert sorted(os.listdir(here.root / "data" / "1")) == ["a.png", "b.png"]
+    assert "nfiles: 2" in (here.root / "data.dvc").read_text() and "nfiles: 1" in before
+    assert changed() == []
