@@ -117,7 +117,9 @@ class Trial:
         checkpoints = Checkpoints(self._folder / "checkpoints")
         states = Fit(self.fabric, long, task, steps, normalise, checkpoints, lambda row: None).states(start)
         next(states)
+        began = perf_counter()
         state = next(states)
+        epoch = perf_counter() - began - sum(steps.seconds)
         checkpoints.clear()
         seconds = steps.seconds[1:] or steps.seconds
         batch = training.batch.identities * training.batch.instances
@@ -128,7 +130,7 @@ class Trial:
             began = perf_counter()
             embed(state.net.eval(), self._images, some, normalise, self.fabric.device)
             image = (perf_counter() - began) / EVALUATED
-        return Timed(seconds=seconds, steps=len(loader), image=image)
+        return Timed(seconds=seconds, steps=len(loader), epoch=epoch, image=image)
 
 
 def main() -> None:
