@@ -5,7 +5,7 @@ JSON after each network.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
@@ -43,7 +43,7 @@ class RandomImages(Images):
         super().__init__(manifest, size, None)
         self._pixels = np.random.default_rng(0).integers(0, 256, (EVALUATED, *size, 3), np.uint8)
 
-    def batch(self, indices: Indices | list[int]) -> Pixels:
+    def batch(self, indices: Indices | Sequence[int]) -> Pixels:
         """Return images (n, height, width, 3) uint8, a copy."""
         return self._pixels[np.asarray(indices) % EVALUATED]
 

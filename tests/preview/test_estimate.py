@@ -67,7 +67,7 @@ def test_real_images_are_decoded_in_each_step_if_they_are_not_cached(manifest: M
     path = manifest.root / manifest.items[0].path
     for item in manifest.items:
         (manifest.root / item.path).write_bytes(b"no picture")
-    with pytest.raises(EstimateError, match="a training step failed: .*cannot identify image file"):
+    with pytest.raises(EstimateError, match=r"a training step failed: .*cannot identify image file"):
         estimate("teacher", params, manifest)
     assert path.exists()
 
