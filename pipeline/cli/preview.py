@@ -1,5 +1,6 @@
 """The command `preview`."""
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,7 +36,9 @@ def preview(
     files = Files.here()
     params = load(files.params)
     limit_threads(params.runtime.threads)
+    began = time.monotonic()
     with raw_images(files, params) as root:
+        rendering = time.monotonic() - began
         found = survey(params, root)
         _show_data(params, found)
         if found.decoded:
@@ -43,7 +46,7 @@ def preview(
             shown = write_sheet(out.resolve(), found.decoded, root, (height, width))
             typer.echo(f"{shown} images with their labels: {short(out.resolve())}")
         if timed and not found.problems and not found.missing:
-            _show_cost(params, found, root)
+            _show_cost(params, found, root, rendering)
     problems = list(found.problems)
     if found.missing:
         problems.insert(0, f"{len(found.missing)} listed files are missing, such as {found.missing[0]}")
@@ -59,8 +62,8 @@ def _show_data(params: "Params", found: "Survey") -> None:
 
     protocol = params.data.protocol
     if found.counts:
-        title = f"{params.data.source}, protocol {protocol}: {PROTOCOLS[protocol].summary}"
-        Console().print(to_table(found.counts, title))
+        typer.echo(f"{params.data.source}, protocol {protocol}: {PROTOCOLS[protocol].summary}")
+        Console().print(to_table(found.counts))
     sampled = len(found.decoded) + len(found.unreadable)
     typer.echo(
         f"{sampled:,} of {len(found.items):,} images were decoded, spread over the identities: {len(found.unreadable)} "
@@ -76,8 +79,8 @@ def _show_data(params: "Params", found: "Survey") -> None:
         typer.echo(f"Note: {remark}")
 
 
-def _show_cost(params: "Params", found: "Survey", root: Path) -> None:
-    """Print the expected time and memory of the stages that take most of both."""
+def _show_cost(params: "Params", found: "Survey", root: Path, rendering: float) -> None:
+    """Print the expected time and memory of the stages that take most of both; rendering took `rendering` seconds."""
     import psutil
     from rich.console import Console
 
@@ -87,7 +90,7 @@ def _show_cost(params: "Params", found: "Survey", root: Path) -> None:
     manifest = Manifest(found.items, root)
     height, width = params.data.image_size
     cached = params.data.cache
-    inspected = found.seconds * len(manifest) * (2 if cached else 1)  # the cache decodes each image once more
+    inspected = rendering + found.seconds * len(manifest) * (2 if cached else 1)  # the cache decodes each once more
     rows = [{"stage": "prepare", "steps": "", "seconds a step": "", "time": duration(inspected), "memory": ""}]
     threads, failures, peak = 0, [], 0
     for stage in ("teacher", "student"):
@@ -106,15 +109,17 @@ def _show_cost(params: "Params", found: "Survey", root: Path) -> None:
         rows.append(
             {"stage": stage, "steps": f"{result.steps:,}", "seconds a step": step, "time": time_, "memory": memory}
         )
-    Console().print(to_table(rows, "Expected on this machine"))
+    typer.echo("Expected on this machine:")
+    Console().print(to_table(rows))
     for failure in failures:
         typer.echo(f"Not measured: {failure}")
     if threads:
+        count = f"{threads} thread" + ("s" if threads > 1 else "")
         typer.echo(
-            f"From a few steps with {threads} {'thread' if threads == 1 else 'threads'} on the machine as busy as it is "
-            "now; other programs that start or end can change the times severalfold. The lower time is that of the "
-            "fastest quarter of the steps, for a student that is small from its start; the upper one is that of the "
-            "slowest quarter, for a student that never shrinks. Surgery, export and benchmark come on top."
+            f"Measured in a few steps with {count}, on a machine as busy as it is now: other programs that start or "
+            "end change the times, even severalfold. The lower time is for the fastest quarter of the steps, and for a "
+            "student that is small from its start; the upper one for the slowest quarter, and for a student that never "
+            "shrinks. Surgery, export and benchmark come on top."
         )
     if cached:
         cache = len(manifest) * height * width * 3

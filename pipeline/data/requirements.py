@@ -52,11 +52,12 @@ def remarks(items: Sequence[Item], params: Params) -> Iterator[str]:
     share = params.data.validation
     if not held_out and share and trained:
         smallest = math.ceil(100 / len(trained)) / 100
-        enough = f"; {smallest:g} holds out one" if share < smallest <= 0.5 else ""
-        yield (
-            f"no identity is held out for validation, so no validation mAP is computed: `data.validation` is {share:g} "
-            f"of {len(trained)} training identities{enough}"
-        )
+        why = f"`data.validation` is {share:g} of {len(trained)} training identities"
+        if share >= smallest:
+            why = f"no query of them would have a match, {_match(PROTOCOLS[params.data.protocol])}"
+        elif smallest <= 0.5:
+            why += f"; {smallest:g} holds out one"
+        yield f"no identity is held out for validation, so no validation mAP is computed: {why}"
     elif len(held_out) == 1:
         yield (
             f"one identity is held out for validation, so the validation mAP is always 1: `data.validation` is "
@@ -70,7 +71,7 @@ def remarks(items: Sequence[Item], params: Params) -> Iterator[str]:
                 f"({batch.instances}), so batches repeat images"
             )
     queries = sum(item.split == "query" for item in items)
-    if queries < params.benchmark.panels:
+    if 0 < queries < params.benchmark.panels:
         yield f"`benchmark.panels` is {params.benchmark.panels}, and the test set has {queries} queries to show"
 
 
@@ -103,7 +104,7 @@ def _training_problems(items: Sequence[Item], params: Params) -> Iterator[str]:
         if batch.identities > len(trained):
             yield (
                 f"`{stage}.batch.identities` ({batch.identities}) must not exceed the {left}; "
-                f"set it to {len(trained)} or less"
+                f"{fewer}set it to {len(trained)} or less"
             )
 
 

@@ -29,6 +29,7 @@ class Timed(BaseModel):
     Attributes:
         seconds: Duration of each step, without the first one if there are others.
         steps: Steps of an epoch.
+        epoch: Seconds that an epoch takes beside its steps, such as those of saving the state.
         image: Seconds to embed one image; None if it was not measured.
     """
 
@@ -36,6 +37,7 @@ class Timed(BaseModel):
 
     seconds: list[float]
     steps: int
+    epoch: float
     image: float | None = None
 
 
@@ -139,4 +141,5 @@ def _extrapolate(stage: str, params: Params, manifest: Manifest, measured: Measu
     batch = training.batch.identities * training.batch.instances
     image = high / batch if measured.whole.image is None else measured.whole.image  # a step takes longer than that
     steps = measured.whole.steps * training.epochs
-    return Estimate(steps, (low, high), (steps * low + embedded * image, steps * high + embedded * image), measured)
+    rest = embedded * image + training.epochs * measured.whole.epoch
+    return Estimate(steps, (low, high), (steps * low + rest, steps * high + rest), measured)

@@ -5,7 +5,7 @@ JSON after each network.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
@@ -43,7 +43,7 @@ class RandomImages(Images):
         super().__init__(manifest, size, None)
         self._pixels = np.random.default_rng(0).integers(0, 256, (EVALUATED, *size, 3), np.uint8)
 
-    def batch(self, indices: Indices | list[int]) -> Pixels:
+    def batch(self, indices: Indices | Sequence[int]) -> Pixels:
         """Return images (n, height, width, 3) uint8, a copy."""
         return self._pixels[np.asarray(indices) % EVALUATED]
 
@@ -117,7 +117,9 @@ class Trial:
         checkpoints = Checkpoints(self._folder / "checkpoints")
         states = Fit(self.fabric, long, task, steps, normalise, checkpoints, lambda row: None).states(start)
         next(states)
+        began = perf_counter()
         state = next(states)
+        epoch = perf_counter() - began - sum(steps.seconds)
         checkpoints.clear()
         seconds = steps.seconds[1:] or steps.seconds
         batch = training.batch.identities * training.batch.instances
@@ -128,7 +130,7 @@ class Trial:
             began = perf_counter()
             embed(state.net.eval(), self._images, some, normalise, self.fabric.device)
             image = (perf_counter() - began) / EVALUATED
-        return Timed(seconds=seconds, steps=len(loader), image=image)
+        return Timed(seconds=seconds, steps=len(loader), epoch=epoch, image=image)
 
 
 def main() -> None:

@@ -145,6 +145,11 @@ def test_no_training_identity_is_a_problem_of_its_own() -> None:
     ("views", "changes", "message"),
     [
         (TRAIN, {"data__validation": 0.1}, r"`data.validation` is 0.1 of 6 training identities; 0.17 holds out one"),
+        (
+            [(name, "a", split) for name, _, split in TRAIN],
+            {"data__validation": 0.2},
+            "no query of them .* another cam",
+        ),
         ([*TRAIN, ("v", "a", "validation-query"), ("v", "b", "validation-gallery")], {}, "mAP is always 1"),
         (TRAIN, {"teacher__batch__instances": 3}, r"6 of 6 .* `teacher.batch.instances` \(3\)"),
         (TRAIN, {"benchmark__panels": 5}, "is 5, and the test set has 3 queries"),
