@@ -122,6 +122,11 @@ def export(run: Run) -> ExportRecord:
             compatibility.old, compatibility.mixed
         )
     }
+    if manifest.has_boxes:
+        notes["Which part of a picture?"] = (
+            "The images of training and test are boxes that were cut out of pictures: cut objects out of yours in the "
+            "same way, before the model resizes them."
+        )
     contents = {name: file.content for name, file in files.items()}
     if int8_result is not None:
         notes["Is there an int8 file?"] = int8_result.markdown

@@ -144,7 +144,7 @@ embedding = session.run(["{OUTPUT}"], {{"{INPUT}": batch}})[0]
 The files have ONNX operator set {needs.opset} and IR version {needs.ir_version}, the lowest that goes with it. All of
 them run in ONNX Runtime {needs.onnxruntime} and later on the CPU.
 
-| other runtime | files | remarks |
+| other runtime | files | notes |
 |---|---|---|
 {runtimes}
 
