@@ -223,7 +223,12 @@ def build(model: Path, gallery: Path) -> Index:
     loaded = open_model(model)
     if not gallery.is_dir():
         raise GalleryError(f"{gallery} is not a folder; name one with `--gallery`")
-    candidates = [path for path, reason in walk(gallery) if not reason]
+    by_reason: dict[str, list[str]] = {"": []}
+    for path, reason in walk(gallery):
+        by_reason.setdefault(reason, []).append(path)
+    candidates = by_reason.pop("")
+    for reason, skipped in by_reason.items():
+        log.warning("%d files of the gallery, such as %s, are %s", len(skipped), skipped[0], reason)
     size, batch = loaded.metadata.image_size, fixed_batch(loaded.session) or BATCH
     decoded = max(CHUNK, batch)
 
