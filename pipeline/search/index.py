@@ -297,7 +297,8 @@ def open_index(folder: Path, model: Path | None = None, gallery: Path | None = N
         raise GalleryError(f"{folder / INFO} is invalid: {key}: {first['msg']}; index the gallery again") from None
     path = model or _find(folder, info.model_from_here, info.model)
     if not path.is_file():
-        raise GalleryError(f"the model {path} of {folder} is gone; name its new path with `--model`")
+        reason = "a link to nothing: run `dvc checkout`" if path.is_symlink() else "gone: name its new path with `--model`"
+        raise GalleryError(f"the model {path} of {folder} is {reason}")
     loaded = open_model(path)
     if loaded.sha256 != info.sha256:
         raise GalleryError(
@@ -312,7 +313,7 @@ def open_index(folder: Path, model: Path | None = None, gallery: Path | None = N
 
 def _find(folder: Path, from_here: str, absolute: str) -> Path:
     near = Path(os.path.abspath(folder / from_here))
-    return near if near.exists() else Path(absolute)
+    return near if os.path.lexists(near) else Path(absolute)
 
 
 def _vectors(path: Path, content: bytes, shape: tuple[int, int]) -> Embeddings:
