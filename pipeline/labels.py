@@ -5,23 +5,33 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 
-_INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060"
-"""Byte order mark, zero-width characters: Unicode does not count them as white space."""
+LOOK_ALIKE = "differ only by case, white space, width, leading zeros or a trailing .0"
 
 
 def clean_label(text: str) -> str:
-    """Trim a label and bring it into Unicode normal form NFC: macOS and other systems write `é` differently."""
-    while text != (trimmed := text.strip().strip(_INVISIBLE)):
-        text = trimmed
-    return unicodedata.normalize("NFC", text)
+    """Trim a label and bring it into Unicode normal form NFC: macOS and other systems write `é` differently.
+
+    White space and invisible characters (category Cf, such as byte order marks) are trimmed.
+    """
+    start, end = 0, len(text)
+    while start < end and _is_blank(text[start]):
+        start += 1
+    while start < end and _is_blank(text[end - 1]):
+        end -= 1
+    return unicodedata.normalize("NFC", text[start:end])
+
+
+def _is_blank(character: str) -> bool:
+    return character.isspace() or unicodedata.category(character) == "Cf"
 
 
 def look_alikes(labels: Iterable[str]) -> list[list[str]]:
-    """Return groups of labels that differ only by case, leading zeros or a trailing `.0`; groups and labels sorted."""
+    """Return groups of labels that `LOOK_ALIKE`; groups and labels sorted."""
     groups: dict[str, set[str]] = defaultdict(set)
     for label in labels:
-        without_fraction = re.sub(r"(?<=\d)\.0+$", "", label)
-        groups[re.sub(r"(?<!\d)0+(?=\d)", "", without_fraction.casefold())].add(label)
+        visible = "".join(c for c in unicodedata.normalize("NFKC", label) if unicodedata.category(c) != "Cf")
+        plain = " ".join(visible.casefold().lstrip("'").split())  # spreadsheets write ' before a number as text
+        groups[re.sub(r"(?<!\d)0+(?=\d)", "", re.sub(r"(?<=\d)\.0+$", "", plain))].add(label)
     return sorted(sorted(group) for group in groups.values() if len(group) > 1)
 
 

@@ -85,7 +85,8 @@ def compare(
     if not rows:
         raise Refusal("no stage has run yet; run `dvc repro` first")
     protocol = metrics.last_conditions(files)
-    console.print(to_table(rows, f"{f'Protocol {protocol}, batch' if protocol else 'Batch'} 1, all threads"))
+    title = f"{f'Protocol {protocol}, batch' if protocol else 'Batch'} {metrics.timed_batch(files)}, all threads"
+    console.print(to_table(rows, title))
     for label, path in (("report", files.report / "index.html"), ("ONNX", files.artifacts("export") / "model.onnx")):
         if path.is_file():
             console.print(f"{label}: {short(path)}", highlight=False, soft_wrap=True)

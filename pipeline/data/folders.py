@@ -8,21 +8,26 @@ from pathlib import Path
 
 from PIL import Image
 
-_LEFT_BEHIND = {".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "__macosx", ".gitkeep"}
+_LEFT_BEHIND = {
+    *(".ds_store", "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
+    *("@eadir", "#recycle", "lost+found"),
+}
+KEEPS_FOLDER = ".gitkeep"
+"""File that keeps an empty folder in Git; it is no image and no warning."""
 
 LEFT_BEHIND = "skipped: left behind by an operating system"
 HIDDEN = "skipped: hidden"
-NOT_UTF8 = "skipped: its name is not UTF-8; rename it, for example with convmv"
+NOT_UTF8 = "skipped: the name is not UTF-8 (rename it, for example with convmv)"
 DANGLING = "skipped: a link to nothing"
 LINK_LOOP = "skipped: a link that leads to itself"
-LINK_TO_FOLDER = "skipped: a link to a folder, whose files DVC does not track; link or copy the files"
+LINK_TO_FOLDER = "skipped: a link to a folder (DVC does not track what is in it; link or copy its files)"
 SPECIAL = "skipped: not a regular file"
-NO_IMAGE = "skipped: its suffix is not one of an image"
-HEIC = "skipped: HEIC is not supported; convert it to JPEG"
+NO_IMAGE = "skipped: the suffix is not one of an image"
+HEIC = "skipped: HEIC is not supported (convert it to JPEG)"
 
 
 def is_left_behind(name: str) -> bool:
-    """Return whether an operating system, a file server or Git creates files or folders of this name by itself."""
+    """Return whether an operating system or a file server creates files or folders of this name by itself."""
     return name.startswith("._") or name.lower() in _LEFT_BEHIND
 
 
@@ -37,7 +42,7 @@ def walk(root: Path, inside: str = "") -> Iterator[tuple[str, str]]:
         path = f"{inside}/{entry.name}" if inside else entry.name
         if path != (escaped := path.encode(errors="backslashreplace").decode()):
             yield escaped, NOT_UTF8
-        elif entry.name == ".gitkeep":  # keeps an empty folder in Git
+        elif entry.name == KEEPS_FOLDER:
             continue
         elif is_left_behind(entry.name):
             yield path, LEFT_BEHIND
@@ -67,7 +72,7 @@ def _reason_to_skip(entry: "os.DirEntry[str]") -> str:
 def files_left_behind(root: Path) -> Iterator[str]:
     """Yield the paths of what `is_left_behind` below `root`, relative to it; folders are not entered."""
     for folder, subfolders, files in os.walk(root):
-        found = [name for name in (*subfolders, *files) if is_left_behind(name) and name != ".gitkeep"]
+        found = [name for name in (*subfolders, *files) if is_left_behind(name)]
         subfolders[:] = [name for name in subfolders if name not in found]
         for name in sorted(found):
             yield (Path(folder) / name).relative_to(root).as_posix()

@@ -87,10 +87,7 @@ def inspect(items: Sequence[Item], root: Path) -> Inspection:
         try:
             return _decode(_regular_file(root / path), parts[path])
         except Exception as error:
-            reason = str(error).replace(str(root / path), path).replace(str(root.resolve()), "")
-            missing = isinstance(error, FileNotFoundError)
-            reason = "there is no such file" if missing else f"{type(error).__name__}: {reason}"
-            return [(item, reason) for item in parts[path]]
+            return [(item, _reason(error, root, path)) for item in parts[path]]
 
     good, decoded, quarantined = [], [], []
     by_file = track(in_threads(inspect_file, parts), len(parts), "inspecting images")
@@ -103,6 +100,18 @@ def inspect(items: Sequence[Item], root: Path) -> Inspection:
             good.append(item)
             decoded.append(result)
     return Inspection(good, decoded, quarantined)
+
+
+def _reason(error: Exception, root: Path, path: str) -> str:
+    """Describe why a file cannot be used, without the folders around `root`."""
+    if isinstance(error, FileNotFoundError):
+        return "a link to nothing" if (root / path).is_symlink() else "there is no such file"
+    if (root / path).is_symlink() and not (root / path).exists():
+        return "a link that leads to itself"
+    text = str(error)
+    for place, shown in ((root / path, path), ((root / path).resolve(), path), (root.resolve(), "")):
+        text = text.replace(str(place), shown)
+    return f"{type(error).__name__}: {text}"
 
 
 def _regular_file(path: Path) -> Path:
@@ -137,7 +146,7 @@ def _fingerprint(item: Item, rgb: Image.Image, state: FileState | None, warnings
         left, top, right, bottom = item.box
         box = max(left, 0), max(top, 0), min(right, rgb.width), min(bottom, rgb.height)
         if box[0] >= box[2] or box[1] >= box[3]:
-            return item, f"the box has no area inside of the image, which has {rgb.width} x {rgb.height} pixels"
+            return item, f"the box has no area inside of the upright image of {rgb.width} x {rgb.height} pixels"
         if box != item.box:
             size = f"{box_text(item.box)} in {rgb.width} x {rgb.height} pixels"
             item, warnings = replace(item, box=box), [*warnings, (CLIPPED, size)]

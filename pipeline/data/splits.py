@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from pipeline.data.layout import UNASSIGNED, UNASSIGNED_TEST, UNASSIGNED_VALIDATION, UNKNOWN
-from pipeline.data.manifest import DataError, Item
+from pipeline.data.manifest import TEST, DataError, Item
 from pipeline.protocols import JUNK, PROTOCOLS
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def split_test(items: Sequence[Item], share: float, seed: int, protocol: str) ->
     paths = _group_names(item for item in items if item.split in (UNASSIGNED, UNASSIGNED_TEST))
     tested = {item.identity for item in items if item.split == UNASSIGNED_TEST}
     unassigned = {item.identity for item in items if item.split == UNASSIGNED} - {JUNK}
-    drawn = _draw_test(unassigned, share, seed)
+    drawn = draw_test(unassigned, share, seed)
     if abs(len(drawn) - share * len(unassigned)) > MAX_DEVIATION * len(unassigned):
         log.warning(
             "%d of %d identities are drawn for the test set, although `data.custom.test` is %g, because few identities "
@@ -61,7 +61,7 @@ def split_validation(items: Sequence[Item], share: float, seed: int, protocol: s
     Under protocol market, the first image of every camera is a query and the other images are the gallery. If fewer
     than two cameras have a second image, some queries would have no match: then the first image of every other camera
     is a query. Under `query-gallery` the first image of an identity is a query, under other protocols all are. An
-    identity without a possible match stays in training.
+    identity without a possible match stays in training, and one that is in the test set too (closed set).
 
     Args:
         items: Images with splits `train`, `query`, `gallery` and perhaps `validation`; the order is kept.
@@ -76,7 +76,8 @@ def split_validation(items: Sequence[Item], share: float, seed: int, protocol: s
     if any(item.split.startswith("validation-") for item in items):
         return list(items)
     paths = _group_names(item for item in items if item.split == "train")
-    candidates = [name for name in sorted(paths) if _has_match(paths[name], protocol) and name != JUNK]
+    tested = {item.identity for item in items if item.split in TEST}  # in training too if `data.closed_set`
+    candidates = [name for name in sorted(paths.keys() - tested) if _has_match(paths[name], protocol) and name != JUNK]
     wanted = int(share * len(paths))
     if len(candidates) < wanted:
         requirement = "were seen by two cameras" if PROTOCOLS[protocol].cameras else "have two images"
@@ -111,13 +112,13 @@ def _divide_validation(items: Sequence[Item], protocol: str) -> list[Item]:
     return [assign(item) for item in items]
 
 
-def _draw_test(names: Iterable[str], share: float, seed: int) -> set[str]:
+def draw_test(identities: Iterable[str], share: float, seed: int) -> set[str]:
     """Draw the identities of the test set, each by a hash of its name, so that new identities move no other."""
 
     def uniform(name: str) -> float:
         return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()) / 2**64
 
-    return {name for name in names if uniform(name) < share}
+    return {name for name in identities if uniform(name) < share}
 
 
 def _group_names(items: Iterable[Item]) -> dict[str, dict[str, list[str]]]:

@@ -43,7 +43,8 @@ OPENVINO = Runtime(
 OPENCV = Runtime(
     "OpenCV 4.14 and 5.0, `cv2.dnn`",
     (STUDENT, TEACHER),
-    f"it has no Resize as in `{ALL_IN_ONE}`; OpenCV 5 refuses an int8 file, OpenCV 4 computes wrong embeddings with some",
+    f"it has no Resize as in `{ALL_IN_ONE}`; OpenCV 5 refuses an int8 file, OpenCV 4 computes wrong embeddings with "
+    "some",
 )
 NOT_TRIED = (
     Runtime(

@@ -225,7 +225,12 @@ def build(model: Path, gallery: Path) -> Index:
     loaded = open_model(model)
     if not gallery.is_dir():
         raise GalleryError(f"{gallery} is not a folder; name one with `--gallery`")
-    candidates = [path for path, reason in walk(gallery) if not reason]
+    by_reason: dict[str, list[str]] = {"": []}
+    for path, reason in walk(gallery):
+        by_reason.setdefault(reason, []).append(path)
+    candidates = by_reason.pop("")
+    for reason, skipped in by_reason.items():
+        log.warning("%d files of the gallery, such as %s, are %s", len(skipped), skipped[0], reason)
     size, batch = loaded.metadata.image_size, fixed_batch(loaded.session) or BATCH
     decoded = max(CHUNK, batch)
 
@@ -294,7 +299,8 @@ def open_index(folder: Path, model: Path | None = None, gallery: Path | None = N
         raise GalleryError(f"{folder / INFO} is invalid: {key}: {first['msg']}; index the gallery again") from None
     path = model or _find(folder, info.model_from_here, info.model)
     if not path.is_file():
-        raise GalleryError(f"the model {path} of {folder} is gone; name its new path with `--model`")
+        reason = "a link to nothing: run `dvc checkout`" if path.is_symlink() else "gone: name its new path with `--model`"
+        raise GalleryError(f"the model {path} of {folder} is {reason}")
     loaded = open_model(path)
     if loaded.sha256 != info.sha256:
         raise GalleryError(
@@ -309,7 +315,7 @@ def open_index(folder: Path, model: Path | None = None, gallery: Path | None = N
 
 def _find(folder: Path, from_here: str, absolute: str) -> Path:
     near = Path(os.path.abspath(folder / from_here))
-    return near if near.exists() else Path(absolute)
+    return near if os.path.lexists(near) else Path(absolute)
 
 
 def _vectors(path: Path, content: bytes, shape: tuple[int, int]) -> Embeddings:

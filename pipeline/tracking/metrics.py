@@ -128,16 +128,19 @@ def cells(values: Mapping[str, float], columns: Mapping[str, tuple[str, str, flo
 
 
 def _latency(files: Files, stage: str) -> str:
-    """Format the p50 latency of the smallest batch with all threads: of teacher.onnx for `teacher`, else model.onnx."""
+    """Format the p50 latency at `timed_batch`, all threads: of teacher.onnx for `teacher`, of model.onnx for `export`."""
     network = {"teacher": "teacher", "export": "student"}.get(stage)
     if network is None or not files.metrics("benchmark").is_file():
         return ""
-    values = {
-        int(found[1]): value
-        for key, value in load_metrics(files, "benchmark").items()
-        if (found := re.fullmatch(rf"{network}\.batch(\d+)_threadsall\.p50", key))
-    }
-    return f"{values[min(values)]:.2f} ms"
+    return f"{load_metrics(files, 'benchmark')[f'{network}.batch{timed_batch(files)}_threadsall.p50']:.2f} ms"
+
+
+def timed_batch(files: Files) -> int:
+    """Return the smallest batch size that was timed: 1, unless the files fix another; 1 if none was timed yet."""
+    if not files.metrics("benchmark").is_file():
+        return 1
+    found = (re.match(r"student\.batch(\d+)_threadsall\.", key) for key in load_metrics(files, "benchmark"))
+    return min(int(match[1]) for match in found if match)
 
 
 def last_conditions(files: Files) -> str | None:

@@ -58,7 +58,7 @@ def test_a_box_is_clipped_and_one_without_area_is_unusable(tmp_path, frame):
         ("frame.png [50 30 60 40]", "the box leaves the image and is clipped", "50 30 70 50 in 60 x 40 pixels"),
     ]
     assert [name for name, _ in inspection.quarantined] == [item.name for item in items[3:]]
-    assert all("no area inside of the image, which has 60 x 40" in reason for _, reason in inspection.quarantined)
+    assert all("no area inside of the upright image of 60 x 40" in reason for _, reason in inspection.quarantined)
 
 
 def test_leaks_and_duplicates_are_those_of_the_parts(tmp_path, frame):

@@ -33,6 +33,16 @@ def test_an_index_has_every_image_and_skips_unreadable_files_with_a_warning(rele
     assert index.paths == sorted(index.paths)
     assert "cut.jpg is skipped" in caplog.text
     assert not [path for path in index.paths if "hidden" in path or path.endswith("txt")]
+    assert "1 files of the gallery, such as .hidden.png, are skipped: " in caplog.text
+    assert "1 files of the gallery, such as notes.txt, are skipped: its suffix is not one of an image" in caplog.text
+
+
+def test_what_systems_leave_behind_is_not_in_an_index(release, tmp_path):
+    left = ("._a.png", ".DS_Store", "Thumbs.db", "desktop.ini", "__MACOSX/a.png", "sub/._b.png")
+    for name in ("a.png", "sub/b.png", *left):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture(1).save(tmp_path / name, format="PNG")
+    assert build(release / "model.onnx", tmp_path).paths == ["a.png", "sub/b.png"]
 
 
 def test_results_are_those_of_an_exhaustive_search(folder, gallery):

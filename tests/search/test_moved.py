@@ -105,7 +105,7 @@ def test_a_model_that_moved_is_named_by_an_option(root, monkeypatch, capsys):
     words = ("search", "--index", root / "indexes" / "mine", "--query", root / "query.png")
     assert smaller_student(monkeypatch, *words) == 3
     assert capsys.readouterr().err == (
-        f"smaller-student: the model {root / 'model' / 'model.onnx'} of {root / 'indexes' / 'mine'} is gone; name its "
+        f"smaller-student: the model {root / 'model' / 'model.onnx'} of {root / 'indexes' / 'mine'} is gone: name its "
         "new path with `--model`\n"
     )
     assert first(root, model=root / "release" / "model.onnx").is_file()
@@ -118,6 +118,9 @@ def test_a_model_that_dvc_links_to_its_cache_is_still_found(root):
     (root / "model" / "model.onnx").symlink_to(cache / "ab12")
     build(root / "model" / "model.onnx", root / "photos").save(root / "indexes" / "mine", root / "model" / "model.onnx")
     assert first(root).is_file()
+    cache.rename(root / "moved")
+    with pytest.raises(GalleryError, match=r"model\.onnx of .* is a link to nothing: run `dvc checkout`"):
+        first(root)
 
 
 def test_a_gallery_behind_a_link_is_named_by_the_link(root):

@@ -90,6 +90,8 @@ def test_the_result_table_has_a_row_for_each_network(reported: Files) -> None:
     }
     assert [row["p50"] for row in rows] == ["4.00 ms", "", "", "2.00 ms"]
     text = reported.metrics("benchmark").read_text().replace("batch1_", "batch8_")
+    assert metrics.timed_batch(reported) == 1
     write_text(reported.metrics("benchmark"), text)  # of files with a fixed batch
+    assert metrics.timed_batch(reported) == 8
     assert [row["p50"] for row in metrics.result_table(reported)] == ["4.00 ms", "", "", "2.00 ms"]
     assert json.dumps(rows)
