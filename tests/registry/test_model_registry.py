@@ -367,7 +367,9 @@ def test_a_version_that_is_missing_or_has_lost_its_files_is_one_error(
     with pytest.raises(RegistryError, match=f"{registry.name} has no `challenger`; `smaller-student publish`"):
         registry.version_of(CHALLENGER)
     publish(registry, run, tmp_path, 5)
-    with pytest.raises(RegistryError, match=r"version 1 of .* cannot be downloaded .*; repair the artifact store, or n"):
+    with pytest.raises(
+        RegistryError, match=r"version 1 of .* cannot be downloaded .*; repair the artifact store, or n"
+    ):
         registry.download("1", tmp_path / "fetched")
 
 
