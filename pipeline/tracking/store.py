@@ -274,7 +274,7 @@ def identify(files: Files, client: "MlflowClient") -> str:
     try:
         found = str(client.get_experiment("0").creation_time or path.name)
     except MlflowException as error:
-        if error.get_http_status_code() not in (400, 403, 404):
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED"):
             raise
         found = path.name
     if not path.is_file():  # version 0.1.0 used the address

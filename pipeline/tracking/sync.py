@@ -109,7 +109,7 @@ class Sync:
             TrackingError: If the store cannot be reached.
             BusyError: If another process uploads the execution for longer than the timeout.
         """
-        again, uploaded = self._again, False
+        again, uploaded, repeated = self._again, False, False
         records.mark_killed()
         while again or records.pending(self.store):
             with locked(records.folder / "sync.lock", f"the upload of execution {records.id}", self._timeout):
@@ -117,6 +117,9 @@ class Sync:
                     uploaded |= _Upload(self, records, again).run()
                 except Exception as error:
                     self._check_store(error)
+                    if store.is_network_error(error) and not repeated:
+                        repeated = True
+                        continue
                     if store.http_status(error) in (401, 403) or store.is_network_error(error):
                         self.failed = self.failed or self._failed(error)
                         return
@@ -163,7 +166,7 @@ class _Upload:
 
     def __init__(self, sync: Sync, records: ExecutionRecords, again: bool) -> None:
         self.sync, self.client, self.records = sync, sync.client, records
-        self.state, self.file_error = records.synced(sync.store), ""
+        self.state = records.synced(sync.store)
         if again:  # the run ids stay, to recognise purged runs
             self.state = {name: {"run": seen["run"]} for name, seen in self.state.items() if "run" in seen}
 
@@ -196,6 +199,7 @@ class _Upload:
                 self._write(name, record, self._run_id(name, record, runs[name], experiment, tags))
         if not self._is_synced(EXECUTION, parent):  # last, so that a finished parent run is complete
             self._write(EXECUTION, parent, parent_id)
+        self._upload_files({**stages, EXECUTION: parent})
         return True
 
     def _search(self, experiment: str, tag: str, value: str) -> list[Run]:
@@ -231,7 +235,7 @@ class _Upload:
         return str(run.info.run_id)
 
     def _write(self, name: str, record: RunRecord, run: str) -> None:
-        """Upload a record, and its files last, since the artifact store may fail on its own."""
+        """Upload a record without its files."""
         for params in _chunks([Param(*pair) for pair in record.params.items()], MAX_PARAMS):
             self.client.log_batch(run, params=params)
         points = [
@@ -252,20 +256,24 @@ class _Upload:
         else:
             self.client.set_terminated(run, record.status, _ms(record.ended))
         self._save_state(name, fingerprint=record.fingerprint, points=len(record.curve))
-        if self.records.has_files(record) and not self.file_error and len(self.sync.file_errors) < MAX_FILE_ERRORS:
-            self._upload_files(name, record, run)
 
-    def _upload_files(self, name: str, record: RunRecord, run: str) -> None:
-        folder = self.records.files / record.folder
-        try:
-            self.client.log_artifacts(run, str(folder), record.folder)
-        except Exception as error:  # of any artifact store
-            self.file_error = store.root_cause(error)
-            self.sync.file_errors.append(self.file_error)
-            return
-        self._save_state(name, files=record.fingerprint)
-        if record.stage in LARGE:
-            shutil.rmtree(folder, ignore_errors=True)
+    def _upload_files(self, records: dict[str, RunRecord]) -> None:
+        """Upload the files of all records, after everything else, since the artifact store may fail on its own."""
+        for name, record in records.items():
+            seen = self.state.get(name, {})
+            if "gone" in seen or self.records.is_synced(record, seen) or not self.records.has_files(record):
+                continue
+            if len(self.sync.file_errors) == MAX_FILE_ERRORS:
+                return
+            folder = self.records.files / record.folder
+            try:
+                self.client.log_artifacts(seen["run"], str(folder), record.folder)
+            except Exception as error:  # of any artifact store
+                self.sync.file_errors.append(store.root_cause(error))
+                return
+            self._save_state(name, files=record.fingerprint)
+            if record.stage in LARGE:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

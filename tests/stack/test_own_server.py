@@ -36,7 +36,7 @@ def test_each_command_names_the_variables_of_the_login(
     environment = {"MLFLOW_AUTH_CONFIG_PATH": str(accounts), "MLFLOW_FLASK_SERVER_SECRET_KEY": "key"}
     address = serve(f"sqlite:///{tmp_path / 'server.db'}", "--app-name", "basic-auth", **environment)
     server = {"MLFLOW_TRACKING_URI": address, "HOME": str(tmp_path)}  # MLflow reads credentials from there, too
-    code, text = run(start, pipeline, "stages.prepare", **server)
+    code, text = run(start, pipeline, "stages.prepare", NAP="10", **server)
     problem = f"it needs a login (401); set {NAMES}, or MLFLOW_TRACKING_TOKEN"
     assert code == 0 and f"the upload to MLflow at {address} is not complete: {problem}; `smaller-student sync`" in text
     for words in (["sync"], ["history"], ["pull"], ["rollback"], ["compare", "--last", "1"]):
