@@ -203,7 +203,7 @@ class Registry:
             if lineage.withdrawn.intersection(same):
                 return same[-1], Decision(False, "it was withdrawn by `rollback`")
             if (tag := _withdrawn_tag(tags[DIGEST])) in lineage.model_tags:  # and then deleted in MLflow
-                reason = f"it was withdrawn by `rollback`; the tag {tag} of the model in MLflow keeps it out"
+                reason = f"it was withdrawn by `rollback`; to compare it again, delete tag {tag} of the model in MLflow"
                 decision, better = Decision(False, reason), False
             else:
                 decision, better = decide(champion.version if champion else None, champion.best if champion else None)

@@ -30,9 +30,11 @@ def executions_table(client: MlflowClient, experiment: str, ids: Sequence[str], 
     """Return one formatted row for each execution in `ids` (run ids or prefixes), or for the `last` latest ones.
 
     Raises:
-        UnknownRunError: If there are no executions, or an id matches none or several.
+        UnknownRunError: If there are no executions, the experiment was deleted, or an id matches none or several.
     """
     found = client.get_experiment_by_name(experiment)
+    if found and found.lifecycle_stage != "active":
+        raise UnknownRunError(f"experiment {experiment} was deleted in MLflow; restore it or set `tracking.experiment`")
     runs = _parent_runs(client, found.experiment_id) if found else []
     if not runs:
         raise UnknownRunError(f"MLflow has no execution in experiment {experiment}; run `dvc repro` first")

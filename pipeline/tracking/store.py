@@ -152,8 +152,6 @@ def http_status(error: BaseException) -> int:
 
 
 def _reason(uri: str, error: BaseException) -> str:
-    from requests.exceptions import RequestException
-
     text, cause, status = "\n".join(map(str, _chain(error))), root_cause(error), http_status(error)
     if "Invalid Host" in text:
         return "rejects this name of its host; add it and the default names to its `--allowed-hosts`"
@@ -169,8 +167,14 @@ def _reason(uri: str, error: BaseException) -> str:
     if "timed out" in cause:
         seconds = os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT")
         return f"cannot be reached (no answer in {seconds} s; MLFLOW_HTTP_REQUEST_TIMEOUT sets this limit)"
-    network = any(isinstance(one, RequestException | OSError) for one in _chain(error))
-    return f"cannot be reached ({cause})" if network else f"rejects the request ({cause})"
+    return f"cannot be reached ({cause})" if is_network_error(error) else f"rejects the request ({cause})"
+
+
+def is_network_error(error: BaseException) -> bool:
+    """Return whether a request failed before it was answered."""
+    from requests.exceptions import RequestException
+
+    return any(isinstance(one, RequestException | OSError) for one in _chain(error))
 
 
 def _credentials(uri: str) -> tuple[str, str]:
@@ -270,7 +274,7 @@ def identify(files: Files, client: "MlflowClient") -> str:
     try:
         found = str(client.get_experiment("0").creation_time or path.name)
     except MlflowException as error:
-        if error.get_http_status_code() not in (400, 403, 404):
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED"):
             raise
         found = path.name
     if not path.is_file():  # version 0.1.0 used the address

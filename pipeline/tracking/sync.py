@@ -55,15 +55,15 @@ class Sync:
         again: Upload everything again; MLflow keeps no duplicates.
 
     Attributes:
-        uploaded: Number of executions that were not up to date.
+        uploaded: Number of executions that were not up to date, except deleted ones.
         file_errors: Errors of the artifact store.
-        denied: First error of a request that MLflow denied to the user.
+        failed: First error that another login, or another attempt, may not have.
     """
 
     def __init__(self, files: Files, timeout: float = 0, again: bool = False) -> None:
         self.files, self.uri, self._timeout, self._again = files, store.tracking_uri(files), timeout, again
         self.uploaded, self.file_errors = 0, list[str]()
-        self.denied: TrackingError | None = None
+        self.failed: TrackingError | None = None
 
     @cached_property
     def client(self) -> MlflowClient:
@@ -109,24 +109,26 @@ class Sync:
             TrackingError: If the store cannot be reached.
             BusyError: If another process uploads the execution for longer than the timeout.
         """
-        again, outdated = self._again, False
+        again, uploaded, repeated = self._again, False, False
         records.mark_killed()
         while again or records.pending(self.store):
-            outdated = True
             with locked(records.folder / "sync.lock", f"the upload of execution {records.id}", self._timeout):
                 try:
-                    _Upload(self, records, again).run()
+                    uploaded |= _Upload(self, records, again).run()
                 except Exception as error:
                     self._check_store(error)
-                    if store.http_status(error) in (401, 403):
-                        self.denied = self.denied or self._failed(error)
+                    if store.is_network_error(error) and not repeated:
+                        repeated = True
+                        continue
+                    if store.http_status(error) in (401, 403) or store.is_network_error(error):
+                        self.failed = self.failed or self._failed(error)
                         return
                     records.add_notice(f"MLflow rejected part of execution {records.id} ({store.root_cause(error)})")
                     return
             again = False
             if self.file_errors:
                 break
-        self.uploaded += outdated
+        self.uploaded += uploaded
 
     def check(self) -> None:
         """Check that MLflow and its artifact store accepted everything.
@@ -134,8 +136,8 @@ class Sync:
         Raises:
             TrackingError: If they did not.
         """
-        if self.denied is not None:
-            raise self.denied
+        if self.failed is not None:
+            raise self.failed
         if self.file_errors:
             place, problem = f"MLflow at {store.shown(self.uri)}", f"its artifact store failed: {self.file_errors[0]}"
             remedy = "the files stay on disk, and `smaller-student sync` uploads them later"
@@ -164,20 +166,20 @@ class _Upload:
 
     def __init__(self, sync: Sync, records: ExecutionRecords, again: bool) -> None:
         self.sync, self.client, self.records = sync, sync.client, records
-        self.state, self.file_error = records.synced(sync.store), ""
+        self.state = records.synced(sync.store)
         if again:  # the run ids stay, to recognise purged runs
             self.state = {name: {"run": seen["run"]} for name, seen in self.state.items() if "run" in seen}
 
-    def run(self) -> None:
-        """Upload all records that the store does not have in their present state."""
+    def run(self) -> bool:
+        """Upload all records that the store does not have in their present state; False if the execution is deleted."""
         parent, stages = self.records.parent_record(), self.records.stages()
         if parent is None:
-            return
+            return False
         names = [EXECUTION, *stages]
         experiment = store.experiment_id(self.client, self.sync.files, parent.experiment)
         if experiment is None:
             self._skip_deleted(names, f"experiment {parent.experiment} was deleted in MLflow")
-            return
+            return False
         existing = {
             run.data.tags.get(ENTRY, ""): run for run in self._search(experiment, "execution_id", self.records.id)
         }
@@ -186,7 +188,7 @@ class _Upload:
         deleted = names if EXECUTION in deleted else deleted
         self._skip_deleted(deleted, f"a run of execution {parent.title!r} was deleted in MLflow")
         if EXECUTION in deleted:
-            return
+            return False
         parent_id = self._run_id(EXECUTION, parent, runs[EXECUTION], experiment, {})
         for name, record in stages.items():
             if name not in deleted and not self._is_synced(name, record):
@@ -197,6 +199,8 @@ class _Upload:
                 self._write(name, record, self._run_id(name, record, runs[name], experiment, tags))
         if not self._is_synced(EXECUTION, parent):  # last, so that a finished parent run is complete
             self._write(EXECUTION, parent, parent_id)
+        self._upload_files({**stages, EXECUTION: parent})
+        return True
 
     def _search(self, experiment: str, tag: str, value: str) -> list[Run]:
         return list(self.client.search_runs([experiment], f"tags.{tag} = '{value}'", ViewType.ALL, max_results=1000))
@@ -231,7 +235,7 @@ class _Upload:
         return str(run.info.run_id)
 
     def _write(self, name: str, record: RunRecord, run: str) -> None:
-        """Upload a record, and its files last, since the artifact store may fail on its own."""
+        """Upload a record without its files."""
         for params in _chunks([Param(*pair) for pair in record.params.items()], MAX_PARAMS):
             self.client.log_batch(run, params=params)
         points = [
@@ -252,20 +256,24 @@ class _Upload:
         else:
             self.client.set_terminated(run, record.status, _ms(record.ended))
         self._save_state(name, fingerprint=record.fingerprint, points=len(record.curve))
-        if self.records.has_files(record) and not self.file_error and len(self.sync.file_errors) < MAX_FILE_ERRORS:
-            self._upload_files(name, record, run)
 
-    def _upload_files(self, name: str, record: RunRecord, run: str) -> None:
-        folder = self.records.files / record.folder
-        try:
-            self.client.log_artifacts(run, str(folder), record.folder)
-        except Exception as error:  # of any artifact store
-            self.file_error = store.root_cause(error)
-            self.sync.file_errors.append(self.file_error)
-            return
-        self._save_state(name, files=record.fingerprint)
-        if record.stage in LARGE:
-            shutil.rmtree(folder, ignore_errors=True)
+    def _upload_files(self, records: dict[str, RunRecord]) -> None:
+        """Upload the files of all records, after everything else, since the artifact store may fail on its own."""
+        for name, record in records.items():
+            seen = self.state.get(name, {})
+            if "gone" in seen or self.records.is_synced(record, seen) or not self.records.has_files(record):
+                continue
+            if len(self.sync.file_errors) == MAX_FILE_ERRORS:
+                return
+            folder = self.records.files / record.folder
+            try:
+                self.client.log_artifacts(seen["run"], str(folder), record.folder)
+            except Exception as error:  # of any artifact store
+                self.sync.file_errors.append(store.root_cause(error))
+                return
+            self._save_state(name, files=record.fingerprint)
+            if record.stage in LARGE:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -38,8 +38,8 @@ def page() -> Iterator[Page]:
         browser.close()
 
 
-Serve = Callable[[str], str]
-"""Starts an MLflow server for a store, waits until it responds, and returns its address."""
+Serve = Callable[..., str]
+"""Starts an MLflow server, `serve(store, *options, **environment)`, waits for it, and returns its address."""
 
 
 @pytest.fixture
@@ -57,14 +57,14 @@ def serve_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
 def _servers(folder: Path) -> Iterator[Serve]:
     servers = []
 
-    def begin(store: str) -> str:
+    def begin(store: str, *options: str, **extra: str) -> str:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
         log = (folder / "server.log").open("w")
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # not needed, and slow to start
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **extra}  # jobs start slowly
         server = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            [*command, "--host", "127.0.0.1", "--port", str(port), *options],
             cwd=folder,
             env=environment,
             stdout=log,

@@ -608,13 +608,13 @@ def test_only_one_process_at_a_time_creates_database_tables(reported: Files, mon
 # --- moved checkouts --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["moved", "copied"])
+@pytest.mark.parametrize(("way", "name"), [("moved", "mlflow.db"), ("copied", "mlflow.db"), ("copied", "runs.db")])
 def test_a_moved_or_copied_checkout_uses_its_own_artifact_folder(
-    reported: Files, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, way: str
+    reported: Files, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, way: str, name: str
 ) -> None:
     import shutil
 
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "" if name == "mlflow.db" else f"sqlite:///{name}")
     record(reported, "export", owner=dvc(1))
     sync(reported)
     target = tmp_path_factory.mktemp("elsewhere") / "a check out"
@@ -622,7 +622,8 @@ def test_a_moved_or_copied_checkout_uses_its_own_artifact_folder(
     files = Files(target, target)
     record(files, "export", owner=dvc(2))
     sync(files)
-    there = MlflowClient(f"sqlite:///{files.mlflow_db}")
+    assert sync(files)[0] == 0
+    there = MlflowClient(f"sqlite:///{target / name}")
     experiment = there.get_experiment_by_name("smaller-student").experiment_id
     exported = there.search_runs([experiment], "tags.stage = 'export'")
     assert len(exported) == 2
@@ -633,7 +634,7 @@ def test_a_moved_or_copied_checkout_uses_its_own_artifact_folder(
         assert len(list((reported.root / "mlartifacts").rglob("model.onnx"))) == 1
     else:
         assert not reported.root.exists()
-    with sqlite3.connect(files.mlflow_db) as database:
+    with sqlite3.connect(target / name) as database:
         text = "\n".join(database.iterdump())
     assert str(reported.mlflow_artifacts) not in text
 
