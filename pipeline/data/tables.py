@@ -8,11 +8,12 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.data.layout import SPLIT_WORDS, UNASSIGNED, UNASSIGNED_TEST
 from pipeline.data.manifest import Box, DataError, first_few
+from pipeline.labels import clean_label
 
 Row = dict[str, str]
 """One row of a table, by column; known columns have the names below, whatever their case in the file."""
@@ -20,8 +21,15 @@ Row = dict[str, str]
 COLUMNS = ("path", "identity", "camera", "split")
 CORNER_BOX = ("x1", "y1", "x2", "y2")
 SIZE_BOX = ("x", "y", "width", "height")
-BOX_COLUMNS = {*CORNER_BOX, *SIZE_BOX}
-_ALIASES = {"xmin": "x1", "ymin": "y1", "xmax": "x2", "ymax": "y2", "w": "width", "h": "height"}
+_ALIASES = {
+    **dict.fromkeys(("xmin", "left"), "x1"),
+    **dict.fromkeys(("ymin", "top"), "y1"),
+    **dict.fromkeys(("xmax", "right"), "x2"),
+    **dict.fromkeys(("ymax", "bottom"), "y2"),
+    **{"w": "width", "h": "height"},
+}
+"""Names that tools give to the columns of a box, in lower case and without `_`, `-` and the prefix `bbox_` or `bb_`."""
+_OTHER_BOXES = {"box", "bbox", "boundingbox", "roi", "xcenter", "xcentre", "centerx", "cx"}
 DELIMITERS = ",;\t|"
 BOM = "\ufeff"
 
@@ -31,16 +39,20 @@ class Table:
     """The content of a table.
 
     Attributes:
-        columns: In the order of the file.
+        columns: In the order of the file; known ones have the names of this module.
         text: The whole file, with a byte order mark if it had one.
     """
 
     path: Path
+    text: str
     columns: tuple[str, ...]
     delimiter: str
     rows: list[Row]
 
-    text: str
+    @property
+    def box(self) -> tuple[str, ...]:
+        """Columns of the box of each row: `CORNER_BOX`, `SIZE_BOX`, or empty."""
+        return next((names for names in (CORNER_BOX, SIZE_BOX) if set(names) <= set(self.columns)), ())
 
     @property
     def known(self) -> list[str]:
@@ -52,10 +64,11 @@ class Table:
         """Other columns, such as the index that pandas writes."""
         return [name for name in self.columns if name not in self.known]
 
-    @property
-    def box(self) -> tuple[str, ...]:
-        """Columns of the box of each row: `CORNER_BOX`, `SIZE_BOX`, or empty."""
-        return next((names for names in (CORNER_BOX, SIZE_BOX) if set(names) <= set(self.columns)), ())
+    def empty(self) -> "Table":
+        """Return a table with the same columns and no rows."""
+        header = io.StringIO(newline="")
+        csv.writer(header, delimiter=self.delimiter, lineterminator="\n").writerow(self.columns)
+        return replace(self, text=header.getvalue(), rows=[])
 
     def with_rows(self, rows: Iterable[Row]) -> str:
         """Return the text of the table with further rows, which get its columns and delimiter."""
@@ -76,9 +89,9 @@ def read_table(path: Path) -> Table:
         DataError: If columns are missing or doubled, or a row has too few or too many fields, or an unknown split.
     """
     whole = _text(path)
-    text = re.sub(r"\Asep=.\r?\n", "", whole.removeprefix(BOM))  # a line for Excel
+    text = re.sub(r"\A(sep=.)?[\r\n]+", "", whole.removeprefix(BOM))  # a line for Excel, empty lines
     columns, delimiter = _header(path, text)
-    table = Table(path, columns, delimiter, [], whole)
+    table = Table(path, whole, columns, delimiter, [])
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     next(reader)
     for fields in reader:
@@ -88,18 +101,18 @@ def read_table(path: Path) -> Table:
         if len(fields) != len(columns):
             raise DataError(f"{where}: expected {len(columns)} fields, got {len(fields)}")
         row = dict(zip(columns, fields, strict=True))
-        if not (row["path"].strip() and row["identity"].strip()):
+        if not (row["path"].strip() and clean_label(row["identity"])):
             raise DataError(f"{where}: path or identity is empty")
-        if (split := row.get("split", "").strip()) and split.lower() not in SPLIT_WORDS:
+        if (split := clean_label(row.get("split", ""))) and split.lower() not in SPLIT_WORDS:
             raise DataError(f"{where}: split must be train, validation, test, query or gallery, got {split!r}")
         table.rows.append(row)
-    check_splits(path, (split_of(row) for row in table.rows))
+    check_splits(path, map(split_of, table.rows))
     return table
 
 
 def split_of(row: Row) -> str:
     """Return the split of a row, `UNASSIGNED` if it has none."""
-    return SPLIT_WORDS.get(row.get("split", "").strip().lower(), UNASSIGNED)
+    return SPLIT_WORDS.get(clean_label(row.get("split", "")).lower(), UNASSIGNED)
 
 
 def boxes_of(table: Table) -> list[Box | None]:
@@ -109,9 +122,10 @@ def boxes_of(table: Table) -> list[Box | None]:
         DataError: If one is incomplete or not numbers, or all are fractions of the images' sizes.
     """
     sides = [_sides(table, row) for row in table.rows]
-    largest = max((max(box) for box in sides if box), default=0.0)
-    if largest <= 1 and any(side % 1 for box in sides if box for side in box):
-        raise DataError(f"{table.path}: no side of a box exceeds {largest:g}; boxes must be in pixels, not fractions")
+    boxes = [box for box in sides if box]
+    if boxes and 2 * sum(max(box) <= 1.5 for box in boxes) > len(boxes):
+        largest = max(map(max, boxes))
+        raise DataError(f"{table.path}: most boxes have no side above 1 ({largest:g} at most): write pixels, not fractions")
     return [None if box is None else _corners(table, box) for box in sides]
 
 
@@ -145,8 +159,9 @@ def path_of(root: Path, written: str) -> str:
         for form in (candidate, unicodedata.normalize("NFC", candidate), unicodedata.normalize("NFD", candidate)):
             path = os.path.normpath(form)
             if os.path.isabs(path):
-                inside = os.path.relpath(path, root.absolute())
-                path = path if inside.startswith("..") else inside
+                absolute = Path(path)
+                base = next((base for base in (root.absolute(), root.resolve()) if absolute.is_relative_to(base)), None)
+                path = str(absolute.relative_to(base)) if base else path
             if os.path.exists(root / path):
                 return path
     return written
@@ -176,8 +191,7 @@ def _header(path: Path, text: str) -> tuple[tuple[str, ...], str]:
         fields = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
         columns = tuple(_column(field) for field in fields)
         if {"path", "identity"} <= set(columns):
-            _check_columns(path, columns)
-            return columns, delimiter
+            return _checked(path, fields, columns), delimiter
     header = next(csv.reader(io.StringIO(text, newline="")), [])
     raise DataError(
         f"{path}: the first line must name the columns path, identity and, if known, camera, split and x, y, width, "
@@ -187,21 +201,40 @@ def _header(path: Path, text: str) -> tuple[tuple[str, ...], str]:
 
 def _column(name: str) -> str:
     """Return the known name that a column's name stands for, else the name itself."""
-    plain = name.strip().lower()
-    known = _ALIASES.get(plain, plain)
-    return known if known in {*COLUMNS, *BOX_COLUMNS} else name.strip()
+    plain = clean_label(name).lower()
+    if plain in COLUMNS:
+        return plain
+    side = _simplified(plain)
+    side = _ALIASES.get(side, side)
+    return side if side in {*CORNER_BOX, *SIZE_BOX} else name.strip()
 
 
-def _check_columns(path: Path, columns: tuple[str, ...]) -> None:
-    if twice := sorted({name for name in columns if columns.count(name) > 1 and name in {*COLUMNS, *BOX_COLUMNS}}):
+def _simplified(name: str) -> str:
+    return re.sub(r"[\s_-]", "", re.sub(r"^(bbox|bb|box)[\s_-]", "", name))
+
+
+def _checked(path: Path, fields: Sequence[str], columns: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the columns, those of half a box under their own names.
+
+    Raises:
+        DataError: If a known column occurs twice, or there is a box of another form.
+    """
+    present = set(columns)
+    if {"x1", "y1", "width", "height"} <= present and not {"x2", "y2", "x", "y"} & present:  # left, top, width, height
+        return _checked(path, fields, tuple({"x1": "x", "y1": "y"}.get(name, name) for name in columns))
+    box = next((names for names in (CORNER_BOX, SIZE_BOX) if set(names) <= present), ())
+    if twice := [name for name in (*COLUMNS, *box) if columns.count(name) > 1]:
         raise DataError(f"{path} has two columns {twice[0]}; delete or rename one")
-    present = BOX_COLUMNS & set(columns)
-    if present and present not in ({*CORNER_BOX}, {*SIZE_BOX}):
+    sides = [field for field, name in zip(fields, columns, strict=True) if name in {*CORNER_BOX, *SIZE_BOX}]
+    others = [field for field in fields if _simplified(field.strip().lower()) in _OTHER_BOXES]
+    halves = present & {"x1", "y1", "x2", "y2"} or {"x", "y"} <= present and present & {"width", "height"}
+    if not box and (others or halves):
         raise DataError(
-            f"{path} has the columns {', '.join(sorted(present))}; a box is x, y, width, height or x1, y1, x2, y2"
+            f"{path} has the columns {', '.join(others or sides)}: a box is x, y, width, height or x1, y1, x2, y2, in "
+            "pixels; rename or delete them"
         )
-    if boxes := [name for name in columns if name.lower() in ("box", "bbox", "bounding_box", "roi")]:
-        raise DataError(f"{path} has a column {boxes[0]}; split it into x, y, width, height or x1, y1, x2, y2")
+    known = {*COLUMNS, *box}
+    return tuple(name if name in known else field.strip() for field, name in zip(fields, columns, strict=True))
 
 
 def check_splits(path: Path, splits: Iterable[str]) -> None:

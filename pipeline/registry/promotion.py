@@ -12,7 +12,7 @@ from pipeline.config import Params
 from pipeline.data.images import Images, data_root
 from pipeline.data.layout import UNASSIGNED
 from pipeline.data.manifest import TEST, Item, Manifest
-from pipeline.data.splits import split_test
+from pipeline.data.splits import draw_test
 from pipeline.export.embed import embed, fixed_batch
 from pipeline.export.model import Model, open_model
 from pipeline.export.release import STUDENT
@@ -129,7 +129,7 @@ class PromotionPolicy:
         Published data sets: the name, since their authors fixed the lists (the three test sets of VehicleID share one
         training list). The rendered set: seed and number of training identities, which come before the test identities.
         Folder or table: seed and `data.custom.test` if they reproduce the manifest, because each identity is then
-        assigned by its name alone (`split_test`). A table with its own splits may move an identity at any time, so its
+        assigned by its name alone (`draw_test`). A table with its own splits may move an identity at any time, so its
         test identities themselves are hashed.
         """
         data, seed = self._params.data, self._params.seed
@@ -137,15 +137,13 @@ class PromotionPolicy:
             return _digest(data.source, seed, data.vehicles.train_identities)
         if data.source not in ("folder", "csv"):
             return _digest(data.source)
-        items = self._manifest.items
-        drawn = split_test([replace(item, split=UNASSIGNED) for item in items], data.custom.test, seed, data.protocol)
-        if _test_identities(drawn) == _test_identities(items):
+        everyone, tested = ({item.identity for item in self._manifest.items} - {JUNK}, self._test_identities())
+        if draw_test(everyone, data.custom.test, seed) == tested:
             return _digest("drawn", seed, data.custom.test)
-        return _digest("listed", *sorted(_test_identities(items)))
+        return _digest("listed", *sorted(tested))
 
-
-def _test_identities(items: Iterable[Item]) -> set[str]:
-    return {item.identity for item in items if item.split in TEST} - {JUNK}
+    def _test_identities(self) -> set[str]:
+        return {item.identity for item in self._manifest.items if item.split in TEST} - {JUNK}
 
 
 def common_batch(*models: Model) -> int | None:

@@ -21,10 +21,10 @@ class CommitError(RuntimeError):
 def head_commit(root: Path) -> tuple[str, bool | None]:
     """Return the commit of a checkout, and whether its sources differ from it; `unknown` and None outside of Git.
 
-    Files that a run writes (dvc.lock, metrics, plots) do not count as differences.
+    Files that a run writes (dvc.lock, .dvc files, metrics, plots) do not count as differences.
     """
     try:
-        changed = _git(root, "status", "--porcelain", "--", ".", ":!dvc.lock", ":!metrics", ":!plots")
+        changed = _git(root, "status", "--porcelain", "--", ".", ":!dvc.lock", ":!*.dvc", ":!metrics", ":!plots")
         return _git(root, "rev-parse", "HEAD"), bool(changed)
     except (OSError, subprocess.SubprocessError):
         return UNKNOWN, None

@@ -35,6 +35,14 @@ def test_every_service_except_the_worker_has_a_health_check() -> None:
     assert found["worker"].environment["MLFLOW_TRACKING_URI"] == "http://mlflow:77"
 
 
+def test_services_reach_each_other_without_the_proxy_that_docker_may_set() -> None:
+    found = services(COMPOSE, {"NO_PROXY": "corp.example"})
+    for name in ("mlflow", "prefect", "worker", "search"):
+        for variable in ("NO_PROXY", "no_proxy"):
+            hosts = found[name].environment[variable].split(",")
+            assert {"corp.example", "mlflow", "prefect", "s3", "localhost", "127.0.0.1"} <= set(hosts)
+
+
 def test_the_worker_has_time_to_save_and_a_fixed_host_name() -> None:
     worker = DECLARED["services"]["worker"]
     assert (worker["stop_grace_period"], worker["hostname"]) == ("60s", "worker")

@@ -20,13 +20,15 @@ pytestmark = pytest.mark.stack
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """`make stack` in a checkout, in its own session as in a terminal."""
+    """`make stack` in a checkout, in its own session as in a terminal, with a proxy that does not work."""
     root = checkout(tmp_path / "checkout")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "PREFECT_"))}
+    ours = ("MLFLOW_", "PREFECT_", "NO_PROXY", "no_proxy")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    dead = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
             ["make", "-o", "setup", "stack", f"VENV={sys.prefix}"],
-            cwd=root, env={**kept, **free_ports()}, stdout=log, stderr=log, start_new_session=True,
+            cwd=root, env={**kept, **free_ports(), **dead}, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     yield process
     for child in processes_in(root):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.system.git_cli import CommitError, commit_results
+from pipeline.system.git_cli import CommitError, commit_results, head_commit
 
 
 def git(root: Path, *words: str) -> str:
@@ -50,6 +50,19 @@ def test_results_are_committed_and_nothing_else_changes(repository: Path) -> Non
     assert git(repository, "show", "auto/retrained:inner/code.py") == "1"
     assert "staged" not in git(repository, "ls-tree", "-r", "--name-only", "--full-tree", "auto/retrained")
     assert git(repository, "log", "-1", "--format=%an %s", "auto/retrained") == "smaller-student Retrained"
+
+
+def test_the_dvc_file_of_the_images_belongs_to_the_results(repository: Path) -> None:
+    (repository / "data").mkdir()
+    (repository / "data" / "mine.dvc").write_text("old\n")
+    commit(repository, "images")
+    assert head_commit(repository)[1] is False
+    (repository / "data" / "mine.dvc").write_text("new\n")
+    (repository / "data" / "other.dvc").write_text("not ours\n")
+    assert head_commit(repository)[1] is False
+    commit_results(repository, "retrained", "one", "data/mine.dvc")
+    assert git(repository, "show", "retrained:inner/data/mine.dvc") == "new"
+    assert "other.dvc" not in git(repository, "ls-tree", "-r", "--name-only", "--full-tree", "retrained")
 
 
 def test_later_commits_follow_the_branch_and_include_new_sources(repository: Path) -> None:
