@@ -62,6 +62,17 @@ Sources: market, Zheng et al., ICCV 2015; query-gallery, Liu et al., CVPR 2016 (
 SEEN = "identities seen in training"
 
 
-def conditions(protocol: str, closed_set: bool) -> str:
-    """Return the protocol of a figure, as it is shown, with a note if identities of the test set were trained on."""
-    return f"{protocol}, {SEEN}" if closed_set else protocol
+def conditions(protocol: str, seen: int, tested: int) -> str:
+    """Return the protocol of a figure as it is shown, with a note if identities of the test set were trained on.
+
+    Args:
+        seen: Identities of the test set that are in the training set too.
+        tested: Identities of the test set.
+    """
+    note = seen_note(seen, tested)
+    return f"{protocol}, {note}" if note else protocol
+
+
+def seen_note(seen: int, tested: int) -> str:
+    """Return how many identities of the test set were trained on; empty if none was."""
+    return "" if not seen else SEEN if seen == tested else f"{seen} of {tested} {SEEN}"

@@ -52,9 +52,9 @@ class Scores(Record):
 
 
 class PrepareRecord(Record):
-    """Metrics of stage `prepare`; counts are numbers of images, unless they are of `identities` or `cameras`.
+    """Metrics of stage `prepare`; counts are numbers of images, unless they are of identities or cameras.
 
-    `seen_identities` counts those of the test set that are in training too; 0 unless `data.closed_set` is true.
+    `seen_identities` counts those of `test_identities` that are in training too; 0 unless `data.closed_set` is true.
     """
 
     images: int
@@ -67,6 +67,7 @@ class PrepareRecord(Record):
     quarantined: int
     leaked: int
     near_duplicates: int
+    test_identities: int = 0
     seen_identities: int = 0
 
 
@@ -133,8 +134,8 @@ class Latency(Record):
 class BenchmarkRecord(Record):
     """Metrics of stage `benchmark`.
 
-    `speedup` is the ratio of p50 latencies at the smallest batch with all threads, `ideal_speedup` the ratio of MACs, and
-    `realised` the quotient of the two. `conclusive` is 1 if the 95 % interval [`speedup_low`, `speedup_high`] is
+    `speedup` is the ratio of p50 latencies at the smallest batch with all threads, `ideal_speedup` the ratio of MACs,
+    and `realised` the quotient of the two. `conclusive` is 1 if the 95 % interval [`speedup_low`, `speedup_high`] is
     narrow. `teacher`, `student` and `int8` hold latencies by setting `batch<B>_threads<T>` (T is `all` or a number, and
     `threads` is the number that `all` stands for).
     Memory is the peak in bytes of loading a file and running the largest batch once.

@@ -49,7 +49,7 @@ def export(run: Run) -> ExportRecord:
     protocol = params.data.protocol
 
     def shown(protocol: str) -> str:
-        return conditions(protocol, manifest.seen_identities > 0)
+        return conditions(protocol, manifest.seen_identities, len(manifest.test_identities))
 
     def score(embeddings: Embeddings, protocol: str = protocol) -> float:
         return evaluate_embedder(lambda _: embeddings, manifest, "query", "gallery", protocol).map

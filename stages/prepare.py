@@ -9,6 +9,7 @@ import shutil
 import time
 from dataclasses import replace
 
+from pipeline.data import requirements
 from pipeline.data.images import build_cache, data_root
 from pipeline.data.inspection import (
     changed_files,
@@ -21,7 +22,6 @@ from pipeline.data.inspection import (
 )
 from pipeline.data.layout import UNKNOWN
 from pipeline.data.manifest import DataError, ImageWarning, Manifest, by_kind, first_few
-from pipeline.data.requirements import check_requirements, remarks
 from pipeline.data.sources import read_source
 from pipeline.data.splits import split_test, split_validation
 from pipeline.files import csv_text, write_text
@@ -69,9 +69,9 @@ def prepare(run: Run) -> PrepareRecord:
         log.warning("%s", line)
     check_limits(inspection, len(source.items), data.max_quarantined, data.max_leaked)
     items = split_validation(inspection.good, data.validation, seed, data.protocol)
-    check_requirements(items, run.params)
-    for remark in remarks(items, run.params):
-        log.warning("%s", remark)
+    requirements.check_requirements(items, run.params)
+    for warning in requirements.warnings(items, run.params):
+        log.warning("%s", warning)
     manifest = Manifest(items, root, data.closed_set)
     if data.cache:
         height, width = data.image_size
@@ -92,6 +92,7 @@ def prepare(run: Run) -> PrepareRecord:
         quarantined=len(inspection.quarantined),
         leaked=len(leaks),
         near_duplicates=len(near),
+        test_identities=len(manifest.test_identities),
         seen_identities=manifest.seen_identities,
     )
 

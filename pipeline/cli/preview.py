@@ -55,9 +55,10 @@ def preview(
 
 
 def _show_data(params: "Params", found: "Survey") -> None:
-    """Print the counts, the warnings by kind, and the remarks."""
+    """Print the counts, the warnings by kind, and the notes."""
     from rich.console import Console
 
+    from pipeline.data.manifest import by_kind
     from pipeline.protocols import PROTOCOLS
 
     protocol = params.data.protocol
@@ -73,10 +74,10 @@ def _show_data(params: "Params", found: "Survey") -> None:
         typer.echo(f"  cannot be decoded: {path}: {reason}")
     if found.warnings:
         typer.echo(f"{len(found.warnings):,} warnings (of the whole listing, and of the decoded images):")
-    for kind in found.kinds:
-        typer.echo(f"  {kind}")
-    for remark in found.remarks:
-        typer.echo(f"Note: {remark}")
+    for line in by_kind(found.warnings):
+        typer.echo(f"  {line}")
+    for note in found.notes:
+        typer.echo(f"Note: {note}")
 
 
 def _show_cost(params: "Params", found: "Survey", root: Path, rendering: float) -> None:

@@ -2,14 +2,16 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import Data
-from pipeline.data.folders import walk
+from pipeline.data.folders import is_left_behind, walk
 from pipeline.data.layout import SPLIT_WORDS, UNASSIGNED, UNASSIGNED_TEST, UNKNOWN, Listing, layout
-from pipeline.data.manifest import DataError, ImageWarning, Item, first_few
-from pipeline.data.tables import Row, boxes_of, path_of, read_table, split_of
+from pipeline.data.manifest import DataError, ImageWarning, Item, first_few, is_inside
+from pipeline.data.tables import Row, boxes_of, check_splits, path_of, read_table, split_of
+from pipeline.labels import clean_label
 
 NOT_IN_IDENTITY = "skipped: not in the folder of an identity"
 
@@ -30,8 +32,20 @@ def folder(root: Path, data: Data) -> Listing:
     """
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is missing; `data.root` must be a folder with one folder for each identity")
+    return list_folder(root, walk(root), data)
+
+
+def list_folder(root: Path, files: Iterable[tuple[str, str]], data: Data) -> Listing:
+    """List the files of a data set of source `folder`, which need not exist.
+
+    Args:
+        files: (path, reason to skip it or ""), as `walk` yields them.
+
+    Raises:
+        DataError: See `folder`.
+    """
     skipped, found = list[ImageWarning](), list[list[str]]()
-    for path, reason in walk(root):
+    for path, reason in files:
         parts = path.split("/")
         if reason or len(parts) < 2:
             skipped.append(ImageWarning(path, reason or NOT_IN_IDENTITY))
@@ -48,7 +62,7 @@ def folder(root: Path, data: Data) -> Listing:
         items.append(Item("/".join(parts), labels[0], camera, split_by_folder.get(parts[0], UNASSIGNED)))
     if not items:
         kinds = Counter(warning.warning for warning in skipped).most_common(1)
-        reason = f"; {kinds[0][1]} files are {kinds[0][0]}" if kinds else ""
+        reason = f" ({kinds[0][1]} x {kinds[0][0]})" if kinds else ""
         raise DataError(f"{root} has no images in folders of identities{reason}")
     if not split_by_folder and len({item.identity for item in items}) == 1 and len(found[0]) > 2:
         raise DataError(
@@ -64,7 +78,8 @@ def _splits(root: Path, folders: set[str]) -> dict[str, str]:
     Raises:
         DataError: If only some are splits, or two are the same one.
     """
-    splits = {name: SPLIT_WORDS[name.lower()] for name in sorted(folders) if name.lower() in SPLIT_WORDS}
+    words = {name: clean_label(name).lower() for name in sorted(folders)}
+    splits = {name: SPLIT_WORDS[word] for name, word in words.items() if word in SPLIT_WORDS}
     if splits and (others := sorted(folders - splits.keys())):
         raise DataError(
             f"{root} has a folder `{next(iter(splits))}` beside {first_few(others, 2)}: folders in `data.root` are "
@@ -73,6 +88,7 @@ def _splits(root: Path, folders: set[str]) -> dict[str, str]:
     if twice := [split for split, count in Counter(splits.values()).items() if count > 1]:
         names = " and ".join(name for name, split in splits.items() if split == twice[0])
         raise DataError(f"{root} has the folders {names}, which are the same split; join them")
+    check_splits(root, splits.values())
     return splits
 
 
@@ -92,7 +108,7 @@ def _camera(pattern: str, path: str) -> str:
     if not pattern:
         return UNKNOWN
     match = re.search(pattern, path.rpartition("/")[2])
-    if match is None:
+    if match is None or not match["camera"]:
         raise DataError(f"{path}: `data.custom.pattern` {pattern!r} finds no camera in this file name")
     return match["camera"]
 
@@ -116,13 +132,19 @@ def table(root: Path, data: Data) -> Listing:
         names = first_few((repr(name) for name in content.ignored), 10)
         warnings.append(ImageWarning(data.custom.table, "columns are ignored", names))
 
-    items = [
-        Item(path_of(root, row["path"]), row["identity"], _camera_of(row), split_of(row), box)
-        for row, box in zip(content.rows, boxes_of(content), strict=True)
-    ]
+    items = []
+    for row, box in zip(content.rows, boxes_of(content), strict=True):
+        path = path_of(root, row["path"])
+        if not is_inside(path.replace("\\", "/")):
+            raise DataError(
+                f"{content.path}: {row['path']} is outside of `data.root` ({root}); set it to a folder that holds all "
+                "images, and the table"
+            )
+        if not any(map(is_left_behind, path.split("/"))):  # listed by a program that took it for an image
+            items.append(Item(path, row["identity"], _camera_of(row), split_of(row), box))
     return Listing(_with_gallery(items), warnings)
 
 
 def _camera_of(row: Row) -> str:
     camera = row.get("camera", "")
-    return camera if camera.strip() else UNKNOWN
+    return camera if clean_label(camera) else UNKNOWN

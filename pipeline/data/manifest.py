@@ -9,7 +9,7 @@ import hashlib
 import io
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -104,7 +104,8 @@ class Manifest:
     def __init__(self, items: Iterable[Item], root: Path, closed_set: bool = False) -> None:
         self.items = tuple(items)
         self.root = root
-        if problems := list(_problems(self.items, closed_set)):
+        problems = [*label_problems(self.items, closed_set), *_empty_splits(self.items)]
+        if problems:
             raise DataError("the manifest cannot be used: " + "; ".join(problems))
         self._identities = np.array([item.identity for item in self.items])
         self._cameras = np.array([item.camera for item in self.items])
@@ -166,10 +167,14 @@ class Manifest:
         return tuple(sorted({item.identity for item in self.items if item.split == "train"}))
 
     @cached_property
+    def test_identities(self) -> frozenset[str]:
+        """Identities of the test set."""
+        return frozenset(item.identity for item in self.items if item.split in TEST) - {JUNK}
+
+    @cached_property
     def seen_identities(self) -> int:
-        """Number of the test set's identities that are in training or validation too; 0 unless `data.closed_set`."""
-        trained = {item.identity for item in self.items if item.split in TRAINING}
-        return len({item.identity for item in self.items if item.split in TEST} & trained - {JUNK})
+        """Number of the test set's identities that are in the training set too; 0 unless `data.closed_set`."""
+        return len(self.test_identities.intersection(self.train_identities))
 
     @cached_property
     def has_boxes(self) -> bool:
@@ -208,7 +213,12 @@ def _parse_box(text: str) -> Box | None:
     return left, top, right, bottom
 
 
-def _problems(items: tuple[Item, ...], closed_set: bool) -> Iterator[str]:
+def label_problems(items: Sequence[Item], closed_set: bool) -> Iterator[str]:
+    """Yield why paths, labels and splits contradict each other.
+
+    Args:
+        closed_set: Whether identities of the test set may be in training too.
+    """
     unknown = sorted({item.split for item in items} - set(SPLITS))
     if unknown:
         yield f"unknown splits {first_few(unknown)}; a split is one of {', '.join(SPLITS)}"
@@ -239,11 +249,6 @@ def _problems(items: tuple[Item, ...], closed_set: bool) -> Iterator[str]:
     identities: dict[str, set[str]] = {split: set() for split in SPLITS}
     for item in items:
         identities.get(item.split, set()).add(item.identity)
-    empty = [split for split in ("train", "query") if not identities[split]]
-    if empty:
-        yield f"there are no images in {', '.join(empty)}; check the lists of the data set and quarantine.csv"
-    if identities["validation-query"] and bool(identities["validation-gallery"]) != bool(identities["gallery"]):
-        yield "validation must have a gallery if the test set has one, and none otherwise"
     validation = identities["validation-query"] | identities["validation-gallery"]
     tested = identities["query"] | identities["gallery"]
     for shared, where in (
@@ -255,6 +260,15 @@ def _problems(items: tuple[Item, ...], closed_set: bool) -> Iterator[str]:
                 f"identities {where}: {first_few(sorted(shared - {JUNK}))}; each must be in one of the two, unless "
                 "`data.closed_set` is true"
             )
+
+
+def _empty_splits(items: Sequence[Item]) -> Iterator[str]:
+    splits = {item.split for item in items}
+    empty = [split for split in ("train", "query") if split not in splits]
+    if empty:
+        yield f"there are no images in {', '.join(empty)}; check the lists of the data set and quarantine.csv"
+    if "validation-query" in splits and ("validation-gallery" in splits) != ("gallery" in splits):
+        yield "validation must have a gallery if the test set has one, and none otherwise"
 
 
 def is_inside(path: str) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from pipeline.config import Batch, Params
 from pipeline.data.layout import UNKNOWN
-from pipeline.data.manifest import DataError, Item, first_few
+from pipeline.data.manifest import DataError, Item, first_few, label_problems
 from pipeline.data.sources import LAYOUTS
 from pipeline.protocols import JUNK, PROTOCOLS, Protocol
 
@@ -36,6 +36,7 @@ def check_requirements(items: Sequence[Item], params: Params) -> None:
 
 def problems(items: Sequence[Item], params: Params) -> Iterator[str]:
     """Yield what keeps a stage from running, each with its remedy."""
+    yield from label_problems(items, params.data.closed_set)
     yield from _training_problems(items, params)
     yield from _test_problems(items, params)
     if any(item.split == "validation-query" for item in items) and not _scorable(items, "validation-", params):
@@ -45,7 +46,7 @@ def problems(items: Sequence[Item], params: Params) -> Iterator[str]:
         )
 
 
-def remarks(items: Sequence[Item], params: Params) -> Iterator[str]:
+def warnings(items: Sequence[Item], params: Params) -> Iterator[str]:
     """Yield what works and is probably not intended."""
     trained = _cameras_of(items, "train")
     held_out = {item.identity for item in items if item.split.startswith("validation-")}
@@ -97,6 +98,9 @@ def _training_problems(items: Sequence[Item], params: Params) -> Iterator[str]:
         f"{len(everyone - tested - trained)} in validation)"
     )
     fewer = "lower `data.custom.test`, or " if params.data.source in CUSTOM and len(tested) > 2 else ""
+    if not trained:
+        yield "no image is in the training set; give images the split `train`, or lower `data.custom.test`"
+        return
     if len(trained) < 2:
         yield f"training needs two identities, and there are {left}; {fewer}add identities"
         return
@@ -125,6 +129,11 @@ def _test_problems(items: Sequence[Item], params: Params) -> Iterator[str]:
             f"protocol {data.protocol} needs the camera of every test image, and {len(without_camera)} have none, such "
             f"as {first_few(without_camera, 1)}; {_other_protocol(data.source)}, or name the cameras"
         )
+    elif not tested and data.source in CUSTOM:
+        yield (
+            "no image is in the test set; give images the split `test`, or `query` and `gallery`, or, without splits "
+            f"of your own, raise `data.custom.test` ({data.custom.test:g})"
+        )
     elif len(identities - {JUNK}) < 2:
         others = len({item.identity for item in items} - {JUNK}) - len(identities - {JUNK})
         yield (
@@ -150,7 +159,7 @@ def _remedy(items: Sequence[Item], params: Params, larger: str) -> str:
     test = _cameras_of(items, "query", "gallery")
     test.pop(JUNK, None)
     if any(_has_match(images, protocol) for images in test.values()):  # the given splits keep them apart
-        return "give such an image to the gallery, and another one to the queries"
+        return "put one image of an identity into `query` and another one into `gallery`"
     elsewhere = sum(_has_match(images, protocol) for name, images in _cameras_of(items).items() if name != JUNK)
     if source in CUSTOM and elsewhere:
         return f"{elsewhere} training identities have one: {larger}"

@@ -2,16 +2,16 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import Data
 from pipeline.data import custom, published  # noqa: F401 - importing them registers their layouts
 from pipeline.data.folders import LEFT_BEHIND, files_left_behind
-from pipeline.data.layout import LAYOUTS, Listing
+from pipeline.data.layout import LAYOUTS, UNKNOWN, Listing
 from pipeline.data.manifest import ImageWarning, Item, first_few
-from pipeline.labels import clean_label, is_fraction, is_missing_value, look_alikes
+from pipeline.labels import LOOK_ALIKE, clean_label, is_fraction, is_missing_value, look_alikes
 
 __all__ = ["LAYOUTS", "read_source"]
 
@@ -36,35 +36,41 @@ def read_source(data: Data, root: Path) -> Listing:
     warnings = list(listing.warnings)
     if data.source != "folder":  # which has listed them
         warnings += [ImageWarning(path, LEFT_BEHIND) for path in files_left_behind(root)]
-    for kind, label in _LABELS.items():
-        warnings += _label_warnings(kind, listing.items, label)
-    items = [
-        replace(item, identity=clean_label(item.identity), camera=clean_label(item.camera)) for item in listing.items
-    ]
-    return Listing(items, warnings)
+    warnings += _label_warnings("identity", [(item.identity, item.name) for item in listing.items])
+    warnings += _label_warnings("camera", [(item.camera, item.name) for item in listing.items])
+    return Listing(list(map(_with_clean_labels, listing.items)), warnings)
 
 
-_LABELS: dict[str, Callable[[Item], str]] = {"identity": lambda item: item.identity, "camera": lambda item: item.camera}
+def _with_clean_labels(item: Item) -> Item:
+    camera = clean_label(item.camera)
+    unknown = is_missing_value(camera) or camera.casefold() == UNKNOWN
+    return replace(item, identity=clean_label(item.identity), camera=UNKNOWN if unknown else camera)
 
 
-def _label_warnings(kind: str, items: list[Item], label: Callable[[Item], str]) -> Iterator[ImageWarning]:
-    """Yield one warning for each label, or group of labels, that is changed or suspicious; it names the first image."""
+def _label_warnings(kind: str, labels: list[tuple[str, str]]) -> Iterator[ImageWarning]:
+    """Yield one warning for each label, or group of labels, that is changed or suspicious.
+
+    Args:
+        kind: `identity` or `camera`.
+        labels: Label and name of each image; a warning names the first image.
+    """
     first: dict[str, str] = {}
-    for item in items:
-        first.setdefault(label(item), item.name)
-    for written, name in first.items():
-        if written != (cleaned := clean_label(written)):
-            detail = f"{written!a} is read as {cleaned!r}"
-            yield ImageWarning(name, f"{kind} labels are trimmed or Unicode-normalised", detail)
-    cleaned_first = {clean_label(written): name for written, name in reversed(first.items())}
-    for group in look_alikes(cleaned_first):
-        detail = first_few(map(repr, group))
-        yield ImageWarning(
-            cleaned_first[group[0]], f"{kind} labels differ only by case, leading zeros or a trailing .0", detail
-        )
-    for cleaned, name in cleaned_first.items():
-        if is_missing_value(cleaned):
-            yield ImageWarning(name, f"{kind} labels look like a missing value", repr(cleaned))
-        if is_fraction(cleaned):
-            kind_of = f"{kind} labels end in .0, as pandas writes numbers; write whole numbers if that is not meant"
-            yield ImageWarning(name, kind_of, repr(cleaned))
+    cleaned: dict[str, str] = {}
+    for label, name in labels:
+        if label not in first:
+            first[label] = name
+            cleaned.setdefault(clean_label(label), name)
+    for label, name in first.items():
+        if label != (new := clean_label(label)):
+            text = f"{kind} labels are trimmed or Unicode-normalised"
+            yield ImageWarning(name, text, f"{label!a} is read as {new!r}")
+    for group in look_alikes(cleaned):
+        yield ImageWarning(cleaned[group[0]], f"{kind} labels {LOOK_ALIKE}", first_few(map(repr, group)))
+    for label, name in cleaned.items():
+        if is_fraction(label):
+            text = f"{kind} labels end in .0, as pandas writes numbers; write whole numbers if that is not meant"
+            yield ImageWarning(name, text, repr(label))
+    unknown = " (the cameras are unknown then)" if kind == "camera" else ""
+    for label, name in labels:
+        if is_missing_value(clean_label(label)):
+            yield ImageWarning(name, f"{kind} labels look like a missing value{unknown}", repr(label))

@@ -123,9 +123,10 @@ def boxes_of(table: Table) -> list[Box | None]:
     """
     sides = [_sides(table, row) for row in table.rows]
     boxes = [box for box in sides if box]
-    if boxes and 2 * sum(max(box) <= 1.5 for box in boxes) > len(boxes):
-        largest = max(map(max, boxes))
-        raise DataError(f"{table.path}: most boxes have no side above 1 ({largest:g} at most): write pixels, not fractions")
+    small = [max(box) for box in boxes if max(box) <= 1.5]
+    if 2 * len(small) > len(boxes):
+        largest = max(small)
+        raise DataError(f"{table.path}: no side of most boxes exceeds {largest:g}; boxes are in pixels, not fractions")
     return [None if box is None else _corners(table, box) for box in sides]
 
 
@@ -227,8 +228,8 @@ def _checked(path: Path, fields: Sequence[str], columns: tuple[str, ...]) -> tup
         raise DataError(f"{path} has two columns {twice[0]}; delete or rename one")
     sides = [field for field, name in zip(fields, columns, strict=True) if name in {*CORNER_BOX, *SIZE_BOX}]
     others = [field for field in fields if _simplified(field.strip().lower()) in _OTHER_BOXES]
-    halves = present & {"x1", "y1", "x2", "y2"} or {"x", "y"} <= present and present & {"width", "height"}
-    if not box and (others or halves):
+    half = len(present & {*CORNER_BOX}) > 1 or len(present & {*SIZE_BOX}) > 2
+    if not box and (others or half):
         raise DataError(
             f"{path} has the columns {', '.join(others or sides)}: a box is x, y, width, height or x1, y1, x2, y2, in "
             "pixels; rename or delete them"

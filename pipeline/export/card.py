@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pipeline.export.metadata import Metadata
 from pipeline.export.runtimes import RUNTIMES, Requirements
 from pipeline.inference.session import INPUT, OUTPUT
-from pipeline.protocols import SEEN
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,12 @@ def render_card(files: Mapping[str, CardEntry], notes: Mapping[str, str]) -> str
         for runtime in RUNTIMES
     )
     sums = "\n".join(f"{entry.sha256}  {file}" for file, entry in files.items())
-    seen = "were used for training too" if SEEN in metadata.protocol else "were not used for training"
+    seen = metadata.protocol.partition(", ")[2]
+    identities = (
+        f"the test set of `{metadata.data}` ({seen})"
+        if seen
+        else (f"identities of data set `{metadata.data}` that were not used for training")
+    )
     changes = " with uncommitted changes" if metadata.git_commit.endswith("+") else ""
     sections = "\n\n".join(f"## {heading}\n\n{text}" for heading, text in notes.items())
     return f"""\
@@ -102,7 +106,7 @@ Use `{whole}` unless you resize and normalise images yourself; then use `{core}`
 |---|---|{"---|" * len(protocols)}---|---|---|
 {rows}
 
-- mAP was measured on these files with ONNX Runtime, on identities of data set `{metadata.data}` that {seen}.
+- mAP was measured on these files with ONNX Runtime, on {identities}.
   Its value depends on the evaluation protocol named in the column.
 - MACs are multiply-accumulates per image.
 - Embeddings of the teacher and of the student are not interchangeable; see the section on galleries below.

@@ -8,19 +8,21 @@ import shutil
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.config import Params
-from pipeline.data.folders import is_left_behind
-from pipeline.data.images import open_image, upright_rgb
-from pipeline.data.manifest import DataError, is_inside
-from pipeline.data.parallel import in_threads
-from pipeline.data.tables import CORNER_BOX, SIZE_BOX, Row, Table, check_splits, path_of, read_table, split_of
+from pipeline.config import Data, Params
+from pipeline.data.custom import list_folder
+from pipeline.data.folders import is_left_behind, walk
+from pipeline.data.inspection import inspect
+from pipeline.data.layout import UNASSIGNED, UNASSIGNED_TEST
+from pipeline.data.manifest import TEST, Box, DataError, Item, first_few, is_inside
+from pipeline.data.tables import Row, Table, boxes_of, check_splits, path_of, read_table, split_of
 from pipeline.files import Files, sync_folder, write_atomically, write_text
 from pipeline.flow.raw_data import check_root, is_utf8, tracking_file
 from pipeline.labels import clean_label
+from pipeline.protocols import JUNK
 from pipeline.system.process import TimeLimitError, child_process
 
 log = logging.getLogger(__name__)
@@ -83,14 +85,15 @@ def refresh(files: Files, params: Params) -> list[str]:
     if not params.retrain.incoming or not folder.is_dir():
         return []
     paths = _complete_files(folder)
-    table = params.data.custom.table
     try:
         if tracking_file(files, params) and not root.is_dir():  # or the new images alone would become the data set
             check_root(files, params)
         if params.data.source == "csv":
-            moved = _ingest_with_table(paths, folder, root, table)
+            moved = _ingest_with_table(paths, folder, root, params.data)
         else:
-            moved = ingest(_decodable(paths, folder), folder, root)
+            usable = _usable(paths, folder)
+            _check_folders(usable, folder, root, params.data)
+            moved = ingest(usable, folder, root)
     except DataError as error:
         raise RefusedError(str(error)) from error
     except OSError as error:
@@ -160,22 +163,49 @@ def _report_left(folder: Path, left: Mapping[Path, str]) -> None:
         log.warning("%s in %s, such as %s: %s", files, folder, name, reason)
 
 
-def _decodable(paths: Sequence[Path], folder: Path) -> list[Path]:
+def _usable(paths: Sequence[Path], folder: Path) -> list[Path]:
     """Return the pictures that can be decoded; a broken one would stop stage `prepare` in every later retraining."""
-    reasons = dict(zip(paths, in_threads(_why_undecodable, paths), strict=True))
-    broken = {path: reason for path, reason in reasons.items() if reason}
-    _report_left(folder, broken)
-    return [path for path in paths if path not in broken]
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    reasons = dict(inspect([Item(name, "", "", "") for name in names], folder).quarantined)
+    _report_left(folder, {names[name]: _unusable(reason) for name, reason in reasons.items()})
+    return [path for name, path in names.items() if name not in reasons]
 
 
-def _why_undecodable(path: Path) -> str:
-    try:
-        with open_image(path) as image:
-            upright_rgb(image)
-    except Exception as error:  # decoders raise any
-        text = str(error).replace(f" {str(path)!r}", "").replace(str(path), "the file")
-        return f"it cannot be decoded ({text}); replace or delete it"
-    return ""
+def _unusable(reason: str) -> str:
+    return f"it cannot be used ({reason}); replace or delete it"
+
+
+def _check_folders(paths: Sequence[Path], folder: Path, root: Path, data: Data) -> None:
+    """Check that stage `prepare` can list `root` with the new files in it (source folder).
+
+    Raises:
+        DataError: If it cannot, or an identity would be in training and in test.
+    """
+    if paths:
+        present = walk(root) if root.is_dir() else ()
+        new = ((path.relative_to(folder).as_posix(), "") for path in paths)
+        try:
+            _check_identities(list_folder(root, [*present, *new], data).items, data)
+        except DataError as error:
+            raise DataError(f"with the new files, {error}; nothing was moved") from error
+
+
+def _check_identities(items: Iterable[Item], data: Data) -> None:
+    """Check that no identity is in training and in test, unless `data.closed_set` allows it.
+
+    Raises:
+        DataError: Naming the identities.
+    """
+    trained, tested = set[str](), set[str]()
+    for item in items:
+        if item.split != UNASSIGNED:
+            is_test = item.split in (*TEST, UNASSIGNED_TEST)
+            (tested if is_test else trained).add(clean_label(item.identity))
+    if not data.closed_set and (shared := sorted((trained & tested) - {JUNK})):
+        raise DataError(
+            f"identities would be in training and in test: {first_few(shared)}; put each into one of the two, or set "
+            "`data.closed_set` to true"
+        )
 
 
 def _visible(folder: Path) -> Iterator[Path]:
@@ -247,16 +277,16 @@ def _move(old: Path, new: Path) -> None:
         old.unlink()
 
 
-def _ingest_with_table(paths: Sequence[Path], folder: Path, root: Path, name: str) -> list[str]:
+def _ingest_with_table(paths: Sequence[Path], folder: Path, root: Path, data: Data) -> list[str]:
     """Move images, and append the rows of the table that came with them to the table in `root` (source csv).
 
     Without a table the images stay where they are. Images are moved first, then rows are appended, then the new table
-    is deleted; after an interruption the next call skips what is done. Both tables are called `name`.
+    is deleted; after an interruption the next call skips what is done. Both tables are called `data.custom.table`.
 
     Raises:
         RefusedError: If the tables contradict each other or an image is missing; nothing is moved then.
     """
-    new, table = folder / name, root / name
+    new, table = (place / data.custom.table for place in (folder, root))
     images = {path.relative_to(folder).as_posix(): path for path in paths if path != new}
     if new not in paths:
         if images:
@@ -266,38 +296,44 @@ def _ingest_with_table(paths: Sequence[Path], folder: Path, root: Path, name: st
         new_table = read_table(new)
         old_table = read_table(table) if table.exists() else None
         added, listed = _new_rows(new_table, old_table, images, folder, root)
+        items = [*_items(old_table, root), *added] if old_table else added
+        _check_identities(items, data)
     except IncompleteError as error:
         log.warning("%d files stay in %s: image %s is incomplete", len(images) + 1, folder, error)
         return []
     except DataError as error:
         raise RefusedError(f"{error}; nothing was moved; correct the table") from error
     _report_left(folder, {images[name]: "the table does not list it" for name in sorted(images.keys() - listed)})
-    wanted = [path for name, path in images.items() if name in listed]
-    if len(_decodable(wanted, folder)) < len(wanted):
-        log.warning("the table %s waits for the pictures that cannot be decoded", new)
+    wanted = {name: path for name, path in images.items() if name in listed}
+    unlisted = [Item(name, "", "", "") for name in wanted.keys() - {item.path for item in added}]
+    arrived = [item for item in added if item.path in wanted]
+    moved_before = [item for item in added if item.path not in wanted]
+    unusable = [*inspect([*arrived, *unlisted], folder).quarantined, *inspect(moved_before, root).quarantined]
+    if unusable:
+        _report_left(folder, {folder / name: _unusable(reason) for name, reason in unusable})
+        log.warning("the table %s waits for the pictures that cannot be used", new)
         return []
-    moved = ingest(wanted, folder, root)
+    moved = ingest(list(wanted.values()), folder, root)
     if added:
-        write_text(table, old_table.with_rows(added) if old_table else new_table.text)
+        write_text(table, (old_table or new_table.empty()).with_rows(added.values()))
     new.unlink()
     return moved
 
 
 def _new_rows(
     new: Table, old: Table | None, images: Mapping[str, Path], folder: Path, root: Path
-) -> tuple[list[Row], set[str]]:
-    """Return the rows that `old` lacks, and the paths of all images that either table lists.
+) -> tuple[dict[Item, Row], set[str]]:
+    """Return the rows that `old` lacks, by their items, and the paths of all images that either table lists.
 
     Raises:
         IncompleteError: If an image is still being written.
         DataError: If the tables contradict each other, or an image is missing.
     """
-    rows = old.rows if old else []
     if old and set(new.known) != set(old.known):
         raise DataError(f"{new.path} has the columns {', '.join(new.known)}, but {old.path} has {', '.join(old.known)}")
-    labels = {_key(path_of(root, row["path"]), row): _labels(row) for row in rows}
-    added = []
-    for row in new.rows:
+    labels = {item.name: item for item in _items(old, root)} if old else {}
+    added: dict[Item, Row] = {}
+    for row, box in zip(new.rows, boxes_of(new), strict=True):
         path = path_of(folder, row["path"])
         partial = [folder / f"{path}{suffix}" for suffix in ("", *PARTIAL_SUFFIXES)]
         if is_inside(path) and path not in images and any(file.is_file() for file in partial):
@@ -306,20 +342,22 @@ def _new_rows(
             path = path_of(root, row["path"])  # moved before an interruption
         if not is_inside(path) or not (path in images or (root / path).is_file()):
             raise DataError(f"{new.path}: the image of row {','.join(row.values())} is missing")
-        key = _key(path, row)
-        if key not in labels:
-            labels[key] = _labels(row)
-            added.append(row)
-        elif labels[key] != _labels(row):
-            raise DataError(f"{new.path}: {row['path']} is listed already, as {', '.join(filter(None, labels[key]))}")
-    check_splits(new.path, map(split_of, (*rows, *added)))
-    return added, {path for path, *_ in labels}
+        item = _item(path, row, box)
+        if item.name not in labels:
+            labels[item.name] = item
+            added[item] = {**row, "path": path}
+        elif labels[item.name] != item:
+            known = labels[item.name]
+            text = ", ".join(filter(None, (known.identity, known.camera)))
+            raise DataError(f"{new.path}: {row['path']} is listed already, as {text}")
+    check_splits(new.path, (item.split for item in labels.values()))
+    return added, {item.path for item in labels.values()}
 
 
-def _key(path: str, row: Row) -> tuple[str, ...]:
-    """Return what may occur only once in a table: a picture, or a box in it."""
-    return (path, *(row.get(column, "").strip() for column in (*CORNER_BOX, *SIZE_BOX)))
+def _items(table: Table, root: Path) -> list[Item]:
+    boxes = zip(table.rows, boxes_of(table), strict=True)
+    return [_item(path_of(root, row["path"]), row, box) for row, box in boxes]
 
 
-def _labels(row: Row) -> tuple[str, ...]:
-    return tuple(clean_label(row.get(column, "")) for column in ("identity", "camera", "split"))
+def _item(path: str, row: Row, box: Box | None) -> Item:
+    return Item(path, clean_label(row["identity"]), clean_label(row.get("camera", "")), split_of(row), box)

@@ -39,7 +39,7 @@ def write_sheet(path: Path, items: Sequence[Item], root: Path, size: tuple[int, 
         for chart in axes:
             chart.axis("off")
         for chart, item in zip(axes, shown, strict=False):
-            chart.imshow(decode(root / item.path, size))
+            chart.imshow(decode(root / item.path, size, item.box))
             label = f"{shortened(item.identity)}\n{shortened(item.camera)}\n{item.split}"
             chart.set_title(label, fontsize=8, weight="normal", loc="left", parse_math=False)
         save(figure, path)

@@ -1,6 +1,5 @@
 """Read a data set as stage `prepare` does, but decode a sample of the images only."""
 
-import re
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -11,11 +10,11 @@ from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 from pipeline.config import Params
+from pipeline.data import requirements
 from pipeline.data.images import data_root
 from pipeline.data.inspection import inspect
 from pipeline.data.layout import UNKNOWN
 from pipeline.data.manifest import SPLITS, ImageWarning, Item
-from pipeline.data.requirements import problems, remarks
 from pipeline.data.sources import read_source
 from pipeline.data.splits import split_test, split_validation
 from pipeline.files import Files
@@ -42,17 +41,17 @@ class Survey:
         seconds: Time that stage `prepare` takes to inspect one image.
         warnings: Warnings of the listing, which is complete, and of the sample.
         problems: What keeps a stage from running.
-        remarks: What works and is probably not intended.
+        notes: What works and is probably not intended.
     """
 
     items: list[Item]
     missing: list[str]
     decoded: list[Item]
-    unreadable: list[ImageWarning]
+    unreadable: list[tuple[str, str]]
     seconds: float
     warnings: list[ImageWarning]
     problems: list[str]
-    remarks: list[str]
+    notes: list[str]
 
     @property
     def counts(self) -> list[dict[str, str]]:
@@ -66,15 +65,6 @@ class Survey:
                 figures = {"images": len(items), "identities": identities, "cameras": cameras}
                 rows.append({"split": name, **{key: f"{value:,}" for key, value in figures.items()}})
         return rows
-
-    @property
-    def kinds(self) -> list[str]:
-        """The warnings summed up by kind, each with its number and one example, the most frequent first."""
-        kinds: dict[str, list[ImageWarning]] = defaultdict(list)
-        for path, text in self.warnings:
-            kinds[re.sub(r"\d+", "N", text)].append((path, text))
-        ordered = sorted(kinds.values(), key=len, reverse=True)
-        return [f"{len(found):,} x {found[0][1]}, such as {found[0][0]}" for found in ordered]
 
 
 @contextmanager
@@ -113,8 +103,8 @@ def survey(params: Params, root: Path) -> Survey:
         unreadable=unreadable,
         seconds=seconds,
         warnings=[*listing.warnings, *warnings],
-        problems=list(problems(items, params)),
-        remarks=list(remarks(items, params)),
+        problems=list(requirements.problems(items, params)),
+        notes=list(requirements.warnings(items, params)),
     )
 
 
@@ -133,9 +123,9 @@ def evenly(sequence: Sequence[T], count: int) -> list[T]:
     return [sequence[number * len(sequence) // count] for number in range(count)]
 
 
-def _decode(items: Sequence[Item], root: Path) -> tuple[list[Item], list[ImageWarning], list[ImageWarning], float]:
+def _decode(items: Sequence[Item], root: Path) -> tuple[list[Item], list[tuple[str, str]], list[ImageWarning], float]:
     """Inspect images until the time is over; returns those that can be decoded, the others, warnings, seconds each."""
-    decoded, unreadable, warnings = list[Item](), list[ImageWarning](), list[ImageWarning]()
+    decoded, unreadable, warnings = list[Item](), list[tuple[str, str]](), list[ImageWarning]()
     started, done, chunks = time.monotonic(), 0, -(-len(items) // CHUNK)
     for number in range(chunks):
         chunk = items[number::chunks]  # spread over all identities, in case that the time does not suffice

@@ -2,16 +2,13 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.config import Params
 from pipeline.data.images import Images, data_root
-from pipeline.data.layout import UNASSIGNED
-from pipeline.data.manifest import TEST, Item, Manifest
+from pipeline.data.manifest import TEST, Manifest
 from pipeline.data.splits import draw_test
 from pipeline.export.embed import embed, fixed_batch
 from pipeline.export.model import Model, open_model

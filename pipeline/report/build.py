@@ -10,7 +10,7 @@ import numpy.typing as npt
 from pipeline.files import write_text
 from pipeline.inference.footprint import Footprint
 from pipeline.inference.timing import Timing
-from pipeline.protocols import PROTOCOLS, conditions
+from pipeline.protocols import PROTOCOLS, conditions, seen_note
 from pipeline.records import BenchmarkRecord, ExportRecord, PrepareRecord, StudentRecord, SurgeryRecord, TeacherRecord
 from pipeline.report.curves import Curves, plot_capacity, plot_training
 from pipeline.report.latency import STUDENT, TEACHER, gains, headline_batch, setting_name
@@ -96,7 +96,8 @@ def write_report(folder: Path, run: RunResults) -> None:
         panels=_write_panels(folder, run, retrievals),
         rank1={name: retrieval.rank(1) for name, retrieval in retrievals.items()},
         protocol=PROTOCOLS[run.protocol],
-        conditions=conditions(run.protocol, run.prepare.seen_identities > 0),
+        conditions=conditions(run.protocol, run.prepare.seen_identities, run.prepare.test_identities),
+        seen=seen_note(run.prepare.seen_identities, run.prepare.test_identities),
         gains=speedups,
         headline=speedups[STUDENT][setting_name(batch, threads=0)],
         call="one image" if batch == 1 else f"{batch} images",

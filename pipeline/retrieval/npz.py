@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.npyio import NpzFile
 
-from pipeline.labels import clean_label, look_alikes
+from pipeline.labels import LOOK_ALIKE, clean_label, look_alikes
 from pipeline.protocols import PROTOCOLS
 from pipeline.retrieval.scoring import Side
 
@@ -65,6 +65,8 @@ def read_archive(path: Path, protocol: str) -> Archive:
     if missing := [name for name in needed if name not in arrays]:
         raise ArchiveError(f"{path} lacks {', '.join(missing)}, which protocol {protocol} needs")
     sides = [_side(path, name, arrays, rules.cameras) for name in names]
+    for group in look_alikes(label for side in sides for label in set(side.identities.tolist())):
+        log.warning("%s: identities %s: %s", path, LOOK_ALIKE, ", ".join(map(repr, group)))
     return Archive(sides[0], sides[1] if len(sides) > 1 else None)
 
 
@@ -89,6 +91,4 @@ def _labels(path: Path, name: str, labels: npt.NDArray[np.generic]) -> npt.NDArr
     if changed := [text for text in cleaned if cleaned[text] != text]:
         log.warning("%s: %d labels in `%s` are trimmed or Unicode-normalised, such as %r", path, len(changed), name,
                     changed[0])  # fmt: skip
-    if alike := look_alikes(cleaned.values()):
-        log.warning("%s: labels in `%s` differ only by case or leading zeros: %s", path, name, ", ".join(alike[0]))
     return np.array([cleaned[text] for text in texts.tolist()], np.str_)

@@ -149,9 +149,10 @@ def last_conditions(files: Files) -> str | None:
     lock = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     params = lock.get("stages", {}).get("teacher", {}).get("params", {}).get("params.yaml", {})
     protocol = params.get("data.protocol") if isinstance(params, dict) else None
-    return conditions(protocol, is_closed_set(files)) if protocol else None
+    return shown_protocol(files, protocol) if protocol else None
 
 
-def is_closed_set(files: Files) -> bool:
-    """Return whether identities of the test set were trained on, by the metrics of stage `prepare`."""
-    return files.metrics("prepare").is_file() and load_metrics(files, "prepare").get("seen_identities", 0) > 0
+def shown_protocol(files: Files, protocol: str) -> str:
+    """Return a protocol as figures of this checkout show it: with a note on test identities that were trained on."""
+    counts = load_metrics(files, "prepare") if files.metrics("prepare").is_file() else {}
+    return conditions(protocol, int(counts.get("seen_identities", 0)), int(counts.get("test_identities", 0)))

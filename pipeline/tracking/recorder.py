@@ -21,7 +21,6 @@ from typing import Any, Self
 import pipeline
 from pipeline.config import Params
 from pipeline.files import Files, read_json
-from pipeline.protocols import conditions
 from pipeline.records import RECORDS
 from pipeline.system import git_cli
 from pipeline.system.locks import locked
@@ -148,7 +147,7 @@ class Recorder:
         if "prepare" in self.records.statuses() and self._files.manifest.is_file():
             digest, source = _sha256(self._files.manifest), self._params.data.source
             tags["data_digest"] = digest
-            tags["protocol"] = conditions(self._params.data.protocol, metrics.is_closed_set(self._files))
+            tags["protocol"] = metrics.shown_protocol(self._files, self._params.data.protocol)
             dataset = {
                 "name": source,
                 "digest": digest[:36],  # MLflow's limit
@@ -174,7 +173,7 @@ class Recorder:
         if record.stage == "export" and sums.is_file():
             tags[RELEASE_DIGEST] = _sha256(sums)
         if record.stage != "prepare":
-            tags["protocol"] = conditions(self._params.data.protocol, metrics.is_closed_set(self._files))
+            tags["protocol"] = metrics.shown_protocol(self._files, self._params.data.protocol)
         digest = _sha256(self._files.metrics(record.stage))
         figures = {**metrics.final_metrics(self._files, record.stage), **times}
         return record.updated(figures=figures, digest=digest, tags=tags)

@@ -11,7 +11,7 @@ import pytest
 from pipeline.config import Params
 from pipeline.data.layout import UNASSIGNED
 from pipeline.data.manifest import DataError, Item
-from pipeline.data.requirements import check_requirements, problems, remarks
+from pipeline.data.requirements import check_requirements, problems, warnings
 from pipeline.data.splits import split_test, split_validation
 from pipeline.stage.presets import load_preset
 from tests.imports import ROOT
@@ -48,10 +48,10 @@ TRAIN = [(str(n), camera, "train") for n in range(6) for camera in "ab"]
 TEST = [(f"t{n}", camera, split) for n in range(3) for camera, split in (("a", "query"), ("b", "gallery"))]
 
 
-def test_ordinary_data_have_no_problem_and_no_remark() -> None:
+def test_ordinary_data_have_no_problem_and_no_warning() -> None:
     params = params_of(student__batch__instances=2, teacher__batch__instances=2)
     assert list(problems(items_of(TRAIN + TEST), params)) == []
-    assert list(remarks(items_of(TRAIN + TEST), params)) == []
+    assert list(warnings(items_of(TRAIN + TEST), params)) == []
 
 
 def test_a_batch_with_more_identities_than_are_left_is_refused_with_both_numbers() -> None:
@@ -155,19 +155,19 @@ def test_no_training_identity_is_a_problem_of_its_own() -> None:
         (TRAIN, {"benchmark__panels": 5}, "is 5, and the test set has 3 queries"),
     ],
 )
-def test_what_is_probably_not_intended_is_a_remark(views: list[View], changes: dict[str, Any], message: str) -> None:
+def test_what_is_probably_not_intended_is_a_warning(views: list[View], changes: dict[str, Any], message: str) -> None:
     params = params_of(**({"teacher__batch__instances": 2, "student__batch__instances": 2} | changes))
     items = items_of(views + TEST)
     assert list(problems(items, params)) == []
-    (remark,) = remarks(items, params)
-    assert re.search(message, remark)
+    (warning,) = warnings(items, params)
+    assert re.search(message, warning)
 
 
 def test_the_remedy_of_a_missing_validation_helps() -> None:
     params = params_of(data__validation=0.17, data__custom__test=0.5)
     held_out = split_validation(items_of(TRAIN), 0.17, 0, "market")
     assert any(item.split == "validation-query" for item in held_out)
-    assert not any("no identity is held out" in remark for remark in remarks(held_out, params))
+    assert not any("no identity is held out" in text for text in warnings(held_out, params))
 
 
 def test_a_hundred_thousand_images_are_checked_within_seconds(tmp_path: Path) -> None:

@@ -452,7 +452,7 @@ def test_a_table_waits_for_broken_pictures(listed: Files, caplog: pytest.LogCapt
     arrive(listed, "2.jpg", content=NEW[:30])
     for _ in range(2):
         assert refresh(listed, load(listed.params)) == []
-    assert "such as 2.jpg: it cannot be decoded" in caplog.text and "images.csv waits for the pictures" in caplog.text
+    assert "such as 2.jpg: it cannot be used" in caplog.text and "images.csv waits for the pictures" in caplog.text
     assert (listed.root / "data" / "images.csv").read_bytes() == TABLE.encode()
     arrive(listed, "2.jpg")
     refresh(listed, load(listed.params))

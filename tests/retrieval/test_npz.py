@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli.commands import app
+from pipeline.labels import LOOK_ALIKE
 from pipeline.retrieval.npz import ArchiveError, read_archive
 
 ARRAYS = {
@@ -94,4 +95,4 @@ def test_labels_are_trimmed_and_normalised_with_a_warning(tmp_path, caplog):
     archive = read_archive(tmp_path / "embeddings.npz", "query-gallery")
     assert archive.query.identities.tolist() == ["car1", "M\u00fcller"]
     assert "2 labels in `query_ids` are trimmed or Unicode-normalised, such as" in caplog.text
-    assert "labels in `gallery_ids` differ only by case or leading zeros: Car1, car1" in caplog.text
+    assert f"identities {LOOK_ALIKE}: 'Car1', 'car1'" in caplog.text
