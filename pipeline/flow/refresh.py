@@ -164,7 +164,8 @@ def _decodable(paths: Sequence[Path], folder: Path) -> list[Path]:
     """Return the pictures that can be decoded; a broken one would stop stage `prepare` in every later retraining."""
     reasons = dict(zip(paths, in_threads(_why_undecodable, paths), strict=True))
     broken = {path: reason for path, reason in reasons.items() if reason}
-    _report_left(folder, broken)
+    for reason in list(broken.values())[:1]:  # messages of decoders hold numbers, so each may differ
+        _report_left(folder, dict.fromkeys(broken, f"it cannot be decoded ({reason}); replace or delete it"))
     return [path for path in paths if path not in broken]
 
 
@@ -174,7 +175,7 @@ def _why_undecodable(path: Path) -> str:
             upright_rgb(image)
     except Exception as error:  # decoders raise any
         text = str(error).replace(f" {str(path)!r}", "").replace(str(path), "the file")
-        return f"it cannot be decoded ({text}); replace or delete it"
+        return text or type(error).__name__
     return ""
 
 

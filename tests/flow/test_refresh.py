@@ -380,7 +380,10 @@ def test_a_picture_moves_once_it_was_written_completely(here: Files) -> None:
 
 
 def test_broken_pictures_are_counted_by_reason(here: Files, caplog: pytest.LogCaptureFixture) -> None:
-    arrive(here, *(f"1/{number}.jpg" for number in range(20)), content=b"x")
+    noise = Image.effect_noise((64, 64), 50)
+    noise.save(here.root / "whole.jpg")
+    for number in range(20):  # the decoder's message has the number of bytes
+        arrive(here, f"1/{number}.jpg", content=(here.root / "whole.jpg").read_bytes()[: 700 + 10 * number])
     arrive(here, "1/link.jpg")
     (here.root / "incoming" / "1" / "link.jpg").unlink()
     (here.root / "incoming" / "1" / "link.jpg").symlink_to(here.params)
