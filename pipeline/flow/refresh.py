@@ -138,8 +138,8 @@ def _complete_files(folder: Path) -> list[Path]:
         time.sleep(MIN_AGE)
         before = states
     complete = [path for path in states if path not in incomplete and is_utf8(str(path))]
-    left = {path: _why_left(path) for path in _visible(folder) if path not in set(complete)}
-    _report_left(folder, left)
+    moving = set(complete)
+    _report_left(folder, {path: _why_left(path) for path in _visible(folder) if path not in moving})
     return complete
 
 
