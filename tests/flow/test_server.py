@@ -128,7 +128,7 @@ def test_retrain_checks_the_server_before_anything_runs(respond: Respond, pipeli
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert err == (
-        f"smaller-student: the Prefect server {url} has version 3.4.25, which is older than Prefect {__version__} here; "
-        f"upgrade the server to {__version__} or newer\n"
+        f"smaller-student: the Prefect server {url} has version 3.4.25, which is older than Prefect {__version__} "
+        f"here; upgrade the server to {__version__} or newer\n"
     )
     assert not pipeline.metrics("prepare").exists()
