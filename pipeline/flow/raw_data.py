@@ -26,8 +26,8 @@ def check_root(files: Files, params: Params) -> None:
         raise DataError(f"`data.root` {name} does not exist in {files.root}; create the folder, or correct the key")
     if names := undecodable(root):
         raise DataError(
-            f"{len(names)} file names in `data.root` {name} are not UTF-8, which DVC cannot store, such as {names[0]}; "
-            f"rename them, such as by `convmv -r -f cp1252 -t utf8 --notest {name}`"
+            f"`data.root` {name} has file names that are not UTF-8, which DVC cannot store ({len(names)}, "
+            f"such as {names[0]}); rename them, such as by `convmv -r -f cp1252 -t utf8 --notest {name}`"
         )
 
 

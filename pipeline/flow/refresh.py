@@ -141,8 +141,8 @@ def _complete_files(folder: Path) -> list[Path]:
         time.sleep(MIN_AGE)
         before = states
     complete = [path for path in states if path not in incomplete and is_utf8(str(path))]
-    left = {path: _why_left(path) for path in _visible(folder) if path not in set(complete)}
-    _report_left(folder, left)
+    moving = set(complete)
+    _report_left(folder, {path: _why_left(path) for path in _visible(folder) if path not in moving})
     return complete
 
 
@@ -167,12 +167,14 @@ def _usable(paths: Sequence[Path], folder: Path) -> list[Path]:
     """Return the pictures that can be decoded; a broken one would stop stage `prepare` in every later retraining."""
     names = {path.relative_to(folder).as_posix(): path for path in paths}
     reasons = dict(inspect([Item(name, "", "", "") for name in names], folder).quarantined)
-    _report_left(folder, {names[name]: _unusable(reason) for name, reason in reasons.items()})
+    _report_unusable(folder, reasons)
     return [path for name, path in names.items() if name not in reasons]
 
 
-def _unusable(reason: str) -> str:
-    return f"it cannot be used ({reason}); replace or delete it"
+def _report_unusable(folder: Path, reasons: Mapping[str, str]) -> None:
+    for name, reason in list(reasons.items())[:1]:  # messages of decoders hold names and numbers, so each may differ
+        text = f"it cannot be used ({reason.replace(f' {name!r}', '')}); replace or delete it"
+        _report_left(folder, dict.fromkeys((folder / name for name in reasons), text))
 
 
 def _check_folders(paths: Sequence[Path], folder: Path, root: Path, data: Data) -> None:
@@ -181,9 +183,9 @@ def _check_folders(paths: Sequence[Path], folder: Path, root: Path, data: Data) 
     Raises:
         DataError: If it cannot, or an identity would be in training and in test.
     """
-    if paths:
-        present = walk(root) if root.is_dir() else ()
-        new = ((path.relative_to(folder).as_posix(), "") for path in paths)
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    if any("/" in name for name in names):  # a file outside of a folder of an identity is no image of any
+        present, new = walk(root) if root.is_dir() else (), ((name, "") for name in names)
         try:
             _check_identities(list_folder(root, [*present, *new], data).items, data)
         except DataError as error:
@@ -310,7 +312,7 @@ def _ingest_with_table(paths: Sequence[Path], folder: Path, root: Path, data: Da
     moved_before = [item for item in added if item.path not in wanted]
     unusable = [*inspect([*arrived, *unlisted], folder).quarantined, *inspect(moved_before, root).quarantined]
     if unusable:
-        _report_left(folder, {folder / name: _unusable(reason) for name, reason in unusable})
+        _report_unusable(folder, dict(unusable))
         log.warning("the table %s waits for the pictures that cannot be used", new)
         return []
     moved = ingest(list(wanted.values()), folder, root)

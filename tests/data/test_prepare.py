@@ -63,7 +63,7 @@ def test_the_default_set_is_rendered_split_and_cached(tmp_path):
     assert counts == {
         **{"images": 72, "identities": 6, "cameras": 6, "train": 24, "validation": 24},
         **{"query": 4, "gallery": 20, "quarantined": 0, "leaked": 0, "near_duplicates": counts["near_duplicates"]},
-        "seen_identities": 0,
+        **{"test_identities": 2, "seen_identities": 0},
     }
     outs = {path.relative_to(tmp_path / "artifacts") for path in (tmp_path / "artifacts").glob("*/*")}
     assert {path.name for path in outs} == {"vehicles", "manifest.csv", "images.npy", "quarantine.csv"}

@@ -10,6 +10,7 @@ import pytest
 from pipeline.data.manifest import DataError, by_kind
 from pipeline.data.sources import read_source
 from pipeline.data.tables import boxes_of, path_of, read_table
+from pipeline.labels import LOOK_ALIKE
 from tests import layouts
 from tests.data.test_sources import section
 
@@ -96,7 +97,7 @@ def test_labels_that_look_alike_are_named(root):
     listing = read(root, text_of(rows))
     assert [item.identity for item in listing.items] == names
     kinds = list(by_kind(listing.warnings))
-    assert kinds[0].startswith("identity labels differ only by case, leading zeros or a trailing .0 (2): such as ")
+    assert kinds[0].startswith(f"identity labels {LOOK_ALIKE} (2): such as ")
     assert kinds[1].startswith("identity labels end in .0") and "'12.0'" in kinds[1]
 
 

@@ -56,7 +56,7 @@ def test_a_name_that_is_not_utf8_is_named_before_dvc_stops_at_it(here: Files) ->
     assert refused.returncode and "surrogates not allowed" in refused.stderr and "caf" not in refused.stderr
     (found,) = bad(here, doctor.data)
     assert found.message == (
-        r"1 file names in `data.root` data are not UTF-8, which DVC cannot store, such as 1/caf\xe9.png"
+        r"`data.root` data has file names that are not UTF-8, which DVC cannot store (1, such as 1/caf\xe9.png)"
     )
     assert found.remedy == "rename them, such as by `convmv -r -f cp1252 -t utf8 --notest data`"
     with pytest.raises(StageError, match="a file name is not UTF-8; `smaller-student doctor` names it"):

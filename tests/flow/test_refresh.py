@@ -351,9 +351,9 @@ def test_images_without_a_row_stay_and_are_reported(listed: Files, caplog: pytes
 @pytest.mark.parametrize(
     ("name", "content", "why"),
     [
-        ("half.png", NEW[: len(NEW) // 2], "cannot be decoded"),
-        ("empty.jpg", b"", "cannot be decoded"),
-        ("notes.txt", b"hello", "cannot be decoded"),
+        ("half.png", NEW[: len(NEW) // 2], "cannot be used"),
+        ("empty.jpg", b"", "cannot be used"),
+        ("notes.txt", b"hello", "cannot be used"),
         ("x\udcefy.png", NEW, "its name is not UTF-8, which DVC cannot store; rename it"),
     ],
 )
@@ -382,7 +382,10 @@ def test_a_picture_moves_once_it_was_written_completely(here: Files) -> None:
 
 
 def test_broken_pictures_are_counted_by_reason(here: Files, caplog: pytest.LogCaptureFixture) -> None:
-    arrive(here, *(f"1/{number}.jpg" for number in range(20)), content=b"x")
+    noise = Image.effect_noise((64, 64), 50)
+    noise.save(here.root / "whole.jpg")
+    for number in range(20):  # the decoder's message has the number of bytes
+        arrive(here, f"1/{number}.jpg", content=(here.root / "whole.jpg").read_bytes()[: 700 + 10 * number])
     arrive(here, "1/link.jpg")
     (here.root / "incoming" / "1" / "link.jpg").unlink()
     (here.root / "incoming" / "1" / "link.jpg").symlink_to(here.params)
@@ -479,6 +482,7 @@ def test_rows_are_appended_in_the_form_of_the_table(listed: Files, text: str, ex
 
 def test_boxes_of_one_picture_are_rows_of_their_own(listed: Files) -> None:
     head = "path,identity,x,y,width,height\n"
+    Image.new("RGB", (20, 20)).save(listed.root / "data" / "1.jpg")
     (listed.root / "data" / "images.csv").write_text(head + "1.jpg,7,0,0,9,9\n")
     arrive(listed, "images.csv", content=(head + "1.jpg,8,5,0,9,9\n1.jpg,7, 0,0,9,9\n").encode())
     assert refresh(listed, load(listed.params)) == []

@@ -12,6 +12,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from pipeline.files import Files
 from pipeline.flow import deploy, doctor, server
 from pipeline.flow.server import ServerError, check_server, compare_versions
+from tests.fake_stages import Start
 
 Respond = Callable[[int, str], str]
 """Starts a server that sends one status and text, and returns its address."""
@@ -119,3 +120,15 @@ def test_deploy_and_doctor_check_the_server_first(
         (found,) = doctor.prefect(pipeline)
     assert found.ok is False and "has version 3.4.25" in found.message
     assert found.remedy == f"upgrade the server to {__version__} or newer"
+
+
+def test_retrain_checks_the_server_before_anything_runs(respond: Respond, pipeline: Files, start: Start) -> None:
+    url = respond(200, '"3.4.25"')
+    process = start(pipeline, "-m", "pipeline", "retrain", PREFECT_API_URL=url, PREFECT_HOME=str(pipeline.root / "p"))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert err == (
+        f"smaller-student: the Prefect server {url} has version 3.4.25, which is older than Prefect {__version__} "
+        f"here; upgrade the server to {__version__} or newer\n"
+    )
+    assert not pipeline.metrics("prepare").exists()
