@@ -299,8 +299,8 @@ def open_index(folder: Path, model: Path | None = None, gallery: Path | None = N
         raise GalleryError(f"{folder / INFO} is invalid: {key}: {first['msg']}; index the gallery again") from None
     path = model or _find(folder, info.model_from_here, info.model)
     if not path.is_file():
-        reason = "a link to nothing: run `dvc checkout`" if path.is_symlink() else "gone: name its new path with `--model`"
-        raise GalleryError(f"the model {path} of {folder} is {reason}")
+        remedy = "a link to nothing: run `dvc checkout`" if path.is_symlink() else "gone: name its path with `--model`"
+        raise GalleryError(f"the model {path} of {folder} is {remedy}")
     loaded = open_model(path)
     if loaded.sha256 != info.sha256:
         raise GalleryError(

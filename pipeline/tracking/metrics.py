@@ -128,7 +128,7 @@ def cells(values: Mapping[str, float], columns: Mapping[str, tuple[str, str, flo
 
 
 def _latency(files: Files, stage: str) -> str:
-    """Format the p50 latency at `timed_batch`, all threads: of teacher.onnx for `teacher`, of model.onnx for `export`."""
+    """Format the p50 latency at `timed_batch`: of teacher.onnx for `teacher`, of model.onnx for `export`."""
     network = {"teacher": "teacher", "export": "student"}.get(stage)
     if network is None or not files.metrics("benchmark").is_file():
         return ""

@@ -35,6 +35,8 @@ def run(tmp_path: Path) -> Run:
     """Prepare the smoke preset with twelve images and one network as both teacher and student."""
     smoke = load_preset(ROOT, "smoke").model_dump()
     smoke["data"]["image_size"] = list(SIZE)
+    for network in ("teacher", "student"):
+        smoke[network]["batch"]["identities"] = 2  # as many as there are to train on
     paths = Files(tmp_path, tmp_path)
     Manifest(ITEMS, paths.vehicles).write(paths.manifest)
     paths.vehicles.mkdir(parents=True)

@@ -106,7 +106,7 @@ def test_a_model_that_moved_is_named_by_an_option(root, monkeypatch, capsys):
     assert smaller_student(monkeypatch, *words) == 3
     assert capsys.readouterr().err == (
         f"smaller-student: the model {root / 'model' / 'model.onnx'} of {root / 'indexes' / 'mine'} is gone: name its "
-        "new path with `--model`\n"
+        "path with `--model`\n"
     )
     assert first(root, model=root / "release" / "model.onnx").is_file()
 

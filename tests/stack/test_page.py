@@ -6,7 +6,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -20,13 +20,10 @@ __all__ = ["gallery", "release"]
 pytestmark = pytest.mark.stack
 
 
-@pytest.fixture
-def address(release: Path, gallery: Path, tmp_path: Path) -> Iterator[str]:
-    """Address of `smaller-student serve` with two indexes."""
-    words = []
-    for name in ("teacher", "model"):
-        build(release / f"{name}.onnx", gallery).save(tmp_path / name, release / f"{name}.onnx")
-        words += ["--index", str(tmp_path / name)]
+@contextmanager
+def served(*indexes: Path) -> Iterator[str]:
+    """Serve indexes with the real command; yield the address."""
+    words = [word for index in indexes for word in ("--index", str(index))]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     server = subprocess.Popen([sys.executable, "-m", "pipeline", "serve", *words, "--port", str(port)])
@@ -38,6 +35,15 @@ def address(release: Path, gallery: Path, tmp_path: Path) -> Iterator[str]:
     yield f"http://127.0.0.1:{port}"
     server.terminate()
     server.wait(10)
+
+
+@pytest.fixture
+def address(release: Path, gallery: Path, tmp_path: Path) -> Iterator[str]:
+    """Address of a page with two indexes."""
+    for name in ("teacher", "model"):
+        build(release / f"{name}.onnx", gallery).save(tmp_path / name, release / f"{name}.onnx")
+    with served(tmp_path / "teacher", tmp_path / "model") as address:
+        yield address
 
 
 def test_a_dropped_image_is_found_in_both_columns(page: Page, address: str, tmp_path: Path) -> None:
@@ -68,3 +74,27 @@ def test_a_dropped_image_is_found_in_both_columns(page: Page, address: str, tmp_
     page.set_input_files("#file", tmp_path / "broken.jpg")
     expect(page.locator("#status")).to_contain_text("This file cannot be read as a picture")
     expect(page.locator("section")).to_have_count(0)
+
+
+def test_a_hit_that_was_deleted_or_replaced_is_marked_and_cannot_be_searched_for(
+    page: Page, release: Path, tmp_path: Path
+) -> None:
+    pictures = tmp_path / "gallery"
+    pictures.mkdir()
+    for number in range(3):
+        picture(number).save(pictures / f"{number}.png")
+    build(release / "model.onnx", pictures).save(tmp_path / "index", release / "model.onnx")
+    picture(0).save(tmp_path / "query.png")
+    (pictures / "0.png").unlink()
+    picture(9).save(pictures / "1.png")
+    with served(tmp_path / "index") as address:
+        page.goto(address)
+        page.set_input_files("#file", tmp_path / "query.png")
+        for name, gone in (("0.png", True), ("1.png", True), ("2.png", False)):
+            button = page.locator("li button", has_text=name)
+            if gone:
+                expect(button).to_contain_text(f"{name} (no longer there)")
+                expect(button).to_be_disabled()
+            else:
+                expect(button.locator(".name")).to_have_text(name)
+                expect(button).to_be_enabled()
