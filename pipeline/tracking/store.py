@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from pipeline.files import Files, write_text
-from pipeline.system.locks import locked
+from pipeline.system.locks import BusyError, locked
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -80,6 +80,9 @@ def check_uri(uri: str) -> None:
     if uri == "databricks" or (colon and (kind in (*DATABASES, *SERVERS) or scheme in plugins)):
         if kind in SERVERS[:2]:
             _check_address(uri)
+        configured = any(name.startswith("DATABRICKS_") for name in os.environ)
+        if kind == "databricks" and not (configured or Path("~/.databrickscfg").expanduser().is_file()):
+            raise UriError(f"{VARIABLE} {uri} needs a login; set DATABRICKS_HOST and DATABRICKS_TOKEN")
         if kind == "sqlite" and _sqlite(uri)[1] in ("", ":memory:"):
             raise UriError(f"{VARIABLE} {uri} has no file, so runs would be lost; set it to sqlite:///FILE")
         return
@@ -164,6 +167,8 @@ def _reason(uri: str, error: BaseException) -> str:
         return f"answers like a web page (a login page, or a path prefix is missing); correct {VARIABLE}"
     if status:
         return f"cannot be used now (HTTP status {status}); see the log of the server or its proxy"
+    if cause.startswith("No module named"):
+        return f"cannot be used ({cause}); install this package, or name another driver in {VARIABLE}"
     if "timed out" in cause:
         seconds = os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT")
         return f"cannot be reached (no answer in {seconds} s; MLFLOW_HTTP_REQUEST_TIMEOUT sets this limit)"
@@ -244,7 +249,13 @@ def connect(files: Files) -> Iterator["MlflowClient"]:
     from requests.exceptions import RequestException
 
     try:
-        yield open_store(files)
+        client = open_store(files)
+    except (TrackingError, BusyError):
+        raise
+    except Exception as error:  # of MLflow, SQLAlchemy or a driver
+        raise failure(tracking_uri(files), error) from error
+    try:
+        yield client
     except (MlflowException, RequestException) as error:
         raise failure(tracking_uri(files), error) from error
 

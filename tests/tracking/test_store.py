@@ -54,8 +54,27 @@ def test_a_relative_database_path_is_relative_to_the_repository(
         "databricks://profile",
     ],
 )
-def test_valid_uris_pass(uri: str) -> None:
+def test_valid_uris_pass(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABRICKS_HOST", "https://example.org")
     check_uri(uri)
+
+
+@pytest.mark.parametrize("uri", ["databricks", "databricks://profile"])
+def test_databricks_needs_a_login(uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("DATABRICKS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UriError, match=f"^MLFLOW_TRACKING_URI {uri} needs a login; set DATABRICKS_HOST"):
+        check_uri(uri)
+    (tmp_path / ".databrickscfg").write_text("[DEFAULT]\n")
+    check_uri(uri)
+
+
+def test_a_missing_driver_of_a_database_is_named(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql+pg8000://user:secret@127.0.0.1:9/db")
+    reason = r"user:\*\*\*@127.* cannot be used \(No module named 'pg8000'\); install"
+    with pytest.raises(TrackingError, match=reason), connect(files) as client:
+        client.search_experiments()
 
 
 @pytest.mark.parametrize(
