@@ -8,6 +8,7 @@ from pipeline.cli import main
 from pipeline.files import Files, write_json, write_text
 from pipeline.stage.params_file import load
 from pipeline.stage.presets import preset_text
+from tests import layouts
 from tests.fake_stages import NUMBERS
 
 ROOT = Path(__file__).parents[1]
@@ -140,6 +141,31 @@ def test_compare_before_the_first_run_names_the_remedy(
 ) -> None:
     assert smaller_student(monkeypatch, "compare") == 2
     assert capsys.readouterr().err == "smaller-student: no stage has run yet; run `dvc repro` first\n"
+
+
+def test_preview_shows_the_data_and_writes_the_picture_only(
+    files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert smaller_student(monkeypatch, "preset", "smoke") == 0
+    before = {path for path in files.root.rglob("*")}
+    assert smaller_student(monkeypatch, "preview", "--no-time", "--out", "sheets/sheet.png") == 0
+    assert {path for path in files.root.rglob("*")} - before == {files.root / "sheets", files.root / "sheets/sheet.png"}
+    shown = capsys.readouterr().out
+    assert "24 images with their labels: sheets/sheet.png" in shown
+    rows = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if len(line.split()) == 4}
+    assert rows["train"] == ["96", "16", "6"] and rows["all"] == ["168", "28", "6"]
+
+
+def test_preview_ends_with_what_a_later_stage_would_refuse(
+    files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = preset_text(ROOT, "smoke").replace("source: vehicles ", "source: folder ")
+    write_text(files.params, own)
+    layouts.folder(files.root / "data", 3, 0)
+    assert smaller_student(monkeypatch, "preview") == 3
+    captured = capsys.readouterr()
+    assert "Expected on this machine" not in captured.out and (files.root / "artifacts/preview.png").is_file()
+    assert captured.err.splitlines()[-1].startswith(("smaller-student: ", "`student", "no query"))
 
 
 def test_retrain_rejects_invalid_params_at_once(
