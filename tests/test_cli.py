@@ -147,9 +147,9 @@ def test_preview_shows_the_data_and_writes_the_picture_only(
     files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert smaller_student(monkeypatch, "preset", "smoke") == 0
-    before = {path for path in files.root.rglob("*")}
+    before = set(files.root.rglob("*"))
     assert smaller_student(monkeypatch, "preview", "--no-time", "--out", "sheets/sheet.png") == 0
-    assert {path for path in files.root.rglob("*")} - before == {files.root / "sheets", files.root / "sheets/sheet.png"}
+    assert set(files.root.rglob("*")) - before == {files.root / "sheets", files.root / "sheets/sheet.png"}
     shown = capsys.readouterr().out
     assert "24 images with their labels: sheets/sheet.png" in shown
     rows = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if len(line.split()) == 4}
