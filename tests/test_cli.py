@@ -165,7 +165,10 @@ def test_preview_ends_with_what_a_later_stage_would_refuse(
     assert smaller_student(monkeypatch, "preview") == 3
     captured = capsys.readouterr()
     assert "Expected on this machine" not in captured.out and (files.root / "artifacts/preview.png").is_file()
-    assert captured.err.splitlines()[-1].startswith(("smaller-student: ", "`student", "no query"))
+    assert "smaller-student: `teacher.batch.identities` (4) must not exceed the 2 identities left" in captured.err
+    assert captured.err.splitlines()[-1].startswith("the test set needs two identities, and it has 1")
+    assert smaller_student(monkeypatch, "preview", "--out", "data") == 2
+    assert "data cannot be written (Is a directory); choose another file with `--out`" in capsys.readouterr().err
 
 
 def test_retrain_rejects_invalid_params_at_once(

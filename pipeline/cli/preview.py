@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.app import app, short, to_table
+from pipeline.cli.app import Refusal, app, short, to_table
 from pipeline.files import Files
 from pipeline.stage.run import log_to_stderr
 
@@ -43,7 +43,11 @@ def preview(
         _show_data(params, found)
         if found.decoded:
             height, width = params.data.image_size
-            shown = write_sheet(out.resolve(), found.decoded, root, (height, width))
+            try:
+                shown = write_sheet(out.resolve(), found.decoded, root, (height, width))
+            except OSError as error:
+                reason = f"{out} cannot be written ({error.strerror or error}); choose another file with `--out`"
+                raise Refusal(reason) from error
             typer.echo(f"{shown} images with their labels: {short(out.resolve())}")
         if timed and not found.problems and not found.missing:
             _show_cost(params, found, root, rendering)
