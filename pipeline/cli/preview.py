@@ -96,13 +96,13 @@ def _show_cost(params: "Params", found: "Survey", root: Path, rendering: float) 
     cached = params.data.cache
     inspected = rendering + found.seconds * len(manifest) * (2 if cached else 1)  # the cache decodes each once more
     rows = [{"stage": "prepare", "steps": "", "seconds a step": "", "time": duration(inspected), "memory": ""}]
-    threads, failures, peak = 0, [], 0
+    threads, failure, peak = 0, "", 0
     for stage in ("teacher", "student"):
         try:
             result = estimate(stage, params, manifest)
         except EstimateError as error:
-            failures.append(f"{stage}: {error}")
-            continue
+            failure = f"{stage}: {error}"
+            break  # a step of the student takes one of the teacher's and more
         (low, high), measured = result.seconds, result.measured
         threads, peak = measured.threads, max(peak, measured.memory)
         memory = f"{measured.memory / GIB:.1f} GiB"
@@ -115,7 +115,7 @@ def _show_cost(params: "Params", found: "Survey", root: Path, rendering: float) 
         )
     typer.echo("Expected on this machine:")
     Console().print(to_table(rows))
-    for failure in failures:
+    if failure:
         typer.echo(f"Not measured: {failure}")
     if threads:
         count = f"{threads} thread" + ("s" if threads > 1 else "")
