@@ -8,6 +8,7 @@ from pipeline.cli import main
 from pipeline.files import Files, write_json, write_text
 from pipeline.stage.params_file import load
 from pipeline.stage.presets import preset_text
+from tests import layouts
 from tests.fake_stages import NUMBERS
 
 ROOT = Path(__file__).parents[1]
@@ -153,6 +154,34 @@ def test_retrain_rejects_an_invalid_tracking_uri_at_once(
     assert time.monotonic() - began < 2
     error = capsys.readouterr().err
     assert error.startswith(f"smaller-student: MLFLOW_TRACKING_URI {uri} ") and "; set it to http://HOST:PORT" in error
+
+
+def test_preview_shows_the_data_and_writes_the_picture_only(
+    files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert smaller_student(monkeypatch, "preset", "smoke") == 0
+    before = set(files.root.rglob("*"))
+    assert smaller_student(monkeypatch, "preview", "--no-time", "--out", "sheets/sheet.png") == 0
+    assert set(files.root.rglob("*")) - before == {files.root / "sheets", files.root / "sheets/sheet.png"}
+    shown = capsys.readouterr().out
+    assert "24 images with their labels: sheets/sheet.png" in shown
+    rows = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if len(line.split()) == 4}
+    assert rows["train"] == ["96", "16", "6"] and rows["all"] == ["168", "28", "6"]
+
+
+def test_preview_ends_with_what_a_later_stage_would_refuse(
+    files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = preset_text(ROOT, "smoke").replace("source: vehicles ", "source: folder ")
+    write_text(files.params, own)
+    layouts.folder(files.root / "data", 3, 0)
+    assert smaller_student(monkeypatch, "preview") == 3
+    captured = capsys.readouterr()
+    assert "Expected on this machine" not in captured.out and (files.root / "artifacts/preview.png").is_file()
+    assert "smaller-student: `teacher.batch.identities` (4) must not exceed the 2 identities left" in captured.err
+    assert captured.err.splitlines()[-1].startswith("the test set needs two identities, and it has 1")
+    assert smaller_student(monkeypatch, "preview", "--out", "data") == 2
+    assert "data cannot be written (Is a directory); choose another file with `--out`" in capsys.readouterr().err
 
 
 def test_retrain_rejects_invalid_params_at_once(

@@ -48,6 +48,23 @@ def test_each_layout_is_prepared(folder: Path, source: str) -> None:
     assert bool(counts["gallery"]) is (source not in ("vehicleid", "cub200", "sop"))
 
 
+def test_a_batch_that_is_changed_later_is_refused_by_the_first_stage_that_runs(folder: Path) -> None:
+    choose(folder, "folder")
+    assert repro(folder, "prepare").returncode == 0
+    before = (folder / "params.yaml").read_text()
+    content = YAML().load(before)
+    content["student"]["batch"]["identities"] = 40
+    try:
+        YAML().dump(content, folder / "params.yaml")
+        done = repro(folder)
+    finally:
+        (folder / "params.yaml").write_text(before)
+    assert done.returncode
+    assert "Stage 'prepare' didn't change, skipping" in done.stdout
+    assert "teacher: `student.batch.identities` (40) must not exceed the" in done.stdout
+    assert "epoch 1 of" not in done.stdout
+
+
 def test_incoming_images_with_a_table_are_prepared(folder: Path) -> None:
     choose(folder, "csv")
     assert repro(folder, "prepare").returncode == 0

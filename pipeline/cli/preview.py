@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.app import app, short, to_table
+from pipeline.cli.app import Refusal, app, short, to_table
 from pipeline.files import Files
 from pipeline.stage.run import log_to_stderr
 
@@ -43,7 +43,11 @@ def preview(
         _show_data(params, found)
         if found.decoded:
             height, width = params.data.image_size
-            shown = write_sheet(out.resolve(), found.decoded, root, (height, width))
+            try:
+                shown = write_sheet(out.resolve(), found.decoded, root, (height, width))
+            except OSError as error:
+                reason = f"{out} cannot be written ({error.strerror or error}); choose another file with `--out`"
+                raise Refusal(reason) from error
             typer.echo(f"{shown} images with their labels: {short(out.resolve())}")
         if timed and not found.problems and not found.missing:
             _show_cost(params, found, root, rendering)
@@ -93,13 +97,13 @@ def _show_cost(params: "Params", found: "Survey", root: Path, rendering: float) 
     cached = params.data.cache
     inspected = rendering + found.seconds * len(manifest) * (2 if cached else 1)  # the cache decodes each once more
     rows = [{"stage": "prepare", "steps": "", "seconds a step": "", "time": duration(inspected), "memory": ""}]
-    threads, failures, peak = 0, [], 0
+    threads, failure, peak = 0, "", 0
     for stage in ("teacher", "student"):
         try:
             result = estimate(stage, params, manifest)
         except EstimateError as error:
-            failures.append(f"{stage}: {error}")
-            continue
+            failure = f"{stage}: {error}"
+            break  # a step of the student takes one of the teacher's and more
         (low, high), measured = result.seconds, result.measured
         threads, peak = measured.threads, max(peak, measured.memory)
         memory = f"{measured.memory / GIB:.1f} GiB"
@@ -112,7 +116,7 @@ def _show_cost(params: "Params", found: "Survey", root: Path, rendering: float) 
         )
     typer.echo("Expected on this machine:")
     Console().print(to_table(rows))
-    for failure in failures:
+    if failure:
         typer.echo(f"Not measured: {failure}")
     if threads:
         count = f"{threads} thread" + ("s" if threads > 1 else "")

@@ -73,7 +73,7 @@ def warnings(items: Sequence[Item], params: Params) -> Iterator[str]:
             )
     queries = sum(item.split == "query" for item in items)
     if 0 < queries < params.benchmark.panels:
-        yield f"`benchmark.panels` is {params.benchmark.panels}, and the test set has {queries} queries to show"
+        yield f"`benchmark.panels` is {params.benchmark.panels}, but queries of the test set: {queries}; all are shown"
 
 
 def _batches(params: Params) -> tuple[tuple[str, Batch], ...]:

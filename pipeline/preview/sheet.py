@@ -1,7 +1,11 @@
 """The contact sheet: a few images as the network sees them, with their labels."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+
+import matplotlib
+from matplotlib import font_manager
 
 from pipeline.data.images import decode
 from pipeline.data.manifest import SPLITS, Item
@@ -33,7 +37,10 @@ def write_sheet(path: Path, items: Sequence[Item], root: Path, size: tuple[int, 
     """
     shown = chosen(items)
     rows, aspect = max(1, -(-len(shown) // COLUMNS)), size[0] / size[1]
-    with styled():
+    with styled(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # such a character is drawn as a box
+        installed = {font.name for font in font_manager.fontManager.ttflist if "CJK" in font.name}
+        matplotlib.rcParams["font.family"] = ["DejaVu Sans", *sorted(installed)]
         figure = new_figure(WIDTH * rows * (aspect + 0.4), WIDTH * COLUMNS)
         axes = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
         for chart in axes:

@@ -48,11 +48,13 @@ def plot_capacity(student: Curves) -> Figure:
     """Plot the remaining cost of the student, as a share of the teacher's, and its validation mAP by epoch.
 
     Args:
-        student: Curves with `VALIDATION` and some of `REDUCTIONS`.
+        student: Curves with some of `REDUCTIONS`, and with `VALIDATION` if identities were held out.
     """
     with styled():
-        figure = new_figure(5.4)
-        remaining, score = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+        validated = VALIDATION in student
+        figure = new_figure(5.4 if validated else 3.4)
+        charts = figure.subplots(1 + validated, 1, sharex=True, squeeze=False, height_ratios=(3, 2)[: 1 + validated])
+        remaining, last = charts[0, 0], charts[-1, 0]
         epochs = student[EPOCH]
         for column, (label, line, colour) in REDUCTIONS.items():
             if column in student:
@@ -60,15 +62,18 @@ def plot_capacity(student: Curves) -> Figure:
         remaining.set(title="Remaining share of the network", ylim=(0, 1.05))
         figure.legend(*remaining.get_legend_handles_labels(), loc="outside upper left", ncols=4)
         percent(remaining)
-        _plot_measured(score, epochs, student[VALIDATION], "o-", STUDENT_COLOR, "student")
-        score.set(title="Validation mAP, on held-out training identities", xlabel="epoch")
-        score.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if validated:
+            _plot_measured(last, epochs, student[VALIDATION], "o-", STUDENT_COLOR, "student")
+            last.set_title("Validation mAP, on held-out training identities")
+        last.set_xlabel("epoch")
+        last.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
 def plot_training(teacher: Curves, student: Curves) -> Figure:
     """Plot the validation mAP and every loss of teacher and student, one small chart each."""
-    names = [VALIDATION, *dict.fromkeys([*loss_names(teacher), *loss_names(student)])]
+    validation = [VALIDATION] if VALIDATION in {*teacher, *student} else []
+    names = [*validation, *dict.fromkeys([*loss_names(teacher), *loss_names(student)])]
     titles = {VALIDATION: "validation mAP"}
     lines = (("teacher", teacher, "s--", TEACHER_COLOR), ("student", student, "o-", STUDENT_COLOR))
     rows = -(-len(names) // 2)

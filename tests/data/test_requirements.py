@@ -152,7 +152,7 @@ def test_no_training_identity_is_a_problem_of_its_own() -> None:
         ),
         ([*TRAIN, ("v", "a", "validation-query"), ("v", "b", "validation-gallery")], {}, "mAP is always 1"),
         (TRAIN, {"teacher__batch__instances": 3}, r"6 of 6 .* `teacher.batch.instances` \(3\)"),
-        (TRAIN, {"benchmark__panels": 5}, "is 5, and the test set has 3 queries"),
+        (TRAIN, {"benchmark__panels": 5}, "is 5, but queries of the test set: 3"),
     ],
 )
 def test_what_is_probably_not_intended_is_a_warning(views: list[View], changes: dict[str, Any], message: str) -> None:

@@ -95,3 +95,5 @@ def test_the_times_are_bounds_of_steps_epochs_and_evaluations(manifest: Manifest
     assert shrinks.seconds == pytest.approx((20 + rest, 80 + rest))
     spread = module._extrapolate("student", params, manifest, measured([1.0, 2.0, 3.0, 4.0, 5.0]))
     assert spread.step == (2.0, 4.0)
+    stalled = module._extrapolate("student", params, manifest, measured([1.0] * 9 + [91.0]))
+    assert stalled.step == (1.0, 10.0)

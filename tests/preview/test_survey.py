@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from pipeline.config import Params
-from pipeline.data.custom import UNASSIGNED
-from pipeline.data.manifest import Item
+from pipeline.data.folders import NO_IMAGE
+from pipeline.data.layout import UNASSIGNED
+from pipeline.data.manifest import Item, by_kind
 from pipeline.preview import survey as module
 from pipeline.preview.sheet import IMAGES, chosen, shortened, write_sheet
 from pipeline.preview.survey import evenly, sample, survey
@@ -133,7 +134,7 @@ def test_the_sheet_shows_24_images_of_all_splits(tmp_path: Path) -> None:
 
 
 def test_the_sheet_shows_fewer_images_if_there_are_no_more(tmp_path: Path) -> None:
-    layouts.folder(tmp_path / "data", 1, 0)
+    layouts.folder(tmp_path / "data", 2, 0)
     found = survey(params_of(), tmp_path / "data")
     assert write_sheet(tmp_path / "sheet.png", found.decoded, tmp_path / "data", (16, 16)) == len(found.items) < 24
 

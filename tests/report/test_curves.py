@@ -73,3 +73,12 @@ def test_training_has_a_chart_for_validation_and_each_loss_of_either_network(stu
     assert set(charts["triplet"]) == {"teacher"}
     assert set(charts["kl"]) == {"student"}
     assert_array_equal(charts["validation mAP"]["student"].get_xdata(), [2, 4])
+
+
+def test_without_validation_the_other_charts_remain(student, teacher):
+    for curves in (student, teacher):
+        del curves["validation_map"]
+    (remaining,) = plot_capacity(student).axes
+    assert remaining.get_xlabel() == "epoch"
+    titles = [axes.get_title(loc="left") for axes in plot_training(teacher, student).axes]
+    assert titles == ["loss", "triplet", "kl"]
