@@ -131,3 +131,16 @@ def test_the_folder_data_itself_is_added_by_what_dvc_tells(own: Path, tmp_path: 
     git(clone, "add", "data.dvc", ".gitignore")
     assert not [line for line in git(clone, "status", "--short").splitlines() if line.startswith("??")]
     assert os.listdir(clone / "data")
+
+
+def test_links_into_a_shared_cache_are_read(own: Path, tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    run(tmp_path, "git", "clone", "-q", str(own), str(clone))
+    dvc(clone, "config", "--local", "cache.dir", str(own.parent / "cache"))
+    dvc(clone, "config", "--local", "cache.type", "symlink")
+    dvc(clone, "checkout", "data/mine.dvc")
+    pictures = [path for path in (clone / "data" / "mine").rglob("*") if not path.is_dir()]
+    assert pictures and all(path.is_symlink() for path in pictures)
+    dvc(clone, "repro", "--force", "prepare")
+    assert metrics(clone, "prepare") == metrics(own, "prepare")
+    assert git(clone, "diff") == ""
