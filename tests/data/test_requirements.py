@@ -114,7 +114,11 @@ def test_more_test_identities_are_suggested_only_if_they_help() -> None:
         ("market", [("8", "a", "query"), ("8", "b", "gallery")], r"needs two identities, and it has 1 \(2 images\)"),
         ("market", [("8", "a", "query"), ("-1", "b", "gallery")], "needs two identities, and it has 1"),
         ("market", [("8", "a", "query"), ("9", "a", "gallery")], "no query of the test set .* from another camera"),
-        ("market", [("8", "a", "gallery"), ("8", "b", "gallery"), ("9", "a", "query")], "put one image of an identity into `query` and another"),
+        (
+            "market",
+            [("8", "a", "gallery"), ("8", "b", "gallery"), ("9", "a", "query")],
+            "put one image of an identity into `query`",
+        ),
         ("market", [("8", "a", "query"), ("8", "a", "gallery"), ("9", "a", "gallery")], "raise `data.custom.test`"),
         ("query-gallery", [("8", "a", "query"), ("9", "a", "gallery")], "a gallery image of its identity; 6 training"),
         ("loo", [("8", "a", "query"), ("9", "a", "query")], "another image of its identity"),
