@@ -87,7 +87,7 @@ class Data(Section):
     """Largest share of test images with the same pixels as a training image; the stage fails if there are more."""
     closed_set: bool
     """Whether identities of the test set may be in training too, as for products that are known in advance. Every
-    figure then names it, since it says nothing about unseen identities."""
+    figure then names it, since it does not measure unseen identities."""
     near_duplicate_bits: Annotated[int, Field(ge=-1, le=16)]
     """Bits of a 64-bit perceptual hash in which near duplicates may differ; they are only reported. -1 turns the search
     off."""
@@ -120,7 +120,7 @@ class Export(Section):
     """Stage `export`: the ONNX files."""
 
     opset: Annotated[int, Field(ge=18, le=23)]
-    """Version of the ONNX operator set; older runtimes know the lower ones only."""
+    """Version of the ONNX operator set; older runtimes support the lower ones only."""
     batch: Literal["dynamic"] | Annotated[int, Field(ge=1, le=1024)]
     """Images in each call of a file: `dynamic` for any number, or a fixed number, for runtimes that want one;
     `benchmark.batches` must then be that number alone."""

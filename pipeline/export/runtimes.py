@@ -13,8 +13,7 @@ LEAST_ONNX_RUNTIME = {18: "1.15", 19: "1.16", 20: "1.17", 21: "1.18", 22: "1.21"
 
 Measured with the releases that PyPI has for Python 3.11, of which 1.15.0 is the oldest: the version runs all files, and
 the minor version before it refuses at least one. https://onnxruntime.ai/docs/reference/compatibility.html names earlier
-versions for some: they know the operator set, but not all of its kernels (1.15 has no QuantizeLinear of 19, 1.23 none
-of 23).
+versions for some: they support the operator set, but lack kernels (1.15 for QuantizeLinear of 19, 1.23 for that of 23).
 """
 
 
@@ -25,7 +24,7 @@ class Runtime:
     Attributes:
         name: Name and version.
         files: Names of the files that suit it: their embeddings have a cosine of at least 0.9999 with ONNX Runtime's.
-        note: What a user must know, in Markdown.
+        note: What a user must consider, in Markdown.
     """
 
     name: str

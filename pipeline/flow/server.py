@@ -58,7 +58,7 @@ def check_server() -> str | None:
 def compare_versions(server: str, version: str) -> None:
     """Check that a server is not older than this client, nor of a newer major version.
 
-    A client sends fields that an older server does not know: with 3.8.8, `make deploy` ends in status 422 at servers
+    A client sends fields that an older server rejects: with 3.8.8, `make deploy` ends in status 422 at servers
     3.4.25, 3.6.29, 3.7.2 and 3.8.0.
 
     Raises:

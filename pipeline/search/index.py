@@ -104,7 +104,7 @@ class Index:
     ) -> None:
         self.model, self.gallery, self.paths = model, gallery, list(paths)
         self._digests, self._vectors = list(digests), vectors
-        faiss.omp_set_num_threads(available_threads())  # OpenMP does not know the quotas of control groups
+        faiss.omp_set_num_threads(available_threads())  # OpenMP ignores the quotas of control groups
         self._faiss = faiss.IndexFlatIP(vectors.shape[1])
         self._faiss.add(vectors)
 

@@ -141,7 +141,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def failure(uri: str, error: BaseException) -> TrackingError:
-    """Return an error that says in one sentence why a request to MLflow failed, with the remedy if it is known."""
+    """Return an error that explains in one sentence why a request to MLflow failed, with the remedy if it is known."""
     reason = _reason(uri, error)
     return TrackingError(f"MLflow at {shown(uri)} {reason}", f"it {reason}")
 
@@ -164,14 +164,14 @@ def _reason(uri: str, error: BaseException) -> str:
         who = f"user {user}" if (user := _credentials(uri)[0]) else "this login"
         return f"denies the request to {who} (403); ask its administrator, or set another {LOGIN}"
     if "not in a valid JSON format" in text or status == 404 or "{'detail': 'Not Found'}" in text:
-        return f"answers like a web page (a login page, or a path prefix is missing); correct {VARIABLE}"
+        return f"responds like a web page (a login page, or a path prefix is missing); correct {VARIABLE}"
     if status:
         return f"cannot be used now (HTTP status {status}); see the log of the server or its proxy"
     if cause.startswith("No module named"):
         return f"cannot be used ({cause}); install this package, or name another driver in {VARIABLE}"
     if "timed out" in cause:
         seconds = os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT")
-        return f"cannot be reached (no answer in {seconds} s; MLFLOW_HTTP_REQUEST_TIMEOUT sets this limit)"
+        return f"cannot be reached (no response in {seconds} s; MLFLOW_HTTP_REQUEST_TIMEOUT sets this limit)"
     return f"cannot be reached ({cause})" if is_network_error(error) else f"rejects the request ({cause})"
 
 

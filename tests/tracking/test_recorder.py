@@ -113,7 +113,7 @@ def test_a_server_that_never_answers_causes_a_short_wait_and_one_warning(
     process = start(checkout, *TEACHER, NAP="12", MLFLOW_TRACKING_URI=silent)
     _, err = process.communicate()
     assert process.returncode == 0 and checkout.metrics("teacher").is_file()
-    assert err.count("MLflow") == 1 and ("it takes longer" in err or "no answer in 10 s" in err)
+    assert err.count("MLflow") == 1 and ("it takes longer" in err or "no response in 10 s" in err)
     assert time.monotonic() - began < 12 + 5 + 2  # the stage, the wait, starting Python
 
 

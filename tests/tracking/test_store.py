@@ -163,11 +163,11 @@ NAMES = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 @pytest.mark.parametrize(
     ("status", "body", "login", "reason"),
     [
-        (200, LOGIN_PAGE, {}, "answers like a web page (a login page, or a path prefix is missing); correct MLFLOW_TR"),
-        (404, LOGIN_PAGE, {}, "answers like a web page (a login page, or a path prefix is missing); correct MLFLOW_TR"),
-        (404, '{"detail":"Not Found"}', {}, "answers like a web page (a login page, or a path prefix is missing)"),
+        (200, LOGIN_PAGE, {}, "responds like a web page (a login page, or a path prefix is missing); correct MLFLOW"),
+        (404, LOGIN_PAGE, {}, "responds like a web page (a login page, or a path prefix is missing); correct MLFLOW"),
+        (404, '{"detail":"Not Found"}', {}, "responds like a web page (a login page, or a path prefix is missing)"),
         (502, LOGIN_PAGE, {}, "cannot be used now (HTTP status 502); see the log of the server or its proxy"),
-        (0, "", {}, "cannot be reached (no answer in 1 s; MLFLOW_HTTP_REQUEST_TIMEOUT sets this limit)"),
+        (0, "", {}, "cannot be reached (no response in 1 s; MLFLOW_HTTP_REQUEST_TIMEOUT sets this limit)"),
         (401, "no", {}, f"needs a login (401); set {NAMES}, or MLFLOW_TRACKING_TOKEN"),
         (401, "no", {"USERNAME": "ann"}, "needs a login (401) and MLFLOW_TRACKING_PASSWORD is not set; set it, or"),
         (401, "no", {"PASSWORD": "secret"}, "needs a login (401) and MLFLOW_TRACKING_USERNAME is not set; set it, or"),
