@@ -60,7 +60,7 @@ def test_every_http_client_reaches_this_machine(proxied: pytest.MonkeyPatch, add
     with pytest.raises(httpx.ConnectError):
         httpx.get(address)
     with pytest.raises(OSError):
-        urllib.request.urlopen(address)
+        urllib.request.build_opener().open(address)  # `urlopen` keeps the opener of its first call
 
     async def by_aiohttp(url: str) -> str:
         async with aiohttp.ClientSession(trust_env=True) as session, session.get(url) as response:

@@ -115,7 +115,7 @@ from threadpoolctl import threadpool_info
 from pipeline.search.index import Index
 runtime = load_preset(Path("."), "smoke").runtime
 launch(runtime, 0)
-Index(None, Path("."), ["a"], numpy.ones((1, 4), "float32"))
+Index(None, Path("."), ["a"], [""], numpy.ones((1, 4), "float32"))
 pools = {pool["internal_api"]: pool["num_threads"] for pool in threadpool_info() if "numpy" in pool["filepath"]}
 print(json.dumps([available_threads(), torch.get_num_threads(), faiss.omp_get_max_threads(), *pools.values()]))
 """

@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cached_property
@@ -320,7 +321,7 @@ def main() -> None:
     files = Files(Path(arguments["root"]), Path(arguments["state"]))
     records = ExecutionRecords(Path(arguments["records"]))
     ended = threading.Event()
-    threading.Thread(target=_wait_for_end, args=(ended,), daemon=True).start()
+    threading.Thread(target=_wait_for_end, args=(ended, os.getppid()), daemon=True).start()
     if arguments["quiet"]:
         ended.wait()
     monitor: Any = None
@@ -344,8 +345,11 @@ def main() -> None:
         monitor.finish()
 
 
-def _wait_for_end(ended: threading.Event) -> None:
-    sys.stdin.buffer.read(1)  # returns a byte, or b"" if the stage was killed
+def _wait_for_end(ended: threading.Event, stage: int) -> None:
+    killed = not sys.stdin.buffer.read(1)
+    deadline = time.monotonic() + 5
+    while killed and os.getppid() == stage and time.monotonic() < deadline:
+        time.sleep(0.02)  # its pipe is closed shortly before the process counts as ended
     ended.set()
 
 

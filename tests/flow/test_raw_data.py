@@ -178,7 +178,7 @@ def test_new_pictures_are_saved_in_dvc_and_the_next_retraining_has_nothing_to_do
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         assert out.splitlines()[-1].startswith(expected)
-        assert err.count("broken.png") == 1 and "it cannot be decoded" in err
+        assert err.count("broken.png") == 1 and "it cannot be used" in err
     assert sorted(os.listdir(here.root / "data" / "1")) == ["a.png", "b.png"]
     assert "nfiles: 2" in (here.root / "data.dvc").read_text() and "nfiles: 1" in before
     assert changed() == []

@@ -26,7 +26,7 @@ class Pictures:
 class FakeManifest:
     """A manifest of five images."""
 
-    items = tuple(SimpleNamespace(path=f"{index}.jpg") for index in range(5))
+    items = tuple(SimpleNamespace(name=f"{index}.jpg") for index in range(5))
 
     def indices(self, *splits):
         return np.array([index for index, split in enumerate(SPLITS) if split in splits])

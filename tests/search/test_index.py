@@ -34,7 +34,7 @@ def test_an_index_has_every_image_and_skips_unreadable_files_with_a_warning(rele
     assert "cut.jpg is skipped" in caplog.text
     assert not [path for path in index.paths if "hidden" in path or path.endswith("txt")]
     assert "1 files of the gallery, such as .hidden.png, are skipped: " in caplog.text
-    assert "1 files of the gallery, such as notes.txt, are skipped: its suffix is not one of an image" in caplog.text
+    assert "1 files of the gallery, such as notes.txt, are skipped: the suffix is not one of an image" in caplog.text
 
 
 def test_what_systems_leave_behind_is_not_in_an_index(release, tmp_path):

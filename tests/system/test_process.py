@@ -60,8 +60,8 @@ WRITER = """
 import os, sys, time
 from pipeline.system.process import stop_with_parent
 stop_with_parent()
-print("ready", flush=True)
 try:
+    print("ready", flush=True)
     time.sleep(60)
 finally:
     print("x" * 100_000, flush=True)  # nobody reads it

@@ -1,5 +1,6 @@
 """Interrupted trainings end with the same bytes, on one device and on two."""
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -115,7 +116,7 @@ def test_a_training_resumes_with_another_number_of_threads_and_says_so(
 
     assert epochs(2) == [0, 1]
     assert epochs(2) == [1, 2]
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert epochs(1) == [2, 3]
     assert "resuming with 1 threads a training that had 2" in caplog.text
 
