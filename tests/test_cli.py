@@ -169,6 +169,26 @@ def test_preview_shows_the_data_and_writes_the_picture_only(
     assert rows["train"] == ["96", "16", "6"] and rows["all"] == ["168", "28", "6"]
 
 
+def test_preview_estimates_the_cost_of_a_closed_set(
+    files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = preset_text(ROOT, "smoke").replace("source: vehicles ", "source: csv ")
+    rows = []
+    for identity, camera, view in layouts.views(1, 6, 2, 3):
+        path = f"{identity}-{camera}-{view}.png"
+        layouts.picture(files.root / "data" / path, identity, camera, view)
+        rows.append(f"{path},{identity},{camera},{('train', 'query', 'gallery')[view]}")
+    write_text(files.root / "data" / "images.csv", "\n".join(["path,identity,camera,split", *rows]))
+    write_text(files.params, own)
+    assert smaller_student(monkeypatch, "preview", "--no-time") == 3
+    assert "in training and in test" in capsys.readouterr().err
+    write_text(files.params, own.replace("closed_set: false", "closed_set: true"))
+    assert smaller_student(monkeypatch, "preview") == 0
+    shown = capsys.readouterr().out
+    assert "Expected on this machine" in shown and "Not measured" not in shown
+    assert "all training identities are in the test set too (closed set)" in shown
+
+
 def test_preview_ends_with_what_a_later_stage_would_refuse(
     files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,7 +92,7 @@ def _show_cost(params: "Params", found: "Survey", root: Path, rendering: float) 
     from pipeline.data.manifest import Manifest
     from pipeline.preview.estimate import EstimateError, estimate
 
-    manifest = Manifest(found.items, root)
+    manifest = Manifest(found.items, root, params.data.closed_set)
     height, width = params.data.image_size
     cached = params.data.cache
     inspected = rendering + found.seconds * len(manifest) * (2 if cached else 1)  # the cache decodes each once more

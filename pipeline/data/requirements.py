@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from pipeline.config import Batch, Params
 from pipeline.data.layout import UNKNOWN
-from pipeline.data.manifest import DataError, Item, first_few, label_problems
+from pipeline.data.manifest import TEST, DataError, Item, first_few, label_problems
 from pipeline.data.sources import LAYOUTS
 from pipeline.protocols import JUNK, PROTOCOLS, Protocol
 
@@ -54,7 +54,9 @@ def warnings(items: Sequence[Item], params: Params) -> Iterator[str]:
     if not held_out and share and trained:
         smallest = math.ceil(100 / len(trained)) / 100
         why = f"`data.validation` is {share:g} of {len(trained)} training identities"
-        if share >= smallest:
+        if trained.keys() <= {item.identity for item in items if item.split in TEST}:
+            why = "all training identities are in the test set too (closed set)"
+        elif share >= smallest:
             why = f"no query of them would have a match, {_match(PROTOCOLS[params.data.protocol])}"
         elif smallest <= 0.5:
             why += f"; {smallest:g} holds out one"

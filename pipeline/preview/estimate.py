@@ -8,6 +8,7 @@ stage, as far as the first steps and an evaluation batch reach it.
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from pipeline.config import Params
 from pipeline.data.manifest import Manifest
 from pipeline.files import write_text
 
-LIMIT, STEP = 30.0, 25.0
+IMPORTS, LIMIT, STEP = 300.0, 30.0, 25.0
 """Seconds that a process may take after its imports, and that its first step has taken if it does not keep to that."""
 PARAMS, MANIFEST = "params.json", "manifest.csv"
 
@@ -93,15 +94,23 @@ def estimate(stage: str, params: Params, manifest: Manifest) -> Estimate:
         write_text(Path(folder) / PARAMS, params.model_dump_json())
         manifest.write(Path(folder) / MANIFEST)
         command = [sys.executable, "-m", "pipeline.preview.steps", stage, folder, str(manifest.root)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            output = process.stdout.readline() if process.stdout else ""  # imports take long on a busy machine
+        messages = Path(folder) / "stderr"
+        with (
+            messages.open("w") as stderr,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
+        ):
+            start = threading.Timer(IMPORTS, process.kill)  # imports take long on a busy machine
+            start.start()
+            output = process.stdout.readline() if process.stdout else ""
+            start.cancel()
             try:
-                more, errors = process.communicate(timeout=LIMIT)
+                more, _ = process.communicate(timeout=LIMIT)
                 failed = process.returncode
             except subprocess.TimeoutExpired:
                 process.kill()
-                more, errors = process.communicate()
+                more, _ = process.communicate()
                 failed = 0  # the lines that it wrote before are complete
+        errors = messages.read_text(encoding="utf-8", errors="replace")
     lines = (output + more).split()
     if failed:
         why = "it was killed, probably because memory did not suffice" if failed < 0 else _last(errors)

@@ -21,6 +21,7 @@ from pipeline.registry.policy import Comparison, Decision, decide, difference
 from pipeline.retrieval import scoring
 from pipeline.retrieval.evaluate import sides
 from pipeline.retrieval.metrics import Retrieval
+from pipeline.runtime import limit_threads
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class PromotionPolicy:
             names["the best version"] = best
         for version in names.values():
             self._check_not_trained_on_test(version)
+        limit_threads(self._params.runtime.threads)  # as stage `benchmark` times
         rivals = {name: self._compare(version, timed=version == champion) for name, version in names.items()}
         limits = self._params.tracking.promotion
         decision = decide(rivals, limits.margin, limits.max_size_ratio, limits.max_latency_ratio)
@@ -116,9 +118,15 @@ class PromotionPolicy:
             )
 
     def _test_set(self) -> str:
-        """Return a digest of queries and gallery: images, labels and protocol."""
+        """Return a digest of queries and gallery: images, labels, protocol, and identities that were trained on."""
         items = (self._manifest.items[index] for index in self._manifest.indices(*TEST))
-        return _digest(self._params.data.protocol, *(f"{i.split} {i.name} {i.identity} {i.camera}" for i in items))
+        images = (f"{i.split} {i.name} {i.identity} {i.camera}" for i in items)
+        return _digest(self._params.data.protocol, *images, *self._seen())
+
+    def _seen(self) -> list[str]:
+        """Return the identities of the test set that were trained on: open and closed sets are never compared."""
+        seen = sorted(self._manifest.test_identities.intersection(self._manifest.train_identities))
+        return ["seen", *seen] if seen else []
 
     def _split(self) -> str:
         """Return a digest of what assigns identities to the training set, whatever images there are.
@@ -134,13 +142,10 @@ class PromotionPolicy:
             return _digest(data.source, seed, data.vehicles.train_identities)
         if data.source not in ("folder", "csv"):
             return _digest(data.source)
-        everyone, tested = ({item.identity for item in self._manifest.items} - {JUNK}, self._test_identities())
+        everyone, tested = {item.identity for item in self._manifest.items} - {JUNK}, self._manifest.test_identities
         if draw_test(everyone, data.custom.test, seed) == tested:
             return _digest("drawn", seed, data.custom.test)
-        return _digest("listed", *sorted(tested))
-
-    def _test_identities(self) -> set[str]:
-        return {item.identity for item in self._manifest.items if item.split in TEST} - {JUNK}
+        return _digest("listed", *sorted(tested), *self._seen())
 
 
 def common_batch(*models: Model) -> int | None:

@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from errno import EINVAL
+from errno import EFBIG, EINVAL
 from pathlib import Path
 from stat import S_ISREG
 from typing import Self
@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.data.folders import walk
-from pipeline.data.images import Pixels, decode
+from pipeline.data.images import MAX_BYTES, Pixels, decode
 from pipeline.data.parallel import in_threads
 from pipeline.export.embed import Embeddings, fixed_batch
 from pipeline.export.model import Model, open_model
@@ -134,9 +134,10 @@ class Index:
             raise GalleryError(f"{name} is outside the gallery {self.gallery}; index it again")
         try:
             digest = _digest(self.gallery / name)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a null character in a path is a ValueError
+            reason = getattr(error, "strerror", None) or error
             raise GalleryError(
-                f"{name} is not in {self.gallery} ({error.strerror}); index the gallery again, or name its new folder "
+                f"{name} is not in {self.gallery} ({reason}); index the gallery again, or name its new folder "
                 "with `--gallery`"
             ) from None
         if digest != self._digests[place]:
@@ -266,8 +267,11 @@ def _digest(path: Path) -> str:
     Raises:
         OSError: If it cannot be read, or is not a regular file: reading a device or a pipe may never end.
     """
-    if not S_ISREG(path.stat().st_mode):
+    state = path.stat()
+    if not S_ISREG(state.st_mode):
         raise OSError(EINVAL, "not a regular file")
+    if state.st_size > MAX_BYTES:
+        raise OSError(EFBIG, f"larger than {MAX_BYTES} bytes")
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -126,8 +126,9 @@ def application(indexes: Sequence[Index], hosts: Sequence[str]) -> FastAPI:
         index = indexes[column]
         try:
             content = _thumbnail(index.path(place))
-        except GalleryError as error:
-            raise HTTPException(404, str(error).replace(str(index.gallery), index.gallery.name)) from None
+        except GalleryError:  # its reason would reveal which files exist here
+            text = f"{index.paths[place]} is not in the gallery, or is not the file that was indexed"
+            raise HTTPException(404, text) from None
         except Exception as error:  # whatever a decoder raises
             raise HTTPException(404, f"{index.paths[place]} can no longer be read: {error}") from None
         return Response(content, media_type="image/png", headers={"Cache-Control": "max-age=3600"})

@@ -80,7 +80,7 @@ def prepare(files: Files, settings: Params, identities: int, rule: Rule = drawn)
         items.append(Item(path, str(identity), str(camera), UNASSIGNED))
         if not (files.root / "data" / path).exists():
             layouts.picture(files.root / "data" / path, identity, camera, view)
-    manifest = Manifest(rule(items, settings), files.root / "data")
+    manifest = Manifest(rule(items, settings), files.root / "data", settings.data.closed_set)
     manifest.write(files.manifest)
     return manifest
 
@@ -159,6 +159,25 @@ def test_a_champion_that_may_have_been_trained_on_test_identities_is_rejected(
     prepare(files, before, 20, rules[0])  # the original test set again
     again = trained(files.root / "two", networks, 1, Manifest.read(files.manifest, files.root / "data"))
     assert publish(files, before, again)[1].passed
+
+
+def test_open_and_closed_sets_are_never_compared(files: Files, networks: dict[int, bytes]) -> None:
+    """The test images are the same; in the closed set two of their identities are trained on too."""
+
+    def closed(items: list[Item], settings: Params) -> list[Item]:
+        more = [Item(f"{one.path}#", one.identity, one.camera, "train") for one in items if one.identity in ("1", "2")]
+        return [*listed(1, 2, 3)(items, settings), *more]
+
+    before = params("csv")
+    after = before.model_copy(update={"data": before.data.model_copy(update={"closed_set": True})})
+    sets = [(before, listed(1, 2, 3)), (after, closed)]
+    for number, (one, two) in enumerate((sets, sets[::-1])):
+        name = {"tracking": before.tracking.model_copy(update={"model_name": f"m{number}"})}
+        first, second = (settings.model_copy(update=name) for settings, _ in (one, two))
+        publish(files, first, trained(files.root / "one", networks, 0, prepare(files, first, 20, one[1])))
+        folder = trained(files.root / "two", networks, 1, prepare(files, second, 20, two[1]))
+        with pytest.raises(RegistryError, match="version 1 may have been trained on identities of this test set"):
+            publish(files, second, folder)
 
 
 def test_a_table_may_get_new_training_identities(files: Files, networks: dict[int, bytes]) -> None:

@@ -1,6 +1,7 @@
 """The exported files in the oldest ONNX Runtime, ONNX Runtime Web, OpenVINO and OpenCV, each in its own environment."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -149,6 +150,11 @@ def environment(folder: Path, *packages: str) -> Path:
     return python
 
 
+def version_in(name: str, number: int = 0) -> str:
+    """Return a version that the card names, so that it names only what is tried here."""
+    return re.findall(r"\d+\.\d+", name)[number]
+
+
 @pytest.fixture(scope="session")
 def oldest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     least = f"onnxruntime=={LEAST_ONNX_RUNTIME[18]}.0"
@@ -157,17 +163,17 @@ def oldest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def openvino(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return environment(tmp_path_factory.mktemp("openvino"), "openvino")
+    return environment(tmp_path_factory.mktemp("openvino"), f"openvino=={version_in(OPENVINO.name)}.*")
 
 
 @pytest.fixture(scope="session")
 def opencv(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return environment(tmp_path_factory.mktemp("opencv"), "opencv-python-headless")
+    return environment(tmp_path_factory.mktemp("opencv"), f"opencv-python-headless=={version_in(OPENCV.name, 1)}.*")
 
 
 @pytest.fixture(scope="session")
 def opencv4(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return environment(tmp_path_factory.mktemp("opencv4"), "opencv-python-headless<5")
+    return environment(tmp_path_factory.mktemp("opencv4"), f"opencv-python-headless=={version_in(OPENCV.name)}.*")
 
 
 @pytest.fixture(scope="session")
@@ -175,7 +181,15 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A script beside ONNX Runtime Web."""
     folder = tmp_path_factory.mktemp("web")
     (folder / "run.mjs").write_text(JAVASCRIPT)
-    command = ["npm", "install", "--no-audit", "--no-fund", "--prefix", str(folder), "onnxruntime-web"]
+    command = [
+        "npm",
+        "install",
+        "--no-audit",
+        "--no-fund",
+        "--prefix",
+        str(folder),
+        f"onnxruntime-web@{version_in(WEB.name)}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder / "run.mjs"
