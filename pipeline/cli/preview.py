@@ -71,8 +71,8 @@ def _show_data(params: "Params", found: "Survey") -> None:
         Console().print(to_table(found.counts))
     sampled = len(found.decoded) + len(found.unreadable)
     typer.echo(
-        f"{sampled:,} of {len(found.items):,} images were decoded, spread over the identities: {len(found.unreadable)} "
-        "cannot be. Stage `prepare` decodes all, and searches for duplicates and leaks."
+        f"{sampled:,} of {len(found.items):,} images, spread over the identities, were tried: {len(found.unreadable)} "
+        "cannot be decoded. Stage `prepare` decodes all, and searches for duplicates and leaks."
     )
     for path, reason in found.unreadable[:3]:
         typer.echo(f"  cannot be decoded: {path}: {reason}")
@@ -128,7 +128,7 @@ def _show_cost(params: "Params", found: "Survey", root: Path, rendering: float) 
         )
     if cached:
         cache = len(manifest) * height * width * 3
-        typer.echo(f"The image cache takes {cache / GIB:.2f} GiB on disk, and that memory if it is free.")
+        typer.echo(f"The image cache takes {cache / GIB:.1g} GiB on disk, and that memory if it is free.")
     available = psutil.virtual_memory().available
     if peak > available:
         typer.echo(f"Note: {peak / GIB:.1f} GiB of memory are needed, and {available / GIB:.1f} GiB are free")
