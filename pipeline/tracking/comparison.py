@@ -42,7 +42,7 @@ def executions_table(client: MlflowClient, experiment: str, ids: Sequence[str], 
     rows = [_row(run) for run in selected]
     seen = [run.data.tags.get("protocol", "").endswith(SEEN) for run in selected]
     if any(seen):
-        rows = [{**row, "test identities": "seen" if s else "unseen"} for row, s in zip(rows, seen, strict=True)]
+        rows = [{**row, "test ids": "seen" if s else "unseen"} for row, s in zip(rows, seen, strict=True)]
     return rows
 
 
