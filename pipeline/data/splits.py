@@ -77,8 +77,9 @@ def split_validation(items: Sequence[Item], share: float, seed: int, protocol: s
         return list(items)
     paths = _group_names(item for item in items if item.split == "train")
     tested = {item.identity for item in items if item.split in TEST}  # in training too if `data.closed_set`
-    candidates = [name for name in sorted(paths.keys() - tested) if _has_match(paths[name], protocol) and name != JUNK]
-    wanted = int(share * len(paths))
+    free = sorted(paths.keys() - tested)
+    candidates = [name for name in free if _has_match(paths[name], protocol) and name != JUNK]
+    wanted = int(share * len(free))
     if len(candidates) < wanted:
         requirement = "were seen by two cameras" if PROTOCOLS[protocol].cameras else "have two images"
         log.warning("only %d of %d identities %s and can be held out", len(candidates), wanted, requirement)
