@@ -233,7 +233,7 @@ def label_problems(items: Sequence[Item], closed_set: bool) -> Iterator[str]:
         yield f"paths must be relative, with forward slashes and without `..`: {first_few(outside)}"
     twice = [name for name, count in Counter(item.name for item in items).items() if count > 1]
     if twice:
-        yield f"listed more than once: {first_few(twice)}"
+        yield f"listed more than once: {first_few(twice)}; delete the repeated rows or files"
     spellings: dict[str, set[str]] = defaultdict(set)  # by Unicode normal form: macOS does not distinguish them
     for path in {item.path for item in items}:
         spellings[unicodedata.normalize("NFC", path)].add(path)
