@@ -110,6 +110,11 @@ class ExecutionRecords:
         return self.folder.name.partition("-")[0]
 
     @property
+    def experiment(self) -> str:
+        """Name of the MLflow experiment; empty if the record of the execution is missing."""
+        return record.experiment if (record := self.execution()) else ""
+
+    @property
     def files(self) -> Path:
         """Folder of files to upload; they are copies, because a later run replaces the originals."""
         return self.folder / "files"

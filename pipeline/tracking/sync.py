@@ -58,7 +58,7 @@ class Sync:
     Attributes:
         uploaded: Number of executions that were not up to date, except deleted ones.
         file_errors: Errors of the artifact store.
-        failed: First error that another login, or another attempt, may not have.
+        failed: First error that a login, or another attempt, may not have.
     """
 
     def __init__(self, files: Files, timeout: float = 0, again: bool = False) -> None:
@@ -121,10 +121,14 @@ class Sync:
                     if store.is_network_error(error) and not repeated:
                         repeated = True
                         continue
-                    if store.http_status(error) in (401, 403) or store.is_network_error(error):
+                    if store.http_status(error) == 403:
+                        denied = store.failure(self.uri, error).problem.removeprefix("it ")
+                        records.add_notice(f"experiment {records.experiment}: MLflow {denied}")
+                    elif store.http_status(error) == 401 or store.is_network_error(error):
                         self.failed = self.failed or self._failed(error)
-                        return
-                    records.add_notice(f"MLflow rejected part of execution {records.id} ({store.root_cause(error)})")
+                    else:
+                        cause = store.root_cause(error)
+                        records.add_notice(f"MLflow rejected part of execution {records.id} ({cause})")
                     return
             again = False
             if self.file_errors:
@@ -298,8 +302,8 @@ def sync(files: Files, again: bool = False) -> tuple[int, list[str]]:
     """Upload all executions of a checkout, waiting for other processes that upload the same ones.
 
     Returns:
-        Number of executions that were not up to date, and messages for the user: runs that were deleted in MLflow, and
-        executions that MLflow rejected.
+        Number of executions that were not up to date, and messages for the user: runs that were deleted in MLflow,
+        executions that MLflow rejected, and experiments that it denies to this login.
 
     Raises:
         TrackingError: If the store cannot be reached, or its artifact store fails.

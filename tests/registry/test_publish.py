@@ -1,0 +1,60 @@
+"""Publishing depends on the release, not on the other run records of the checkout."""
+
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from pipeline.export.metadata import finish
+from pipeline.files import Files, write_text
+from pipeline.registry.lineage import CHAMPION
+from pipeline.registry.publish import open_registry, publish
+from pipeline.tracking.execution import Execution, ProcessId
+from pipeline.tracking.run_record import EXECUTION, ExecutionRecords, RunRecord
+from pipeline.tracking.store import open_store, tracking_uri
+from tests.export.tiny_network import tiny_net
+from tests.registry.test_promotion import SIZES, params, prepare, to_onnx, trained
+
+SETTINGS = params()
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
+    """A checkout with a release in artifacts/export, whose store is a new database."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    files = Files(tmp_path, tmp_path)
+    networks = {0: to_onnx(tiny_net(0), SIZES[0], 18).SerializeToString()}
+    files.artifacts("export").mkdir(parents=True)
+    trained(files.artifacts("export"), networks, 0, prepare(files, SETTINGS, 20))
+    return files
+
+
+def execution(files: Files, experiment: str, number: int) -> ExecutionRecords:
+    """Record an execution with a report."""
+    process = ProcessId(host="elsewhere", boot="", pid=number, start=1)
+    records = ExecutionRecords.of(files, Execution.of("dvc", process))
+    write_text(records.files / "report" / "index.html", "<h1>report</h1>")
+    common = {"process": process, "began": number}
+    records.write(EXECUTION, RunRecord(title="an execution", experiment=experiment, **common))
+    stage = RunRecord(title="benchmark", stage="benchmark", status="FINISHED", ended=9, folder="report", **common)
+    records.write("benchmark", stage)
+    return records
+
+
+def champion(files: Files) -> str:
+    with open_registry(files, SETTINGS) as registry:
+        return registry.version_of(CHAMPION)
+
+
+def test_an_old_execution_whose_artifact_store_is_gone_does_not_stop_publish(
+    files: Files, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_text(files.root / "a file", "")
+    open_store(files).create_experiment("old", (files.root / "a file" / "runs").as_uri())
+    execution(files, "old", 1)
+    published = publish(files, SETTINGS, files.artifacts("export"))
+    assert (published.version, published.decision.passed, champion(files)) == ("1", True, "1")
+    assert "has all figures and statuses, but its artifact store failed" in caplog.text
+
+
