@@ -3,15 +3,15 @@
 from pathlib import Path
 
 import pytest
-from mlflow import MlflowClient
 
 from pipeline.export.metadata import finish
 from pipeline.files import Files, write_text
+from pipeline.flow.retrain import _publish
 from pipeline.registry.lineage import CHAMPION
-from pipeline.registry.publish import open_registry, publish
+from pipeline.registry.publish import last_published, open_registry, publish
 from pipeline.tracking.execution import Execution, ProcessId
 from pipeline.tracking.run_record import EXECUTION, ExecutionRecords, RunRecord
-from pipeline.tracking.store import open_store, tracking_uri
+from pipeline.tracking.store import open_store
 from tests.export.tiny_network import tiny_net
 from tests.registry.test_promotion import SIZES, params, prepare, to_onnx, trained
 
@@ -58,3 +58,15 @@ def test_an_old_execution_whose_artifact_store_is_gone_does_not_stop_publish(
     assert "has all figures and statuses, but its artifact store failed" in caplog.text
 
 
+def test_a_release_of_a_checkout_without_run_records_is_published_once(files: Files) -> None:
+    published = publish(files, SETTINGS, files.artifacts("export"))
+    assert last_published(files, SETTINGS) == published
+
+
+def test_the_flow_has_the_outcome_of_publishing(files: Files) -> None:
+    from prefect import flow
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness():
+        published = flow(lambda: _publish(files, SETTINGS))()
+    assert (published.version, published.decision.passed, champion(files)) == ("1", True, "1")
