@@ -14,6 +14,7 @@ import shutil
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cached_property
@@ -42,8 +43,8 @@ LOCK_TIMEOUT = 45.0
 """Seconds that a command waits for another process that uploads the same execution."""
 LARGE = {"export"}
 """Stages whose files are deleted after their upload; `publish` uploads a release to another store."""
-MAX_FILE_ERRORS = 3
-"""Number of executions whose files may fail to upload before files are left to a later call."""
+MAX_FILE_SECONDS = 30.0
+"""Seconds that failed uploads to one artifact location may take before its other files are left to a later call."""
 MAX_EXECUTIONS = 200
 """Number of executions whose records are kept; older records are deleted after their upload."""
 
@@ -58,12 +59,13 @@ class Sync:
     Attributes:
         uploaded: Number of executions that were not up to date, except deleted ones.
         file_errors: Errors of the artifact store.
+        file_seconds: Seconds that failed uploads of files took, by artifact location.
         failed: First error that a login, or another attempt, may not have.
     """
 
     def __init__(self, files: Files, timeout: float = 0, again: bool = False) -> None:
         self.files, self.uri, self._timeout, self._again = files, store.tracking_uri(files), timeout, again
-        self.uploaded, self.file_errors = 0, list[str]()
+        self.uploaded, self.file_errors, self.file_seconds = 0, list[str](), Counter[str]()
         self.failed: TrackingError | None = None
 
     @cached_property
@@ -172,6 +174,7 @@ class _Upload:
     def __init__(self, sync: Sync, records: ExecutionRecords, again: bool) -> None:
         self.sync, self.client, self.records = sync, sync.client, records
         self.state = records.synced(sync.store)
+        self._locations: dict[str, str] = {}
         if again:  # the run ids stay, to recognise purged runs
             self.state = {name: {"run": seen["run"]} for name, seen in self.state.items() if "run" in seen}
 
@@ -237,6 +240,7 @@ class _Upload:
             entry = {ENTRY: f"{self.records.id}/{name}", "execution_id": self.records.id, "mlflow.user": _user()}
             run = self.client.create_run(experiment, _ms(record.began), {**tags, **record.tags, **entry}, record.title)
         self._save_state(name, run=run.info.run_id)
+        self._locations[name] = run.info.artifact_uri.removesuffix(f"/{run.info.run_id}/artifacts")
         return str(run.info.run_id)
 
     def _write(self, name: str, record: RunRecord, run: str) -> None:
@@ -268,13 +272,15 @@ class _Upload:
             seen = self.state.get(name, {})
             if "gone" in seen or self.records.is_synced(record, seen) or not self.records.has_files(record):
                 continue
-            if len(self.sync.file_errors) == MAX_FILE_ERRORS:
+            location = self._locations[name]  # an experiment whose location is gone must not stop the others
+            if self.sync.file_seconds[location] > MAX_FILE_SECONDS:
                 return
-            folder = self.records.files / record.folder
+            folder, started = self.records.files / record.folder, time.monotonic()
             try:
                 self.client.log_artifacts(seen["run"], str(folder), record.folder)
             except Exception as error:  # of any artifact store
                 self.sync.file_errors.append(store.root_cause(error))
+                self.sync.file_seconds[location] += time.monotonic() - started
                 return
             self._save_state(name, files=record.fingerprint)
             if record.stage in LARGE:

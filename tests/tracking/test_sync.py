@@ -396,6 +396,38 @@ def test_figures_and_statuses_arrive_although_the_artifact_store_fails(
         assert [file.path for file in client().list_artifacts(run.info.run_id)] == expected
 
 
+def test_files_of_new_executions_arrive_although_those_of_old_ones_cannot(
+    here: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The artifact location of the old ones is gone, and each failed upload takes long."""
+    monkeypatch.setattr("pipeline.tracking.sync.MAX_FILE_SECONDS", 0.0)
+    name = load(here.params).tracking.experiment
+    write_text(tmp_path / "a file", "")
+    client().create_experiment(f"{name}-old", (tmp_path / "a file" / "runs").as_uri())
+    text = here.params.read_text()
+    here.params.write_text(text.replace(f"experiment: {name}", f"experiment: {name}-old"))
+    old = [record(here, "benchmark", owner=dvc(number)) for number in range(4)]
+    here.params.write_text(text)
+    new = record(here, "benchmark", owner=dvc(5))
+    for _ in range(2):
+        with pytest.raises(TrackingError, match="has all figures and statuses, but its artifact store failed"):
+            sync(here)
+        assert [bool(records.pending(store_key(here))) for records in (*old, new)] == [True] * 4 + [False]
+    upload = Sync(here)
+    upload.upload_all()
+    assert len(upload.file_errors) == 1  # the others were not tried
+
+
+def test_files_of_a_new_execution_arrive_although_some_at_the_same_location_fail(here: Files) -> None:
+    old = [record(here, "benchmark", owner=dvc(number)) for number in range(4)]
+    for records in old:
+        (records.files / "report" / "gone").symlink_to("nowhere")  # cannot be read
+    new = record(here, "benchmark", owner=dvc(5))
+    with pytest.raises(TrackingError, match="has all figures and statuses, but its artifact store failed"):
+        sync(here)
+    assert [bool(records.pending(store_key(here))) for records in (*old, new)] == [True] * 4 + [False]
+
+
 # --- deleted runs -----------------------------------------------------------------------------------------------------
 
 
