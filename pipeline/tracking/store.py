@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -263,37 +263,41 @@ def connect(files: Files) -> Iterator["MlflowClient"]:
 def store_key(files: Files) -> str:
     """Return the key of the present store, under which the state of uploads is kept.
 
-    It is the identity of the store as of the last connection (see `identify`), or a digest of the address.
+    It is a digest of the address, with the identity of the store as of the last connection (see `identify`).
     """
     path = _identity_file(files)
     return path.read_text(encoding="utf-8").strip() if path.is_file() else path.name
 
 
 def identify(files: Files, client: "MlflowClient") -> str:
-    """Read the identity of the store from it, save it for `store_key`, and return it.
+    """Read the identity of the store from it, save the key of the store for `store_key`, and return it.
 
-    It is the time at which the store was created, to the millisecond: MLflow creates experiment 0 together with its
-    tables. So a store keeps its state under a new address, and a new store at an old address has none. A store that
-    does not show this experiment is identified by its address.
+    The identity is the time at which the store was created, to the millisecond: MLflow creates experiment 0 together
+    with its tables. So a new store at an old address has no state. The address is a part of the key because a clone of
+    a database has the same identity and may lack later runs; at another address of the same store, `sync` finds the
+    existing runs by their tags. A store that does not show experiment 0 keeps its last key.
 
     Raises:
         Exception: Any error of MLflow.
     """
     from mlflow.exceptions import MlflowException
 
-    path = _identity_file(files)
+    path, known = _identity_file(files), store_key(files)
     try:
-        found = str(client.get_experiment("0").creation_time or path.name)
+        created = client.get_experiment("0").creation_time
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED"):
             raise
-        found = path.name
-    if not path.is_file():  # version 0.1.0 used the address
+        created = None
+    key = f"{path.name}-{created}" if created else known
+    if key != known == path.name:  # of version 0.1.0, or of a store that did not show experiment 0 before
         for state in (files.tracking / "runs").glob(f"*/synced/{path.name}.json"):
-            state.replace(state.with_name(f"{found}.json"))
-    if store_key(files) != found or not path.is_file():
-        write_text(path, found + "\n")
-    return found
+            if not (target := state.with_name(f"{key}.json")).exists():
+                with suppress(FileNotFoundError):  # another process moved it
+                    state.rename(target)
+    if key != known or not path.is_file():
+        write_text(path, key + "\n")
+    return key
 
 
 def _identity_file(files: Files) -> Path:
