@@ -133,7 +133,7 @@ class Sync:
                     if store.http_status(error) == 403:
                         denied = store.failure(self.uri, error).problem.removeprefix("it ")
                         records.add_notice(f"experiment {records.experiment}: MLflow {denied}")
-                    elif store.http_status(error) == 401 or store.is_network_error(error):
+                    elif store.http_status(error) == 401 or store.is_os_error(error):
                         self.failed = self.failed or self._failed(error)
                     else:
                         cause = store.root_cause(error)

@@ -634,6 +634,17 @@ def test_an_unreachable_store_is_one_error(here: Files, monkeypatch: pytest.Monk
         sync(here)
 
 
+def test_an_error_of_this_machine_is_not_taken_for_one_of_the_network(here: Files) -> None:
+    broken = record(here, "prepare", owner=dvc(1))
+    (broken.folder / "synced").write_text("")  # a file in the way, as a full disk would be
+    record(here, "prepare", owner=dvc(2))
+    with pytest.raises(
+        TrackingError, match=r"^MLflow at .* cannot be used \(\[Errno 17\] File exists: .*; run records"
+    ):
+        sync(here)
+    assert len(parents(here)) == 2 and parents(here)[1].info.status == "FINISHED"
+
+
 # --- concurrent processes ---------------------------------------------------------------------------------------------
 
 
