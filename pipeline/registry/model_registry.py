@@ -9,13 +9,14 @@ import contextlib
 import hashlib
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import mlflow.artifacts
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from requests.exceptions import RequestException
 
 from pipeline.export.model import open_model
 from pipeline.export.release import STUDENT, SUMS, ReleaseError
@@ -263,14 +264,27 @@ class Registry:
         if tags[BEST] not in lineage.versions:
             tags[BEST] = ITSELF
         description = f"Rollback to version {to}: {reason}."
-        self.set_aliases(self._create(version.source or "", version.run_id, tags, description))
-        withdrawn = sorted(self.lineage().withdrawn - lineage.withdrawn, key=int)
-        for number in withdrawn:  # the version may be deleted in MLflow later
-            digest = lineage.versions[number].tags.get(DIGEST, "") if number in lineage.versions else ""
-            self.client.set_registered_model_tag(self.name, _withdrawn_tag(digest), f"version {number}")
-        if (tag := _withdrawn_tag(version.tags.get(DIGEST, ""))) in model.tags:
-            self.client.delete_registered_model_tag(self.name, tag)
+        number, withdrawn = self._create(version.source or "", version.run_id, tags, description), list[str]()
+        try:
+            self.set_aliases(number)
+            after = self.lineage()
+            withdrawn = sorted(after.withdrawn - lineage.withdrawn, key=int)
+            self._tag_withdrawn(after, to, model.tags)
+        except (MlflowException, RequestException) as error:  # repeating the command would withdraw one more version
+            reason = f"its aliases or the tags of withdrawn versions are incomplete ({store.root_cause(error)})"
+            remedy = f"`smaller-student rollback --to {to}` completes them"
+            log.warning("version %s is champion again, but %s; %s", to, reason, remedy)
         return withdrawn, to
+
+    def _tag_withdrawn(self, lineage: Lineage, champion: str, present: Mapping[str, str]) -> None:
+        """Tag the model with the withdrawn releases, since their versions may be deleted in MLflow later."""
+        digests = {number: version.tags.get(DIGEST, "") for number, version in lineage.versions.items()}
+        restored = _withdrawn_tag(digests[champion])
+        for number in sorted(lineage.withdrawn & digests.keys(), key=int):
+            if (tag := _withdrawn_tag(digests[number])) != restored and tag not in present:
+                self.client.set_registered_model_tag(self.name, tag, f"version {number}")
+        if restored in present:
+            self.client.delete_registered_model_tag(self.name, restored)
 
     def _create(self, source: str, run: str | None, tags: dict[str, str], description: str) -> str:
         with contextlib.suppress(MlflowException):  # the model exists
