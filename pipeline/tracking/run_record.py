@@ -9,12 +9,14 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.files import Files, read_json, write_json, write_text
+from pipeline.system.locks import locked
 from pipeline.tracking.execution import Execution, ProcessId
 
 log = logging.getLogger(__name__)
@@ -211,6 +213,10 @@ class ExecutionRecords:
         if record is None or not stages or any(stage.status == "RUNNING" for stage in stages):
             return record
         return record.updated(status=stages[-1].status, ended=max(stage.ended or 0.0 for stage in stages))
+
+    def upload_lock(self, timeout: float) -> AbstractContextManager[None]:
+        """Hold the lock of an upload of the execution, waiting so many seconds for another process."""
+        return locked(self.folder / "sync.lock", f"the upload of execution {self.id}", timeout)
 
     # --- state of the upload ------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, RunTag, ViewType
 
 from pipeline.files import Files, write_text
-from pipeline.system.locks import BusyError, locked
+from pipeline.system.locks import BusyError
 from pipeline.tracking import store
 from pipeline.tracking.run_record import EXECUTION, ExecutionRecords, RunRecord, all_executions
 from pipeline.tracking.store import TrackingError
@@ -122,7 +122,7 @@ class Sync:
         again, uploaded, repeated = self._again, False, False
         records.mark_killed()
         while (pending := again or bool(records.pending(self.store))) or verify:
-            with locked(records.folder / "sync.lock", f"the upload of execution {records.id}", self._timeout):
+            with records.upload_lock(self._timeout):
                 try:
                     uploaded |= _Upload(self, records, again).run() and pending
                 except Exception as error:
@@ -213,7 +213,7 @@ class _Upload:
                     for original in self._search(experiment, ENTRY, entry):
                         tags["original_run"] = original.info.run_id
                 self._write(name, record, self._run_id(name, record, runs[name], experiment, tags))
-        if not self._is_synced(EXECUTION, parent):  # last, so that a finished parent run is complete
+        if not self._is_synced(EXECUTION, parent):  # after the stages; files follow
             self._write(EXECUTION, parent, parent_id)
         self._upload_files({**stages, EXECUTION: parent})
         return True

@@ -4,15 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.export.metadata import finish
 from pipeline.files import Files, write_text
 from pipeline.flow.retrain import _publish
 from pipeline.registry.lineage import CHAMPION
+from pipeline.registry.model_registry import DIGEST, release_digest, upload_release
 from pipeline.registry.publish import last_published, open_registry, publish
+from pipeline.system.locks import BusyError
 from pipeline.tracking.execution import Execution, ProcessId
 from pipeline.tracking.run_record import EXECUTION, ExecutionRecords, RunRecord
 from pipeline.tracking.store import open_store
+from pipeline.tracking.sync import sync
 from tests.export.tiny_network import tiny_net
+from tests.fake_stages import Start
 from tests.registry.test_promotion import SIZES, params, prepare, to_onnx, trained
 
 SETTINGS = params()
@@ -70,3 +73,31 @@ def test_the_flow_has_the_outcome_of_publishing(files: Files) -> None:
     with prefect_test_harness():
         published = flow(lambda: _publish(files, SETTINGS))()
     assert (published.version, published.decision.passed, champion(files)) == ("1", True, "1")
+
+
+def test_a_release_that_another_process_uploads_is_not_uploaded_at_the_same_time(
+    tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    files = Files(tmp_path, tmp_path)
+    records = execution(files, "e", 1)
+    sync(files)
+    write_text(tmp_path / "release" / "SHA256SUMS", "1234  model.onnx\n")
+    client = open_store(files)
+    (run,) = client.search_runs([client.get_experiment_by_name("e").experiment_id], "tags.stage = 'benchmark'")
+    client.set_tag(run.info.run_id, DIGEST, release_digest(tmp_path / "release"))
+    client.set_tag(run.info.run_id, "cached", "false")
+    monkeypatch.setattr("pipeline.registry.model_registry.LOCK_TIMEOUT", 0.1)
+    code = (
+        "import sys, time; from pathlib import Path; from pipeline.tracking.run_record import ExecutionRecords\n"
+        "with ExecutionRecords(Path(sys.argv[1])).upload_lock(0): print('uploading', flush=True); time.sleep(300)"
+    )
+    other = start(files, "-c", code, str(records.folder))
+    assert other.stdout is not None and other.stdout.readline() == "uploading\n"
+    with pytest.raises(BusyError, match=f"the upload of execution {records.id} is already running"):
+        upload_release(client, files, tmp_path / "release", "e")
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["report"]
+    other.kill()
+    other.wait()
+    assert upload_release(client, files, tmp_path / "release", "e") == run.info.run_id
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["export", "report"]
