@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 @app.command()
 def sync(
     again: Annotated[
-        bool, typer.Option(help="Upload all local run records again; MLflow keeps no duplicates.")
+        bool,
+        typer.Option(
+            help="Upload all local run records again, as after a backup of MLflow was restored; it keeps no duplicates."
+        ),
     ] = False,
 ) -> None:
     """Upload runs to MLflow that could not be uploaded before."""

@@ -172,9 +172,9 @@ def _publish(files: Files, params: Params) -> Published:
         TrackingError: If publishing fails.
     """
     if (published := last_published(files, params)) is None:
-        _raise_if_failed(publish(files, params, return_state=True), TrackingError)
-        published = last_published(files, params)
-    assert published is not None  # noqa: S101 - saved by the task
+        state = publish(files, params, return_state=True)
+        _raise_if_failed(state, TrackingError)
+        published = state.result()
     return published
 
 
@@ -233,7 +233,7 @@ def reproduce(stage: str, execution: str, hours: float) -> State[None]:
     retry_delay_seconds=30,
     retry_condition_fn=_may_retry,
 )
-def publish(files: Files, params: Params) -> State[None]:
+def publish(files: Files, params: Params) -> State[Any]:
     """Register the release in artifacts/export, and promote it if it passes the promotion rule."""
     try:
         published = publish_release(files, params, files.artifacts("export"))
@@ -241,4 +241,4 @@ def publish(files: Files, params: Params) -> State[None]:
         return Failed(message=f"{error}; the release stays in {files.artifacts('export')}, the next run publishes it")
     except (RegistryError, ReleaseError) as error:  # the user must act first
         return Failed(name=NO_RETRY, message=str(error))
-    return Completed(message=published.sentence)
+    return Completed(message=published.sentence, data=published)

@@ -9,13 +9,15 @@ import contextlib
 import hashlib
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import mlflow.artifacts
 from mlflow import MlflowClient
+from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from requests.exceptions import RequestException
 
 from pipeline.export.model import open_model
 from pipeline.export.release import STUDENT, SUMS, ReleaseError
@@ -40,6 +42,8 @@ from pipeline.registry.lineage import (
 from pipeline.registry.policy import Decision
 from pipeline.system.locks import BusyError
 from pipeline.tracking import store
+from pipeline.tracking.run_record import all_executions
+from pipeline.tracking.sync import LOCK_TIMEOUT
 
 log = logging.getLogger(__name__)
 
@@ -263,14 +267,27 @@ class Registry:
         if tags[BEST] not in lineage.versions:
             tags[BEST] = ITSELF
         description = f"Rollback to version {to}: {reason}."
-        self.set_aliases(self._create(version.source or "", version.run_id, tags, description))
-        withdrawn = sorted(self.lineage().withdrawn - lineage.withdrawn, key=int)
-        for number in withdrawn:  # the version may be deleted in MLflow later
-            digest = lineage.versions[number].tags.get(DIGEST, "") if number in lineage.versions else ""
-            self.client.set_registered_model_tag(self.name, _withdrawn_tag(digest), f"version {number}")
-        if (tag := _withdrawn_tag(version.tags.get(DIGEST, ""))) in model.tags:
-            self.client.delete_registered_model_tag(self.name, tag)
+        number, withdrawn = self._create(version.source or "", version.run_id, tags, description), list[str]()
+        try:
+            self.set_aliases(number)
+            after = self.lineage()
+            withdrawn = sorted(after.withdrawn - lineage.withdrawn, key=int)
+            self._tag_withdrawn(after, to, model.tags)
+        except (MlflowException, RequestException) as error:  # repeating the command would withdraw one more version
+            reason = f"its aliases or the tags of withdrawn versions are incomplete ({store.root_cause(error)})"
+            remedy = f"`smaller-student rollback --to {to}` completes them"
+            log.warning("version %s is champion again, but %s; %s", to, reason, remedy)
         return withdrawn, to
+
+    def _tag_withdrawn(self, lineage: Lineage, champion: str, present: Mapping[str, str]) -> None:
+        """Tag the model with the withdrawn releases, since their versions may be deleted in MLflow later."""
+        digests = {number: version.tags.get(DIGEST, "") for number, version in lineage.versions.items()}
+        restored = _withdrawn_tag(digests[champion])
+        for number in sorted(lineage.withdrawn & digests.keys(), key=int):
+            if (tag := _withdrawn_tag(digests[number])) != restored and tag not in present:
+                self.client.set_registered_model_tag(self.name, tag, f"version {number}")
+        if restored in present:
+            self.client.delete_registered_model_tag(self.name, restored)
 
     def _create(self, source: str, run: str | None, tags: dict[str, str], description: str) -> str:
         with contextlib.suppress(MlflowException):  # the model exists
@@ -323,6 +340,7 @@ def upload_release(client: MlflowClient, files: Files, folder: Path, experiment:
 
     Raises:
         RegistryError: If the experiment was deleted in MLflow.
+        BusyError: If another process uploads the release for longer than LOCK_TIMEOUT.
         TrackingError: If the artifact store fails.
     """
     if (number := store.experiment_id(client, files, experiment)) is None:
@@ -330,26 +348,42 @@ def upload_release(client: MlflowClient, files: Files, folder: Path, experiment:
     digest = release_digest(folder)
     sizes = {f"{ARTIFACTS}/{path.name}": path.stat().st_size for path in folder.iterdir()}
     runs = list(client.search_runs([number], f"tags.{DIGEST} = '{digest}' and attributes.status = 'FINISHED'"))
-    for run in runs:
-        with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(Exception):  # of any artifact store
-            uploaded = {file.path: file.file_size for file in client.list_artifacts(run.info.run_id, ARTIFACTS)}
-            sums = Path(client.download_artifacts(run.info.run_id, f"{ARTIFACTS}/{SUMS}", scratch))
-            if uploaded == sizes and release_digest(sums.parent) == digest:
-                return str(run.info.run_id)
-    exported = sorted((run for run in runs if "stage" in run.data.tags), key=lambda run: run.data.tags["cached"])
-    if exported:
-        run_id = exported[0].info.run_id
-    else:
-        run_id = client.create_run(number, run_name="publish", tags={DIGEST: digest}).info.run_id
-    try:
-        client.log_artifacts(run_id, str(folder), ARTIFACTS)
-    except Exception as error:  # of any artifact store
+    with _no_upload(files, runs):
+        for run in runs:
+            with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(Exception):  # of any artifact store
+                uploaded = {file.path: file.file_size for file in client.list_artifacts(run.info.run_id, ARTIFACTS)}
+                sums = Path(client.download_artifacts(run.info.run_id, f"{ARTIFACTS}/{SUMS}", scratch))
+                if uploaded == sizes and release_digest(sums.parent) == digest:
+                    return str(run.info.run_id)
+        exported = sorted((run for run in runs if "stage" in run.data.tags), key=lambda run: run.data.tags["cached"])
+        if exported:
+            run_id = exported[0].info.run_id
+        else:
+            run_id = client.create_run(number, run_name="publish", tags={DIGEST: digest}).info.run_id
+        try:
+            client.log_artifacts(run_id, str(folder), ARTIFACTS)
+        except Exception as error:  # of any artifact store
+            if not exported:
+                with contextlib.suppress(MlflowException):
+                    client.delete_run(run_id)
+            place = f"the artifact store of MLflow at {store.shown(client.tracking_uri)}"
+            message = f"{place} failed ({store.root_cause(error)}); nothing was registered, publish again when it works"
+            raise store.TrackingError(message) from error
         if not exported:
-            with contextlib.suppress(MlflowException):
-                client.delete_run(run_id)
-        place = f"the artifact store of MLflow at {store.shown(client.tracking_uri)}"
-        message = f"{place} failed ({store.root_cause(error)}); nothing was registered, publish again when it works"
-        raise store.TrackingError(message) from error
-    if not exported:
-        client.set_terminated(run_id)
-    return str(run_id)
+            client.set_terminated(run_id)
+        return str(run_id)
+
+
+@contextlib.contextmanager
+def _no_upload(files: Files, runs: list[Run]) -> Iterator[None]:
+    """Wait for uploads of files to runs that are FINISHED already, and hold the locks of further ones.
+
+    Raises:
+        BusyError: If another process uploads for longer than LOCK_TIMEOUT.
+    """
+    executions = {run.data.tags.get("execution_id") for run in runs if run.data.tags.get("cached") == "false"}
+    with contextlib.ExitStack() as locks:
+        for records in all_executions(files):
+            if records.id in executions:
+                locks.enter_context(records.upload_lock(LOCK_TIMEOUT))
+        yield

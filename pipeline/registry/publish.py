@@ -1,5 +1,6 @@
 """Publish a release: check it, compare it with the champion, and register it."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -13,9 +14,11 @@ from pipeline.files import Files, read_json, write_json
 from pipeline.registry.model_registry import Registry, release_digest, upload_release, version_tags
 from pipeline.registry.policy import Decision
 from pipeline.registry.promotion import PromotionPolicy
-from pipeline.system.locks import locked
+from pipeline.system.locks import BusyError, locked
 from pipeline.tracking.store import TrackingError, connect, identify, store_key
 from pipeline.tracking.sync import sync
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,12 @@ def publish(files: Files, params: Params, folder: Path) -> Published:
         ReleaseError: If the release is damaged, or its models give other embeddings than when they were exported.
         RegistryError: If it cannot be compared: the registry was changed by hand, or test identities may have been
             trained on.
-        TrackingError: If MLflow cannot be reached.
+        TrackingError: If MLflow cannot be reached, or does not take the release.
     """
     check_release(folder)
-    sync(files)
     with open_registry(files, params) as registry, locked(files.tracking / "publish.lock", "publishing"):
+        identify(files, registry.client)
+        _upload_records(files)
         policy = PromotionPolicy(files, params, registry, folder)
         upload = partial(upload_release, registry.client, files, folder, params.tracking.experiment)
         tags = {**version_tags(folder), **policy.tags}
@@ -62,6 +66,16 @@ def publish(files: Files, params: Params, folder: Path) -> Published:
         registry.prune(files.tracking / "models")
     write_json(_saved(files), {**_target(files, params), **asdict(published)})
     return published
+
+
+def _upload_records(files: Files) -> None:
+    """Upload run records, so that the export has its run; a release can be published without the others."""
+    try:
+        _, notices = sync(files)
+    except (TrackingError, BusyError) as error:
+        notices = [str(error)]
+    for notice in notices:
+        log.warning(notice)
 
 
 def last_published(files: Files, params: Params) -> Published | None:

@@ -294,12 +294,12 @@ class StageRun:
         started = time.monotonic()
         while upload.poll() is None and self._pending(records) and time.monotonic() - started < timeout:
             time.sleep(0.1)
-        if self._pending(records):
-            failed = records.problem.is_file()
+        failed, notices = records.problem.is_file(), records.take_notices()
+        if self._pending(records) and (failed or not notices):
             problem = records.problem.read_text(encoding="utf-8").strip() if failed else "it takes longer"
             log.warning("the upload to MLflow at %s is not complete: %s; `smaller-student sync` uploads the rest",
                         shown(self._uri), problem)  # fmt: skip
-        for notice in records.take_notices():
+        for notice in notices:
             log.warning("MLflow at %s: %s", shown(self._uri), notice)
         if (record := records.read(self._name)) is not None and not local:
             records.write(self._name, record.updated(waited=time.monotonic() - started))

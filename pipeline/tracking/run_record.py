@@ -9,12 +9,14 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.files import Files, read_json, write_json, write_text
+from pipeline.system.locks import locked
 from pipeline.tracking.execution import Execution, ProcessId
 
 log = logging.getLogger(__name__)
@@ -108,6 +110,11 @@ class ExecutionRecords:
     @property
     def kind(self) -> str:
         return self.folder.name.partition("-")[0]
+
+    @property
+    def experiment(self) -> str:
+        """Name of the MLflow experiment; empty if the record of the execution is missing."""
+        return record.experiment if (record := self.execution()) else ""
 
     @property
     def files(self) -> Path:
@@ -206,6 +213,10 @@ class ExecutionRecords:
         if record is None or not stages or any(stage.status == "RUNNING" for stage in stages):
             return record
         return record.updated(status=stages[-1].status, ended=max(stage.ended or 0.0 for stage in stages))
+
+    def upload_lock(self, timeout: float) -> AbstractContextManager[None]:
+        """Hold the lock of an upload of the execution, waiting so many seconds for another process."""
+        return locked(self.folder / "sync.lock", f"the upload of execution {self.id}", timeout)
 
     # --- state of the upload ------------------------------------------------------------------------------------------
 

@@ -1,12 +1,15 @@
 """Address and identity of the MLflow store, connection to it, its errors in one sentence, and its experiment."""
 
+import errno
 import hashlib
 import importlib.metadata
 import logging
 import os
 import re
+import socket
+import ssl
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -82,13 +85,13 @@ def check_uri(uri: str) -> None:
             _check_address(uri)
         configured = any(name.startswith("DATABRICKS_") for name in os.environ)
         if kind == "databricks" and not (configured or Path("~/.databrickscfg").expanduser().is_file()):
-            raise UriError(f"{VARIABLE} {uri} needs a login; set DATABRICKS_HOST and DATABRICKS_TOKEN")
+            raise UriError(f"{VARIABLE} {shown(uri)} needs a login; set DATABRICKS_HOST and DATABRICKS_TOKEN")
         if kind == "sqlite" and _sqlite(uri)[1] in ("", ":memory:"):
-            raise UriError(f"{VARIABLE} {uri} has no file, so runs would be lost; set it to sqlite:///FILE")
+            raise UriError(f"{VARIABLE} {shown(uri)} has no file, so runs would be lost; set it to sqlite:///FILE")
         return
     folder = not colon or kind == "file" or len(kind) == 1  # C:\\runs
     reason = "is a folder, which MLflow no longer supports" if folder else f"has the unknown scheme {scheme!r}"
-    raise UriError(f"{VARIABLE} {uri} {reason}; set it to http://HOST:PORT or sqlite:///FILE, or unset it")
+    raise UriError(f"{VARIABLE} {shown(uri)} {reason}; set it to http://HOST:PORT or sqlite:///FILE, or unset it")
 
 
 def _check_address(uri: str) -> None:
@@ -105,13 +108,22 @@ def _check_address(uri: str) -> None:
         _ = address.port
     except ValueError as error:  # of the port, or of an IPv6 address
         reason = f"is invalid ({error})"
+        if shown(uri) != uri:  # the error may quote a part of the password
+            reason = "is invalid (in a password, write / as %2F, # as %23 and ? as %3F)"
     if reason:
         raise UriError(f"{VARIABLE} {shown(uri)} {reason}; set it to http://HOST:PORT")
 
 
 def shown(uri: str) -> str:
-    """Return an address as messages show it, without the password."""
-    return re.sub(r"(://[^:/@]*:)[^/]*@", r"\1***@", uri)
+    """Return an address as messages show it, without passwords; too much is masked rather than a part of one shown."""
+    scheme, rest = re.fullmatch(r"((?:[\w+.-]+://)?)(.*)", uri, re.DOTALL).groups()  # type: ignore[union-attr]
+    if not (scheme.lower().startswith(("sqlite", "file")) and rest.startswith("/")):  # paths may contain : and @
+        rest = re.sub(r"^([^:]*:).*@", r"\1***@", rest, flags=re.DOTALL)
+    return scheme + SECRET.sub(r"\1***", rest)
+
+
+SECRET = re.compile(r"((?:password|passwd|pwd|token|secret)\w*(?:=|%3D))(?:(?!%3B)[^&;])+", re.IGNORECASE)
+"""Password in the query of the address of a database."""
 
 
 def _sqlite(uri: str) -> tuple[str, str, str]:
@@ -124,6 +136,8 @@ def _sqlite(uri: str) -> tuple[str, str, str]:
 
 STATUS = re.compile(r"error code (\d{3})|too many (\d{3}) error|(\d{3}) (?:Client|Server) Error")
 """HTTP status in an error of MLflow, urllib3 or requests."""
+UNREACHABLE = {errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+"""Errors of a network that have no class of their own in Python."""
 LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 
 
@@ -142,7 +156,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def failure(uri: str, error: BaseException) -> TrackingError:
     """Return an error that explains in one sentence why a request to MLflow failed, with the remedy if it is known."""
-    reason = _reason(uri, error)
+    reason = _reason(uri, error).replace(uri, shown(uri))
     return TrackingError(f"MLflow at {shown(uri)} {reason}", f"it {reason}")
 
 
@@ -172,14 +186,24 @@ def _reason(uri: str, error: BaseException) -> str:
     if "timed out" in cause:
         seconds = os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT")
         return f"cannot be reached (no response in {seconds} s; MLFLOW_HTTP_REQUEST_TIMEOUT sets this limit)"
-    return f"cannot be reached ({cause})" if is_network_error(error) else f"rejects the request ({cause})"
+    if is_network_error(error):
+        return f"cannot be reached ({cause})"
+    return f"cannot be used ({cause})" if is_os_error(error) else f"rejects the request ({cause})"
 
 
 def is_network_error(error: BaseException) -> bool:
     """Return whether a request failed before it was answered."""
     from requests.exceptions import RequestException
 
-    return any(isinstance(one, RequestException | OSError) for one in _chain(error))
+    kinds = (RequestException, ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
+    return any(
+        isinstance(one, kinds) or (isinstance(one, OSError) and one.errno in UNREACHABLE) for one in _chain(error)
+    )
+
+
+def is_os_error(error: BaseException) -> bool:
+    """Return whether the network or this machine caused an error, such as by a full disk, and MLflow did not."""
+    return any(isinstance(one, OSError) for one in _chain(error))
 
 
 def _credentials(uri: str) -> tuple[str, str]:
@@ -263,37 +287,41 @@ def connect(files: Files) -> Iterator["MlflowClient"]:
 def store_key(files: Files) -> str:
     """Return the key of the present store, under which the state of uploads is kept.
 
-    It is the identity of the store as of the last connection (see `identify`), or a digest of the address.
+    It is a digest of the address, with the identity of the store as of the last connection (see `identify`).
     """
     path = _identity_file(files)
     return path.read_text(encoding="utf-8").strip() if path.is_file() else path.name
 
 
 def identify(files: Files, client: "MlflowClient") -> str:
-    """Read the identity of the store from it, save it for `store_key`, and return it.
+    """Read the identity of the store from it, save the key of the store for `store_key`, and return it.
 
-    It is the time at which the store was created, to the millisecond: MLflow creates experiment 0 together with its
-    tables. So a store keeps its state under a new address, and a new store at an old address has none. A store that
-    does not show this experiment is identified by its address.
+    The identity is the time at which the store was created, to the millisecond: MLflow creates experiment 0 together
+    with its tables. So a new store at an old address has no state. The address is a part of the key because a clone of
+    a database has the same identity and may lack later runs; at another address of the same store, `sync` finds the
+    existing runs by their tags. A store that does not show experiment 0 keeps its last key.
 
     Raises:
         Exception: Any error of MLflow.
     """
     from mlflow.exceptions import MlflowException
 
-    path = _identity_file(files)
+    path, known = _identity_file(files), store_key(files)
     try:
-        found = str(client.get_experiment("0").creation_time or path.name)
+        created = client.get_experiment("0").creation_time
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED"):
             raise
-        found = path.name
-    if not path.is_file():  # version 0.1.0 used the address
+        created = None
+    key = f"{path.name}-{created}" if created else known
+    if key != known == path.name:  # of version 0.1.0, or of a store that did not show experiment 0 before
         for state in (files.tracking / "runs").glob(f"*/synced/{path.name}.json"):
-            state.replace(state.with_name(f"{found}.json"))
-    if store_key(files) != found or not path.is_file():
-        write_text(path, found + "\n")
-    return found
+            if not (target := state.with_name(f"{key}.json")).exists():
+                with suppress(FileNotFoundError):  # another process moved it
+                    state.rename(target)
+    if key != known or not path.is_file():
+        write_text(path, key + "\n")
+    return key
 
 
 def _identity_file(files: Files) -> Path:

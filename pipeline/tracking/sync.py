@@ -14,6 +14,7 @@ import shutil
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cached_property
@@ -25,7 +26,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, RunTag, ViewType
 
 from pipeline.files import Files, write_text
-from pipeline.system.locks import BusyError, locked
+from pipeline.system.locks import BusyError
 from pipeline.tracking import store
 from pipeline.tracking.run_record import EXECUTION, ExecutionRecords, RunRecord, all_executions
 from pipeline.tracking.store import TrackingError
@@ -42,8 +43,11 @@ LOCK_TIMEOUT = 45.0
 """Seconds that a command waits for another process that uploads the same execution."""
 LARGE = {"export"}
 """Stages whose files are deleted after their upload; `publish` uploads a release to another store."""
-MAX_FILE_ERRORS = 3
-"""Number of executions whose files may fail to upload before files are left to a later call."""
+MAX_FILE_SECONDS = 30.0
+"""Seconds that failed uploads to one artifact location may take before its other files are left to a later call."""
+RESTORE = "it is not uploaded again (to undo this, restore it there and run `smaller-student sync --again`)"
+UPLOAD_AGAIN = "if it was not purged but an older backup was restored there, run `smaller-student sync --again`"
+"""What a user can do about a run in the trash of MLflow, and about one that MLflow does not have at all."""
 MAX_EXECUTIONS = 200
 """Number of executions whose records are kept; older records are deleted after their upload."""
 
@@ -53,17 +57,18 @@ class Sync:
 
     Args:
         timeout: Seconds to wait for another process that uploads the same execution; 0 skips the execution.
-        again: Upload everything again; MLflow keeps no duplicates.
+        again: Upload everything again, except runs in the trash of MLflow; it keeps no duplicates.
 
     Attributes:
         uploaded: Number of executions that were not up to date, except deleted ones.
         file_errors: Errors of the artifact store.
-        failed: First error that another login, or another attempt, may not have.
+        file_seconds: Seconds that failed uploads of files took, by artifact location.
+        failed: First error that a login, or another attempt, may not have.
     """
 
     def __init__(self, files: Files, timeout: float = 0, again: bool = False) -> None:
         self.files, self.uri, self._timeout, self._again = files, store.tracking_uri(files), timeout, again
-        self.uploaded, self.file_errors = 0, list[str]()
+        self.uploaded, self.file_errors, self.file_seconds = 0, list[str](), Counter[str]()
         self.failed: TrackingError | None = None
 
     @cached_property
@@ -93,8 +98,8 @@ class Sync:
         """
         every, busy = list(all_executions(self.files)), None
         for records in every:
-            try:
-                self.upload(records)
+            try:  # a store that was restored from a backup lacks the last execution
+                self.upload(records, verify=bool(self._timeout) and records is every[-1])
             except BusyError as error:
                 busy = error
         for records in every[:-MAX_EXECUTIONS]:
@@ -103,8 +108,12 @@ class Sync:
         if busy is not None and self._timeout:
             raise busy
 
-    def upload(self, records: ExecutionRecords) -> None:
+    def upload(self, records: ExecutionRecords, verify: bool = False) -> None:
         """Upload one execution, and repeat while its records change.
+
+        Args:
+            records: Records of the execution.
+            verify: Check that the store has its runs even if it is up to date.
 
         Raises:
             TrackingError: If the store cannot be reached.
@@ -112,21 +121,25 @@ class Sync:
         """
         again, uploaded, repeated = self._again, False, False
         records.mark_killed()
-        while again or records.pending(self.store):
-            with locked(records.folder / "sync.lock", f"the upload of execution {records.id}", self._timeout):
+        while (pending := again or bool(records.pending(self.store))) or verify:
+            with records.upload_lock(self._timeout):
                 try:
-                    uploaded |= _Upload(self, records, again).run()
+                    uploaded |= _Upload(self, records, again).run() and pending
                 except Exception as error:
                     self._check_store(error)
                     if store.is_network_error(error) and not repeated:
                         repeated = True
                         continue
-                    if store.http_status(error) in (401, 403) or store.is_network_error(error):
+                    if store.http_status(error) == 403:
+                        denied = store.failure(self.uri, error).problem.removeprefix("it ")
+                        records.add_notice(f"experiment {records.experiment}: MLflow {denied}")
+                    elif store.http_status(error) == 401 or store.is_os_error(error):
                         self.failed = self.failed or self._failed(error)
-                        return
-                    records.add_notice(f"MLflow rejected part of execution {records.id} ({store.root_cause(error)})")
+                    else:
+                        cause = store.root_cause(error)
+                        records.add_notice(f"MLflow rejected part of execution {records.id} ({cause})")
                     return
-            again = False
+            again = verify = False
             if self.file_errors:
                 break
         self.uploaded += uploaded
@@ -167,9 +180,8 @@ class _Upload:
 
     def __init__(self, sync: Sync, records: ExecutionRecords, again: bool) -> None:
         self.sync, self.client, self.records = sync, sync.client, records
-        self.state = records.synced(sync.store)
-        if again:  # the run ids stay, to recognise purged runs
-            self.state = {name: {"run": seen["run"]} for name, seen in self.state.items() if "run" in seen}
+        self.state = {} if again else records.synced(sync.store)
+        self._locations: dict[str, str] = {}
 
     def run(self) -> bool:
         """Upload all records that the store does not have in their present state; False if the execution is deleted."""
@@ -179,36 +191,35 @@ class _Upload:
         names = [EXECUTION, *stages]
         experiment = store.experiment_id(self.client, self.sync.files, parent.experiment)
         if experiment is None:
-            self._skip_deleted(names, f"experiment {parent.experiment} was deleted in MLflow")
+            self._skip(names, f"experiment {parent.experiment} was deleted in MLflow", RESTORE)
             return False
         existing = {
             run.data.tags.get(ENTRY, ""): run for run in self._search(experiment, "execution_id", self.records.id)
         }
         runs = {name: existing.get(f"{self.records.id}/{name}") for name in names}
-        deleted = [name for name, run in runs.items() if self._is_deleted(name, run)]
-        deleted = names if EXECUTION in deleted else deleted
-        self._skip_deleted(deleted, f"a run of execution {parent.title!r} was deleted in MLflow")
-        if EXECUTION in deleted:
+        deleted = [name for name, run in runs.items() if run is not None and run.info.lifecycle_stage == "deleted"]
+        missing = [name for name, run in runs.items() if run is None and "run" in self.state.get(name, {})]
+        for found, reason, remedy in ((deleted, "was deleted", RESTORE), (missing, "is missing", UPLOAD_AGAIN)):
+            reason = f"a run of execution {parent.title!r} {reason} in MLflow"
+            self._skip(names if EXECUTION in found else found, reason, remedy)
+        skipped = {*deleted, *missing}
+        if EXECUTION in skipped:
             return False
         parent_id = self._run_id(EXECUTION, parent, runs[EXECUTION], experiment, {})
         for name, record in stages.items():
-            if name not in deleted and not self._is_synced(name, record):
+            if name not in skipped and not self._is_synced(name, record):
                 tags = {**parent.tags, "mlflow.parentRunId": parent_id, "stage": record.stage}
                 if entry := record.tags.get("original"):
                     for original in self._search(experiment, ENTRY, entry):
                         tags["original_run"] = original.info.run_id
                 self._write(name, record, self._run_id(name, record, runs[name], experiment, tags))
-        if not self._is_synced(EXECUTION, parent):  # last, so that a finished parent run is complete
+        if not self._is_synced(EXECUTION, parent):  # after the stages; files follow
             self._write(EXECUTION, parent, parent_id)
         self._upload_files({**stages, EXECUTION: parent})
         return True
 
     def _search(self, experiment: str, tag: str, value: str) -> list[Run]:
         return list(self.client.search_runs([experiment], f"tags.{tag} = '{value}'", ViewType.ALL, max_results=1000))
-
-    def _is_deleted(self, name: str, run: Run | None) -> bool:
-        """Return whether a run was deleted, or was uploaded before and then purged."""
-        return "run" in self.state.get(name, {}) if run is None else bool(run.info.lifecycle_stage == "deleted")
 
     def _is_synced(self, name: str, record: RunRecord) -> bool:
         return self.records.is_synced(record, self.state.get(name, {}))
@@ -217,12 +228,11 @@ class _Upload:
         self.state[name] = {**self.state.get(name, {}), **state}
         self.records.save_synced(self.sync.store, self.state)
 
-    def _skip_deleted(self, names: list[str], reason: str) -> None:
-        """Stop uploading runs that were deleted in MLflow, and report it once, for a parent run not for each stage."""
+    def _skip(self, names: list[str], reason: str, remedy: str) -> None:
+        """Stop uploading runs that MLflow does not have any more; report a parent run once, and not its stages."""
         reported = "gone" in self.state.get(EXECUTION, {})
         new = [name for name in names if "gone" not in self.state.get(name, {})]
         if new and not reported:
-            remedy = "it is not uploaded again (to undo this, restore it there and run `smaller-student sync --again`)"
             self.records.add_notice(f"{reason}; {remedy}")
         for name in new:
             self._save_state(name, gone=reason)
@@ -233,6 +243,7 @@ class _Upload:
             entry = {ENTRY: f"{self.records.id}/{name}", "execution_id": self.records.id, "mlflow.user": _user()}
             run = self.client.create_run(experiment, _ms(record.began), {**tags, **record.tags, **entry}, record.title)
         self._save_state(name, run=run.info.run_id)
+        self._locations[name] = run.info.artifact_uri.removesuffix(f"/{run.info.run_id}/artifacts")
         return str(run.info.run_id)
 
     def _write(self, name: str, record: RunRecord, run: str) -> None:
@@ -264,13 +275,15 @@ class _Upload:
             seen = self.state.get(name, {})
             if "gone" in seen or self.records.is_synced(record, seen) or not self.records.has_files(record):
                 continue
-            if len(self.sync.file_errors) == MAX_FILE_ERRORS:
+            location = self._locations[name]  # an experiment whose location is gone must not stop the others
+            if self.sync.file_seconds[location] > MAX_FILE_SECONDS:
                 return
-            folder = self.records.files / record.folder
+            folder, started = self.records.files / record.folder, time.monotonic()
             try:
                 self.client.log_artifacts(seen["run"], str(folder), record.folder)
             except Exception as error:  # of any artifact store
                 self.sync.file_errors.append(store.root_cause(error))
+                self.sync.file_seconds[location] += time.monotonic() - started
                 return
             self._save_state(name, files=record.fingerprint)
             if record.stage in LARGE:
@@ -298,8 +311,8 @@ def sync(files: Files, again: bool = False) -> tuple[int, list[str]]:
     """Upload all executions of a checkout, waiting for other processes that upload the same ones.
 
     Returns:
-        Number of executions that were not up to date, and messages for the user: runs that were deleted in MLflow, and
-        executions that MLflow rejected.
+        Number of executions that were not up to date, and messages for the user: runs that were deleted in MLflow,
+        executions that MLflow rejected, and experiments that it denies to this login.
 
     Raises:
         TrackingError: If the store cannot be reached, or its artifact store fails.

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from pipeline.files import Files
 from pipeline.registry.lineage import BEST, CHALLENGER, CHAMPION
@@ -260,6 +261,34 @@ def test_a_withdrawn_release_stays_out_although_its_version_and_the_rollback_wer
     registry.client.delete_registered_model_tag(registry.name, tag[1])  # as the reason says
     version, passed = publish(registry, run, tmp_path, 6)
     assert passed and registry.version_of(CHAMPION) == version
+
+
+@pytest.mark.parametrize("call", ["set_registered_model_alias", "set_registered_model_tag", "set_model_version_tag"])
+def test_a_rollback_whose_aliases_or_tags_fail_is_not_an_error_and_can_be_completed(
+    registry: Registry,
+    run: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    call: str,
+) -> None:
+    for own in (5, 6, 7):
+        publish(registry, run, tmp_path, own)
+
+    def fail(*words: object) -> None:
+        raise MlflowException("the server is down")
+
+    with monkeypatch.context() as outage:
+        outage.setattr(registry.client, call, fail)
+        assert registry.roll_back()[1] == "2"
+    (message,) = caplog.messages
+    assert message.startswith("version 2 is champion again, but its aliases or the tags of withdrawn versions are inc")
+    assert message.endswith("(the server is down); `smaller-student rollback --to 2` completes them")
+    assert registry.version_of(CHAMPION) == "2"
+    registry.roll_back("2")
+    assert (registry.version_of(CHAMPION), alias(registry, CHAMPION), alias(registry, BEST)) == ("2", "2", "2")
+    delete("3")(registry)
+    assert not publish(registry, run, tmp_path, 7)[1]
 
 
 def test_a_withdrawn_version_that_is_named_may_be_published_again(registry: Registry, run: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import requests
 from mlflow import MlflowClient
 
 from pipeline.files import Files
@@ -49,6 +50,36 @@ def test_each_command_names_the_variables_of_the_login(
     assert code == 1 and f"rejects the password of user admin (401); correct {NAMES}" in text
     code, text = run(start, pipeline, "pipeline", "sync", MLFLOW_TRACKING_PASSWORD=PASSWORD, **login)
     assert (code, text) == (0, "executions uploaded: 1\n")
+
+
+def test_an_experiment_that_is_denied_to_the_user_does_not_stop_the_others(
+    pipeline: Files, start: Start, serve: Serve, tmp_path: Path
+) -> None:
+    accounts = tmp_path / "accounts.ini"
+    accounts.write_text(ACCOUNTS.format(folder=tmp_path, password=PASSWORD).replace("READ", "NO_PERMISSIONS"))
+    environment = {"MLFLOW_AUTH_CONFIG_PATH": str(accounts), "MLFLOW_FLASK_SERVER_SECRET_KEY": "key"}
+    address = serve(f"sqlite:///{tmp_path / 'server.db'}", "--app-name", "basic-auth", **environment)
+    admin, ann = ("admin", PASSWORD), ("ann", "another password")
+    user = dict(zip(("username", "password"), ann, strict=True))
+    requests.post(f"{address}/api/2.0/mlflow/users/create", json=user, auth=admin, timeout=30).raise_for_status()
+    experiments = f"{address}/api/2.0/mlflow/experiments"
+    denied = {"name": "of somebody else"}
+    requests.post(f"{experiments}/create", json=denied, auth=admin, timeout=30).raise_for_status()
+    text = pipeline.params.read_text()
+    for experiment in ("of somebody else", "of ann"):  # the denied one first
+        pipeline.params.write_text(text.replace("experiment: smaller-student", f"experiment: {experiment}"))
+        assert run(start, pipeline, "stages.prepare", MLFLOW_TRACKING_URI="http://127.0.0.1:9")[0] == 0
+    login = {"MLFLOW_TRACKING_URI": address, "MLFLOW_TRACKING_USERNAME": ann[0], "MLFLOW_TRACKING_PASSWORD": ann[1]}
+    notice = "experiment of somebody else: MLflow denies the request to user ann (403); ask its administrator, or set "
+    for uploaded in ("executions uploaded: 1\n", ""):
+        code, text = run(start, pipeline, "pipeline", "sync", **login)
+        assert (code, text) == (0, f"{notice}another {NAMES}\n{uploaded}")
+    found = requests.get(f"{experiments}/get-by-name?experiment_name=of ann", auth=ann, timeout=30).json()
+    number = [found["experiment"]["experiment_id"]]
+    runs = requests.post(
+        f"{address}/api/2.0/mlflow/runs/search", json={"experiment_ids": number}, auth=ann, timeout=30
+    ).json()["runs"]
+    assert [one["info"]["status"] for one in runs] == ["FINISHED"] * 2
 
 
 def test_files_arrive_when_the_artifact_store_of_the_server_works_again(

@@ -118,10 +118,51 @@ def test_invalid_uris_are_rejected_with_a_remedy(uri: str, reason: str) -> None:
         ("http://user@host", "http://user@host"),
         ("http://host:5000", "http://host:5000"),
         ("sqlite:////a:b@c/mlflow.db", "sqlite:////a:b@c/mlflow.db"),
+        ("postgresql://user:se/cr:et@host/db", "postgresql://user:***@host/db"),
+        ("http://ann@example.org:secret@host", "http://ann@example.org:***@host"),
+        ("user:secret@host", "user:***@host"),
+        ("http//user:secret@host", "http//user:***@host"),
+        ("http:/user:secret@host", "http:***@host"),
+        ("http:///user:secret@host", "http:///user:***@host"),
+        ("postgresql://host/db?user=u&password=sec&x=1", "postgresql://host/db?user=u&password=***&x=1"),
+        (
+            "mssql+pyodbc:///?odbc_connect=UID%3Du%3BPWD%3Dse%20c%3Bx",
+            "mssql+pyodbc:///?odbc_connect=UID%3Du%3BPWD%3D***%3Bx",
+        ),
     ],
 )
 def test_messages_show_no_password(uri: str, expected: str) -> None:
     assert shown(uri) == expected
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "htps://user:secret@host",
+        "user:secret@host",
+        "user:secret@host:5000",
+        "http//user:secret@host",
+        "http:/user:secret@host",
+        "http:///user:secret@host",
+        "http://user:secret@",
+        "http://user:secret@:5000",
+        "http://user:secret@host:port",
+        "http://user:secret@host/#/experiments/1",
+        "http://user:secret/word@host",
+        "http://user:secret#word@host",
+        "http://user:[secret]@host",
+        "http://user:secret\u2100@host",
+        "databricks://user:secret@host",
+        "file://user:secret@host/runs",
+    ],
+)
+def test_errors_of_addresses_show_no_password(uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("DATABRICKS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UriError) as caught:
+        check_uri(uri)
+    assert "***@" in str(caught.value) and "secret" not in str(caught.value)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

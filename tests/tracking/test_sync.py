@@ -3,15 +3,19 @@
 import hashlib
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 
 from pipeline.files import Files, write_json, write_text
 from pipeline.records import RECORDS
@@ -21,7 +25,7 @@ from pipeline.tracking import metrics
 from pipeline.tracking.execution import Execution, ProcessId
 from pipeline.tracking.recorder import RELEASE_DIGEST, Recorder, complete_last_execution, flatten
 from pipeline.tracking.run_record import EXECUTION, ExecutionRecords, Point, all_executions
-from pipeline.tracking.store import TrackingError, store_key
+from pipeline.tracking.store import TrackingError, identify, store_key
 from pipeline.tracking.sync import Sync, sync
 from tests.fake_stages import NUMBERS, Start, wait_until
 
@@ -318,17 +322,94 @@ def test_another_store_gets_all_runs_with_their_files_and_the_first_one_keeps_it
     assert [run.data.tags.get("stage", "") for run in runs(here)] == expected
 
 
-def test_a_store_under_another_address_is_recognised(here: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    record(here, "prepare")
+def test_another_address_of_a_store_makes_no_doubles(here: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    record(here, "benchmark")
     sync(here)
-    run = children(here)["prepare"].info.run_id
-    client().delete_run(run)
-    purge(run)
-    other = os.environ["MLFLOW_TRACKING_URI"].replace("sqlite:", "sqlite+pysqlite:")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", other)
+    before = [(run.info.run_id, run.data.metrics, run.data.tags) for run in runs(here)]
+    client().delete_run(children(here)["prepare"].info.run_id)
+    store = os.environ["MLFLOW_TRACKING_URI"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.replace("sqlite:", "sqlite+pysqlite:"))
+    uploaded, (notice,) = sync(here)
+    assert uploaded == 1 and "was deleted in MLflow" in notice
+    assert [(run.info.run_id, run.data.metrics, run.data.tags) for run in runs(here, ViewType.ALL)] == before
     assert sync(here) == (0, [])
-    sync(here, again=True)
-    assert list(children(here)) == []  # a purged run stays away, too
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    assert sync(here)[0] == 0
+
+
+def own_database(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Use a copy of the database, which has its tables."""
+    path = tmp_path / "own.db"
+    shutil.copy2(store.removeprefix("sqlite:///"), path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
+    return path
+
+
+def test_a_clone_of_a_database_gets_the_executions_that_it_lacks(
+    here: Files, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, clone = own_database(store, tmp_path, monkeypatch), tmp_path / "clone.db"
+    record(here, "prepare", owner=dvc(1))
+    started = record(here, "prepare", owner=dvc(2))
+    sync(here)
+    shutil.copy2(original, clone)
+    record(here, "teacher", owner=dvc(2))  # of an execution that the clone has in part
+    record(here, "prepare", owner=dvc(3))
+    sync(here)
+    first = [run.data.tags["entry"] for run in runs(here)]
+    state = {path: path.read_text() for path in (started.folder / "synced").iterdir()}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{clone}")
+    assert sync(here) == (3, [])
+    assert sorted(run.data.tags["entry"] for run in runs(here)) == sorted(first)
+    assert {run.info.status for run in runs(here)} == {"FINISHED"}
+    assert sync(here) == (0, [])
+    assert {path: path.read_text() for path in state} == state  # the original is not affected
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{original}")
+    assert sync(here, again=True) == (3, [])
+    assert [run.data.tags["entry"] for run in runs(here)] == first
+
+
+def test_executions_that_a_restored_backup_lacks_are_reported_and_uploaded_again(
+    here: Files, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, backup = own_database(store, tmp_path, monkeypatch), tmp_path / "backup.db"
+    record(here, "prepare", owner=dvc(1))
+    sync(here)
+    shutil.copy2(path, backup)
+    for number in (2, 3):
+        record(here, "prepare", owner=dvc(number))
+    sync(here)
+    first = [run.data.tags["entry"] for run in runs(here)]
+    with closing(sqlite3.connect(backup)) as old, closing(sqlite3.connect(path)) as new:
+        old.backup(new)
+    assert len(runs(here)) == 2
+    uploaded, (notice,) = sync(here)
+    assert uploaded == 0
+    assert "is missing in MLflow; if it was not purged but an older backup was restored there, run `smal" in notice
+    assert sync(here) == (0, [])
+    assert sync(here, again=True) == (3, [])
+    assert [run.data.tags["entry"] for run in runs(here)] == first
+    assert sync(here) == (0, [])
+
+
+def test_a_store_keeps_its_state_although_experiment_0_becomes_visible_or_not(
+    here: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(client: MlflowClient, number: str) -> None:
+        raise MlflowException(f"Permission denied for experiment {number}", PERMISSION_DENIED)
+
+    records = record(here, "prepare")
+    with monkeypatch.context() as hidden:
+        hidden.setattr(MlflowClient, "get_experiment", denied)
+        sync(here)
+        address = store_key(here)
+    assert sync(here)[0] == 0
+    key = store_key(here)
+    assert key == f"{address}-{client().get_experiment('0').creation_time}"
+    monkeypatch.setattr(MlflowClient, "get_experiment", denied)
+    assert sync(here)[0] == 0
+    assert store_key(here) == key
+    assert [state.stem for state in (records.folder / "synced").iterdir()] == [key]
 
 
 def test_a_new_store_at_an_old_address_gets_all_runs(
@@ -355,6 +436,30 @@ def test_the_state_of_version_0_1_0_is_kept(here: Files) -> None:
     (state,) = (records.folder / "synced").iterdir()
     state.rename(state.with_name(f"{address}.json"))
     (here.tracking / "stores" / address).unlink()
+    assert sync(here)[0] == 0
+
+
+def test_the_state_of_version_0_1_0_replaces_no_newer_state_and_two_processes_may_move_it(
+    here: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = [record(here, "prepare", owner=dvc(number)) for number in range(3)]
+    sync(here)
+    address, key = hashlib.sha256(os.environ["MLFLOW_TRACKING_URI"].encode()).hexdigest()[:16], store_key(here)
+    for records in made[1:]:
+        (records.folder / "synced" / f"{key}.json").rename(records.folder / "synced" / f"{address}.json")
+    newer = (made[0].folder / "synced" / f"{key}.json").read_text()
+    write_text(made[0].folder / "synced" / f"{address}.json", "{}")
+    (here.tracking / "stores" / address).unlink()
+    rename = Path.rename
+
+    def late(source: Path, target: Path) -> None:
+        rename(source, target)  # another process is first
+        rename(source, target)
+
+    with monkeypatch.context() as race:
+        race.setattr(Path, "rename", late)
+        assert identify(here, client()) == key
+    assert (made[0].folder / "synced" / f"{key}.json").read_text() == newer
     assert sync(here)[0] == 0
 
 
@@ -396,6 +501,38 @@ def test_figures_and_statuses_arrive_although_the_artifact_store_fails(
         assert [file.path for file in client().list_artifacts(run.info.run_id)] == expected
 
 
+def test_files_of_new_executions_arrive_although_those_of_old_ones_cannot(
+    here: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The artifact location of the old ones is gone, and each failed upload takes long."""
+    monkeypatch.setattr("pipeline.tracking.sync.MAX_FILE_SECONDS", 0.0)
+    name = load(here.params).tracking.experiment
+    write_text(tmp_path / "a file", "")
+    client().create_experiment(f"{name}-old", (tmp_path / "a file" / "runs").as_uri())
+    text = here.params.read_text()
+    here.params.write_text(text.replace(f"experiment: {name}", f"experiment: {name}-old"))
+    old = [record(here, "benchmark", owner=dvc(number)) for number in range(4)]
+    here.params.write_text(text)
+    new = record(here, "benchmark", owner=dvc(5))
+    for _ in range(2):
+        with pytest.raises(TrackingError, match="has all figures and statuses, but its artifact store failed"):
+            sync(here)
+        assert [bool(records.pending(store_key(here))) for records in (*old, new)] == [True] * 4 + [False]
+    upload = Sync(here)
+    upload.upload_all()
+    assert len(upload.file_errors) == 1  # the others were not tried
+
+
+def test_files_of_a_new_execution_arrive_although_some_at_the_same_location_fail(here: Files) -> None:
+    old = [record(here, "benchmark", owner=dvc(number)) for number in range(4)]
+    for records in old:
+        (records.files / "report" / "gone").symlink_to("nowhere")  # cannot be read
+    new = record(here, "benchmark", owner=dvc(5))
+    with pytest.raises(TrackingError, match="has all figures and statuses, but its artifact store failed"):
+        sync(here)
+    assert [bool(records.pending(store_key(here))) for records in (*old, new)] == [True] * 4 + [False]
+
+
 # --- deleted runs -----------------------------------------------------------------------------------------------------
 
 
@@ -435,10 +572,10 @@ def test_a_purged_run_is_not_created_again(here: Files) -> None:
     run = children(here)["prepare"].info.run_id
     client().delete_run(run)
     purge(run)
-    assert sync(here)[1] == []  # up to date, so its runs were not queried
+    (notice,) = sync(here)[1]
+    assert "a run of execution" in notice and "is missing in MLflow; if it was not purged but an older b" in notice
     record(here, "teacher")
-    assert len(sync(here)[1]) == 1
-    sync(here, again=True)
+    assert sync(here)[1] == []
     assert list(children(here)) == ["teacher"]
 
 
@@ -495,6 +632,17 @@ def test_an_unreachable_store_is_one_error(here: Files, monkeypatch: pytest.Monk
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     with pytest.raises(TrackingError, match=r"^MLflow at http://127.0.0.1:9 cannot be reached .*; run records stay on"):
         sync(here)
+
+
+def test_an_error_of_this_machine_is_not_taken_for_one_of_the_network(here: Files) -> None:
+    broken = record(here, "prepare", owner=dvc(1))
+    (broken.folder / "synced").write_text("")  # a file in the way, as a full disk would be
+    record(here, "prepare", owner=dvc(2))
+    with pytest.raises(
+        TrackingError, match=r"^MLflow at .* cannot be used \(\[Errno 17\] File exists: .*; run records"
+    ):
+        sync(here)
+    assert len(parents(here)) == 2 and parents(here)[1].info.status == "FINISHED"
 
 
 # --- concurrent processes ---------------------------------------------------------------------------------------------
