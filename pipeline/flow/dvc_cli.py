@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
 from contextlib import AbstractContextManager
 
 from pipeline.system.process import child_process
@@ -39,13 +38,16 @@ def reason(output: str) -> str:
     return next((line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")), lines[-1])
 
 
-def changed() -> list[str]:
+def changed(*targets: str) -> list[str]:
     """Return the stages and .dvc files whose dependencies, outputs or params differ from dvc.lock or the file.
+
+    Args:
+        targets: Stages and .dvc files to compare; all if there are none.
 
     Raises:
         StageError: If `dvc status` fails.
     """
-    return list(json.loads(_output("status", "--json") or "{}"))
+    return list(json.loads(_output("status", "--json", *targets) or "{}"))
 
 
 def changed_stages() -> list[str]:
@@ -54,12 +56,7 @@ def changed_stages() -> list[str]:
     Raises:
         StageError: If `dvc status` fails.
     """
-    return stages_in(changed())
-
-
-def stages_in(names: Iterable[str]) -> list[str]:
-    """Return the names that are stages, not .dvc files."""
-    return [name for name in names if not name.endswith(".dvc")]
+    return [name for name in changed() if not name.endswith(".dvc")]
 
 
 def commit(file: str) -> None:

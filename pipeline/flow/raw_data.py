@@ -1,11 +1,14 @@
 """Check `data.root` for what stops DVC before stage `prepare` can report it."""
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.config import Params
 from pipeline.data.manifest import DataError
-from pipeline.files import Files
+from pipeline.files import Files, write_text
+from pipeline.flow.dvc_cli import StageError, changed, commit
 
 
 def check_root(files: Files, params: Params) -> None:
@@ -29,6 +32,54 @@ def check_root(files: Files, params: Params) -> None:
             f"`data.root` {name} has file names that are not UTF-8, which DVC cannot store ({len(names)}, "
             f"such as {names[0]}); rename them, such as by `convmv -r -f cp1252 -t utf8 --notest {name}`"
         )
+
+
+@contextmanager
+def saved_in_dvc(files: Files, params: Params) -> Iterator[Callable[[], None]]:
+    """Save what the block adds to `data.root` in DVC, if a .dvc file tracks it.
+
+    Only a folder that is as the file lists it is saved; otherwise the list that Git brought in would be lost. A copy of
+    the file marks a block that was interrupted, whose additions the next one saves. The block gets a function that
+    checks the folder after a command that may have changed folder or file.
+
+    Raises:
+        DataError: If the folder is not as the .dvc file lists it, even after the command.
+        StageError: If `dvc status` or `dvc commit` fails.
+    """
+    if not (file := tracking_file(files, params)):
+        yield lambda: None
+        return
+    mark = files.tracking / "refresh.dvc"
+
+    def listed() -> str:
+        return (files.root / file).read_text(encoding="utf-8")
+
+    def check() -> None:
+        check_root(files, params)
+        if marked() == listed():
+            return
+        if file in changed(file):
+            raise DataError(
+                f"`data.root` {params.data.root} is not as {file} lists it; get those images by `dvc pull {file}`, or "
+                f"keep the present ones by `dvc commit {file}`"
+            )
+        write_text(mark, listed())
+
+    def marked() -> str | None:
+        return mark.read_text(encoding="utf-8") if mark.is_file() else None
+
+    with suppress(DataError):  # the command may mend it
+        check()
+    try:
+        yield check
+        if file in changed(file):
+            commit(file)
+    except Exception:
+        with suppress(StageError):
+            if file not in changed(file):  # nothing was added
+                mark.unlink(missing_ok=True)
+        raise
+    mark.unlink(missing_ok=True)
 
 
 def undecodable(root: Path) -> list[str]:

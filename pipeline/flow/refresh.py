@@ -20,7 +20,7 @@ from pipeline.data.layout import UNASSIGNED, UNASSIGNED_TEST
 from pipeline.data.manifest import TEST, Box, DataError, Item, first_few, is_inside
 from pipeline.data.tables import Row, Table, boxes_of, check_splits, path_of, read_table, split_of
 from pipeline.files import Files, sync_folder, write_atomically, write_text
-from pipeline.flow.raw_data import check_root, is_utf8, tracking_file
+from pipeline.flow.raw_data import is_utf8, saved_in_dvc
 from pipeline.labels import clean_label
 from pipeline.protocols import JUNK
 from pipeline.system.process import TimeLimitError, child_process
@@ -69,33 +69,40 @@ def check_incoming(files: Files, params: Params) -> None:
 
 
 def refresh(files: Files, params: Params) -> list[str]:
-    """Run `retrain.refresh`, then move the files of `retrain.incoming` to `data.root`.
+    """Run `retrain.refresh`, move the files of `retrain.incoming` to `data.root`, and save them in DVC if it is there.
 
     Returns:
         Paths of the new files, relative to `data.root`.
 
     Raises:
         RefreshError: If the command fails.
-        RefusedError: If the files cannot be ingested; nothing is moved then.
+        RefusedError: If the files cannot be ingested, or `data.root` is not as its .dvc file lists it; nothing is moved
+            then.
+        StageError: If dvc fails.
     """
-    if params.retrain.refresh:
-        _run(params.retrain.refresh, params.retrain.limit_hours)
+    try:
+        with saved_in_dvc(files, params) as check_saved:
+            if params.retrain.refresh:
+                _run(params.retrain.refresh, params.retrain.limit_hours)
+            check_saved()
+            return _take_incoming(files, params)
+    except DataError as error:
+        raise RefusedError(str(error)) from error
+
+
+def _take_incoming(files: Files, params: Params) -> list[str]:
     check_incoming(files, params)  # again, since the command may have added files
     folder, root = files.root / params.retrain.incoming, files.root / params.data.root
     if not params.retrain.incoming or not folder.is_dir():
         return []
     paths = _complete_files(folder)
     try:
-        if tracking_file(files, params) and not root.is_dir():  # or the new images alone would become the data set
-            check_root(files, params)
         if params.data.source == "csv":
             moved = _ingest_with_table(paths, folder, root, params.data)
         else:
             usable = _usable(paths, folder)
             _check_folders(usable, folder, root, params.data)
             moved = ingest(usable, folder, root)
-    except DataError as error:
-        raise RefusedError(str(error)) from error
     except OSError as error:
         reason = f"{error.strerror}: {error.filename}" if error.filename else str(error)
         raise RefreshError(
