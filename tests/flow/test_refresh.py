@@ -425,6 +425,42 @@ def test_the_same_name_in_another_unicode_normal_form_is_the_same_file(here: Fil
         refresh(here, load(here.params))
 
 
+@pytest.mark.parametrize(("there", "again"), [("\u00e9.png", "e\u0301.png"), ("e\u0301.png", "\u00e9.png")])
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_row_in_another_unicode_normal_form_is_the_same_row(
+    listed: Files, there: str, again: str, deleted: bool
+) -> None:
+    (listed.root / "data" / there).write_bytes(NEW)
+    text = f"path,identity\n1.jpg,7\n{there},8\n"
+    (listed.root / "data" / "images.csv").write_text(text)
+    if deleted:
+        (listed.root / "data" / there).unlink()
+    arrive(listed, again)
+    arrive(listed, "images.csv", content=f"path,identity\n{again},8\n".encode())
+    assert refresh(listed, load(listed.params)) == ([again] if deleted else [])
+    assert (listed.root / "data" / "images.csv").read_text() == text
+    assert [item.identity for item in custom.table(listed.root / "data", changed(listed, "csv").data).items] == [
+        "7",
+        "8",
+    ]
+    assert set(content(listed.root / "incoming")) == {"2.jpg", "more/a, b.jpg"}  # no row lists them
+    arrive(listed, "images.csv", content=f"path,identity\n{again},9\n".encode())
+    with pytest.raises(RefusedError, match="is listed already, as 8"):
+        refresh(listed, load(listed.params))
+
+
+def test_a_new_row_has_the_spelling_of_the_file_that_is_there(listed: Files) -> None:
+    composed, decomposed = "\u00e9.png", "e\u0301.png"
+    (listed.root / "data" / composed).write_bytes(NEW)  # moved before an interruption, or not listed yet
+    (listed.root / "data" / "images.csv").write_text("path,identity\n1.jpg,7\n")
+    arrive(listed, decomposed)
+    rows = f"path,identity\n{decomposed},8\n{composed},8\n"
+    arrive(listed, "images.csv", content=rows.encode())
+    assert refresh(listed, load(listed.params)) == []
+    assert (listed.root / "data" / "images.csv").read_text() == f"path,identity\n1.jpg,7\n{composed},8\n"
+    assert not (listed.root / "incoming" / decomposed).exists()
+
+
 def test_a_label_with_a_space_keeps_its_folder(here: Files) -> None:
     arrive(here, "car1 /a.png", "car1/b.png")
     refresh(here, load(here.params))
