@@ -208,7 +208,7 @@ def unsynced(files: Files) -> int:
 def prefect(files: Files) -> Iterator[Check]:
     """Check the Prefect server, and what `make deploy` creates on it."""
     try:
-        url = check_server()
+        url = check_server(deploys=True)
     except ServerError as error:
         message, _, remedy = str(error).partition("; ")
         yield Check("prefect", False, message, remedy)
