@@ -6,6 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.config import Params
+from pipeline.data.folders import is_left_behind
 from pipeline.data.manifest import DataError
 from pipeline.files import Files, write_text
 from pipeline.flow.dvc_cli import StageError, changed, commit
@@ -27,7 +28,8 @@ def check_root(files: Files, params: Params) -> None:
         if file := tracking_file(files, params):
             raise DataError(f"`data.root` {name} is in DVC, but not in this checkout; run `dvc pull {file}`")
         raise DataError(f"`data.root` {name} does not exist in {files.root}; create the folder, or correct the key")
-    if names := undecodable(root):
+    in_checkout = root.resolve().is_relative_to(files.root.resolve())
+    if names := undecodable(root, in_checkout):
         raise DataError(
             f"`data.root` {name} has file names that are not UTF-8, which DVC cannot store ({len(names)}, "
             f"such as {names[0]}); rename them, such as by `convmv -r -f cp1252 -t utf8 --notest {name}`"
@@ -82,24 +84,33 @@ def saved_in_dvc(files: Files, params: Params) -> Iterator[Callable[[], None]]:
     mark.unlink(missing_ok=True)
 
 
-def undecodable(root: Path) -> list[str]:
+def undecodable(root: Path, in_checkout: bool) -> list[str]:
     r"""Return the paths below a folder that are not UTF-8, with such bytes written as in `caf\xe9.png`; sorted.
 
+    Args:
+        in_checkout: Whether .dvcignore keeps DVC out of folders that systems leave behind, such as lost+found.
+
     Raises:
-        DataError: If a folder cannot be read, which DVC takes for an empty one.
+        DataError: If a folder of images cannot be read, which DVC takes for an empty one.
     """
 
     def fail(error: OSError) -> None:
-        raise DataError(f"{error.filename} cannot be read ({error.strerror}); make it readable for this user")
+        if not any(_holds_no_image(part) for part in Path(error.filename).relative_to(root).parts):
+            raise DataError(f"{error.filename} cannot be read ({error.strerror}); make it readable for this user")
 
     found = []
-    for folder, _, names in os.walk(root, onerror=fail):
+    for folder, subfolders, names in os.walk(root, onerror=fail):
+        subfolders[:] = [name for name in subfolders if not (in_checkout and is_left_behind(name))]
         inside = os.path.relpath(folder, root)
         for name in names:
             path = os.path.normpath(os.path.join(inside, name))
             if not is_utf8(path):
                 found.append(os.fsencode(path).decode(errors="backslashreplace"))
     return sorted(found)
+
+
+def _holds_no_image(folder: str) -> bool:
+    return folder.startswith(".") or is_left_behind(folder)
 
 
 def is_utf8(path: str) -> bool:

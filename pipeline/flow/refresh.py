@@ -111,8 +111,9 @@ def _take_incoming(files: Files, params: Params) -> list[str]:
         ) from error
     subfolders = [path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()]
     for subfolder in sorted(subfolders, reverse=True):
-        if not any(subfolder.iterdir()):
-            subfolder.rmdir()
+        if not is_left_behind(subfolder.name):
+            with suppress(OSError):  # not empty
+                subfolder.rmdir()
     return moved
 
 

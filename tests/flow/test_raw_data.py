@@ -125,6 +125,49 @@ def test_a_folder_that_cannot_be_read_is_named(here: Files, monkeypatch: pytest.
         closed.chmod(0o755)
 
 
+SYSTEM_FOLDERS = ("lost+found", ".Trash-1000", ".Trashes", "@eaDir", "#recycle", "System Volume Information")
+
+
+def test_names_in_folders_of_the_system_stop_neither_dvc_nor_us(here: Files, tmp_path: Path) -> None:
+    (here.root / ".dvcignore").write_bytes((Path(__file__).parents[2] / ".dvcignore").read_bytes())
+    for name in SYSTEM_FOLDERS:
+        (here.root / "data" / name).mkdir()
+        (here.root / "data" / name / NOT_UTF8).write_bytes(b"a")
+    assert dvc("status").returncode == 0
+    check_root(here, load(here.params))
+    elsewhere = tmp_path.parent / f"{tmp_path.name}-elsewhere"  # where .dvcignore has no effect
+    (elsewhere / "lost+found").mkdir(parents=True)
+    (elsewhere / "lost+found" / NOT_UTF8).write_bytes(b"a")
+    with pytest.raises(DataError, match=r"such as lost\+found/caf\\xe9\.png"):
+        check_root(here, with_root(here, str(elsewhere)))
+
+
+def test_the_name_in_a_hidden_folder_that_stops_dvc_is_named(here: Files) -> None:
+    (here.root / "data" / ".old").mkdir()
+    (here.root / "data" / ".old" / NOT_UTF8).write_bytes(b"a")
+    assert "surrogates not allowed" in dvc("status").stderr
+    with pytest.raises(DataError, match=r"such as \.old/caf"):
+        check_root(here, load(here.params))
+
+
+@pytest.mark.parametrize("name", ["lost+found", ".Trash-0", ".private"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_folder_of_the_system_that_cannot_be_read_is_no_fault(
+    here: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, inside: bool
+) -> None:
+    root = here.root / "data" if inside else tmp_path.parent / f"{tmp_path.name}-disk"
+    (root / name).mkdir(parents=True)
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path) == str(root / name):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # the tests may run as root, who may read everything
+    check_root(here, with_root(here, str(root)))
+
+
 @pytest.mark.parametrize("name", ["dvc.lock", "dvc.yaml", "data/x.dvc"])
 def test_merge_markers_are_named(here: Files, name: str) -> None:
     before = (here.root / name).read_text() if (here.root / name).exists() else ""

@@ -408,6 +408,14 @@ def test_files_that_systems_leave_behind_stay_unmentioned(
     check_incoming(here, changed(here, "vehicles"))  # they are no new images
 
 
+def test_folders_of_the_system_stay_in_the_incoming_folder(here: Files) -> None:
+    arrive(here, "1/a.png")
+    (here.root / "incoming" / "lost+found").mkdir()  # the incoming folder may be a disk of its own
+    (here.root / "incoming" / "2").mkdir()
+    assert refresh(here, load(here.params)) == ["1/a.png"]
+    assert [path.name for path in (here.root / "incoming").iterdir()] == ["lost+found"]
+
+
 def test_the_same_name_in_another_unicode_normal_form_is_the_same_file(here: Files) -> None:
     composed, decomposed = "\u00e9/1.png", "e\u0301/1.png"  # as Linux and as macOS write it
     arrive(here, composed)
