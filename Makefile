@@ -59,6 +59,7 @@ deploy: setup
 	python -m pipeline.flow.deploy
 
 # MLflow, Prefect, a worker and the search page for one user (Procfile); Ctrl-C stops all. `make stack MLFLOW_PORT=5001`.
+# The import of `pipeline` sets NO_PROXY for this machine, if there is a proxy.
 stack: export MLFLOW_PORT ?= 5000
 stack: export PREFECT_PORT ?= 4200
 stack: export SEARCH_PORT ?= 8000
@@ -70,7 +71,7 @@ stack: export GALLERY ?= artifacts/prepare/vehicles/image_test
 stack: setup
 	mkdir -p .stack
 	@echo "MLflow $$MLFLOW_TRACKING_URI, Prefect $${PREFECT_API_URL%/api}, search page http://127.0.0.1:$$SEARCH_PORT"
-	python -c 'import pipeline, honcho.command as honcho; honcho.main()' start # pipeline: no proxy for this machine
+	python -c 'import pipeline, honcho.command as honcho; honcho.main()' start
 
 -include docker/.env
 

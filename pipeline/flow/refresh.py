@@ -282,10 +282,10 @@ def _move(old: Path, new: Path) -> None:
     new.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.rename(old, new)
-        sync_folder(new.parent)
     except OSError:  # another file system
         write_atomically(new, lambda temporary: shutil.copyfile(old, temporary))
         old.unlink()
+    sync_folder(new.parent)
 
 
 def _ingest_with_table(paths: Sequence[Path], folder: Path, root: Path, data: Data) -> list[str]:

@@ -14,7 +14,7 @@ from pipeline.tracking.store import root_cause
 log = logging.getLogger(__name__)
 
 DEPLOYS = (3, 8, 5)
-"""Oldest server at which Prefect 3.8.8 registers automations: 3.8.0, 3.8.1 and 3.8.4 reject a new field (status 422)."""
+"""Oldest server at which Prefect 3.8.8 registers automations: 3.8.0, 3.8.1 and 3.8.4 reject a field (status 422)."""
 TIMEOUT = 5.0
 """Seconds until a server that does not respond counts as unreachable."""
 ADDRESS = "set PREFECT_API_URL to http://HOST:PORT/api"

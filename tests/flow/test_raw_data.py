@@ -235,8 +235,8 @@ def with_command(files: Files, command: str) -> Params:
 
 
 DIFFERS = (
-    r"^`data\.root` data is not as data\.dvc lists it; get those images by `dvc pull data\.dvc`, or keep the present ones "
-    r"by `dvc commit data\.dvc`$"
+    r"^`data\.root` data is not as data\.dvc lists it; get those images by `dvc pull data\.dvc`, or keep the present "
+    r"ones by `dvc commit data\.dvc`$"
 )
 
 
@@ -247,8 +247,8 @@ def test_images_of_a_colleague_that_are_not_here_yet_stay_in_the_dvc_file(tracke
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1
     assert (
-        "smaller-student: `data.root` data is not as data.dvc lists it; get those images by `dvc pull data.dvc`, or keep "
-        "the present ones by `dvc commit data.dvc`\n"
+        "smaller-student: `data.root` data is not as data.dvc lists it; get those images by `dvc pull data.dvc`, or "
+        "keep the present ones by `dvc commit data.dvc`\n"
     ) in err
     assert (tracked.root / "data.dvc").read_text() == before
     assert (tracked.root / "incoming" / "1" / "c.png").is_file() and not tracked.metrics("prepare").exists()

@@ -1,7 +1,9 @@
 """New data are ingested completely, once, and without replacing files."""
 
+import errno
 import io
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from PIL import Image
 from pipeline.config import Params
 from pipeline.data import custom
 from pipeline.data.manifest import Item
-from pipeline.files import Files
+from pipeline.files import Files, write_text
 from pipeline.flow import refresh as refresh_module
 from pipeline.flow.refresh import RefreshError, RefusedError, check_incoming, ingest, refresh
 from pipeline.stage.params_file import load
@@ -141,6 +143,25 @@ def test_files_are_copied_to_another_file_system(tmp_path: Path, monkeypatch: py
     (tmp_path / "in" / "a.jpg").write_bytes(b"x")
     assert ingest([tmp_path / "in" / "a.jpg"], tmp_path / "in", tmp_path / "data") == ["a.jpg"]
     assert (content(tmp_path / "data"), content(tmp_path / "in")) == ({"a.jpg": b"x"}, {})
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO, errno.EACCES])
+def test_files_are_moved_on_a_file_system_that_cannot_flush_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    fsync = os.fsync
+
+    def refuse(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(b"x")
+    assert ingest([tmp_path / "in" / "a.jpg"], tmp_path / "in", tmp_path / "data") == ["a.jpg"]
+    write_text(tmp_path / "data" / "b.txt", "b")
+    assert content(tmp_path / "data") == {"a.jpg": b"x", "b.txt": b"b"}
 
 
 @pytest.mark.parametrize(
