@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 
 from pipeline.config import Params
 from pipeline.data.folders import is_left_behind
@@ -26,13 +27,13 @@ def check_root(files: Files, params: Params) -> None:
         if root.exists():
             raise DataError(f"`data.root` {name} is a file; set it to the folder of the images")
         if file := tracking_file(files, params):
-            raise DataError(f"`data.root` {name} is in DVC, but not in this checkout; run `dvc pull {file}`")
+            raise DataError(f"`data.root` {name} is in DVC, but not in this checkout; run `dvc pull {quote(file)}`")
         raise DataError(f"`data.root` {name} does not exist in {files.root}; create the folder, or correct the key")
     in_checkout = root.resolve().is_relative_to(files.root.resolve())
     if names := undecodable(root, in_checkout):
         raise DataError(
             f"`data.root` {name} has file names that are not UTF-8, which DVC cannot store ({len(names)}, "
-            f"such as {names[0]}); rename them, such as by `convmv -r -f cp1252 -t utf8 --notest {name}`"
+            f"such as {names[0]}); rename them, such as by `convmv -r -f cp1252 -t utf8 --notest {quote(name)}`"
         )
 
 
@@ -62,8 +63,8 @@ def saved_in_dvc(files: Files, params: Params) -> Iterator[Callable[[], None]]:
             return
         if file in changed(file):
             raise DataError(
-                f"`data.root` {params.data.root} is not as {file} lists it; get those images by `dvc pull {file}`, or "
-                f"keep the present ones by `dvc commit {file}`"
+                f"`data.root` {params.data.root} is not as {file} lists it; get those images by `dvc pull {quote(file)}`, "
+                f"or keep the present ones by `dvc commit {quote(file)}`"
             )
         write_text(mark, listed())
 

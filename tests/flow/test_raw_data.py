@@ -1,9 +1,12 @@
 """What stops DVC before stage `prepare` can report it is found beforehand, and said in one sentence."""
 
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from shlex import quote
 
 import pytest
 from PIL import Image
@@ -18,6 +21,7 @@ from pipeline.flow.refresh import RefreshError, RefusedError, refresh
 from pipeline.stage.params_file import load
 from tests.fake_stages import OFF, Start
 
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 NOT_UTF8 = os.fsdecode(b"caf\xe9.png")
 
 
@@ -104,6 +108,29 @@ def test_images_that_are_only_in_dvc_are_named_with_the_command(here: Files) -> 
     assert not bad(here, doctor.data)
 
 
+def test_a_path_with_spaces_is_whole_in_sentences_and_quoted_in_commands(here: Files) -> None:
+    (here.root / "data").rename(here.root / "my own data")
+    assert dvc("add", "my own data").returncode == 0
+    stages = here.root / "dvc.yaml"
+    stages.write_text(stages.read_text().replace("    - data\n", "    - my own data\n"))
+    params = with_root(here, "my own data")
+    (here.root / "my own data" / "1" / "b.png").write_bytes(b"b")
+    with pytest.raises(
+        RefusedError, match=r"by `dvc pull 'my own data\.dvc'`, or keep .* `dvc commit 'my own data\.dvc'`$"
+    ):
+        refresh(here, params)
+    (here.root / "my own data" / "1" / NOT_UTF8).write_bytes(b"a")
+    with pytest.raises(DataError, match=r"--notest 'my own data'`$"):
+        check_root(here, params)
+    shutil.rmtree(here.root / "my own data")
+    sentence = "my own data is in DVC, but not in this checkout; run `dvc pull 'my own data.dvc'`"
+    with pytest.raises(DataError, match=f"^`data.root` {sentence}$"):
+        check_root(here, params)
+    assert dvc_cli.reason(dvc("repro", "prepare").stderr) == sentence
+    subprocess.run(shlex.split(sentence.split("`")[1]), check=True, env=os.environ | {"PATH": PATH})
+    check_root(here, params)
+
+
 def test_a_folder_that_cannot_be_read_is_named(here: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     closed = here.root / "data" / "1"
     closed.chmod(0)
@@ -168,18 +195,21 @@ def test_a_folder_of_the_system_that_cannot_be_read_is_no_fault(
     check_root(here, with_root(here, str(root)))
 
 
-@pytest.mark.parametrize("name", ["dvc.lock", "dvc.yaml", "data/x.dvc"])
+@pytest.mark.parametrize("name", ["dvc.lock", "dvc.yaml", "data/x.dvc", "data.dvc", "mine/my cars.dvc"])
 def test_merge_markers_are_named(here: Files, name: str) -> None:
+    here.params.write_text(here.params.read_text().replace("root: data ", 'root: "mine/my cars/all" '))
+    assert load(here.params).data.root == "mine/my cars/all"
+    (here.root / "mine").mkdir()
     before = (here.root / name).read_text() if (here.root / name).exists() else ""
     (here.root / name).write_text(f"<<<<<<< HEAD\na: 1\n=======\na: 2\n>>>>>>> b\n{before}")
     with pytest.raises(
         StageError,
-        match=f"^`dvc status` failed: {name} has merge markers; keep one side by `git checkout --ours {name}`$",
+        match=f"^`dvc status` failed: {name} has merge markers; keep one side by `git checkout --ours {quote(name)}`$",
     ):
         changed_stages()
     (found,) = bad(here, doctor.sources)
     assert (found.name, found.message, found.remedy) == (
-        name, "has merge markers in line 1", f"run `git checkout --ours {name}`"
+        name, "has merge markers in line 1", f"run `git checkout --ours {quote(name)}`"
     )  # fmt: skip
 
 
