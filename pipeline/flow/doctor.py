@@ -119,9 +119,8 @@ def sources(files: Files) -> Iterator[Check]:
         for number, line in enumerate(_text(path).splitlines(), start=1):
             if line.startswith(("<<<<<<<", ">>>>>>>")):
                 name = path.relative_to(files.root).as_posix()
-                yield Check(
-                    name, False, f"has merge markers in line {number}", f"run `git checkout --ours {quote(name)}`"
-                )
+                remedy = f"run `git checkout --ours {quote(name)}`"
+                yield Check(name, False, f"has merge markers in line {number}", remedy)
                 break
 
 

@@ -1,4 +1,4 @@
-"""Check `data.root` for what stops DVC before stage `prepare` can report it."""
+"""Check `data.root` for what stops DVC before stage `prepare` can report it, and save new images in DVC."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -52,7 +52,10 @@ def saved_in_dvc(files: Files, params: Params) -> Iterator[Callable[[], None]]:
     if not (file := tracking_file(files, params)):
         yield lambda: None
         return
-    mark = files.tracking / "refresh.dvc"
+    mark = files.tracking / "refreshing"
+
+    def marked() -> str | None:
+        return mark.read_text(encoding="utf-8") if mark.is_file() else None
 
     def listed() -> str:
         return (files.root / file).read_text(encoding="utf-8")
@@ -63,13 +66,10 @@ def saved_in_dvc(files: Files, params: Params) -> Iterator[Callable[[], None]]:
             return
         if file in changed(file):
             raise DataError(
-                f"`data.root` {params.data.root} is not as {file} lists it; get those images by `dvc pull {quote(file)}`, "
-                f"or keep the present ones by `dvc commit {quote(file)}`"
+                f"`data.root` {params.data.root} is not as {file} lists it; get those images by "
+                f"`dvc pull {quote(file)}`, or keep the present ones by `dvc commit {quote(file)}`"
             )
         write_text(mark, listed())
-
-    def marked() -> str | None:
-        return mark.read_text(encoding="utf-8") if mark.is_file() else None
 
     with suppress(DataError):  # the command may mend it
         check()

@@ -22,7 +22,7 @@ from pipeline.files import Files
 from pipeline.flow import dvc_rwlock, notify
 from pipeline.flow.dvc_cli import STAGE_FAILED, StageError, changed_stages, dvc, reason
 from pipeline.flow.raw_data import check_root, tracking_file
-from pipeline.flow.refresh import RefreshError, RefusedError, check_incoming
+from pipeline.flow.refresh import RefreshError, check_incoming
 from pipeline.flow.refresh import refresh as fetch_new_data
 from pipeline.records import RECORDS
 from pipeline.registry.model_registry import RegistryError
@@ -187,8 +187,7 @@ def refresh(files: Files, params: Params) -> State[None]:
     try:
         new = fetch_new_data(files, params)
     except (RefreshError, StageError) as error:
-        refused = isinstance(error, RefusedError | StageError)
-        return Failed(name=NO_RETRY if refused else "Failed", message=str(error))
+        return Failed(name="Failed" if type(error) is RefreshError else NO_RETRY, message=str(error))
     return Completed(message=f"{len(new)} new files")
 
 
