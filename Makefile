@@ -59,6 +59,7 @@ deploy: setup
 	python -m pipeline.flow.deploy
 
 # MLflow, Prefect, a worker and the search page for one user (Procfile); Ctrl-C stops all. `make stack MLFLOW_PORT=5001`.
+# The import of `pipeline` sets NO_PROXY for this machine, if there is a proxy.
 stack: export MLFLOW_PORT ?= 5000
 stack: export PREFECT_PORT ?= 4200
 stack: export SEARCH_PORT ?= 8000
@@ -67,13 +68,10 @@ stack: export MLFLOW_SERVER_ENABLE_JOB_EXECUTION = false
 stack: export PREFECT_API_URL = http://127.0.0.1:$(PREFECT_PORT)/api
 stack: export PREFECT_HOME = $(CURDIR)/.stack/prefect
 stack: export GALLERY ?= artifacts/prepare/vehicles/image_test
-# The servers are on this machine; the value of the lower-case name counts where both are set.
-stack: export NO_PROXY := $(or $(no_proxy),$(NO_PROXY)),localhost,127.0.0.1,::1
-stack: export no_proxy = $(NO_PROXY)
 stack: setup
 	mkdir -p .stack
 	@echo "MLflow $$MLFLOW_TRACKING_URI, Prefect $${PREFECT_API_URL%/api}, search page http://127.0.0.1:$$SEARCH_PORT"
-	honcho start
+	python -c 'import pipeline, honcho.command as honcho; honcho.main()' start
 
 -include docker/.env
 

@@ -24,14 +24,15 @@ def bypass_proxy_for_loopback(environment: MutableMapping[str, str]) -> None:
     """Add LOOPBACK to NO_PROXY and no_proxy if the environment names a proxy.
 
     Clients prefer the lower-case name, so each gets the value of the other if it has none. Without a proxy nothing is
-    set: urllib would then ignore the proxies that macOS and Windows have in their settings.
+    set: urllib would then ignore the proxies that macOS and Windows have in their settings. `*` (every host) stays
+    alone, since urllib does not understand it in a list.
     """
     if not any(name.lower().endswith("_proxy") and name.lower() != "no_proxy" for name in environment):
         return
     given = {name: environment.get(name, "") for name in ("no_proxy", "NO_PROXY")}
     for name, other in (("no_proxy", "NO_PROXY"), ("NO_PROXY", "no_proxy")):
         hosts = [host.strip() for host in (given[name] or given[other]).split(",") if host.strip()]
-        if "*" not in hosts:
+        if hosts != ["*"]:
             environment[name] = ",".join([*hosts, *(host for host in LOOPBACK if host not in hosts)])
 
 

@@ -1,6 +1,7 @@
 """Loopback is never reached through a proxy, whatever the environment says."""
 
 import asyncio
+import os
 import subprocess
 import sys
 import threading
@@ -96,6 +97,7 @@ def test_the_health_check_of_a_service_uses_no_proxy(proxied: pytest.MonkeyPatch
             ("a,localhost,127.0.0.1,::1", "b,localhost,127.0.0.1,::1"),
         ),
         ({"HTTP_PROXY": "x", "NO_PROXY": "*"}, ("*", None)),
+        ({"HTTP_PROXY": "x", "NO_PROXY": "*,a"}, ("*,a,localhost,127.0.0.1,::1",) * 2),
         ({"HTTP_PROXY": "x", "NO_PROXY": "127.0.0.1"}, ("127.0.0.1,localhost,::1",) * 2),
     ],
 )
@@ -106,6 +108,33 @@ def test_hosts_of_the_user_stay(given: dict[str, str], expected: tuple[str | Non
     again = dict(environment)
     bypass_proxy_for_loopback(again)
     assert again == environment
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, None),
+        ({"NO_PROXY": "corp.example"}, "corp.example"),
+        ({"HTTP_PROXY": DEAD, "NO_PROXY": "*"}, "*"),
+        ({"HTTP_PROXY": DEAD, "NO_PROXY": "a"}, "a,localhost,127.0.0.1,::1"),
+        ({"HTTP_PROXY": DEAD, "no_proxy": "a"}, "a,localhost,127.0.0.1,::1"),
+    ],
+)
+def test_make_stack_passes_the_list_to_all_processes(
+    tmp_path: Path, given: dict[str, str], expected: str | None
+) -> None:
+    for name in ("Makefile", "requirements.lock"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "Procfile").write_text("one: env > environment\n")
+    inherited = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    subprocess.run(
+        ["make", "-o", "setup", "stack", f"VENV={sys.prefix}"],
+        cwd=tmp_path, env={**inherited, "PYTHONPATH": str(ROOT), **given}, check=True, timeout=60,
+    )  # fmt: skip
+    lines = (tmp_path / "environment").read_text().splitlines()
+    found = dict(line.split("=", 1) for line in lines if line.lower().startswith("no_proxy="))
+    assert found.get("NO_PROXY") == expected
+    assert found.get("no_proxy") in (expected, None)
 
 
 def test_a_retraining_behind_a_dead_proxy_reaches_its_own_server(

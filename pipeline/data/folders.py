@@ -10,7 +10,7 @@ from PIL import Image
 
 _LEFT_BEHIND = {
     *(".ds_store", "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
-    *("@eadir", "#recycle", "lost+found"),
+    *("@eadir", "#recycle", "lost+found", ".trashes", ".spotlight-v100", ".fseventsd"),
 }
 KEEPS_FOLDER = ".gitkeep"
 """File that keeps an empty folder in Git; it is no image and no warning."""
@@ -28,7 +28,7 @@ HEIC = "skipped: HEIC is not supported (convert it to JPEG)"
 
 def is_left_behind(name: str) -> bool:
     """Return whether an operating system or a file server creates files or folders of this name by itself."""
-    return name.startswith("._") or name.lower() in _LEFT_BEHIND
+    return name.startswith(("._", ".Trash-")) or name.lower() in _LEFT_BEHIND
 
 
 def walk(root: Path, inside: str = "") -> Iterator[tuple[str, str]]:

@@ -48,7 +48,7 @@ def deploy() -> None:
         DeployError: If no server is configured, it rejects a request, or its worker uses another checkout.
         ServerError: If the server does not respond, or is too old.
     """
-    if not (url := check_server()):
+    if not (url := check_server(deploys=True)):
         raise DeployError("no Prefect server is configured; set PREFECT_API_URL (`make stack` starts a server)")
     pools = work_pools(Path.cwd())
     with get_client(sync_client=True) as client:

@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from shlex import quote
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -24,7 +25,7 @@ from pipeline.data.manifest import DataError
 from pipeline.files import Files
 from pipeline.flow import dvc_rwlock
 from pipeline.flow.deploy import AUTOMATION, POOL, deployments, work_pools, workers_online, working_directory
-from pipeline.flow.raw_data import check_root
+from pipeline.flow.raw_data import check_root, tracking_file
 from pipeline.flow.server import ServerError, check_server
 from pipeline.registry.model_registry import RegistryError
 from pipeline.registry.publish import open_registry
@@ -104,17 +105,22 @@ def disk(files: Files) -> Iterator[Check]:
 
 def sources(files: Files) -> Iterator[Check]:
     """Check that params.yaml is valid and DVC's files have no merge conflicts."""
+    tracked = None
     try:
-        load(files.params)
+        tracked = tracking_file(files, load(files.params))
         yield Check("params.yaml", True, "is valid")
     except (ParamsError, OSError) as error:
         remedy = "correct it; `smaller-student preset --upgrade` adds missing keys"
         yield Check("params.yaml", False, str(error).replace("params.yaml: ", "").replace("\n", "; "), remedy)
-    for path in (files.root / "dvc.lock", files.root / "dvc.yaml", *sorted(files.root.glob("data/*.dvc"))):
+    others = {*files.root.glob("*.dvc"), *files.root.glob("data/*.dvc"), *([files.root / tracked] if tracked else [])}
+    for path in (files.root / "dvc.lock", files.root / "dvc.yaml", *sorted(others)):
+        if not path.is_file():  # the folder .dvc
+            continue
         for number, line in enumerate(_text(path).splitlines(), start=1):
             if line.startswith(("<<<<<<<", ">>>>>>>")):
                 name = path.relative_to(files.root).as_posix()
-                yield Check(name, False, f"has merge markers in line {number}", f"run `git checkout --ours {name}`")
+                remedy = f"run `git checkout --ours {quote(name)}`"
+                yield Check(name, False, f"has merge markers in line {number}", remedy)
                 break
 
 
@@ -208,7 +214,7 @@ def unsynced(files: Files) -> int:
 def prefect(files: Files) -> Iterator[Check]:
     """Check the Prefect server, and what `make deploy` creates on it."""
     try:
-        url = check_server()
+        url = check_server(deploys=True)
     except ServerError as error:
         message, _, remedy = str(error).partition("; ")
         yield Check("prefect", False, message, remedy)

@@ -4,8 +4,9 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from shlex import quote
 
 from pipeline.system.process import child_process
 
@@ -14,16 +15,17 @@ STAGE_FAILED = re.compile(r"failed to run: .*, exited with (-?\d+)")
 """Message by which dvc reports the exit code of a stage."""
 
 
-EXPLANATIONS = (
-    (
-        re.compile(r"'\./(\S+)' is invalid \(possible merge conflicts\)"),
-        r"\1 has merge markers; keep one side by `git checkout --ours \1`",
+EXPLANATIONS: dict[str, Callable[[str], str]] = {
+    r"'\./(.+)' is invalid \(possible merge conflicts\)": lambda path: (
+        f"{path} has merge markers; keep one side by `git checkout --ours {quote(path)}`"
     ),
-    (re.compile("Unable to acquire lock"), "dvc is already running in this checkout; wait for it, or end it"),
-    (re.compile("surrogates not allowed"), "a file name is not UTF-8; `smaller-student doctor` names it"),
-    (re.compile(r"missing data 'source': (\S+)"), r"\1 is in DVC, but not in this checkout; run `dvc pull \1.dvc`"),
-)
-"""Messages of dvc that do not name the remedy, and sentences that do."""
+    "()Unable to acquire lock": lambda _: "dvc is already running in this checkout; wait for it, or end it",
+    "()surrogates not allowed": lambda _: "a file name is not UTF-8; `smaller-student doctor` names it",
+    "missing data 'source': (.+)$": lambda path: (
+        f"{path} is in DVC, but not in this checkout; run `dvc pull {quote(f'{path}.dvc')}`"
+    ),
+}
+"""Sentences with the remedy, by messages of dvc that do not name it; they may contain a path."""
 
 
 class StageError(RuntimeError):
@@ -32,20 +34,23 @@ class StageError(RuntimeError):
 
 def reason(output: str) -> str:
     """Return why a dvc command failed, in one line."""
-    for pattern, sentence in EXPLANATIONS:
-        if match := pattern.search(output):
-            return match.expand(sentence)
+    for pattern, sentence in EXPLANATIONS.items():
+        if match := re.search(pattern, output, re.M):
+            return sentence(match[1])
     lines = output.strip().splitlines() or ["it has no output"]
     return next((line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")), lines[-1])
 
 
-def changed() -> list[str]:
+def changed(*targets: str) -> list[str]:
     """Return the stages and .dvc files whose dependencies, outputs or params differ from dvc.lock or the file.
+
+    Args:
+        targets: Stages and .dvc files to compare; all if there are none.
 
     Raises:
         StageError: If `dvc status` fails.
     """
-    return list(json.loads(_output("status", "--json") or "{}"))
+    return list(json.loads(_output("status", "--json", *targets) or "{}"))
 
 
 def changed_stages() -> list[str]:
@@ -54,12 +59,7 @@ def changed_stages() -> list[str]:
     Raises:
         StageError: If `dvc status` fails.
     """
-    return stages_in(changed())
-
-
-def stages_in(names: Iterable[str]) -> list[str]:
-    """Return the names that are stages, not .dvc files."""
-    return [name for name in names if not name.endswith(".dvc")]
+    return [name for name in changed() if not name.endswith(".dvc")]
 
 
 def commit(file: str) -> None:

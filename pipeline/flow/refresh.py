@@ -10,6 +10,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import Data, Params
@@ -20,7 +21,7 @@ from pipeline.data.layout import UNASSIGNED, UNASSIGNED_TEST
 from pipeline.data.manifest import TEST, Box, DataError, Item, first_few, is_inside
 from pipeline.data.tables import Row, Table, boxes_of, check_splits, path_of, read_table, split_of
 from pipeline.files import Files, sync_folder, write_atomically, write_text
-from pipeline.flow.raw_data import check_root, is_utf8, tracking_file
+from pipeline.flow.raw_data import is_utf8, saved_in_dvc
 from pipeline.labels import clean_label
 from pipeline.protocols import JUNK
 from pipeline.system.process import TimeLimitError, child_process
@@ -69,33 +70,40 @@ def check_incoming(files: Files, params: Params) -> None:
 
 
 def refresh(files: Files, params: Params) -> list[str]:
-    """Run `retrain.refresh`, then move the files of `retrain.incoming` to `data.root`.
+    """Run `retrain.refresh`, move the files of `retrain.incoming` to `data.root`, and save them in DVC if it is there.
 
     Returns:
         Paths of the new files, relative to `data.root`.
 
     Raises:
         RefreshError: If the command fails.
-        RefusedError: If the files cannot be ingested; nothing is moved then.
+        RefusedError: If the files cannot be ingested, or `data.root` is not as its .dvc file lists it; nothing is moved
+            then.
+        StageError: If dvc fails.
     """
-    if params.retrain.refresh:
-        _run(params.retrain.refresh, params.retrain.limit_hours)
+    try:
+        with saved_in_dvc(files, params) as check_saved:
+            if params.retrain.refresh:
+                _run(params.retrain.refresh, params.retrain.limit_hours)
+            check_saved()
+            return _take_incoming(files, params)
+    except DataError as error:
+        raise RefusedError(str(error)) from error
+
+
+def _take_incoming(files: Files, params: Params) -> list[str]:
     check_incoming(files, params)  # again, since the command may have added files
     folder, root = files.root / params.retrain.incoming, files.root / params.data.root
     if not params.retrain.incoming or not folder.is_dir():
         return []
     paths = _complete_files(folder)
     try:
-        if tracking_file(files, params) and not root.is_dir():  # or the new images alone would become the data set
-            check_root(files, params)
         if params.data.source == "csv":
             moved = _ingest_with_table(paths, folder, root, params.data)
         else:
             usable = _usable(paths, folder)
             _check_folders(usable, folder, root, params.data)
             moved = ingest(usable, folder, root)
-    except DataError as error:
-        raise RefusedError(str(error)) from error
     except OSError as error:
         reason = f"{error.strerror}: {error.filename}" if error.filename else str(error)
         raise RefreshError(
@@ -103,8 +111,9 @@ def refresh(files: Files, params: Params) -> list[str]:
         ) from error
     subfolders = [path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()]
     for subfolder in sorted(subfolders, reverse=True):
-        if not any(subfolder.iterdir()):
-            subfolder.rmdir()
+        if not is_left_behind(subfolder.name):
+            with suppress(OSError):  # not empty
+                subfolder.rmdir()
     return moved
 
 
@@ -244,7 +253,7 @@ def ingest(paths: Sequence[Path], folder: Path, target: Path) -> list[str]:
             f"{taken[0]} exists with different content ({len(taken)} such files), so nothing was moved; rename the new "
             "files"
         )
-    spelled = Counter(unicodedata.normalize("NFC", str(new)) for new in targets.values())
+    spelled = Counter(_nfc(str(new)) for new in targets.values())
     if twice := [name for name, count in spelled.items() if count > 1]:
         raise RefusedError(
             f"{folder} holds {Path(twice[0]).name} twice, in two Unicode normal forms, so nothing was moved; rename one"
@@ -273,10 +282,10 @@ def _move(old: Path, new: Path) -> None:
     new.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.rename(old, new)
-        sync_folder(new.parent)
     except OSError:  # another file system
         write_atomically(new, lambda temporary: shutil.copyfile(old, temporary))
         old.unlink()
+    sync_folder(new.parent)
 
 
 def _ingest_with_table(paths: Sequence[Path], folder: Path, root: Path, data: Data) -> list[str]:
@@ -297,35 +306,43 @@ def _ingest_with_table(paths: Sequence[Path], folder: Path, root: Path, data: Da
     try:
         new_table = read_table(new)
         old_table = read_table(table) if table.exists() else None
-        added, listed = _new_rows(new_table, old_table, images, folder, root)
-        items = [*_items(old_table, root), *added] if old_table else added
-        _check_identities(items, data)
+        old_items = list(_items(old_table, root)) if old_table else []
+        rows = _new_rows(new_table, old_table, old_items, images, folder, root)
+        _check_identities([*old_items, *rows], data)
     except IncompleteError as error:
         log.warning("%d files stay in %s: image %s is incomplete", len(images) + 1, folder, error)
         return []
     except DataError as error:
         raise RefusedError(f"{error}; nothing was moved; correct the table") from error
-    _report_left(folder, {images[name]: "the table does not list it" for name in sorted(images.keys() - listed)})
-    wanted = {name: path for name, path in images.items() if name in listed}
-    unlisted = [Item(name, "", "", "") for name in wanted.keys() - {item.path for item in added}]
-    arrived = [item for item in added if item.path in wanted]
-    moved_before = [item for item in added if item.path not in wanted]
-    unusable = [*inspect([*arrived, *unlisted], folder).quarantined, *inspect(moved_before, root).quarantined]
-    if unusable:
-        _report_unusable(folder, dict(unusable))
+    listed = {item.path for item in (*old_items, *rows)}
+    _report_left(
+        folder, {path: "the table does not list it" for name, path in images.items() if _nfc(name) not in listed}
+    )
+    wanted = {name: path for name, path in images.items() if _nfc(name) in listed}
+    if unusable := _unusable_images(rows, wanted, folder, root):
+        _report_unusable(folder, unusable)
         log.warning("the table %s waits for the pictures that cannot be used", new)
         return []
     moved = ingest(list(wanted.values()), folder, root)
-    if added:
-        write_text(table, (old_table or new_table.empty()).with_rows(added.values()))
+    if rows:
+        write_text(table, (old_table or new_table.empty()).with_rows(rows.values()))
     new.unlink()
     return moved
 
 
+def _unusable_images(rows: Mapping[Item, Row], images: Mapping[str, Path], folder: Path, root: Path) -> dict[str, str]:
+    """Return the images of new rows, and other new ones, that cannot be used, and why."""
+    new = {_nfc(name): name for name in images}
+    arrived = [replace(item, path=new[item.path]) for item in rows if item.path in new]
+    arrived += [Item(new[name], "", "", "") for name in new.keys() - {item.path for item in rows}]
+    moved_before = [replace(item, path=row["path"]) for item, row in rows.items() if item.path not in new]
+    return dict([*inspect(arrived, folder).quarantined, *inspect(moved_before, root).quarantined])
+
+
 def _new_rows(
-    new: Table, old: Table | None, images: Mapping[str, Path], folder: Path, root: Path
-) -> tuple[dict[Item, Row], set[str]]:
-    """Return the rows that `old` lacks, by their items, and the paths of all images that either table lists.
+    new: Table, old: Table | None, old_items: Iterable[Item], images: Mapping[str, Path], folder: Path, root: Path
+) -> dict[Item, Row]:
+    """Return the rows that `old` lacks, by their items (see `_items`); their paths are those that files get in `root`.
 
     Raises:
         IncompleteError: If an image is still being written.
@@ -333,7 +350,7 @@ def _new_rows(
     """
     if old and set(new.known) != set(old.known):
         raise DataError(f"{new.path} has the columns {', '.join(new.known)}, but {old.path} has {', '.join(old.known)}")
-    labels = {item.name: item for item in _items(old, root)} if old else {}
+    labels = {item.name: item for item in old_items}
     added: dict[Item, Row] = {}
     for row, box in zip(new.rows, boxes_of(new), strict=True):
         path = path_of(folder, row["path"])
@@ -347,19 +364,24 @@ def _new_rows(
         item = _item(path, row, box)
         if item.name not in labels:
             labels[item.name] = item
-            added[item] = {**row, "path": path}
+            added[item] = {**row, "path": _target(Path(path), root).relative_to(root).as_posix()}
         elif labels[item.name] != item:
             known = labels[item.name]
             text = ", ".join(filter(None, (known.identity, known.camera)))
             raise DataError(f"{new.path}: {row['path']} is listed already, as {text}")
     check_splits(new.path, (item.split for item in labels.values()))
-    return added, {item.path for item in labels.values()}
+    return added
 
 
-def _items(table: Table, root: Path) -> list[Item]:
-    boxes = zip(table.rows, boxes_of(table), strict=True)
-    return [_item(path_of(root, row["path"]), row, box) for row, box in boxes]
+def _items(table: Table, root: Path) -> Iterator[Item]:
+    """Yield the item of each row; paths are in NFC, since a file may be delivered again in another normal form."""
+    for row, box in zip(table.rows, boxes_of(table), strict=True):
+        yield _item(path_of(root, row["path"]), row, box)
 
 
 def _item(path: str, row: Row, box: Box | None) -> Item:
-    return Item(path, clean_label(row["identity"]), clean_label(row.get("camera", "")), split_of(row), box)
+    return Item(_nfc(path), clean_label(row["identity"]), clean_label(row.get("camera", "")), split_of(row), box)
+
+
+def _nfc(path: str) -> str:
+    return unicodedata.normalize("NFC", path)

@@ -20,9 +20,9 @@ from pipeline.data.manifest import DataError
 from pipeline.export.release import ReleaseError
 from pipeline.files import Files
 from pipeline.flow import dvc_rwlock, notify
-from pipeline.flow.dvc_cli import STAGE_FAILED, StageError, changed, commit, dvc, reason, stages_in
+from pipeline.flow.dvc_cli import STAGE_FAILED, StageError, changed_stages, dvc, reason
 from pipeline.flow.raw_data import check_root, tracking_file
-from pipeline.flow.refresh import RefreshError, RefusedError, check_incoming
+from pipeline.flow.refresh import RefreshError, check_incoming
 from pipeline.flow.refresh import refresh as fetch_new_data
 from pipeline.records import RECORDS
 from pipeline.registry.model_registry import RegistryError
@@ -92,14 +92,10 @@ def _retrain(files: Files, force: bool) -> State[None]:
     if last_start is not None and due is not None and due < last_start and not force:
         message = f"the run was due before the last retraining began ({last_start:%Y-%m-%d %H:%M}), so it has no work"
         return Cancelled(name="Skipped", message=message)
-    if params.retrain.refresh or params.retrain.incoming:
+    if params.retrain.refresh or params.retrain.incoming or tracking_file(files, params):
         _raise_if_failed(refresh(files, params, return_state=True), RefreshError)
     check_root(files, params)
-    names = changed()
-    if (tracked := tracking_file(files, params)) in names:
-        commit(tracked)  # new images; otherwise the next run would find the file changed again
-        get_run_logger().info("updated %s", tracked)
-    stale = stages_in(names)
+    stale = changed_stages()
     recorder.complete_last_execution(files, params, lambda: stale)
     unpublished = params.retrain.publish and last_published(files, params) is None
     if not stale and not unpublished and not force:
@@ -190,8 +186,8 @@ def refresh(files: Files, params: Params) -> State[None]:
     """Run `retrain.refresh`, and move the files of `retrain.incoming` to `data.root`."""
     try:
         new = fetch_new_data(files, params)
-    except RefreshError as error:
-        return Failed(name=NO_RETRY if isinstance(error, RefusedError) else "Failed", message=str(error))
+    except (RefreshError, StageError) as error:
+        return Failed(name="Failed" if type(error) is RefreshError else NO_RETRY, message=str(error))
     return Completed(message=f"{len(new)} new files")
 
 

@@ -1,5 +1,6 @@
 """Check the Prefect server before it is used: whether it responds, and which version it has."""
 
+import logging
 import re
 
 from prefect import __version__
@@ -10,6 +11,10 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings, t
 
 from pipeline.tracking.store import root_cause
 
+log = logging.getLogger(__name__)
+
+DEPLOYS = (3, 8, 5)
+"""Oldest server at which Prefect 3.8.8 registers automations: 3.8.0, 3.8.1 and 3.8.4 reject a field (status 422)."""
 TIMEOUT = 5.0
 """Seconds until a server that does not respond counts as unreachable."""
 ADDRESS = "set PREFECT_API_URL to http://HOST:PORT/api"
@@ -21,8 +26,11 @@ class ServerError(RuntimeError):
     """The Prefect server cannot be used; reason and remedy are separated by a semicolon."""
 
 
-def check_server() -> str | None:
-    """Check that the configured Prefect server responds and is not too old for this client.
+def check_server(deploys: bool = False) -> str | None:
+    """Check that the configured Prefect server responds and fits this client.
+
+    Args:
+        deploys: Whether deployments and automations will be created, which fewer servers accept than runs.
 
     Returns:
         Address of the server; None if none is configured.
@@ -42,38 +50,44 @@ def check_server() -> str | None:
                 client.read_work_pools(limit=1)
                 return url
             version = client.api_version()
+            if not isinstance(version, str):
+                raise ValueError
     except PrefectHTTPStatusError as error:
         status = error.response.status_code
         remedy = REMEDIES.get(status, "look into its log")
         raise ServerError(f"{server} rejects requests with status {status}; {remedy}") from error
-    except ValueError as error:  # not JSON
+    except ValueError as error:  # not JSON, or no version
         raise ServerError(f"{server} does not respond as Prefect does; {ADDRESS}") from error
     except Exception as error:  # of httpx, ssl or a proxy
         remedy = "start it, correct PREFECT_API_URL, or unset it to retrain without a server"
         raise ServerError(f"{server} cannot be reached ({root_cause(error)}); {remedy}") from error
-    compare_versions(server, str(version))
+    compare_versions(server, version, deploys)
     return url
 
 
-def compare_versions(server: str, version: str) -> None:
-    """Check that a server is not older than this client, nor of a newer major version.
+def compare_versions(server: str, version: str, deploys: bool) -> None:
+    """Check that a server fits this client.
 
-    A client sends fields that an older server rejects: with 3.8.8, `make deploy` ends in status 422 at servers
-    3.4.25, 3.6.29, 3.7.2 and 3.8.0.
+    Runs work with every server of the same major version that was tried, down to 3.4.25, so an older minor version is
+    only a warning; `make deploy` fails there. A version without three numbers, as a build from sources may have, is one
+    as well.
 
     Raises:
-        ServerError: If they do not fit; names both versions and which must be newer.
+        ServerError: If they do not fit; names both versions.
     """
     theirs, ours = (tuple(map(int, re.findall(r"\d+", text)[:3])) for text in (version, __version__))
+    has = f"{server} has version {version}"
     if len(theirs) < 3:
-        raise ServerError(f"{server} does not respond as Prefect does; {ADDRESS}")
-    if theirs < ours:
-        raise ServerError(
-            f"{server} has version {version}, which is older than Prefect {__version__} here; upgrade the server to "
-            f"{__version__} or newer"
-        )
+        log.warning("%s, which cannot be compared to Prefect %s here", has, __version__)
+        return
     if theirs[0] > ours[0]:
+        raise ServerError(f"{has}, and Prefect {__version__} here is too old for it; use a server of version {ours[0]}")
+    same_minor = (*ours[:2], 0)
+    least = min(ours, max(DEPLOYS, same_minor)) if deploys else (ours[0], 0, 0)
+    if theirs < least:
+        needed = ".".join(map(str, least))
         raise ServerError(
-            f"{server} has version {version}, and Prefect {__version__} here is too old for it; use a server of "
-            f"version {ours[0]}"
+            f"{has}, which is too old for Prefect {__version__} here; upgrade the server to {needed} or newer"
         )
+    if theirs < same_minor:
+        log.warning("%s, which is older than Prefect %s here; `make deploy` does not work with it", has, __version__)

@@ -1,7 +1,9 @@
 """New data are ingested completely, once, and without replacing files."""
 
+import errno
 import io
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from PIL import Image
 from pipeline.config import Params
 from pipeline.data import custom
 from pipeline.data.manifest import Item
-from pipeline.files import Files
+from pipeline.files import Files, write_text
 from pipeline.flow import refresh as refresh_module
 from pipeline.flow.refresh import RefreshError, RefusedError, check_incoming, ingest, refresh
 from pipeline.stage.params_file import load
@@ -141,6 +143,25 @@ def test_files_are_copied_to_another_file_system(tmp_path: Path, monkeypatch: py
     (tmp_path / "in" / "a.jpg").write_bytes(b"x")
     assert ingest([tmp_path / "in" / "a.jpg"], tmp_path / "in", tmp_path / "data") == ["a.jpg"]
     assert (content(tmp_path / "data"), content(tmp_path / "in")) == ({"a.jpg": b"x"}, {})
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO, errno.EACCES])
+def test_files_are_moved_on_a_file_system_that_cannot_flush_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    fsync = os.fsync
+
+    def refuse(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(b"x")
+    assert ingest([tmp_path / "in" / "a.jpg"], tmp_path / "in", tmp_path / "data") == ["a.jpg"]
+    write_text(tmp_path / "data" / "b.txt", "b")
+    assert content(tmp_path / "data") == {"a.jpg": b"x", "b.txt": b"b"}
 
 
 @pytest.mark.parametrize(
@@ -408,6 +429,14 @@ def test_files_that_systems_leave_behind_stay_unmentioned(
     check_incoming(here, changed(here, "vehicles"))  # they are no new images
 
 
+def test_folders_of_the_system_stay_in_the_incoming_folder(here: Files) -> None:
+    arrive(here, "1/a.png")
+    (here.root / "incoming" / "lost+found").mkdir()  # the incoming folder may be a disk of its own
+    (here.root / "incoming" / "2").mkdir()
+    assert refresh(here, load(here.params)) == ["1/a.png"]
+    assert [path.name for path in (here.root / "incoming").iterdir()] == ["lost+found"]
+
+
 def test_the_same_name_in_another_unicode_normal_form_is_the_same_file(here: Files) -> None:
     composed, decomposed = "\u00e9/1.png", "e\u0301/1.png"  # as Linux and as macOS write it
     arrive(here, composed)
@@ -423,6 +452,42 @@ def test_the_same_name_in_another_unicode_normal_form_is_the_same_file(here: Fil
     (here.root / "data" / composed).unlink()
     with pytest.raises(RefusedError, match="twice, in two Unicode normal forms, so nothing was moved; rename one"):
         refresh(here, load(here.params))
+
+
+@pytest.mark.parametrize(("there", "again"), [("\u00e9.png", "e\u0301.png"), ("e\u0301.png", "\u00e9.png")])
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_row_in_another_unicode_normal_form_is_the_same_row(
+    listed: Files, there: str, again: str, deleted: bool
+) -> None:
+    (listed.root / "data" / there).write_bytes(NEW)
+    text = f"path,identity\n1.jpg,7\n{there},8\n"
+    (listed.root / "data" / "images.csv").write_text(text)
+    if deleted:
+        (listed.root / "data" / there).unlink()
+    arrive(listed, again)
+    arrive(listed, "images.csv", content=f"path,identity\n{again},8\n".encode())
+    assert refresh(listed, load(listed.params)) == ([again] if deleted else [])
+    assert (listed.root / "data" / "images.csv").read_text() == text
+    assert [item.identity for item in custom.table(listed.root / "data", changed(listed, "csv").data).items] == [
+        "7",
+        "8",
+    ]
+    assert set(content(listed.root / "incoming")) == {"2.jpg", "more/a, b.jpg"}  # no row lists them
+    arrive(listed, "images.csv", content=f"path,identity\n{again},9\n".encode())
+    with pytest.raises(RefusedError, match="is listed already, as 8"):
+        refresh(listed, load(listed.params))
+
+
+def test_a_new_row_has_the_spelling_of_the_file_that_is_there(listed: Files) -> None:
+    composed, decomposed = "\u00e9.png", "e\u0301.png"
+    (listed.root / "data" / composed).write_bytes(NEW)  # moved before an interruption, or not listed yet
+    (listed.root / "data" / "images.csv").write_text("path,identity\n1.jpg,7\n")
+    arrive(listed, decomposed)
+    rows = f"path,identity\n{decomposed},8\n{composed},8\n"
+    arrive(listed, "images.csv", content=rows.encode())
+    assert refresh(listed, load(listed.params)) == []
+    assert (listed.root / "data" / "images.csv").read_text() == f"path,identity\n1.jpg,7\n{composed},8\n"
+    assert not (listed.root / "incoming" / decomposed).exists()
 
 
 def test_a_label_with_a_space_keeps_its_folder(here: Files) -> None:

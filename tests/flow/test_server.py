@@ -57,26 +57,60 @@ def test_without_a_server_there_is_nothing_to_check() -> None:
         assert check_server() is None
 
 
-def test_a_server_that_is_not_older_is_accepted(respond: Respond) -> None:
+def test_a_server_of_this_version_or_newer_is_accepted(respond: Respond) -> None:
     for version in (__version__, f"{__version__}+1.gabc", __version__.rpartition(".")[0] + ".99", "3.999.0"):
         url = respond(200, f'"{version}"')
         with temporary_settings({PREFECT_API_URL: url}):
-            assert check_server() == url
+            assert check_server(deploys=True) == check_server() == url
 
 
-@pytest.mark.parametrize("version", ["3.4.25", "3.8.0", "3.7.9.dev1", "2.20.25"])
-def test_an_older_server_is_refused_with_both_versions(version: str) -> None:
-    with pytest.raises(ServerError) as caught:
-        compare_versions("the Prefect server URL", version)
-    assert str(caught.value) == (
-        f"the Prefect server URL has version {version}, which is older than Prefect {__version__} here; upgrade the "
-        f"server to {__version__} or newer"
-    )
+@pytest.mark.parametrize(
+    ("client", "version", "least"),  # the server that `make deploy` needs; None: it works with this one
+    [
+        ("3.8.8", "3.8.7", None),
+        ("3.8.8", "3.8.5", None),
+        ("3.8.8", "3.8.4", "3.8.5"),
+        ("3.8.8", "3.7.9.dev1", "3.8.5"),
+        ("3.8.8", "3.4.25", "3.8.5"),
+        ("3.8.1", "3.8.1", None),  # the client does not send the field either
+        ("3.8.1", "3.8.0", "3.8.1"),
+        ("3.9.2", "3.9.0", None),
+        ("3.9.2", "3.8.8", "3.9.0"),
+        ("3.8.8", "0+unknown", None),
+    ],
+)
+def test_an_older_server_that_was_found_to_fail_is_refused_by_deploy_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, client: str, version: str, least: str | None
+) -> None:
+    monkeypatch.setattr(server, "__version__", client)
+    if least is None:
+        compare_versions("the Prefect server URL", version, deploys=True)
+    else:
+        with pytest.raises(ServerError) as caught:
+            compare_versions("the Prefect server URL", version, deploys=True)
+        assert str(caught.value) == (
+            f"the Prefect server URL has version {version}, which is too old for Prefect {client} here; upgrade the "
+            f"server to {least} or newer"
+        )
+    caplog.clear()
+    compare_versions("the Prefect server URL", version, deploys=False)
+    noted = version == "0+unknown" or version.split(".")[:2] != client.split(".")[:2]
+    assert bool(caplog.text) is noted and (not noted or (version in caplog.text and client in caplog.text))
 
 
-def test_a_server_of_the_next_major_version_is_refused() -> None:
-    with pytest.raises(ServerError, match=r"has version 4\.0\.1, and Prefect .* here is too old for it; use a server"):
-        compare_versions("the Prefect server URL", "4.0.1")
+@pytest.mark.parametrize("deploys", [False, True])
+@pytest.mark.parametrize(("version", "why"), [("4.0.1", "here is too old for it"), ("2.20.25", "which is too old for")])
+def test_a_server_of_another_major_version_is_refused(version: str, why: str, deploys: bool) -> None:
+    with pytest.raises(ServerError, match=rf"has version {version}, .*{why}"):
+        compare_versions("the Prefect server URL", version, deploys)
+
+
+def test_a_server_whose_version_is_unknown_is_accepted_with_a_note(
+    respond: Respond, caplog: pytest.LogCaptureFixture
+) -> None:
+    with temporary_settings({PREFECT_API_URL: respond(200, '"0+unknown"')}):
+        assert check_server(deploys=True)
+    assert "has version 0+unknown, which cannot be compared to Prefect" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -115,20 +149,20 @@ def test_deploy_and_doctor_check_the_server_first(
 ) -> None:
     monkeypatch.chdir(pipeline.root)
     with temporary_settings({PREFECT_API_URL: respond(200, '"3.4.25"')}):
-        with pytest.raises(ServerError, match=r"version 3\.4\.25, which is older"):
+        with pytest.raises(ServerError, match=r"version 3\.4\.25, which is too old"):
             deploy.deploy()
         (found,) = doctor.prefect(pipeline)
     assert found.ok is False and "has version 3.4.25" in found.message
-    assert found.remedy == f"upgrade the server to {__version__} or newer"
+    assert found.remedy.startswith("upgrade the server to 3.")
 
 
 def test_retrain_checks_the_server_before_anything_runs(respond: Respond, pipeline: Files, start: Start) -> None:
-    url = respond(200, '"3.4.25"')
+    url = respond(200, '"2.20.25"')
     process = start(pipeline, "-m", "pipeline", "retrain", PREFECT_API_URL=url, PREFECT_HOME=str(pipeline.root / "p"))
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert err == (
-        f"smaller-student: the Prefect server {url} has version 3.4.25, which is older than Prefect {__version__} "
-        f"here; upgrade the server to {__version__} or newer\n"
+        f"smaller-student: the Prefect server {url} has version 2.20.25, which is too old for Prefect {__version__} "
+        "here; upgrade the server to 3.0.0 or newer\n"
     )
     assert not pipeline.metrics("prepare").exists()

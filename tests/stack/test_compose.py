@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,12 +36,30 @@ def test_every_service_except_the_worker_has_a_health_check() -> None:
     assert found["worker"].environment["MLFLOW_TRACKING_URI"] == "http://mlflow:77"
 
 
-def test_services_reach_each_other_without_the_proxy_that_docker_may_set() -> None:
-    found = services(COMPOSE, {"NO_PROXY": "corp.example"})
-    for name in ("mlflow", "prefect", "worker", "search"):
-        for variable in ("NO_PROXY", "no_proxy"):
-            hosts = found[name].environment[variable].split(",")
-            assert {"corp.example", "mlflow", "prefect", "s3", "localhost", "127.0.0.1"} <= set(hosts)
+SERVICES = "mlflow,prefect,s3,localhost,127.0.0.1,::1"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, SERVICES),
+        ({"NO_PROXY": "corp.example", "no_proxy": "corp.example"}, f"corp.example,{SERVICES}"),  # as Docker sets both
+        ({"NO_PROXY": "a", "no_proxy": "b"}, f"b,{SERVICES}"),
+        ({"NO_PROXY": "a"}, f"a,{SERVICES}"),
+        ({"NO_PROXY": "*"}, "*"),
+    ],
+)
+def test_services_reach_each_other_without_the_proxy_that_docker_may_set(given: dict[str, str], expected: str) -> None:
+    assert not any("NO_PROXY" in name.upper() for keys in services(COMPOSE, {}).values() for name in keys.environment)
+    script = str(ROOT / "docker" / "with-secrets.sh")
+    for name, service in services(COMPOSE, {"STACK": str(ROOT / "docker")}).items():
+        assert name == "postgres" or service.command[1] == script
+    code = "import urllib.request as u; print(u.getproxies()['no'], bool(u.proxy_bypass('mlflow')))"
+    environment = {"PATH": os.environ["PATH"], "HTTP_PROXY": "http://proxy:1", **given}
+    done = subprocess.run(
+        ["sh", script, sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"{expected} True\n"
 
 
 def test_the_worker_has_time_to_save_and_a_fixed_host_name() -> None:
