@@ -31,8 +31,9 @@ from pipeline.registry.model_registry import RegistryError
 from pipeline.registry.publish import open_registry
 from pipeline.stage.params_file import ParamsError, load
 from pipeline.system.locks import holder, is_held
+from pipeline.tracking.errors import TrackingError, UriError, root_cause
 from pipeline.tracking.run_record import all_executions
-from pipeline.tracking.store import TrackingError, UriError, check_uri, open_store, root_cause, store_key, tracking_uri
+from pipeline.tracking.store import check_uri, open_store, store_key, tracking_uri
 from pipeline.tracking.sync import sync
 
 MIN_FREE_BYTES = 5 * 2**30

@@ -7,7 +7,7 @@ prefect.yaml. A file lock, not Prefect, ensures that only one retraining of a ch
 import os
 from contextlib import suppress
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -33,8 +33,9 @@ from pipeline.system import git_cli
 from pipeline.system.locks import BusyError, last_retraining_start, retrain_lock, save_retraining_start
 from pipeline.system.process import TimeLimitError, stop_with_parent
 from pipeline.tracking import recorder
+from pipeline.tracking.errors import TrackingError
 from pipeline.tracking.execution import EXECUTION_VARIABLE, Execution
-from pipeline.tracking.store import TrackingError, check_uri, tracking_uri
+from pipeline.tracking.store import check_uri, tracking_uri
 
 WORKER_VARIABLE = "PREFECT__FLOW_RUN_ID"
 """Environment variable that Prefect sets in a process that a worker started."""
@@ -168,9 +169,9 @@ def _publish(files: Files, params: Params) -> Published:
         TrackingError: If publishing fails.
     """
     if (published := last_published(files, params)) is None:
-        state = publish(files, params, return_state=True)
+        state: State[Any] = publish(files, params, return_state=True)
         _raise_if_failed(state, TrackingError)
-        published = state.result()
+        return cast(Published, state.result())
     return published
 
 

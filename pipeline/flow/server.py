@@ -9,7 +9,7 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings, temporary_settings
 
-from pipeline.tracking.store import root_cause
+from pipeline.tracking.errors import root_cause
 
 log = logging.getLogger(__name__)
 

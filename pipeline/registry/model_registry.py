@@ -41,7 +41,7 @@ from pipeline.registry.lineage import (
 )
 from pipeline.registry.policy import Decision
 from pipeline.system.locks import BusyError
-from pipeline.tracking import store
+from pipeline.tracking import errors, store
 from pipeline.tracking.run_record import all_executions
 from pipeline.tracking.sync import LOCK_TIMEOUT
 
@@ -166,7 +166,7 @@ class Registry:
             try:
                 downloaded = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=scratch))
             except Exception as error:  # of any artifact store
-                reason = f"version {version} of {self.name} cannot be downloaded ({store.root_cause(error)})"
+                reason = f"version {version} of {self.name} cannot be downloaded ({errors.root_cause(error)})"
                 remedy = "repair the artifact store, or name a champion by `smaller-student rollback --to VERSION`"
                 raise RegistryError(f"{reason}; {remedy}") from error
             if digest is None:
@@ -274,7 +274,7 @@ class Registry:
             withdrawn = sorted(after.withdrawn - lineage.withdrawn, key=int)
             self._tag_withdrawn(after, to, model.tags)
         except (MlflowException, RequestException) as error:  # repeating the command would withdraw one more version
-            reason = f"its aliases or the tags of withdrawn versions are incomplete ({store.root_cause(error)})"
+            reason = f"its aliases or the tags of withdrawn versions are incomplete ({errors.root_cause(error)})"
             remedy = f"`smaller-student rollback --to {to}` completes them"
             log.warning("version %s is champion again, but %s; %s", to, reason, remedy)
         return withdrawn, to
@@ -366,9 +366,11 @@ def upload_release(client: MlflowClient, files: Files, folder: Path, experiment:
             if not exported:
                 with contextlib.suppress(MlflowException):
                     client.delete_run(run_id)
-            place = f"the artifact store of MLflow at {store.shown(client.tracking_uri)}"
-            message = f"{place} failed ({store.root_cause(error)}); nothing was registered, publish again when it works"
-            raise store.TrackingError(message) from error
+            place = f"the artifact store of MLflow at {errors.shown(client.tracking_uri)}"
+            message = (
+                f"{place} failed ({errors.root_cause(error)}); nothing was registered, publish again when it works"
+            )
+            raise errors.TrackingError(message) from error
         if not exported:
             client.set_terminated(run_id)
         return str(run_id)

@@ -15,7 +15,8 @@ from pipeline.registry.model_registry import Registry, release_digest, upload_re
 from pipeline.registry.policy import Decision
 from pipeline.registry.promotion import PromotionPolicy
 from pipeline.system.locks import BusyError, locked
-from pipeline.tracking.store import TrackingError, connect, identify, store_key
+from pipeline.tracking.errors import TrackingError
+from pipeline.tracking.store import connect, identify, store_key
 from pipeline.tracking.sync import sync
 
 log = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from pipeline.protocols import SEEN
+from pipeline.tracking.errors import TrackingError
 from pipeline.tracking.metrics import cells
-from pipeline.tracking.store import TrackingError
 
 COLUMNS: dict[str, tuple[str, str, float]] = {
     "teacher/mAP": ("teacher", "{:.4f}", 1),

@@ -25,9 +25,10 @@ from pipeline.records import RECORDS
 from pipeline.system import git_cli
 from pipeline.system.locks import locked
 from pipeline.tracking import metrics
+from pipeline.tracking.errors import UriError, shown
 from pipeline.tracking.execution import Execution, ProcessId
 from pipeline.tracking.run_record import EXECUTION, ExecutionRecords, Point, RunRecord, Status, all_executions
-from pipeline.tracking.store import UriError, check_uri, shown, store_key, tracking_uri
+from pipeline.tracking.store import check_uri, store_key, tracking_uri
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import shutil
 import sys
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cached_property
@@ -27,9 +27,9 @@ from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, RunTag, V
 
 from pipeline.files import Files, write_text
 from pipeline.system.locks import BusyError
-from pipeline.tracking import store
+from pipeline.tracking import errors, store
+from pipeline.tracking.errors import TrackingError
 from pipeline.tracking.run_record import EXECUTION, ExecutionRecords, RunRecord, all_executions
-from pipeline.tracking.store import TrackingError
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Sync:
 
     def __init__(self, files: Files, timeout: float = 0, again: bool = False) -> None:
         self.files, self.uri, self._timeout, self._again = files, store.tracking_uri(files), timeout, again
-        self.uploaded, self.file_errors, self.file_seconds = 0, list[str](), Counter[str]()
+        self.uploaded, self.file_errors, self.file_seconds = 0, list[str](), defaultdict[str, float](float)
         self.failed: TrackingError | None = None
 
     @cached_property
@@ -127,16 +127,16 @@ class Sync:
                     uploaded |= _Upload(self, records, again).run() and pending
                 except Exception as error:
                     self._check_store(error)
-                    if store.is_network_error(error) and not repeated:
+                    if errors.is_network_error(error) and not repeated:
                         repeated = True
                         continue
-                    if store.http_status(error) == 403:
-                        denied = store.failure(self.uri, error).problem.removeprefix("it ")
+                    if errors.http_status(error) == 403:
+                        denied = errors.failure(self.uri, error).problem.removeprefix("it ")
                         records.add_notice(f"experiment {records.experiment}: MLflow {denied}")
-                    elif store.http_status(error) == 401 or store.is_os_error(error):
+                    elif errors.http_status(error) == 401 or errors.is_os_error(error):
                         self.failed = self.failed or self._failed(error)
                     else:
-                        cause = store.root_cause(error)
+                        cause = errors.root_cause(error)
                         records.add_notice(f"MLflow rejected part of execution {records.id} ({cause})")
                     return
             again = verify = False
@@ -153,7 +153,7 @@ class Sync:
         if self.failed is not None:
             raise self.failed
         if self.file_errors:
-            place, problem = f"MLflow at {store.shown(self.uri)}", f"its artifact store failed: {self.file_errors[0]}"
+            place, problem = f"MLflow at {errors.shown(self.uri)}", f"its artifact store failed: {self.file_errors[0]}"
             remedy = "the files stay on disk, and `smaller-student sync` uploads them later"
             raise TrackingError(f"{place} has all figures and statuses, but {problem}; {remedy}", problem)
 
@@ -171,7 +171,7 @@ class Sync:
             raise self._failed(cause) from error
 
     def _failed(self, cause: Exception) -> TrackingError:
-        error = store.failure(self.uri, cause)
+        error = errors.failure(self.uri, cause)
         return TrackingError(f"{error}; run records stay on disk", error.problem)
 
 
@@ -282,7 +282,7 @@ class _Upload:
             try:
                 self.client.log_artifacts(seen["run"], str(folder), record.folder)
             except Exception as error:  # of any artifact store
-                self.sync.file_errors.append(store.root_cause(error))
+                self.sync.file_errors.append(errors.root_cause(error))
                 self.sync.file_seconds[location] += time.monotonic() - started
                 return
             self._save_state(name, files=record.fingerprint)
@@ -350,7 +350,7 @@ def main() -> None:
             upload.check()
             records.problem.unlink(missing_ok=True)
         except Exception as error:
-            write_text(records.problem, f"{getattr(error, 'problem', '') or store.root_cause(error)}\n")
+            write_text(records.problem, f"{getattr(error, 'problem', '') or errors.root_cause(error)}\n")
         if monitor is None and not ended.is_set():
             monitor = _start_monitor(files, records, arguments["name"])
         ended.wait(INTERVAL)

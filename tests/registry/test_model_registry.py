@@ -16,7 +16,7 @@ from pipeline.files import Files
 from pipeline.registry.lineage import BEST, CHALLENGER, CHAMPION
 from pipeline.registry.model_registry import DIGEST, Decide, Registry, RegistryError, release_digest, upload_release
 from pipeline.registry.policy import Decision
-from pipeline.tracking.store import TrackingError
+from pipeline.tracking.errors import TrackingError
 
 NAMES = (f"model{number}" for number in itertools.count())
 

@@ -22,10 +22,11 @@ from pipeline.records import RECORDS
 from pipeline.stage.params_file import load
 from pipeline.system.locks import locked
 from pipeline.tracking import metrics
+from pipeline.tracking.errors import TrackingError
 from pipeline.tracking.execution import Execution, ProcessId
 from pipeline.tracking.recorder import RELEASE_DIGEST, Recorder, complete_last_execution, flatten
 from pipeline.tracking.run_record import EXECUTION, ExecutionRecords, Point, all_executions
-from pipeline.tracking.store import TrackingError, identify, store_key
+from pipeline.tracking.store import identify, store_key
 from pipeline.tracking.sync import Sync, sync
 from tests.fake_stages import NUMBERS, Start, wait_until
 
