@@ -31,7 +31,7 @@ from pipeline.registry.model_registry import RegistryError
 from pipeline.registry.publish import open_registry
 from pipeline.stage.params_file import ParamsError, load
 from pipeline.system.locks import holder, is_held
-from pipeline.tracking.errors import TrackingError, UriError, root_cause
+from pipeline.tracking.errors import TrackingError, UriError, root_cause, shown
 from pipeline.tracking.run_record import all_executions
 from pipeline.tracking.store import check_uri, open_store, store_key, tracking_uri
 from pipeline.tracking.sync import sync
@@ -173,15 +173,15 @@ def mlflow(files: Files) -> Iterator[Check]:
         yield Check("mlflow", False, message, remedy)
         return
     if uri.endswith(str(files.mlflow_db)) and not files.mlflow_db.is_file():
-        yield Check("mlflow", True, f"{uri} will be created by the first run")
+        yield Check("mlflow", True, f"{shown(uri)} will be created by the first run")
     else:
         try:
             open_store(files).search_experiments(max_results=1)
-            yield Check("mlflow", True, f"{uri} answers" + (f" to user {user}" if user else ""))
+            yield Check("mlflow", True, f"{shown(uri)} responds" + (f" to user {user}" if user else ""))
         except Exception as error:  # of MLflow, requests, SQLAlchemy or a driver
             default = "start or repair it; until then runs stay on disk, and `smaller-student sync` uploads them later"
             remedy = next((remedy for text, remedy in REMEDIES.items() if text in str(error)), default)
-            yield Check("mlflow", False, f"{uri} cannot be used: {root_cause(error)}", remedy)
+            yield Check("mlflow", False, f"{shown(uri)} cannot be used: {root_cause(error)}", remedy)
     if count := unsynced(files):
         message = f"{count} ended executions are not uploaded completely, so MLflow may show them as running"
         remedy = "`smaller-student sync` uploads them"

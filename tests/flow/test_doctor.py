@@ -218,7 +218,7 @@ def test_an_unusable_store_is_reported_with_a_remedy(pipeline: Files, monkeypatc
 
     MlflowClient(f"sqlite:///{pipeline.mlflow_db}").search_experiments()
     (there,) = doctor.mlflow(pipeline)
-    assert there.ok and there.message.endswith("mlflow.db answers")
+    assert there.ok and there.message.endswith("mlflow.db responds")
     other = pipeline.root / "other.db"  # MLflow checks a store once in a process
     shutil.copy(pipeline.mlflow_db, other)
     with closing(sqlite3.connect(other)) as database:
