@@ -72,7 +72,7 @@ def test_every_http_client_reaches_this_machine(proxied: pytest.MonkeyPatch, add
     for name, value in environment.items():
         proxied.setenv(name, value)
     for url in (address, address.replace("127.0.0.1", "localhost")):
-        assert urllib.request.urlopen(url, timeout=5).read() == b"{}"
+        assert urllib.request.build_opener().open(url, timeout=5).read() == b"{}"
         assert requests.get(url, timeout=5).text == "{}"
         assert httpx.get(url).text == "{}"
         assert asyncio.run(by_aiohttp(url)) == "{}"
