@@ -344,7 +344,7 @@ def test_the_doctor_reports_no_problem_of_the_stack(stack: Stack) -> None:
     done = command(stack, "pipeline", "doctor")
     lines = [line for line in done.stdout.splitlines() if line.startswith(("ok", "bad"))]
     checks = {line.split()[1]: line for line in lines}
-    assert checks["mlflow"].startswith("ok") and "answers to user admin" in checks["mlflow"]
+    assert checks["mlflow"].startswith("ok") and "responds to user admin" in checks["mlflow"]
     assert checks["prefect"].startswith("ok")
     assert checks["worker"].startswith("ok")
     os.environ["MLFLOW_TRACKING_PASSWORD"] = "wrong"
