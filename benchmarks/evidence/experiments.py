@@ -221,8 +221,7 @@ def read_results(root: Path, params: Params, sources: str) -> list[Result]:
 
 def write(root: Path, results: Sequence[Result], params: Params) -> Path:
     """Time all networks; write results.csv, pareto.png and README.md to evidence/."""
-    teacher = params.teacher
-    full = ArchSpec.full(teacher.depth, teacher.width, teacher.embedding_dim, teacher.last_stride)
+    full = ArchSpec.of(params.teacher)
     size = (params.data.image_size[0], params.data.image_size[1])
     timed = _add_speedups(results, full, size)
     folder = root / "evidence"

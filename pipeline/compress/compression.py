@@ -62,6 +62,10 @@ class Compression:
         """Return the reduction scheduled for this progress in [0, 1]; None if the method has no schedule."""
         return None
 
+    def curve(self, net: RetrievalNet) -> dict[str, float]:
+        """Return further values for the epoch's row of the curve, by name."""
+        return {}
+
     def check(self, widths: Mapping[str, int]) -> None:
         """Check that the widths of a trained student keep the budget.
 

@@ -115,16 +115,27 @@ class PaperMethod(Compression):
             widths[name] = min(widths[name], max(minimum, -(-count // multiple) * multiple))
         return widths
 
+    def curve(self, net: RetrievalNet) -> dict[str, float]:
+        """Return the share of masked rows, and the mean norms of masked and of other rows."""
+        masked = torch.cat([site.masked for site in self.sites.values()])
+        norms = torch.cat([row_norms(net.indicators()[name].matrix.detach()) for name in self.sites])
+        groups = {"norm_of_masked_rows": norms[masked], "norm_of_other_rows": norms[~masked]}
+        means = {name: float(group.mean()) for name, group in groups.items() if len(group)}
+        return {"masked_rows": float(masked.float().mean()), **means}
+
     def observe(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
-        """Grow the masks from the features (B, C) of one batch, and store those of the teacher in the memory."""
+        """Store the features (B, C) of the teacher in the memory, and grow the masks.
+
+        They are stored first, as in the public code, so the nearest neighbour of an image is usually the image itself.
+        """
         paper = self.config.paper
         for name, site in self.sites.items():
             features = teacher[name].to(torch.float32)
+            site.store(functional.normalize(features))
             if self.progress >= paper.start:
                 site.masked = site.masked | unimportant_channels(
                     student[name].detach().to(torch.float32), features, site.filled, paper.neighbours, paper.ratio
                 )
-            site.store(functional.normalize(features))
 
     def step(self, net: RetrievalNet, optimizer: Callable[[], object], progress: float) -> None:
         """Reset the gradients of masked rows, add the gradient of the lasso, and take an optimiser step."""

@@ -157,6 +157,7 @@ class StudentTask(Task):
         target = self.compression.target_reduction(progress)
         if target is not None:
             row["target_reduction"] = target
+        row |= self.compression.curve(net)
         if validate and self.validate:
             row["validation_map"] = self.validate(net)
         return row

@@ -294,13 +294,16 @@ class Params(Section):
                 f"`student.recipe` ({self.student.recipe}) must equal `teacher.recipe` ({self.teacher.recipe}): "
                 "distillation compares their logits"
             )
-        published = self.teacher.depth in PUBLISHED and self.teacher.width == 64
+        depth, width, stem = self.teacher.depth, self.teacher.width, self.teacher.stem
+        if depth in (18, 34) and stem not in (0, width):
+            complaints.append(f"`teacher.stem` must be 0 or {width} at `teacher.depth` {depth}, got {stem}")
+        published = depth in PUBLISHED and width == 64 and stem in (0, 64)
         for name, weights in (("teacher.weights", self.teacher.weights), ("student.init", self.student.init)):
             if weights == "imagenet" and not published:
                 complaints.append(
-                    f"`{name}` is imagenet, but torchvision publishes no ResNet-{self.teacher.depth} of width "
-                    f"{self.teacher.width}: set `teacher.depth` to one of {', '.join(map(str, PUBLISHED))} and "
-                    "`teacher.width` to 64, or use other weights"
+                    f"`{name}` is imagenet, but torchvision publishes no ResNet-{depth} of width {width}"
+                    f"{f' and stem {stem}' if stem else ''}: set `teacher.depth` to one of "
+                    f"{', '.join(map(str, PUBLISHED))} and `teacher.width` to 64, or use other weights"
                 )
         if complaints:
             raise ValueError("; ".join(complaints))

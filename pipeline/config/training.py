@@ -98,7 +98,9 @@ class Teacher(Training):
     depth: Literal[14, 18, 26, 34, 50, 101, 152]
     """Depth of the ResNet, layers; 18 and 34 have basic blocks, the others bottlenecks."""
     width: Annotated[int, Field(ge=8, le=512, multiple_of=8)]
-    """Channels of the stem and planes of the first stage (64 in torchvision)."""
+    """Planes of the first stage (64 in torchvision)."""
+    stem: Annotated[int, Field(ge=0, le=512, multiple_of=8)]
+    """Channels of the stem; 0 for as many as `width`, which depths 18 and 34 require."""
     embedding_dim: Annotated[int, Field(ge=8, le=8192)]
     """Length of the embedding (512 in the paper)."""
     last_stride: Literal[1, 2]

@@ -43,6 +43,7 @@ _LOSSES: dict[str, ExtraLoss] = {}
 RESERVED = {
     *("loss", "identity", "triplet", "kl", "feature", "embedding"),
     *("epoch", "validation_map", "macs_reduction", "params_reduction", "latency_reduction", "target_reduction"),
+    *("masked_rows", "norm_of_masked_rows", "norm_of_other_rows"),
 }
 """Names of the built-in losses and of other curves."""
 

@@ -15,6 +15,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from pipeline.config import Teacher
+
 BLOCKS: dict[int, tuple[int, int, int, int]] = {
     14: (1, 1, 1, 1),
     18: (2, 2, 2, 2),
@@ -113,12 +115,23 @@ class ArchSpec(BaseModel):
         last_stride: Literal[1, 2] = 1,
         identities: int = 0,
         cosine: bool = False,
+        stem: int = 0,
     ) -> Self:
         """Return the spec of an uncompressed network.
 
-        `width` is the number of channels of the stem and of planes of the first stage; 64 gives torchvision's networks.
+        Args:
+            width: Planes of the first stage; 64 gives torchvision's networks.
+            stem: Channels of the stem; 0 for as many as `width`. Basic blocks allow no other number.
+
+        Raises:
+            ValueError: If a network of basic blocks has another stem.
         """
-        widths = {} if depth in BASIC else {"conv1": width}
+        if depth in BASIC and stem not in (0, width):
+            raise ValueError(
+                f"the stem of a ResNet-{depth} has {width} channels, as its first stage has, because the first shortcut "
+                f"is the identity; got {stem}"
+            )
+        widths = {} if depth in BASIC else {"conv1": stem or width}
         for index, count in enumerate(BLOCKS[depth]):
             planes = width * 2**index
             widths[f"layer{index + 1}"] = planes * (1 if depth in BASIC else EXPANSION)
@@ -133,6 +146,19 @@ class ArchSpec(BaseModel):
             cosine=cosine,
             indicators=(),
             widths=widths,
+        )
+
+    @classmethod
+    def of(cls, config: Teacher, identities: int = 0) -> Self:
+        """Return the spec of the teacher that params.yaml describes."""
+        return cls.full(
+            config.depth,
+            config.width,
+            config.embedding_dim,
+            config.last_stride,
+            identities,
+            cosine=config.recipe == "scratch",
+            stem=config.stem,
         )
 
     @model_validator(mode="after")

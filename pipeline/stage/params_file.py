@@ -215,8 +215,8 @@ def _rename(root: Node | None) -> Iterator[Renaming]:
 
 def _check_budget(params: Params) -> None:
     """Reject a budget that no choice of channels can reach, before anything is trained."""
-    teacher, student, (height, width) = params.teacher, params.student, params.data.image_size
-    spec = ArchSpec.full(teacher.depth, teacher.width, teacher.embedding_dim, teacher.last_stride)
+    student, (height, width) = params.student, params.data.image_size
+    spec = ArchSpec.of(params.teacher)
     if student.budgeted and student.budget.of == "latency":  # measured by stage student
         shrinking_sites(spec, student)
     else:

@@ -93,9 +93,7 @@ def build_teacher(config: Teacher, identities: int) -> RetrievalNet:
         FileNotFoundError: If the file of weights does not exist.
         ConnectionError: If torchvision's weights cannot be downloaded.
     """
-    cosine = config.recipe == "scratch"
-    spec = ArchSpec.full(config.depth, config.width, config.embedding_dim, config.last_stride, identities, cosine)
-    net = RetrievalNet(spec)
+    net = RetrievalNet(ArchSpec.of(config, identities))
     if config.weights != "none":
         net.load_backbone(pretrained_weights(config.weights, config.depth), config.weights)
     return net
