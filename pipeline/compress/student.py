@@ -4,11 +4,13 @@ Capacity dynamic distillation (Xie et al., CVPR 2023) with compactors on both si
 masks that can be revised and proximal shrinking; or one of the methods that it is compared with.
 """
 
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -23,8 +25,10 @@ from pipeline.compress.live_shrinking import cut_zero_channels
 from pipeline.compress.methods import build_compression, kept_plan
 from pipeline.compress.shrinker import Shrinker
 from pipeline.compress.surgery import SurgeryPlan, cut, cut_spec
-from pipeline.compress.teacher_cache import GIB, TeacherCache
+from pipeline.compress.teacher_cache import TeacherCache
 from pipeline.config import Params, Student
+from pipeline.data.augment import normalise
+from pipeline.data.loader import TrainBatch, TrainLoader
 from pipeline.losses import distill
 from pipeline.losses.registry import extra_losses
 from pipeline.models import cost
@@ -55,7 +59,7 @@ class StudentTask(Task):
         image_size: Height and width, pixels.
         calibration: Normalised training images (B, 3, H, W) that the statistics of folded batch norms are measured on.
         validate: Computes mAP on held-out identities; None if none are held out.
-        cache: Stores the outputs of the teacher for other students; None if `runtime.teacher_cache_gib` is 0.
+        cache: Has the outputs of the teacher for all views; None if `student.distill.views` is 0.
     """
 
     fabric: Fabric
@@ -67,28 +71,25 @@ class StudentTask(Task):
     validate: Validate | None
     cache: TeacherCache | None = None
 
-    def losses(
-        self, net: RetrievalNet, forward: Forward, images: Tensor, labels: Tensor, progress: float
-    ) -> dict[str, Tensor]:
+    def losses(self, net: RetrievalNet, forward: Forward, batch: TrainBatch, progress: float) -> dict[str, Tensor]:
         """Compute the weighted retrieval and distillation losses of a batch.
 
-        Batch norms are frozen from `freeze_norms_at` on, those of the head from `freeze_head_norms_at` on.
+        Retrieval losses use the images with labels, distillation losses all of them. Batch norms are frozen from `freeze_norms_at` on, those of the head from `freeze_head_norms_at` on.
         """
         if progress >= self.config.freeze_norms_at:
             freeze_norms(net)
         elif self._starts_as_teacher and progress >= self.config.freeze_head_norms_at:
             freeze_norms(net.head)
-        compute = partial(self._teacher_outputs, images)
-        teacher_outputs = compute() if self.cache is None else self.cache(images, compute)
+        teacher_outputs = self.teacher_outputs(batch.images) if self.cache is None else self.cache(batch)
         with FeatureHooks(net, self.feature_modules.values(), average_pool) as hooks:
-            output = forward(images)
+            output = forward(batch.images)
             features = hooks.read()
         student = {
             site: _without_gate_gradient(net, site, features[name]) for site, name in self.feature_modules.items()
         }
         teacher = {site: teacher_outputs[name] for site, name in self.feature_modules.items()}
         self.compression.observe(student, teacher)
-        losses = retrieval_losses(output, labels, self.config)
+        losses = retrieval_losses(output.first(len(batch.labels)), batch.labels, self.config)
         losses["kl"] = self.config.distill.kl * distill.soft_targets(
             self._scaled(_logits(output)), self._scaled(teacher_outputs["logits"]), self.config.distill.temperature
         )
@@ -122,7 +123,7 @@ class StudentTask(Task):
         return {site: feature_module(site) for site in sites} or {stage: stage for stage in STAGES}
 
     @torch.no_grad()
-    def _teacher_outputs(self, images: Tensor) -> dict[str, Tensor]:
+    def teacher_outputs(self, images: Tensor) -> dict[str, Tensor]:
         """Return pooled features (B, C) by module name, ``embedding`` (B, D) and ``logits`` (B, identities)."""
         with self.fabric.autocast(), FeatureHooks(self.teacher, self.feature_modules.values(), average_pool) as hooks:
             output: Output = self.teacher(images)
@@ -261,12 +262,10 @@ def student_task(
     steps: int,
     calibration: Tensor,
     validate: Validate | None,
-    cache_folder: Path | None = None,
 ) -> StudentTask:
     """Set up the training of a student; the teacher is moved to the training device and frozen.
 
-    `budget_cost` is the cost that the budget limits, `steps` the length of the whole training, and `cache_folder` the
-    place for outputs of the teacher if `runtime.teacher_cache_gib` is not 0.
+    `budget_cost` is the cost that the budget limits, and `steps` the length of the whole training.
 
     Raises:
         BudgetError: If no widths keep the budget.
@@ -275,16 +274,39 @@ def student_task(
     teacher.to(fabric.device).eval().requires_grad_(False)
     size = (params.data.image_size[0], params.data.image_size[1])
     compression = build_compression(config, teacher, budget_cost, steps, params.seed, fabric.device)
-    task = StudentTask(fabric, config, teacher, size, compression, calibration, validate)
-    shareable = not compression.observed_sites  # other methods do not read features at those sites
-    if cache_folder is not None and shareable and params.runtime.teacher_cache_gib:
-        computed = f"{params.runtime.precision} on {fabric.device.type}, torch {torch.__version__}"
-        if fabric.device.type == "cpu":  # the number of threads decides how sums are rounded
-            computed += f", {torch.get_num_threads()} threads"
-        modules = sorted(task.feature_modules.values())
-        settings = f"{modules}, flip average {config.distill.flip_average}, {computed}"
-        task.cache = TeacherCache(cache_folder, params.runtime.teacher_cache_gib * GIB, teacher, settings)
-    return task
+    return StudentTask(fabric, config, teacher, size, compression, calibration, validate)
+
+
+def cache_teacher(task: StudentTask, loader: TrainLoader, images: int, folder: Path, params: Params) -> None:
+    """Compute the outputs of the teacher for all views, unless `folder` has them; the training then reads them.
+
+    Args:
+        images: Images of the manifest.
+        folder: For this teacher and these images only.
+
+    Raises:
+        OSError: If the disk has no room for them.
+    """
+    fabric, config = task.fabric, params.student
+    settings = {
+        "modules": sorted(task.feature_modules.values()),
+        "flip_average": config.distill.flip_average,
+        "augment": config.augment.model_dump(),
+        "seed": params.seed,
+        "computed": f"{params.runtime.precision} on {fabric.device.type}, torch {torch.__version__}",
+        # On a CPU, the number of threads decides how sums are rounded.
+        "threads": torch.get_num_threads() if fabric.device.type == "cpu" else 0,
+    }
+    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+    def compute(images: Tensor) -> dict[str, Tensor]:
+        inputs = normalise(images.to(fabric.device))
+        return task.teacher_outputs(inputs.contiguous(memory_format=torch.channels_last))
+
+    task.cache = TeacherCache(folder / name, images, loader.view, compute)
+    if fabric.is_global_zero or not fabric.local_rank:  # nodes need not share a disk
+        task.cache.fill(config.distill.views)
+    fabric.barrier()
 
 
 def remaining_spec(net: RetrievalNet) -> ArchSpec:

@@ -1,23 +1,27 @@
-"""A cache on disk for the outputs of the teacher, shared by students that see the same batches.
+"""The outputs of the teacher for a fixed number of views of each image: computed once, then read from disk.
 
-The teacher is frozen and every image is a function of (seed, epoch, sample), so students that differ only in budget,
-method or schedule need the same outputs. The key of a batch is a digest of its pixels, so nothing else must agree.
+The teacher is frozen, and a view of an image is a function of (seed, view, image). So with `student.distill.views` the
+teacher needs one pass over the images for each view, however long the student trains; further students of the same
+teacher, with another method, budget or schedule, need none.
+
+Outputs are computed in the order of the manifest and in batches of one size, since the other images of a batch may
+change the last digits of an output.
 """
 
-import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import numpy as np
+import numpy.typing as npt
+import torch
 from torch import Tensor
 
+from pipeline.data.loader import TrainBatch
 from pipeline.files import write_atomically
-from pipeline.models.resnet import RetrievalNet
 
 log = logging.getLogger(__name__)
 
@@ -25,64 +29,81 @@ GIB = 2**30
 
 
 class TeacherCache:
-    """The outputs of one teacher, one safetensors file per batch.
+    """The outputs of one teacher; one file for each view holds those of all images, as float32.
 
     Args:
-        folder: Holds a folder for each teacher.
-        limit: Bytes for all teachers together, as far as this process can measure. If the space is used up, the outputs
-            of other teachers are deleted, oldest first; after that, further outputs are not stored.
-        teacher: A frozen network.
-        settings: What else the outputs depend on, such as the names of the features and the precision.
+        folder: For this teacher, these images and these settings only.
+        images: Images of the manifest.
+        batches: Returns the images in one view, in batches.
+        compute: Returns the outputs (B, n) of uint8 images (B, 3, H, W), by name.
     """
 
-    def __init__(self, folder: Path, limit: float, teacher: RetrievalNet, settings: str) -> None:
-        spec = teacher.spec.model_dump_json()
-        self._folder, self._limit = folder / _digest(teacher.state_dict(), f"{spec} {settings}"), limit
+    def __init__(
+        self,
+        folder: Path,
+        images: int,
+        batches: Callable[[int], Iterable[TrainBatch]],
+        compute: Callable[[Tensor], Mapping[str, Tensor]],
+    ) -> None:
+        self._folder, self._images, self._batches, self._compute = folder, images, batches, compute
+        first = compute(next(iter(batches(0))).images[:2])
+        self._sizes = {name: output.shape[1] for name, output in first.items()}
+        self._views: dict[int, npt.NDArray[np.float32]] = {}
+
+    def fill(self, views: int) -> None:
+        """Compute the views that are not stored yet.
+
+        Raises:
+            OSError: If the disk has no room for them.
+        """
+        missing = [view for view in range(views) if not self._path(view).is_file()]
         self._folder.mkdir(parents=True, exist_ok=True)
+        needed = len(missing) * self._images * 4 * sum(self._sizes.values())
+        if needed > (free := shutil.disk_usage(self._folder).free):
+            raise OSError(
+                f"the outputs of the teacher take {needed / GIB:.1f} GiB, and the disk has {free / GIB:.1f} GiB; lower "
+                "`student.distill.views`, or set it to 0"
+            )
+        for view in missing:
+            log.info("computing the outputs of the teacher, view %d of %d", view + 1, views)
+            write_atomically(self._path(view), partial(self._write, view))
         os.utime(self._folder)  # most recently used, so deleted last
-        self._bytes = _size(folder)
 
-    def __call__(self, images: Tensor, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Return the outputs for normalised images (B, 3, H, W) by name; run `compute` only if they are not stored."""
-        path = self._folder / f"{_digest({'images': images})}.safetensors"
-        with suppress(OSError, SafetensorError):  # not stored, deleted by another training, or damaged
-            return {name: tensor.to(images.device) for name, tensor in load_file(path).items()}
-        outputs = compute()
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in outputs.items()}
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        try:
-            if self._make_room(size):
-                write_atomically(path, lambda temporary: save_file(tensors, temporary))
-                self._bytes += size
-        except (OSError, SafetensorError) as error:  # a full disk must not end the training
-            log.warning("the outputs of the teacher are no longer cached: %s", error)
-            self._limit = 0
-        return outputs
+    def __call__(self, batch: TrainBatch) -> dict[str, Tensor]:
+        """Return the stored outputs for the images of a batch, by name, on the device of its images."""
+        rows = np.empty((len(batch.indices), sum(self._sizes.values())), np.float32)
+        for position, (view, index) in enumerate(zip(batch.views.tolist(), batch.indices.tolist(), strict=True)):
+            rows[position] = self._view(view)[index]
+        parts = torch.from_numpy(rows).to(batch.images.device).split(list(self._sizes.values()), dim=1)
+        return dict(zip(self._sizes, parts, strict=True))
 
-    def _make_room(self, size: int) -> bool:
-        """Delete outputs of other teachers, oldest first, and return whether `size` bytes fit."""
-        others = [path for path in self._folder.parent.iterdir() if path.is_dir() and path != self._folder]
-        others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-        while self._bytes + size > self._limit and size <= self._limit and others:
-            shutil.rmtree(others.pop(), ignore_errors=True)
-            self._bytes = _size(self._folder.parent)
-        return self._bytes + size <= self._limit
+    def _view(self, view: int) -> npt.NDArray[np.float32]:
+        if view not in self._views:
+            self._views[view] = np.load(self._path(view), mmap_mode="r", allow_pickle=False)
+        return self._views[view]
+
+    def _path(self, view: int) -> Path:
+        return self._folder / f"view-{view:03d}.npy"
+
+    def _write(self, view: int, path: Path) -> None:
+        shape = (self._images, sum(self._sizes.values()))
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        for batch in self._batches(view):
+            outputs = self._compute(batch.images)
+            array[batch.indices.numpy()] = torch.cat([outputs[name].float() for name in self._sizes], dim=1).cpu()
+        array.flush()
 
 
-def _digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
-    """Return a hexadecimal digest of names, shapes and values."""
-    digest = hashlib.blake2b(text.encode(), digest_size=16)
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu()
-        in_memory = tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor  # channels_last: avoids a copy
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(in_memory.contiguous().numpy().data)
-    return digest.hexdigest()
+def delete_outputs(folder: Path, limit: float) -> None:
+    """Delete the least recently used outputs until those that are left take at most `limit` bytes.
 
-
-def _size(folder: Path) -> int:
-    size = 0
-    with suppress(OSError):  # another training may delete files at the same time
-        for path in folder.rglob("*.safetensors"):
-            size += path.stat().st_size
-    return size
+    Args:
+        folder: Holds the folders of all caches.
+    """
+    caches = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime) if folder.is_dir() else []
+    sizes = {cache: sum(path.stat().st_size for path in cache.iterdir()) for cache in caches}
+    for cache in caches:
+        if sum(sizes.values()) <= limit:
+            break
+        shutil.rmtree(cache, ignore_errors=True)
+        del sizes[cache]

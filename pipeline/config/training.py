@@ -19,6 +19,15 @@ class Batch(Section):
     """K, the number of images of each identity (6 in the paper's code)."""
 
 
+class StudentBatch(Batch):
+    """Composition of a batch of the student: P x K images with labels, and further images behind them."""
+
+    unlabelled: Annotated[int, Field(ge=0, le=65_536)]
+    """Images beside the P x K ones that only the distillation losses use. They are drawn at random from all training
+    images and those of `data.unlabelled`. Without labels, they teach the student the function of its teacher at more
+    points (Beyer et al., "A good teacher is patient and consistent", CVPR 2022)."""
+
+
 class Augment(Section):
     """Random augmentation of training images, drawn from (seed, epoch, sample)."""
 
@@ -206,6 +215,7 @@ class Student(Training):
     residual stream of each stage, which gets a channel gate."""
     channel_multiple: Annotated[int, Field(ge=1, le=64)]
     """Number that every reduced width is a multiple of (ONNX Runtime computes blocks of 8 channels with AVX2)."""
+    batch: StudentBatch
     shrink: Literal["live", "off"]
     """When zero channels are cut out: `live`, after each epoch (method `budget`); `off`, in stage surgery."""
     distill: Distill

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 
@@ -94,3 +95,33 @@ class IdentitySampler:
             remaining[winners] -= 1
             drawn.append(rng.permutation(winners))
         return drawn
+
+
+class ShuffledSampler:
+    """Draws batches from one shuffled pass over all images after another; depends on the seed and the batch alone.
+
+    Args:
+        images: Number of images to draw from.
+        count: Images in a batch.
+        rank: Number of this process, from 0; each process takes every `world`-th batch.
+        world: Number of processes.
+    """
+
+    def __init__(self, images: int, count: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        self._images, self._count, self._seed, self._rank, self._world = images, count, seed, rank, world
+        self._shuffled = lru_cache(maxsize=2)(self._shuffle)
+
+    def batch(self, number: int) -> tuple[Indices, Indices]:
+        """Return the number of the pass (count,) and the image (count,) of the batch of this process at a step.
+
+        Args:
+            number: Steps since the start of the training.
+        """
+        drawn = (number * self._world + self._rank) * self._count + np.arange(self._count)
+        passes, positions = np.divmod(drawn, self._images)
+        images = [self._shuffled(number)[position] for number, position in zip(passes, positions, strict=True)]
+        return passes, np.array(images, np.int64)
+
+    def _shuffle(self, number: int) -> Indices:
+        # Three numbers, so that no epoch of `IdentitySampler` draws from the same stream.
+        return np.random.default_rng([self._seed, number, 1]).permutation(self._images)

@@ -31,6 +31,10 @@ class Output(NamedTuple):
     embedding: Tensor
     logits: Tensor | None
 
+    def first(self, count: int) -> "Output":
+        """Return the outputs of the first images."""
+        return Output(self.embedding[:count], None if self.logits is None else self.logits[:count])
+
 
 class Compactor(nn.Conv2d):
     """A 1x1 convolution initialised to the identity; a zero row marks an output channel that can be removed.

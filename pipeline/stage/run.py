@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
@@ -98,13 +98,18 @@ class Run:
         runtime = self.params.runtime.model_dump(include={"precision", "devices", "nodes"})
         identity = {
             "params": {"seed": self.params.seed, "runtime": runtime, **chosen},
-            "inputs": dict(_fingerprints(self.files.root, self.stage)),
+            "inputs": dict(_fingerprints(self.files.root, _dependencies(self.files.root, self.stage))),
             "versions": _versions(),
         }
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         checkpoints = Checkpoints(self.files.checkpoints / self.stage / digest[:16])
         self._checkpoints.append(checkpoints)
         return checkpoints
+
+    def inputs_digest(self, *dependencies: str) -> str:
+        """Return a digest of files and folders that the stage depends on."""
+        found = dict(_fingerprints(self.files.root, dependencies))
+        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
     def write(self, record: Record, seconds: float) -> None:
         """Write metrics, plots and timings, and delete the training states.
@@ -147,12 +152,17 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _fingerprints(root: Path, stage: str) -> Iterator[tuple[str, str]]:
-    """Yield path and hash of each dependency of a stage in dvc.yaml."""
+def _dependencies(root: Path, stage: str) -> list[str]:
+    """Return the dependencies of a stage in dvc.yaml."""
     pipeline = YAML(typ="safe", pure=True).load((root / "dvc.yaml").read_text(encoding="utf-8"))
+    return list(pipeline["stages"][stage]["deps"])
+
+
+def _fingerprints(root: Path, dependencies: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield path and hash of dependencies, of each file in a folder unless DVC knows the folder's hash."""
     # DVC has just checked the hashes in dvc.lock; outside of DVC they may be stale.
     known = dict(_output_hashes(root)) if "DVC_STAGE" in os.environ else {}
-    for dependency in pipeline["stages"][stage]["deps"]:
+    for dependency in dependencies:
         top = root / dependency
         if dependency in known:
             yield dependency, known[dependency]

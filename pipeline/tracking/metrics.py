@@ -37,6 +37,9 @@ CURVES = {
     "params_reduction": "capacity/params_reduction",
     "latency_reduction": "capacity/latency_reduction",
     "target_reduction": "capacity/target_reduction",
+    "masked_rows": "capacity/masked_rows",
+    "norm_of_masked_rows": "capacity/norm_of_masked_rows",
+    "norm_of_other_rows": "capacity/norm_of_other_rows",
 }
 """Metric key of each column of plots/<stage>.csv; all other columns are losses."""
 

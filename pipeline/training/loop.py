@@ -11,6 +11,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from pipeline.config import Optimizer, Training
+from pipeline.data.loader import TrainBatch
 from pipeline.models.resnet import Output, RetrievalNet
 from pipeline.progress import track
 from pipeline.training.optimizer import (
@@ -27,9 +28,6 @@ log = logging.getLogger(__name__)
 READ_EVERY = 50
 """Steps between two checks for a diverged loss; each check waits for the device."""
 
-Batch = tuple[Tensor, Tensor, Tensor]
-"""Images (B, 3, H, W) uint8, labels (B,), image indices in the manifest (B,)."""
-
 Forward = Callable[[Tensor], Output]
 """The forward pass of a network, from normalised images (B, 3, H, W)."""
 
@@ -43,7 +41,7 @@ class Loader(Protocol):
 
     def __len__(self) -> int: ...
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
+    def epoch(self, epoch: int) -> Iterator[TrainBatch]:
         """Yield the batches of an epoch, counted from 0."""
         ...
 
@@ -59,16 +57,13 @@ class Task(ABC):
     """The losses and hooks of one kind of training; by default the network keeps its shape and there is no state."""
 
     @abstractmethod
-    def losses(
-        self, net: RetrievalNet, forward: Forward, images: Tensor, labels: Tensor, progress: float
-    ) -> dict[str, Tensor]:
+    def losses(self, net: RetrievalNet, forward: Forward, batch: TrainBatch, progress: float) -> dict[str, Tensor]:
         """Return the losses of a batch by name; ``loss`` is the one that is minimised.
 
         Args:
             net: Network in training mode.
             forward: Runs `net` as wrapped by Fabric (on several devices, gradients are synchronised).
-            images: Normalised images (B, 3, H, W).
-            labels: Identities (B,).
+            batch: Normalised images and labels, on the device.
             progress: Share of the training done before this step, in [0, 1).
         """
 
@@ -149,11 +144,13 @@ class Fit:
         sums: dict[str, Tensor] = {}
         checked, steps = 0, len(self.loader)
         batches = track(self.loader.epoch(epoch), steps, f"epoch {epoch + 1} of {self.config.epochs}")
-        for number, (images, labels, _) in enumerate(batches, start=1):
+        for number, loaded in enumerate(batches, start=1):
             progress = (epoch * steps + number - 1) / (self.config.epochs * steps)
             set_learning_rate(optimizer, learning_rate(progress, self.config.optimizer))
-            inputs = self.preprocess(self.fabric.to_device(images)).contiguous(memory_format=torch.channels_last)
-            losses = self.task.losses(net, wrapped, inputs, self.fabric.to_device(labels), progress)
+            images, labels = self.fabric.to_device((loaded.images, loaded.labels))
+            images = self.preprocess(images).contiguous(memory_format=torch.channels_last)
+            batch = loaded._replace(images=images, labels=labels)
+            losses = self.task.losses(net, wrapped, batch, progress)
             optimizer.zero_grad(set_to_none=True)
             self.fabric.backward(losses["loss"])
             self.task.step(net, optimizer.step, progress)

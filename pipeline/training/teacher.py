@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.config import Teacher, Training
 from pipeline.data.images import Images
+from pipeline.data.loader import TrainBatch
 from pipeline.data.manifest import Manifest
 from pipeline.losses import identity, triplet
 from pipeline.models.resnet import Output, RetrievalNet
@@ -61,10 +62,8 @@ class TeacherTask(Task):
     config: Teacher
     validate: Validate | None
 
-    def losses(
-        self, net: RetrievalNet, forward: Forward, images: Tensor, labels: Tensor, progress: float
-    ) -> dict[str, Tensor]:
-        losses = retrieval_losses(forward(images), labels, self.config)
+    def losses(self, net: RetrievalNet, forward: Forward, batch: TrainBatch, progress: float) -> dict[str, Tensor]:
+        losses = retrieval_losses(forward(batch.images), batch.labels, self.config)
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
     def measure(self, net: RetrievalNet, progress: float, validate: bool) -> dict[str, float]:
