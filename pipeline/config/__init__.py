@@ -74,10 +74,6 @@ class Data(Section):
     your own images."""
     root: Annotated[str, Field(min_length=1)]
     """Folder of the raw images, relative to the repository. It is a DVC dependency of the stage."""
-    unlabelled: list[str]
-    """Folders in `root`, relative to it, whose images have no labels and are for distillation only; images below them
-    are in no other split. Those that are in the test or the validation set too, or look like an image there, are
-    removed. Empty for none, and for source `vehicles`."""
     protocol: Annotated[str, Field(min_length=1)]
     """How every mAP is computed. `market` ignores images of the query's identity from the query's camera;
     `market-trapezoid` does the same with the interpolation of Market-1501's script; `query-gallery` ignores nothing;
@@ -100,6 +96,10 @@ class Data(Section):
     """Bits of a 64-bit perceptual hash in which near duplicates may differ: of training and test images, which are
     reported, and of unlabelled and test or validation images, of which the unlabelled ones are removed. -1 turns the
     search off; then only equal pixels count."""
+    unlabelled: list[str]
+    """Folders in `root`, relative to it, whose images have no labels and are for distillation only; images below them
+    are in no other split. Those that are in the test or the validation set too, or look like an image there, are
+    removed. Empty for none, and for source `vehicles`."""
     vehicles: Vehicles
     vehicleid: VehicleId
     custom: Custom
