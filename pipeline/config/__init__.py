@@ -117,10 +117,10 @@ class Data(Section):
         for number, path in enumerate(paths):
             for other in paths[:number]:
                 if path == other:
-                    raise ValueError(f"lists {str(path)!r} twice; remove one")
+                    raise ValueError(f"lists {str(path)!r} twice, remove one")
                 outer, inner = sorted((path, other), key=lambda one: len(one.parts))
                 if inner.is_relative_to(outer):
-                    raise ValueError(f"lists {str(outer)!r} and a folder in it, {str(inner)!r}; remove the inner one")
+                    raise ValueError(f"lists {str(outer)!r} and a folder in it, {str(inner)!r}, remove the inner one")
         return list(map(str, paths))
 
 
@@ -287,7 +287,7 @@ class Params(Section):
         if self.data.source == "vehicles":
             if self.data.unlabelled:
                 complaints.append(
-                    "`data.unlabelled` must be [] for source vehicles, which renders its images; set "
+                    "`data.unlabelled` must be [] for source vehicles, which renders its images: set "
                     "`data.vehicles.unlabelled_identities`"
                 )
             rendered = self.data.vehicles.train_identities

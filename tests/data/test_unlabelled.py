@@ -18,10 +18,13 @@ from pipeline.data.inspection import DecodedImage, Inspection, near_duplicates, 
 from pipeline.data.manifest import UNLABELLED, DataError, Item, Manifest
 from pipeline.data.requirements import problems, warnings
 from pipeline.protocols import PROTOCOLS
+from pipeline.stage.params_file import ParamsError, load
+from pipeline.stage.presets import preset_text
 from stages.prepare import prepare
 from tests import layouts
 from tests.data.test_prepare import Run
 from tests.data.test_toy_vehicles import digests
+from tests.imports import ROOT
 
 LEFT_OUT = "unlabelled image is left out: it looks like a test or validation image"
 
@@ -235,9 +238,9 @@ def test_what_systems_leave_behind_is_named_once_for_other_sources_too(tmp_path,
         (["a/../../street"], "must list folders inside of"),
         (["a\\b"], "must list folders inside of"),
         (["a\0"], "must list folders inside of"),
-        (["a", "b", "./a/"], "lists 'a' twice; remove one"),
-        (["a/b", "c", "a"], "lists 'a' and a folder in it, 'a/b'; remove the inner one"),
-        (["a", "a/b/c"], "lists 'a' and a folder in it, 'a/b/c'; remove the inner one"),
+        (["a", "b", "./a/"], "lists 'a' twice, remove one"),
+        (["a/b", "c", "a"], "lists 'a' and a folder in it, 'a/b', remove the inner one"),
+        (["a", "a/b/c"], "lists 'a' and a folder in it, 'a/b/c', remove the inner one"),
         ("street", "valid list"),
         ([7], "valid string"),
     ],
@@ -264,6 +267,23 @@ def test_the_rendered_set_takes_no_folders(tmp_path):
     content["data"]["unlabelled"] = ["street"]
     with pytest.raises(ValidationError, match=r"`data.unlabelled` must be \[\] for source vehicles, .*unlabelled_iden"):
         type(params).model_validate(content)
+
+
+def test_each_refusal_is_one_sentence(tmp_path):
+    """Sentences of one section are divided at semicolons."""
+    text = preset_text(ROOT, "smoke")
+    for changed in (
+        text.replace("unlabelled: []", "unlabelled: [street]"),
+        text.replace("unlabelled: []", "unlabelled: [a, a/b]").replace("source: vehicles", "source: folder"),
+        text.replace("unlabelled: []", "unlabelled: [a, ./a]").replace("source: vehicles", "source: folder"),
+        text.replace("unlabelled: []", "unlabelled: [/a]").replace("source: vehicles", "source: folder"),
+        text.replace("unlabelled_identities: 0", "unlabelled_identities: 20001"),
+    ):
+        (tmp_path / "params.yaml").write_text(changed)
+        with pytest.raises(ParamsError) as error:
+            load(tmp_path / "params.yaml")
+        (problem,) = error.value.problems
+        assert "unlabelled" in problem
 
 
 def test_folders_that_cannot_be_read_are_refused_with_one_sentence(tmp_path, custom_set):
