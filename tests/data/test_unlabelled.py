@@ -464,8 +464,8 @@ def test_unlabelled_images_change_no_requirement(tmp_path_factory, labels, proto
 def of_hashes(split, hashes):
     return [
         (
-            Item(f"{split}{number}.png", UNLABELLED if split == UNLABELLED else split, "unknown", split),
-            DecodedImage(f"{pair}", pair, None, flat, ()),
+            Item(f"{split}{number}.png", split, "unknown", split),
+            DecodedImage(f"{pair} {flat}", pair, None, flat, ()),
         )
         for number, (pair, flat) in enumerate(hashes)
     ]
