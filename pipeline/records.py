@@ -54,7 +54,9 @@ class Scores(Record):
 class PrepareRecord(Record):
     """Metrics of stage `prepare`; counts are numbers of images, unless they are of identities or cameras.
 
-    `seen_identities` counts those of `test_identities` that are in training too; 0 unless `data.closed_set` is true.
+    `images` counts those with labels, `unlabelled` the others, and `unlabelled_removed` those left out because they are
+    in the test or validation set, or look like an image there. `seen_identities` counts those of `test_identities` that
+    are in training too; 0 unless `data.closed_set` is true.
     """
 
     images: int
@@ -69,6 +71,8 @@ class PrepareRecord(Record):
     near_duplicates: int
     test_identities: int = 0
     seen_identities: int = 0
+    unlabelled: int = 0
+    unlabelled_removed: int = 0
 
 
 class TeacherRecord(Scores):

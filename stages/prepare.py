@@ -7,6 +7,7 @@ Writes  artifacts/prepare/, artifacts/warnings.csv, metrics/prepare.json
 import logging
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from pipeline.data import requirements
@@ -19,12 +20,13 @@ from pipeline.data.inspection import (
     find_leaks,
     inspect,
     near_duplicates,
+    unlabelled_copies,
 )
 from pipeline.data.layout import UNKNOWN
-from pipeline.data.manifest import DataError, ImageWarning, Manifest, by_kind, first_few
+from pipeline.data.manifest import UNLABELLED, DataError, ImageWarning, Item, Manifest, by_kind, first_few
 from pipeline.data.sources import read_source
 from pipeline.data.splits import split_test, split_validation
-from pipeline.files import csv_text, write_text
+from pipeline.files import Files, csv_text, write_text
 from pipeline.protocols import PROTOCOLS
 from pipeline.records import PrepareRecord
 from pipeline.stage.run import Run, run_stage
@@ -64,11 +66,15 @@ def prepare(run: Run) -> PrepareRecord:
         ),
     ]
     write_text(files.quarantine, csv_text(("path", "reason"), inspection.quarantined))
-    write_text(files.warnings, csv_text(("path", "warning", "detail"), warnings))
-    for line in by_kind(warnings):
-        log.warning("%s", line)
-    check_limits(inspection, len(source.items), data.max_quarantined, data.max_leaked)
+    _report(files, [], warnings)  # now, since the checks below may stop the stage
+    check_limits(inspection, source.items, data.max_quarantined, data.max_leaked)
     items = split_validation(inspection.good, data.validation, seed, data.protocol)
+    removed = unlabelled_copies(replace(inspection, good=items), data.near_duplicate_bits)
+    if removed:
+        _report(files, warnings, [_removal(*pair) for pair in removed])
+        names = {name for _, name, _ in removed}
+        items = [item for item in items if item.name not in names]
+    _check_unlabelled(source.items, items, len(removed))
     requirements.check_requirements(items, run.params)
     for warning in requirements.warnings(items, run.params):
         log.warning("%s", warning)
@@ -82,8 +88,8 @@ def prepare(run: Run) -> PrepareRecord:
         )
     manifest.write(files.manifest)
     return PrepareRecord(
-        images=len(manifest),
-        identities=len({item.identity for item in manifest.items}),
+        images=len(manifest) - len(manifest.indices(UNLABELLED)),
+        identities=len(manifest.known_identities),
         cameras=len({item.camera for item in manifest.items} - {UNKNOWN}),
         train=len(manifest.indices("train")),
         validation=len(manifest.indices("validation-query", "validation-gallery")),
@@ -94,7 +100,35 @@ def prepare(run: Run) -> PrepareRecord:
         near_duplicates=len(near),
         test_identities=len(manifest.test_identities),
         seen_identities=manifest.seen_identities,
+        unlabelled=len(manifest.indices(UNLABELLED)),
+        unlabelled_removed=len(removed),
     )
+
+
+def _report(files: Files, reported: Sequence[ImageWarning], new: Sequence[ImageWarning]) -> None:
+    """Write all warnings to warnings.csv, and log the new ones by kind."""
+    write_text(files.warnings, csv_text(("path", "warning", "detail"), [*reported, *new]))
+    for line in by_kind(new):
+        log.warning("%s", line)
+
+
+def _removal(known: str, removed: str, bits: int) -> ImageWarning:
+    kind = "unlabelled image is left out: it looks like a test or validation image"
+    return ImageWarning(removed, kind, f"{known}, {bits} of 64 bits differ")
+
+
+def _check_unlabelled(listed: Sequence[Item], used: Sequence[Item], removed: int) -> None:
+    """Check that a data set with unlabelled images has some left.
+
+    Raises:
+        DataError: If all were removed or quarantined.
+    """
+    count = sum(item.split == UNLABELLED for item in listed)
+    if count and not any(item.split == UNLABELLED for item in used):
+        raise DataError(
+            f"none of the {count} unlabelled images can be used: {removed} look like test or validation images (see "
+            f"warnings.csv), {count - removed} cannot be read (see quarantine.csv); add others, or list none"
+        )
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def test_the_layout_of_the_docs_reads_its_images(tmp_path: Path, monkeypatch: py
         (tmp_path / split / "0002_c1_000451.jpg").touch()
     monkeypatch.delitem(layout.LAYOUTS, "myset", raising=False)  # so that it is removed afterwards
     exec(example("own-data.md", "_MYSET_NAME"), vars(published).copy())
-    found = read_source(Data.model_construct(source="myset"), tmp_path).items
+    found = read_source(Data.model_construct(source="myset", unlabelled=[]), tmp_path).items
     assert [(item.path, item.identity, item.camera) for item in found] == [
         (f"{split}/0002_c1_000451.jpg", "0002", "c1") for split in ("train", "query", "gallery")
     ]

@@ -4,6 +4,7 @@ There are no defaults: the file that DVC tracks determines a run completely, so 
 """
 
 import re
+from pathlib import PurePosixPath
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -24,6 +25,9 @@ class Vehicles(Section):
     """Number of vehicles in the training set (folder image_train)."""
     test_identities: Annotated[int, Field(ge=2, le=20_000)]
     """Number of vehicles in the test set (folders image_query and image_test); none of them is in the training set."""
+    unlabelled_identities: Annotated[int, Field(ge=0, le=20_000)]
+    """Number of further vehicles without labels, for distillation only (folder image_unlabelled). All other images are
+    the same for any number."""
     views: Annotated[int, Field(ge=1, le=20)]
     """Images of each vehicle in each of the six cameras."""
     size: Annotated[int, Field(ge=16, le=1024)]
@@ -89,11 +93,35 @@ class Data(Section):
     """Whether identities of the test set may be in training too, as for products that are known in advance. Every
     figure then names it, since it does not measure unseen identities."""
     near_duplicate_bits: Annotated[int, Field(ge=-1, le=16)]
-    """Bits of a 64-bit perceptual hash in which near duplicates may differ; they are only reported. -1 turns the search
-    off."""
+    """Bits of a 64-bit perceptual hash in which near duplicates may differ: of training and test images, which are
+    reported, and of unlabelled and test or validation images, of which the unlabelled ones are removed. -1 turns the
+    search off; then only equal pixels count."""
+    unlabelled: list[str]
+    """Folders in `root`, relative to it, whose images have no labels and are for distillation only; images below them
+    are in no other split. Those that are in the test or the validation set too, or look like an image there, are
+    removed. Empty for none, and for source `vehicles`."""
     vehicles: Vehicles
     vehicleid: VehicleId
     custom: Custom
+
+    @field_validator("unlabelled")
+    @classmethod
+    def _are_separate_folders_in_root(cls, folders: list[str]) -> list[str]:
+        paths = [PurePosixPath(folder) for folder in folders]
+        for folder, path in zip(folders, paths, strict=True):
+            if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in folder or "\0" in folder:
+                raise ValueError(
+                    "must list folders inside of `data.root`, relative to it, with forward slashes and without `..`, "
+                    f"got {folder!r}"
+                )
+        for number, path in enumerate(paths):
+            for other in paths[:number]:
+                if path == other:
+                    raise ValueError(f"lists {str(path)!r} twice, remove one")
+                outer, inner = sorted((path, other), key=lambda one: len(one.parts))
+                if inner.is_relative_to(outer):
+                    raise ValueError(f"lists {str(outer)!r} and a folder in it, {str(inner)!r}, remove the inner one")
+        return list(map(str, paths))
 
 
 class Surgery(Section):
@@ -257,6 +285,11 @@ class Params(Section):
     def _stages_agree(self) -> Self:
         complaints = []
         if self.data.source == "vehicles":
+            if self.data.unlabelled:
+                complaints.append(
+                    "`data.unlabelled` must be [] for source vehicles, which renders its images: set "
+                    "`data.vehicles.unlabelled_identities`"
+                )
             rendered = self.data.vehicles.train_identities
             training = rendered - int(self.data.validation * rendered)  # as `split_validation` rounds
             for stage, section in (("teacher", self.teacher), ("student", self.student)):

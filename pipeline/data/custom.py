@@ -9,8 +9,9 @@ from pathlib import Path
 from pipeline.config import Data
 from pipeline.data.folders import is_left_behind, walk
 from pipeline.data.layout import SPLIT_WORDS, UNASSIGNED, UNASSIGNED_TEST, UNKNOWN, Listing, layout
-from pipeline.data.manifest import DataError, ImageWarning, Item, first_few, is_inside
+from pipeline.data.manifest import UNLABELLED, DataError, ImageWarning, Item, first_few, is_inside
 from pipeline.data.tables import Row, boxes_of, check_splits, path_of, read_table, split_of
+from pipeline.data.unlabelled import is_in, unlabelled_folders, unlabelled_item
 from pipeline.labels import clean_label
 
 NOT_IN_IDENTITY = "skipped: not in the folder of an identity"
@@ -20,8 +21,9 @@ NOT_IN_IDENTITY = "skipped: not in the folder of an identity"
 def folder(root: Path, data: Data) -> Listing:
     """List a data set with one folder for each identity, which holds images or one folder for each camera.
 
-    If all folders in `root` are named as splits (`SPLIT_WORDS`), they hold the folders of the identities. Without
-    camera folders, `data.custom.pattern` extracts the camera from the file name.
+    If all folders in `root` are named as splits (`SPLIT_WORDS`), they hold the folders of the identities, and
+    `unlabelled` holds images at any depth. Without camera folders, `data.custom.pattern` extracts the camera from the
+    file name. The folders of `data.unlabelled` are left out.
 
     Returns:
         Items sorted by path, and the skipped files.
@@ -45,7 +47,10 @@ def list_folder(root: Path, files: Iterable[tuple[str, str]], data: Data) -> Lis
         DataError: See `folder`.
     """
     skipped, found = list[ImageWarning](), list[list[str]]()
+    left_out = unlabelled_folders(root, data)
     for path, reason in files:
+        if is_in(path, left_out):
+            continue
         parts = path.split("/")
         if reason or len(parts) < 2:
             skipped.append(ImageWarning(path, reason or NOT_IN_IDENTITY))
@@ -54,6 +59,9 @@ def list_folder(root: Path, files: Iterable[tuple[str, str]], data: Data) -> Lis
     split_by_folder = _splits(root, {parts[0] for parts in found})
     items = []
     for parts in found:
+        if split_by_folder.get(parts[0]) == UNLABELLED:
+            items.append(unlabelled_item("/".join(parts)))
+            continue
         labels = parts[1:] if split_by_folder else parts
         if len(labels) < 2:
             skipped.append(ImageWarning("/".join(parts), NOT_IN_IDENTITY))
@@ -81,9 +89,15 @@ def _splits(root: Path, folders: set[str]) -> dict[str, str]:
     words = {name: clean_label(name).lower() for name in sorted(folders)}
     splits = {name: SPLIT_WORDS[word] for name, word in words.items() if word in SPLIT_WORDS}
     if splits and (others := sorted(folders - splits.keys())):
+        if set(splits.values()) == {UNLABELLED}:
+            raise DataError(
+                f"{root} has a folder `{next(iter(splits))}` beside {first_few(others, 2)}: list it in "
+                "`data.unlabelled` if its images have no labels, else rename it"
+            )
         raise DataError(
             f"{root} has a folder `{next(iter(splits))}` beside {first_few(others, 2)}: folders in `data.root` are "
-            "either all splits (train, val, query, gallery or test) or all identities; move or rename one kind"
+            "either all splits (train, val, query, gallery, test or unlabelled) or all identities; move or rename one "
+            "kind"
         )
     if twice := [split for split, count in Counter(splits.values()).items() if count > 1]:
         names = " and ".join(name for name, split in splits.items() if split == twice[0])
@@ -118,7 +132,7 @@ def table(root: Path, data: Data) -> Listing:
     """List the rows of a table (`data.custom.table`): path, identity and, if known, camera, split and box.
 
     Paths are relative to `root`; see `pipeline.data.tables` for what a table may look like. Splits are those of
-    `SPLIT_WORDS`; without the column, `split_test` splits all images.
+    `SPLIT_WORDS`; without the column, `split_test` splits all images. The labels of unlabelled rows are ignored.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -141,7 +155,9 @@ def table(root: Path, data: Data) -> Listing:
                 "images, and the table"
             )
         if not any(map(is_left_behind, path.split("/"))):  # listed by a program that took it for an image
-            items.append(Item(path, row["identity"], _camera_of(row), split_of(row), box))
+            split = split_of(row)
+            labelled = Item(path, row["identity"], _camera_of(row), split, box)
+            items.append(unlabelled_item(path, box) if split == UNLABELLED else labelled)
     return Listing(_with_gallery(items), warnings)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pipeline.data.images import open_image, upright_rgb
-from pipeline.data.manifest import TEST, DataError, ImageWarning, Item, box_text, first_few
+from pipeline.data.manifest import TEST, UNLABELLED, DataError, ImageWarning, Item, box_text, first_few
 from pipeline.data.parallel import in_threads
 from pipeline.progress import track
 
@@ -48,6 +48,7 @@ class DecodedImage:
     warnings: tuple[tuple[str, str], ...]
 
 
+Pair = tuple[Item, DecodedImage]
 _Result = tuple[Item, DecodedImage | str]
 """An item, its box clipped, with its fingerprints or the reason why it is unusable."""
 
@@ -67,7 +68,7 @@ class Inspection:
     quarantined: list[tuple[str, str]]
 
     @property
-    def pairs(self) -> list[tuple[Item, DecodedImage]]:
+    def pairs(self) -> list[Pair]:
         """Usable items with their fingerprints."""
         return list(zip(self.good, self.decoded, strict=True))
 
@@ -182,12 +183,17 @@ def changed_files(inspection: Inspection, root: Path) -> list[str]:
     return [path for path, state in states.items() if _state(root / path) != state]
 
 
+def _is_training(item: Item) -> bool:
+    """Return whether an image is of training or validation, which may not be divided yet."""
+    return item.split not in (*TEST, UNLABELLED)
+
+
 def find_leaks(inspection: Inspection) -> list[tuple[str, str]]:
     """Return pairs of names (training image, test image) with the same pixels.
 
     Duplicates within the test set are no leaks: VeRi-776's queries are in its gallery too.
     """
-    trained = {image.pixels: item.name for item, image in inspection.pairs if item.split not in TEST}
+    trained = {image.pixels: item.name for item, image in inspection.pairs if _is_training(item)}
     return [
         (trained[image.pixels], item.name)
         for item, image in inspection.pairs
@@ -198,15 +204,18 @@ def find_leaks(inspection: Inspection) -> list[tuple[str, str]]:
 def deduplicate(inspection: Inspection) -> Inspection:
     """Quarantine training images whose pixels occur under several identities.
 
-    Such test images are kept with a warning: without them, mAP would not be comparable with published results.
+    Such test images are kept with a warning: without them, mAP would not be comparable with published results. Copies
+    among the unlabelled images, or of training images, are kept too: they contradict no label, and a copy is only drawn
+    more often.
     """
     claims: dict[tuple[str, bool], set[str]] = defaultdict(set)
     for item, image in inspection.pairs:
-        claims[image.pixels, item.split in TEST].add(item.identity)
+        if item.split != UNLABELLED:
+            claims[image.pixels, item.split in TEST].add(item.identity)
     good, decoded, quarantined = [], [], list(inspection.quarantined)
     for item, image in inspection.pairs:
         is_test = item.split in TEST
-        others = claims[image.pixels, is_test] - {item.identity}
+        others = set() if item.split == UNLABELLED else claims[image.pixels, is_test] - {item.identity}
         if others and not is_test:
             quarantined.append((item.name, f"{TWO_IDENTITIES}: {first_few(sorted(others))}"))
             continue
@@ -235,37 +244,70 @@ def near_duplicates(inspection: Inspection, bits: int) -> list[tuple[str, str, i
     Returns:
         Name of the training image, name of the test image, and number of differing bits.
     """
-    textured = [(item, image) for item, image in inspection.pairs if not image.flat]
-    train = [(item, image) for item, image in textured if item.split not in TEST]
-    if bits < 0 or not train:
+    training = [(item, image) for item, image in inspection.pairs if _is_training(item)]
+    tested = [(item, image) for item, image in inspection.pairs if item.split in TEST]
+    return _look_alikes(training, tested, bits)
+
+
+def unlabelled_copies(inspection: Inspection, bits: int) -> list[tuple[str, str, int]]:
+    """Find the unlabelled images that have the pixels of a test or validation image, or look like one, mirrored or not.
+
+    Args:
+        inspection: With the splits of the manifest.
+        bits: See `near_duplicates`; below 0, only equal pixels count.
+
+    Returns:
+        Name of the test or validation image, name of the unlabelled image, and number of differing bits.
+    """
+    evaluated = [(item, image) for item, image in inspection.pairs if item.split not in ("train", UNLABELLED)]
+    unlabelled = [(item, image) for item, image in inspection.pairs if item.split == UNLABELLED]
+    names = {image.pixels: item.name for item, image in evaluated}
+    equal = [(names[image.pixels], item.name, 0) for item, image in unlabelled if image.pixels in names]
+    return equal + _look_alikes(evaluated, unlabelled, bits)
+
+
+def _look_alikes(references: Sequence[Pair], images: Sequence[Pair], bits: int) -> list[tuple[str, str, int]]:
+    """Return the names of reference and image, and the differing bits, for images that look like a reference.
+
+    20,000 references and 100,000 images take 4 s: a row of hashes for one image fits into the processor's cache.
+    """
+    references = [(item, image) for item, image in references if not image.flat]
+    if bits < 0 or not references:
         return []
-    hashes = np.array([image.hashes[0] for _, image in train], np.uint64)
-    exact = {image.pixels for _, image in train}
+    hashes = np.array([image.hashes[0] for _, image in references], np.uint64)
+    exact = {image.pixels for _, image in references}
     pairs = []
-    for item, image in textured:
-        if item.split in TEST and image.pixels not in exact:
-            distances = np.bitwise_count(hashes[:, None] ^ np.array(image.hashes, np.uint64)).min(axis=1)
+    for item, image in images:
+        if not image.flat and image.pixels not in exact:
+            distances = np.bitwise_count(hashes ^ np.array(image.hashes, np.uint64)[:, None]).min(axis=0)
             nearest = int(distances.argmin())
             if distances[nearest] <= bits:
-                pairs.append((train[nearest][0].name, item.name, int(distances[nearest])))
+                pairs.append((references[nearest][0].name, item.name, int(distances[nearest])))
     return pairs
 
 
-def check_limits(inspection: Inspection, images: int, max_quarantined: float, max_leaked: float) -> None:
+def check_limits(inspection: Inspection, listed: Sequence[Item], max_quarantined: float, max_leaked: float) -> None:
     """Check the shares of unusable images and of test images that are training images too.
 
+    Unusable images count among those with labels and among those without: many of one kind must not hide the other.
+
     Args:
-        images: Number of images of the data set, before the inspection.
+        listed: Images of the data set, before the inspection.
 
     Raises:
         DataError: If a share exceeds its limit.
     """
-    unusable = [f"{path} ({reason})" for path, reason in inspection.quarantined]
-    if len(unusable) > max_quarantined * images:
-        raise DataError(
-            f"{len(unusable)} of {images} images are unusable, more than `data.max_quarantined` ({max_quarantined}): "
-            f"{first_few(unusable)}; all are in quarantine.csv: replace them or raise the limit"
-        )
+    unlabelled = {item.name for item in listed if item.split == UNLABELLED}
+    for kind, images in (("", len(listed) - len(unlabelled)), (f"{UNLABELLED} ", len(unlabelled))):
+        unusable = [
+            f"{name} ({reason})" for name, reason in inspection.quarantined if (name in unlabelled) == bool(kind)
+        ]
+        if len(unusable) > max_quarantined * images:
+            raise DataError(
+                f"{len(unusable)} of {images} {kind}images are unusable, more than `data.max_quarantined` "
+                f"({max_quarantined}): {first_few(unusable)}; all are in quarantine.csv: replace them or raise "
+                "the limit"
+            )
     tested = sum(item.split in TEST for item in inspection.good)
     pairs = [f"{test} = {train}" for train, test in find_leaks(inspection)]
     if len(pairs) > max_leaked * tested:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Data
-from pipeline.data.manifest import ImageWarning, Item
+from pipeline.data.manifest import UNLABELLED, ImageWarning, Item
 
 UNKNOWN = "unknown"
 """Camera of images whose camera is unknown."""
@@ -20,6 +20,7 @@ SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), UNASSIGNED_VALIDATION),
     **dict.fromkeys(("test", "testing"), UNASSIGNED_TEST),
+    **dict.fromkeys((UNLABELLED, "unlabeled"), UNLABELLED),
     **{split: split for split in ("query", "gallery", "validation-query", "validation-gallery")},
 }
 """Splits of custom data, by the words for them in lower case."""

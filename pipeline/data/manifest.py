@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -23,7 +24,9 @@ from pipeline.protocols import JUNK
 
 TRAINING = ("train", "validation-query", "validation-gallery")
 TEST = ("query", "gallery")
-SPLITS = TRAINING + TEST
+UNLABELLED = "unlabelled"
+"""Split of images without labels, which only distillation uses, and their identity, which no other image has."""
+SPLITS = (*TRAINING, *TEST, UNLABELLED)
 COLUMNS = ("path", "identity", "camera", "split")
 BOX = "box"
 """Fifth column, in manifests with parts of images: left, top, right and bottom, separated by spaces."""
@@ -104,7 +107,7 @@ class Manifest:
     def __init__(self, items: Iterable[Item], root: Path, closed_set: bool = False) -> None:
         self.items = tuple(items)
         self.root = root
-        problems = [*label_problems(self.items, closed_set), *_empty_splits(self.items)]
+        problems = [*label_problems(self.items, closed_set), *_empty_splits(self.items), *_order_problems(self.items)]
         if problems:
             raise DataError("the manifest cannot be used: " + "; ".join(problems))
         self._identities = np.array([item.identity for item in self.items])
@@ -177,6 +180,11 @@ class Manifest:
         return len(self.test_identities.intersection(self.train_identities))
 
     @cached_property
+    def known_identities(self) -> frozenset[str]:
+        """Identities of all images that have one."""
+        return frozenset(item.identity for item in self.items if item.split != UNLABELLED)
+
+    @cached_property
     def has_boxes(self) -> bool:
         """Whether some items are parts of images."""
         return any(item.box for item in self.items)
@@ -225,6 +233,12 @@ def label_problems(items: Sequence[Item], closed_set: bool) -> Iterator[str]:
     incomplete = [item.path for item in items if not (item.path and item.identity and item.camera)]
     if incomplete:
         yield f"path, identity or camera is empty in {first_few(map(repr, incomplete))}"
+    confused = [item.path for item in items if (item.split == UNLABELLED) != (item.identity == UNLABELLED)]
+    if confused:
+        yield (
+            f"identity `{UNLABELLED}` stands for images without labels, but not for {first_few(map(repr, confused))}; "
+            "list their folder in `data.unlabelled`, or rename their identity"
+        )
     returns = [item.path for item in items if "\r" in item.path + item.identity + item.camera]
     if returns:
         yield f"carriage returns, which do not survive a CSV file, in {first_few(map(repr, returns))}"
@@ -269,6 +283,12 @@ def _empty_splits(items: Sequence[Item]) -> Iterator[str]:
         yield f"there are no images in {', '.join(empty)}; check the lists of the data set and quarantine.csv"
     if "validation-query" in splits and ("validation-gallery" in splits) != ("gallery" in splits):
         yield "validation must have a gallery if the test set has one, and none otherwise"
+
+
+def _order_problems(items: Sequence[Item]) -> Iterator[str]:
+    """Yield whether an unlabelled image precedes others: their indices, and so their augmentation, depended on it."""
+    if any(before.split == UNLABELLED != after.split for before, after in pairwise(items)):
+        yield f"images of split {UNLABELLED} must come last; run prepare again"
 
 
 def is_inside(path: str) -> bool:

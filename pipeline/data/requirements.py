@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from pipeline.config import Batch, Params
 from pipeline.data.layout import UNKNOWN
-from pipeline.data.manifest import TEST, DataError, Item, first_few, label_problems
+from pipeline.data.manifest import TEST, UNLABELLED, DataError, Item, first_few, label_problems
 from pipeline.data.sources import LAYOUTS
 from pipeline.protocols import JUNK, PROTOCOLS, Protocol
 
@@ -37,6 +37,7 @@ def check_requirements(items: Sequence[Item], params: Params) -> None:
 def problems(items: Sequence[Item], params: Params) -> Iterator[str]:
     """Yield what keeps a stage from running, each with its remedy."""
     yield from label_problems(items, params.data.closed_set)
+    items = [item for item in items if item.split != UNLABELLED]
     yield from _training_problems(items, params)
     yield from _test_problems(items, params)
     if any(item.split == "validation-query" for item in items) and not _scorable(items, "validation-", params):

@@ -10,7 +10,8 @@ from pipeline.config import Data
 from pipeline.data import custom, published  # noqa: F401 - importing them registers their layouts
 from pipeline.data.folders import LEFT_BEHIND, files_left_behind
 from pipeline.data.layout import LAYOUTS, UNKNOWN, Listing
-from pipeline.data.manifest import ImageWarning, Item, first_few
+from pipeline.data.manifest import UNLABELLED, ImageWarning, Item, first_few
+from pipeline.data.unlabelled import is_in, list_unlabelled, unlabelled_folders
 from pipeline.labels import LOOK_ALIKE, clean_label, is_fraction, is_missing_value, look_alikes
 
 __all__ = ["LAYOUTS", "read_source"]
@@ -21,9 +22,13 @@ log = logging.getLogger(__name__)
 def read_source(data: Data, root: Path) -> Listing:
     """List the images of a data set with cleaned labels, and warn if their counts differ from the published ones.
 
+    Unlabelled images come last, so that they change the index of no other image. An image that the data set lists
+    itself, and that is in a folder of `data.unlabelled` too, is listed once, with its labels.
+
     Raises:
         FileNotFoundError: If a list or a folder is missing.
-        DataError: If a list or a file name does not have the layout's form.
+        DataError: If a list or a file name does not have the layout's form, or a folder of `data.unlabelled` cannot be
+            used.
     """
     layout = LAYOUTS[data.source]
     images = layout.read(root, data)
@@ -33,12 +38,16 @@ def read_source(data: Data, root: Path) -> Listing:
         if counts[split] != published_count:
             form = "%s: split %s has %d images, the published data set has %d"
             log.warning(form, data.source, split, counts[split], published_count)
-    warnings = list(listing.warnings)
+    unlabelled = list_unlabelled(root, data, {item.path for item in listing.items})
+    labelled = [item for item in listing.items if item.split != UNLABELLED]
+    without_labels = [item for item in listing.items if item.split == UNLABELLED] + unlabelled.items
+    warnings = [*listing.warnings, *unlabelled.warnings]
     if data.source != "folder":  # which has listed them
-        warnings += [ImageWarning(path, LEFT_BEHIND) for path in files_left_behind(root)]
-    warnings += _label_warnings("identity", [(item.identity, item.name) for item in listing.items])
-    warnings += _label_warnings("camera", [(item.camera, item.name) for item in listing.items])
-    return Listing(list(map(_with_clean_labels, listing.items)), warnings)
+        walked = unlabelled_folders(root, data)
+        warnings += [ImageWarning(path, LEFT_BEHIND) for path in files_left_behind(root) if not is_in(path, walked)]
+    warnings += _label_warnings("identity", [(item.identity, item.name) for item in labelled])
+    warnings += _label_warnings("camera", [(item.camera, item.name) for item in labelled])
+    return Listing([*map(_with_clean_labels, labelled), *without_labels], warnings)
 
 
 def _with_clean_labels(item: Item) -> Item:

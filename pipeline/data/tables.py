@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.data.layout import SPLIT_WORDS, UNASSIGNED, UNASSIGNED_TEST
-from pipeline.data.manifest import Box, DataError, first_few
+from pipeline.data.manifest import UNLABELLED, Box, DataError, first_few
 from pipeline.labels import clean_label
 
 Row = dict[str, str]
@@ -101,10 +101,11 @@ def read_table(path: Path) -> Table:
         if len(fields) != len(columns):
             raise DataError(f"{where}: expected {len(columns)} fields, got {len(fields)}")
         row = dict(zip(columns, fields, strict=True))
-        if not (row["path"].strip() and clean_label(row["identity"])):
+        if not (row["path"].strip() and (clean_label(row["identity"]) or split_of(row) == UNLABELLED)):
             raise DataError(f"{where}: path or identity is empty")
         if (split := clean_label(row.get("split", ""))) and split.lower() not in SPLIT_WORDS:
-            raise DataError(f"{where}: split must be train, validation, test, query or gallery, got {split!r}")
+            words = "train, validation, test, query, gallery or unlabelled"
+            raise DataError(f"{where}: split must be {words}, got {split!r}")
         table.rows.append(row)
     check_splits(path, map(split_of, table.rows))
     return table
@@ -239,12 +240,12 @@ def _checked(path: Path, fields: Sequence[str], columns: tuple[str, ...]) -> tup
 
 
 def check_splits(path: Path, splits: Iterable[str]) -> None:
-    """Check that all rows have a split or none has, and that `test` does not occur beside `gallery`.
+    """Check that all labelled images have a split or none has, and that `test` does not occur beside `gallery`.
 
     Raises:
         DataError: Naming the table.
     """
-    present = set(splits)
+    present = set(splits) - {UNLABELLED}
     if UNASSIGNED in present and len(present) > 1:
         raise DataError(f"{path}: some images have a split and others have none; give all one, or none")
     if {UNASSIGNED_TEST, "gallery"} <= present:

@@ -18,7 +18,7 @@ from pipeline.data.custom import list_folder
 from pipeline.data.folders import is_left_behind, walk
 from pipeline.data.inspection import inspect
 from pipeline.data.layout import UNASSIGNED, UNASSIGNED_TEST
-from pipeline.data.manifest import TEST, Box, DataError, Item, first_few, is_inside
+from pipeline.data.manifest import TEST, UNLABELLED, Box, DataError, Item, first_few, is_inside
 from pipeline.data.tables import Row, Table, boxes_of, check_splits, path_of, read_table, split_of
 from pipeline.files import Files, sync_folder, write_atomically, write_text
 from pipeline.flow.raw_data import is_utf8, saved_in_dvc
@@ -209,7 +209,7 @@ def _check_identities(items: Iterable[Item], data: Data) -> None:
     """
     trained, tested = set[str](), set[str]()
     for item in items:
-        if item.split != UNASSIGNED:
+        if item.split not in (UNASSIGNED, UNLABELLED):
             is_test = item.split in (*TEST, UNASSIGNED_TEST)
             (tested if is_test else trained).add(clean_label(item.identity))
     if not data.closed_set and (shared := sorted((trained & tested) - {JUNK})):

@@ -14,13 +14,13 @@ from pipeline.data import requirements
 from pipeline.data.images import data_root
 from pipeline.data.inspection import inspect
 from pipeline.data.layout import UNKNOWN
-from pipeline.data.manifest import SPLITS, ImageWarning, Item
+from pipeline.data.manifest import SPLITS, UNLABELLED, ImageWarning, Item
 from pipeline.data.sources import read_source
 from pipeline.data.splits import split_test, split_validation
 from pipeline.files import Files
 
-SAMPLE = 400
-"""Images to decode."""
+SAMPLE, UNLABELLED_SAMPLE = 400, 100
+"""Images to decode, with and without labels."""
 CHUNK = 50
 """Images that are decoded before the next look at the clock."""
 SECONDS = 15.0
@@ -61,7 +61,7 @@ class Survey:
             items = [item for item in self.items if name in ("all", item.split)]
             if items:
                 cameras = len({item.camera for item in items} - {UNKNOWN})
-                identities = len({item.identity for item in items})
+                identities = len({item.identity for item in items if item.split != UNLABELLED})
                 figures = {"images": len(items), "identities": identities, "cameras": cameras}
                 rows.append({"split": name, **{key: f"{value:,}" for key, value in figures.items()}})
         return rows
@@ -95,7 +95,9 @@ def survey(params: Params, root: Path) -> Survey:
     items = split_validation(
         split_test(items, data.custom.test, seed, data.protocol), data.validation, seed, data.protocol
     )
-    decoded, unreadable, warnings, seconds = _decode(sample(items, SAMPLE), root)
+    labelled = [item for item in items if item.split != UNLABELLED]
+    without_labels = evenly(items[len(labelled) :], UNLABELLED_SAMPLE)  # they come last
+    decoded, unreadable, warnings, seconds = _decode([*sample(labelled, SAMPLE), *without_labels], root)
     return Survey(
         items=items,
         missing=missing,

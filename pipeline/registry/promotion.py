@@ -142,7 +142,7 @@ class PromotionPolicy:
             return _digest(data.source, seed, data.vehicles.train_identities)
         if data.source not in ("folder", "csv"):
             return _digest(data.source)
-        everyone, tested = {item.identity for item in self._manifest.items} - {JUNK}, self._manifest.test_identities
+        everyone, tested = self._manifest.known_identities - {JUNK}, self._manifest.test_identities
         if draw_test(everyone, data.custom.test, seed) == tested:
             return _digest("drawn", seed, data.custom.test)
         return _digest("listed", *sorted(tested), *self._seen())

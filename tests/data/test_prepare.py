@@ -21,9 +21,16 @@ class Run(SimpleNamespace):
     """The attributes of a run that the stage uses."""
 
     def __init__(self, root, **data):
-        size = Vehicles(train_identities=4, test_identities=2, views=2, size=16)
+        size = Vehicles(train_identities=4, test_identities=2, unlabelled_identities=0, views=2, size=16)
         held_out = 0.0 if "source" in data else 0.5
-        defaults = {"source": "vehicles", "root": "data", "image_size": [20, 16], "cache": True, "validation": held_out}
+        defaults = {
+            "source": "vehicles",
+            "root": "data",
+            "unlabelled": [],
+            "image_size": [20, 16],
+            "cache": True,
+            "validation": held_out,
+        }
         limits = {"max_quarantined": 0.0, "max_leaked": 0.0, "closed_set": False, "near_duplicate_bits": 4}
         sources = {
             "vehicleid": VehicleId(test_identities=800),
@@ -63,7 +70,7 @@ def test_the_default_set_is_rendered_split_and_cached(tmp_path):
     assert counts == {
         **{"images": 72, "identities": 6, "cameras": 6, "train": 24, "validation": 24},
         **{"query": 4, "gallery": 20, "quarantined": 0, "leaked": 0, "near_duplicates": counts["near_duplicates"]},
-        **{"test_identities": 2, "seen_identities": 0},
+        **{"test_identities": 2, "seen_identities": 0, "unlabelled": 0, "unlabelled_removed": 0},
     }
     outs = {path.relative_to(tmp_path / "artifacts") for path in (tmp_path / "artifacts").glob("*/*")}
     assert {path.name for path in outs} == {"vehicles", "manifest.csv", "images.npy", "quarantine.csv"}
@@ -75,11 +82,12 @@ def test_the_default_set_is_rendered_split_and_cached(tmp_path):
 
 
 def test_the_rendered_set_of_an_earlier_run_is_replaced(tmp_path):
-    prepare(Run(tmp_path, vehicles=Vehicles(train_identities=4, test_identities=3, views=3, size=16)))
+    larger = {"train_identities": 4, "test_identities": 3, "unlabelled_identities": 1, "views": 3, "size": 16}
+    prepare(Run(tmp_path, vehicles=Vehicles(**larger)))
     (tmp_path / "artifacts/prepare/vehicles/image_train/0001_c001_00000000_0.jpg").write_bytes(b"half")
     assert prepare(Run(tmp_path)).images == 72
     files = [path for path in (tmp_path / "artifacts/prepare/vehicles").rglob("*") if path.is_file()]
-    assert len(files) == 72 + 3  # none of the third test identity, and none of the third view
+    assert len(files) == 72 + 3  # none of the third test identity, of the unlabelled one, and of the third view
 
 
 def test_raw_images_are_read_from_data_root(veri):

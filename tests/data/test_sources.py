@@ -28,6 +28,8 @@ def section(source, **changes):
     settings = {"table": "images.csv", "pattern": "", "test": 0.5, **changes}
     return Data.model_construct(
         source=source,
+        unlabelled=[],
+        vehicles=Data.model_fields["vehicles"].annotation.model_construct(unlabelled_identities=0),
         custom=Custom.model_construct(**settings),
         vehicleid=Data.model_fields["vehicleid"].annotation(test_identities=800),
     )
@@ -330,7 +332,10 @@ def test_a_table_keeps_text_unchanged_and_may_have_splits(tmp_path):
         ),
         ("path,identity\na\n", "line 2: expected 2 fields"),
         ("path,identity\na,b,c\n", "line 2: expected 2 fields"),
-        ("path,identity,split\na,b,fold 1\n", "line 2: split must be train, validation, .* or gallery, got 'fold 1'"),
+        (
+            "path,identity,split\na,b,fold 1\n",
+            "line 2: split must be train, validation, .* or unlabelled, got 'fold 1'",
+        ),
         ("path,identity,split\na,b,train\nc,d,\n", "give all one, or none"),
         ("path,identity,split\na,b,test\nc,d,gallery\n", "splits test and gallery are both given"),
         ("path,identity\n", "lists no images"),

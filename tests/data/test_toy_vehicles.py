@@ -13,7 +13,7 @@ from pipeline.config import Vehicles
 from pipeline.data.published import veri776
 from pipeline.data.toy_vehicles import bodies, render
 
-SMALL = Vehicles(train_identities=3, test_identities=2, views=2, size=24)
+SMALL = Vehicles(train_identities=3, test_identities=2, unlabelled_identities=0, views=2, size=24)
 
 
 def digests(folder):

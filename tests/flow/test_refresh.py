@@ -357,6 +357,26 @@ def test_a_table_needs_a_split_for_all_images_or_none(listed: Files) -> None:
     assert refresh(listed, load(listed.params)) == ["2.jpg"]
 
 
+def test_unlabelled_rows_are_ingested_whatever_their_identity(listed: Files) -> None:
+    (listed.root / "data" / "images.csv").write_text("path,identity,split\n1.jpg,7,test\n")
+    arrive(listed, "images.csv", content=b'path,identity,split\n2.jpg,7,unlabelled\n"more/a, b.jpg",,unlabelled\n')
+    assert refresh(listed, load(listed.params)) == ["2.jpg", "more/a, b.jpg"]
+    items = custom.table(listed.root / "data", load(listed.params).data).items[1:]
+    assert {(item.identity, item.split) for item in items} == {("unlabelled", "unlabelled")}
+
+
+def test_new_unlabelled_images_belong_to_no_identity(here: Files) -> None:
+    arrive(here, "street/1.jpg", "street/north/2.jpg", "unlabelled/3.jpg", "car 1/c1/0.jpg", "car 2/c1/0.jpg")
+    params = load(here.params)
+    data = params.data.model_copy(update={"unlabelled": ["street", "unlabelled"]})
+    assert len(refresh(here, params.model_copy(update={"data": data}))) == 5
+    arrive(here, "unlabelled/4.jpg")
+    with pytest.raises(
+        RefusedError, match=r"beside car 1, car 2 and 1 more: list it in `data.unlabelled` if its images have "
+    ):
+        refresh(here, params)
+
+
 def test_images_without_a_row_stay_and_are_reported(listed: Files, caplog: pytest.LogCaptureFixture) -> None:
     rows = (listed.root / "incoming" / "images.csv").read_bytes()
     (listed.root / "incoming" / "images.csv").unlink()

@@ -10,7 +10,7 @@ from PIL import Image
 from pipeline.config import Params
 from pipeline.data.folders import NO_IMAGE
 from pipeline.data.layout import UNASSIGNED
-from pipeline.data.manifest import Item, by_kind
+from pipeline.data.manifest import UNLABELLED, Item, by_kind
 from pipeline.preview import survey as module
 from pipeline.preview.sheet import IMAGES, chosen, shortened, write_sheet
 from pipeline.preview.survey import evenly, sample, survey
@@ -48,6 +48,23 @@ def test_a_folder_is_counted_by_split_as_stage_prepare_splits_it(tmp_path: Path)
     assert {"train", "query", "gallery"} <= set(counts)
     assert (len(found.decoded), found.unreadable, found.missing, found.problems) == (72, [], [], [])
     assert found.seconds > 0
+
+
+def test_unlabelled_images_are_counted_and_sampled_apart(tmp_path: Path) -> None:
+    layouts.folder(tmp_path, 12, 0)
+    before = survey(params_of(), tmp_path)
+    for number in range(130):
+        layouts.picture(tmp_path / "street" / f"{number:03}.png", 500 + number, size=(9, 9))
+    (tmp_path / "street" / "notes.txt").touch()
+    found = survey(params_of(unlabelled=["street"]), tmp_path)
+    counts = {row["split"]: row for row in found.counts}
+    assert counts.pop(UNLABELLED) == {"split": UNLABELLED, "images": "130", "identities": "0", "cameras": "0"}
+    assert counts.pop("all") == {"split": "all", "images": "202", "identities": "12", "cameras": "3"}
+    assert list(counts.values()) == before.counts[:-1]
+    assert Counter(item.split == UNLABELLED for item in found.decoded) == {False: 72, True: 100}
+    assert (found.problems, found.notes) == (before.problems, before.notes)
+    assert next(by_kind(found.warnings)) == f"{NO_IMAGE} (1): street/notes.txt"
+    assert [item.split for item in chosen(found.decoded)].count(UNLABELLED) >= 4
 
 
 def test_what_a_later_stage_refuses_is_a_problem_of_the_survey(tmp_path: Path) -> None:

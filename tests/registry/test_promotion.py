@@ -9,8 +9,8 @@ import pytest
 
 from pipeline.config import Params
 from pipeline.data.layout import UNASSIGNED
-from pipeline.data.manifest import Item, Manifest
-from pipeline.data.splits import split_test
+from pipeline.data.manifest import UNLABELLED, Item, Manifest
+from pipeline.data.splits import draw_test, split_test
 from pipeline.export.metadata import finish
 from pipeline.export.model import Model, load_model
 from pipeline.export.release import write_release
@@ -203,6 +203,24 @@ def test_the_split_digest_of_the_rendered_set_depends_on_seed_and_training_ident
             )
     assert tags[0] == tags[1]
     assert len(set(tags)) == 3
+
+
+def test_unlabelled_images_leave_the_digests_of_split_and_test_set_as_they_are(
+    files: Files, networks: dict[int, bytes]
+) -> None:
+    """For this seed, an identity called `unlabelled` would be drawn for the test set."""
+    settings = params(seed=next(seed for seed in range(99) if draw_test({UNLABELLED}, 0.5, seed)))
+
+    def with_unlabelled(items: list[Item], settings: Params) -> list[Item]:
+        more = [Item(f"{one.path}#", UNLABELLED, "unknown", UNLABELLED) for one in items]
+        return [*drawn(items, settings), *more]
+
+    tags = []
+    for rule in (drawn, with_unlabelled):
+        folder = trained(files.root / "one", networks, 0, prepare(files, settings, 20, rule))
+        with open_registry(files, settings) as registry:
+            tags.append(PromotionPolicy(files, settings, registry, folder).tags)
+    assert tags[0] == tags[1]
 
 
 def test_a_challenger_trained_on_another_manifest_is_rejected(files: Files, networks: dict[int, bytes]) -> None:

@@ -118,7 +118,7 @@ def release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """All files of an export from rendered pictures, beside eight of the pictures as arrays."""
     root = tmp_path_factory.mktemp("checkout")
     params = load_preset(ROOT, "vehicles").model_dump()
-    params["data"]["vehicles"] = {"train_identities": 16, "test_identities": 6, "views": 1, "size": 96}
+    params["data"]["vehicles"] |= {"train_identities": 16, "test_identities": 6, "views": 1, "size": 96}
     params["export"] |= {"batch": request.param, "precisions": ["fp32", "int8"]}
     params["export"]["limits"]["int8_map_loss"] = 1.0
     params["benchmark"]["batches"] = [1 if request.param == "dynamic" else request.param]

@@ -146,7 +146,8 @@ def _trace(model: Model, camera: Camera, eye: np.ndarray, directions: np.ndarray
 def render(folder: Path, seed: int, vehicles: Vehicles) -> None:
     """Render the data set in the layout of VeRi-776; the same seed and sizes give the same bytes.
 
-    Queries are, for each test identity, the first image of each camera c with c % 3 == identity % 3.
+    Queries are, for each test identity, the first image of each camera c with c % 3 == identity % 3. Vehicles without
+    labels come after all others and are in image_unlabelled, without a list: no other file depends on their number.
 
     Raises:
         FileExistsError: If `folder` is not empty.
@@ -155,7 +156,9 @@ def render(folder: Path, seed: int, vehicles: Vehicles) -> None:
         raise FileExistsError(f"{folder} is not empty; move its files away")
     for part in ("train", "query", "test"):
         (folder / f"image_{part}").mkdir(parents=True)
-    count = vehicles.train_identities + vehicles.test_identities
+    if vehicles.unlabelled_identities:
+        (folder / "image_unlabelled").mkdir()
+    count = vehicles.train_identities + vehicles.test_identities + vehicles.unlabelled_identities
     for identity in track(range(1, count + 1), count, "rendering vehicles"):
         _render_identity(folder, seed, vehicles, identity)
     for part in ("train", "query", "test"):
@@ -169,7 +172,9 @@ def _render_identity(folder: Path, seed: int, vehicles: Vehicles, identity: int)
     model = bodies.vehicle(np.random.default_rng([seed, _VEHICLE, identity]))
     for (number, camera), view in itertools.product(enumerate(cameras(seed), start=1), range(vehicles.views)):
         part = "train" if identity <= vehicles.train_identities else "test"
-        if part == "test" and view == 0 and number % 3 == identity % 3:
+        if identity > vehicles.train_identities + vehicles.test_identities:
+            part = "unlabelled"
+        elif part == "test" and view == 0 and number % 3 == identity % 3:
             part = "query"
         image = photograph(model, camera, vehicles.size, np.random.default_rng([seed, _VIEW, identity, number, view]))
         path = folder / f"image_{part}" / f"{identity:04d}_c{number:03d}_{view:08d}_0.jpg"
