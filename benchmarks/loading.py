@@ -36,10 +36,10 @@ def epoch_timer(workers: int) -> Callable[[int], tuple[list[float], list[float]]
     def run(number: int) -> tuple[list[float], list[float]]:
         waiting, computing = [], []
         started = perf_counter()
-        for pixels, labels, _ in loader.epoch(number):
+        for batch in loader.epoch(number):
             loaded = perf_counter()
-            inputs = normalise(pixels).contiguous(memory_format=torch.channels_last)
-            loss = task.losses(net, net, inputs, labels, 0.0)["loss"]
+            inputs = normalise(batch.images).contiguous(memory_format=torch.channels_last)
+            loss = task.losses(net, net, batch._replace(images=inputs), 0.0)["loss"]
             optimizer.zero_grad(set_to_none=True)
             fabric.backward(loss)
             optimizer.step()

@@ -11,11 +11,12 @@ from torch import Tensor
 from pipeline.compress.budget import cost_model
 from pipeline.compress.student import StudentTask, build_student, student_task
 from pipeline.config import Params
+from pipeline.data.loader import TrainBatch
 from pipeline.models.cost import CostModel
 from pipeline.models.resnet import RetrievalNet
 from pipeline.runtime import launch
 from pipeline.stage.presets import load_preset
-from pipeline.training.loop import Batch, Fit
+from pipeline.training.loop import Fit
 from pipeline.training.state import Checkpoints
 from pipeline.training.teacher import build_teacher
 
@@ -38,12 +39,13 @@ class Noise:
     def __len__(self) -> int:
         return self.steps
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
+    def epoch(self, epoch: int) -> Iterator[TrainBatch]:
         """Yield the batches of an epoch; the same epoch has the same batches."""
         for step in range(self.steps):
             generator = torch.Generator().manual_seed(1000 * epoch + step)
             pixels = torch.randint(0, 256, (self.images, 3, *self.size), generator=generator, dtype=torch.uint8)
-            yield pixels, torch.arange(self.images) % IDENTITIES, torch.arange(self.images)
+            indices = torch.arange(self.images)
+            yield TrainBatch(pixels, indices % IDENTITIES, indices, torch.full_like(indices, epoch))
 
 
 def preprocess(images: Tensor) -> Tensor:
@@ -75,7 +77,7 @@ def prepared(params: Params, noise: Noise, budget_cost: CostModel | None = None)
     teacher = build_teacher(params.teacher, IDENTITIES).eval()
     size = (params.data.image_size[0], params.data.image_size[1])
     steps = len(noise) * params.student.epochs
-    calibration = preprocess(next(noise.epoch(99))[0])
+    calibration = preprocess(next(noise.epoch(99)).images)
     budget_cost = budget_cost or cost_model(teacher.spec, params.student, size)
     task = student_task(fabric, params, teacher, budget_cost, steps, calibration, None)
     return task, build_student(params, teacher, task.compression)

@@ -19,16 +19,16 @@ def stepper(sites: list[str] | None) -> Callable[[], float]:
     """Return a function that takes one training step and returns its seconds."""
     changes = {"student__method": "none"} if sites is None else {"student__sites": sites, "student__method": "budget"}
     params = preset("vehicles", **changes)
-    batch = params.student.batch
-    noise = Noise(1, batch.identities * batch.instances, (params.data.image_size[0], params.data.image_size[1]))
+    size = params.student.batch
+    noise = Noise(1, size.identities * size.instances, (params.data.image_size[0], params.data.image_size[1]))
     task, net = prepared(params, Noise(10**6, noise.images, noise.size))
     net.train()
     optimizer = build_optimizer(net, params.student.optimizer)
-    images, labels, _ = next(noise.epoch(0))
+    batch = next(noise.epoch(0))
 
     def step() -> float:
         start = perf_counter()
-        loss = task.losses(net, net, preprocess(images), labels, 0.0)["loss"]
+        loss = task.losses(net, net, batch._replace(images=preprocess(batch.images)), 0.0)["loss"]
         optimizer.zero_grad(set_to_none=True)
         task.fabric.backward(loss)
         task.step(net, optimizer.step, 0.0)

@@ -57,8 +57,8 @@ class Files(NamedTuple):
 
     @property
     def teacher_outputs(self) -> Path:
-        """Cached outputs of teachers, reused by later trainings with the same teacher and images."""
-        return self.checkpoints / "answers"
+        """Stored outputs of teachers, reused by later trainings with the same teacher and images."""
+        return self.checkpoints / "teacher-outputs"
 
     @property
     def tracking(self) -> Path:

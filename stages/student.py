@@ -13,7 +13,15 @@ from typing import TypeVar, cast
 
 from pipeline import checkpoint
 from pipeline.compress.budget import cost_model
-from pipeline.compress.student import CALIBRATION, build_student, evenly_spaced, remaining_spec, student_task
+from pipeline.compress.student import (
+    CALIBRATION,
+    build_student,
+    cache_teacher,
+    evenly_spaced,
+    remaining_spec,
+    student_task,
+)
+from pipeline.compress.teacher_cache import GIB, delete_outputs
 from pipeline.data.augment import as_tensor, normalise
 from pipeline.data.images import open_images
 from pipeline.data.loader import training_loader
@@ -66,12 +74,17 @@ def student(run: Run) -> StudentRecord:
     indices = evenly_spaced(manifest.indices("train"), CALIBRATION)
     calibration = normalise(as_tensor(images.batch(indices)).to(fabric.device))
     steps = len(loader) * config.epochs
-    task = student_task(fabric, params, teacher, budget_cost, steps, calibration, validate, run.files.teacher_outputs)
+    task = student_task(fabric, params, teacher, budget_cost, steps, calibration, validate)
+    outputs = run.files.teacher_outputs
+    if config.distill.views:
+        folder = outputs / run.inputs_digest("artifacts/prepare", "artifacts/teacher")
+        cache_teacher(task, loader, len(manifest), folder, params)
     fit = Fit(fabric, config, task, loader, normalise, checkpoints, run.curve)
     net = fit.run(lambda: build_student(params, teacher, task.compression))
     task.check(net)
     task.plan().write(run.out)
     checkpoint.save(run.out, net)
+    delete_outputs(outputs, params.runtime.teacher_cache_gib * GIB)
     latency = config.budgeted and config.budget.of == "latency"
     corrected_cost = task.compression.cost
     if latency and fabric.is_global_zero:  # stored, because a second measurement would differ

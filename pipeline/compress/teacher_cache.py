@@ -34,19 +34,20 @@ class TeacherCache:
     Args:
         folder: For this teacher, these images and these settings only.
         images: Images of the manifest.
-        batches: Returns the images in one view, in batches.
-        compute: Returns the outputs (B, n) of uint8 images (B, 3, H, W), by name.
+        batches: Returns batches of all images in one view: indices in the manifest (n,) and images (n, 3, H, W) uint8.
+        compute: Returns the outputs (n, values) of such images, by name.
     """
 
     def __init__(
         self,
         folder: Path,
         images: int,
-        batches: Callable[[int], Iterable[TrainBatch]],
+        batches: Callable[[int], Iterable[tuple[npt.NDArray[np.int64], Tensor]]],
         compute: Callable[[Tensor], Mapping[str, Tensor]],
     ) -> None:
         self._folder, self._images, self._batches, self._compute = folder, images, batches, compute
-        first = compute(next(iter(batches(0))).images[:2])
+        _, first_images = next(iter(batches(0)))
+        first = compute(first_images[:2])
         self._sizes = {name: output.shape[1] for name, output in first.items()}
         self._views: dict[int, npt.NDArray[np.float32]] = {}
 
@@ -88,9 +89,9 @@ class TeacherCache:
     def _write(self, view: int, path: Path) -> None:
         shape = (self._images, sum(self._sizes.values()))
         array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-        for batch in self._batches(view):
-            outputs = self._compute(batch.images)
-            array[batch.indices.numpy()] = torch.cat([outputs[name].float() for name in self._sizes], dim=1).cpu()
+        for indices, images in self._batches(view):
+            outputs = self._compute(images)
+            array[indices] = torch.cat([outputs[name].float() for name in self._sizes], dim=1).cpu()
         array.flush()
 
 
@@ -98,9 +99,9 @@ def delete_outputs(folder: Path, limit: float) -> None:
     """Delete the least recently used outputs until those that are left take at most `limit` bytes.
 
     Args:
-        folder: Holds the folders of all caches.
+        folder: Holds a folder for each teacher, which holds one for each cache.
     """
-    caches = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime) if folder.is_dir() else []
+    caches = sorted(folder.glob("*/*/"), key=lambda path: path.stat().st_mtime)
     sizes = {cache: sum(path.stat().st_size for path in cache.iterdir()) for cache in caches}
     for cache in caches:
         if sum(sizes.values()) <= limit:

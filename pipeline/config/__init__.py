@@ -217,8 +217,8 @@ class Runtime(Section):
     workers: Annotated[int, Field(ge=0, le=256)]
     """Processes that load images; 0 loads them in the training process."""
     teacher_cache_gib: Annotated[float, Field(ge=0, le=100_000)]
-    """Disk space for outputs of the teacher, GiB, so that further students of the same teacher (with another method,
-    budget or schedule) need not compute them; 0 stores none. The default network takes 10 kB per image and epoch."""
+    """Disk space for outputs of teachers that are kept after a training (`student.distill.views`), GiB, so that further
+    students of the same teacher, with another method, budget or schedule, need not compute them; 0 keeps none."""
 
 
 class Promotion(Section):

@@ -169,6 +169,10 @@ class Distill(Section):
     flip_average: bool
     """Whether the outputs of the teacher are averaged over each image and its mirror image. This improves them, and
     takes one more forward pass of the teacher."""
+    views: Annotated[int, Field(ge=0, le=1000)]
+    """Number of augmented views of each image, which take turns. The outputs of the teacher for them are computed once,
+    before the training, and need 4 bytes of disk for each value (10 kB for an image and view of the default network); 0
+    draws a new view each time an image is used, and computes the teacher's outputs in each step."""
 
 
 class Resetting(Section):

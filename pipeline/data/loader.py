@@ -1,6 +1,6 @@
 """Training batches: sampled, augmented, and identical for any number of workers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pipeline.config import Augment, Params, Student, Training
+from pipeline.config import Augment, Batch, Params, Student, Training
 from pipeline.data.augment import as_tensor, augment
 from pipeline.data.images import Images
 from pipeline.data.manifest import UNLABELLED, Indices, Manifest
@@ -31,6 +31,7 @@ class TrainBatch(NamedTuple):
     views: Tensor
 
 
+NO_IMAGES: Indices = np.zeros(0, np.int64)
 VIEW_BATCH = 64
 """Images in a batch of `TrainLoader.view`."""
 
@@ -41,25 +42,33 @@ View = tuple[int, int]
 class _AugmentedBatches(Dataset[TrainBatch]):
     """Batches of augmented images by their views; stateless, so persistent workers serve every epoch."""
 
-    def __init__(self, images: Images, class_numbers: Indices, labelled: int, settings: Augment, seed: int) -> None:
+    def __init__(
+        self, images: Images, class_numbers: Mapping[int, int], labelled: int, settings: Augment, seed: int
+    ) -> None:
         self.images, self.class_numbers, self.labelled = images, class_numbers, labelled
         self.settings, self.seed = settings, seed
 
     def __getitem__(self, samples: list[View]) -> TrainBatch:
-        views, indices = np.array(samples, np.int64).T
-        plain = as_tensor(self.images.batch(indices))
+        views, indices = zip(*samples, strict=True)
         return TrainBatch(
-            images=augment(plain, self.settings, self.seed, samples),
-            labels=torch.from_numpy(self.class_numbers[indices[: self.labelled]]),
-            indices=torch.from_numpy(indices.copy()),
-            views=torch.from_numpy(views.copy()),
+            images=self.augmented(samples),
+            labels=torch.tensor([self.class_numbers[index] for index in indices[: self.labelled]]),
+            indices=torch.tensor(indices),
+            views=torch.tensor(views),
         )
+
+    def augmented(self, samples: list[View]) -> Tensor:
+        """Return augmented images (B, 3, H, W) uint8."""
+        plain = as_tensor(self.images.batch([index for _, index in samples]))
+        return augment(plain, self.settings, self.seed, samples)
 
 
 class _BatchSampler(Sampler[list[View]]):
-    """Puts images of a `ShuffledSampler` behind those of an `IdentitySampler`, and chooses their views.
+    """Yields batches of views: P x K images with labels, and perhaps others behind them.
 
     Args:
+        train: Indices in the manifest of the images that `labelled` draws from.
+        pool: Those of the images that `others` draws from.
         views: Number of views of each image, which take turns; 0 for a new view at each use.
     """
 
@@ -73,11 +82,12 @@ class _BatchSampler(Sampler[list[View]]):
         return len(self.labelled)
 
     def __iter__(self) -> Iterator[list[View]]:
-        return self._batches(self.epoch)  # bound now: batches are drawn lazily
+        return self._draw(self.epoch)  # bound now: batches are drawn lazily
 
-    def _batches(self, epoch: int) -> Iterator[list[View]]:
+    def _draw(self, epoch: int) -> Iterator[list[View]]:
+        view = epoch % self._views if self._views else epoch
         for step, positions in enumerate(self.labelled.batches(epoch)):
-            batch = [(epoch % self._views if self._views else epoch, index) for index in self._train[positions].tolist()]
+            batch = [(view, index) for index in self._train[positions].tolist()]
             if self.others is not None:
                 passes, drawn = self.others.batch(epoch * len(self) + step)
                 # Numbers below zero, so that they differ from the views of the images with labels.
@@ -87,30 +97,42 @@ class _BatchSampler(Sampler[list[View]]):
 
 
 class TrainLoader:
-    """P x K batches of augmented training images, perhaps with further images behind them.
+    """P x K batches of augmented training images, perhaps with images without labels behind them.
 
     Args:
         images: All images of the manifest.
-        sampler: Draws the images of each batch.
-        pool: Indices in the manifest of all images that it may draw.
-        class_numbers: (N,) class number by index in the manifest.
-        labelled: L, images with labels in a batch.
+        indices: (N,) indices in the manifest of the images to train on.
+        labels: (N,) class numbers of these images.
         workers: Loading processes; 0 loads in this process.
+        rank: Number of this training process, from 0.
+        world: Number of training processes.
+        unlabelled: Indices in the manifest of images without labels.
+        others: Images in a batch that are drawn from all of these images and come without labels.
+        views: Number of views of each image, which take turns; 0 for a new view at each use.
     """
 
     def __init__(
         self,
         images: Images,
-        sampler: _BatchSampler,
-        pool: Indices,
-        class_numbers: Indices,
-        labelled: int,
+        indices: Indices,
+        labels: Indices,
+        batch: Batch,
         settings: Augment,
         seed: int,
         workers: int,
+        rank: int = 0,
+        world: int = 1,
+        *,
+        unlabelled: Indices = NO_IMAGES,
+        others: int = 0,
+        views: int = 0,
     ) -> None:
-        self._sampler, self._pool = sampler, pool
-        self._batches = _AugmentedBatches(images, class_numbers, labelled, settings, seed)
+        self._pool = np.concatenate([indices, unlabelled])
+        labelled = IdentitySampler(labels, batch, seed, rank, world)
+        shuffled = ShuffledSampler(len(self._pool), others, seed, rank, world) if others else None
+        self._sampler = _BatchSampler(labelled, indices, shuffled, self._pool, views)
+        class_numbers = dict(zip(indices.tolist(), labels.tolist(), strict=True))
+        self._batches = _AugmentedBatches(images, class_numbers, batch.identities * batch.instances, settings, seed)
         self._loader: DataLoader[TrainBatch] = DataLoader(
             self._batches,
             sampler=self._sampler,
@@ -124,10 +146,11 @@ class TrainLoader:
         """Return the number of batches in an epoch."""
         return len(self._sampler)
 
-    def view(self, view: int) -> Iterator[TrainBatch]:
-        """Yield one view of all images that `epoch` may yield, in the order of the manifest."""
+    def view(self, view: int) -> Iterator[tuple[Indices, Tensor]]:
+        """Yield one view of all images that `epoch` may yield: indices (n,) and images (n, 3, H, W) uint8."""
         for start in range(0, len(self._pool), VIEW_BATCH):
-            yield self._batches[[(view, index) for index in self._pool[start : start + VIEW_BATCH].tolist()]]
+            indices = self._pool[start : start + VIEW_BATCH]
+            yield indices, self._batches.augmented([(view, index) for index in indices.tolist()])
 
     def epoch(self, epoch: int) -> Iterator[TrainBatch]:
         """Yield the batches of an epoch, counted from 0."""
@@ -142,13 +165,20 @@ def training_loader(
 
     The student may see images of split `unlabelled` as well: `student.batch.unlabelled` in each batch.
     """
-    train, seed = manifest.indices("train"), params.seed
-    class_numbers = np.full(len(manifest), -1, np.int64)
-    class_numbers[train] = np.searchsorted(np.array(manifest.train_identities), manifest.identities(train))
-    labelled = IdentitySampler(class_numbers[train], training.batch, seed, rank, world)
-    pool = np.concatenate([train, manifest.indices(UNLABELLED)])
-    count, views = (training.batch.unlabelled, training.distill.views) if isinstance(training, Student) else (0, 0)
-    others = ShuffledSampler(len(pool), count, seed, rank, world) if count else None
-    sampler = _BatchSampler(labelled, train, others, pool, views)
-    size = training.batch.identities * training.batch.instances
-    return TrainLoader(images, sampler, pool, class_numbers, size, training.augment, seed, params.runtime.workers)
+    indices = manifest.indices("train")
+    labels = np.searchsorted(np.array(manifest.train_identities), manifest.identities(indices))
+    others, views = (training.batch.unlabelled, training.distill.views) if isinstance(training, Student) else (0, 0)
+    return TrainLoader(
+        images,
+        indices,
+        labels,
+        training.batch,
+        training.augment,
+        params.seed,
+        params.runtime.workers,
+        rank,
+        world,
+        unlabelled=manifest.indices(UNLABELLED),
+        others=others,
+        views=views,
+    )

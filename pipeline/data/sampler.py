@@ -1,7 +1,6 @@
 """P x K sampling: P identities with K images each, so that every anchor has positives and negatives in its batch."""
 
 import logging
-from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -10,9 +9,6 @@ from pipeline.config import Batch
 from pipeline.data.manifest import Indices
 
 log = logging.getLogger(__name__)
-
-Sample = tuple[int, int]
-"""(epoch, index into `labels`): with the seed, it determines an augmented image."""
 
 
 class IdentitySampler:
@@ -34,7 +30,7 @@ class IdentitySampler:
     """
 
     def __init__(self, labels: Indices, batch: Batch, seed: int, rank: int = 0, world: int = 1) -> None:
-        self._batch, self._seed, self._rank, self._world, self._epoch = batch, seed, rank, world, 0
+        self._batch, self._seed, self._rank, self._world = batch, seed, rank, world
         _, identity = np.unique(labels, return_inverse=True)
         sizes = np.bincount(identity)
         if len(sizes) < batch.identities:
@@ -50,15 +46,6 @@ class IdentitySampler:
     def __len__(self) -> int:
         """Return the number of batches of one process in an epoch."""
         return self._steps
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch (from 0) of the next iteration, as in torch's DistributedSampler."""
-        self._epoch = epoch
-
-    def __iter__(self) -> Iterator[list[Sample]]:
-        """Yield the batches of the epoch that `set_epoch` set."""
-        epoch = self._epoch  # bound now: batches are drawn lazily
-        return ([(epoch, index) for index in batch.tolist()] for batch in self.batches(epoch))
 
     def batches(self, epoch: int) -> list[Indices]:
         """Return the batches of this process: indices (P * K,) into `labels`, grouped by identity."""

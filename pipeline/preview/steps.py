@@ -19,14 +19,14 @@ from pipeline.compress.student import CALIBRATION, build_student, student_task
 from pipeline.config import Params
 from pipeline.data.augment import as_tensor, normalise
 from pipeline.data.images import Images, Pixels
-from pipeline.data.loader import TrainLoader, training_loader
+from pipeline.data.loader import TrainBatch, TrainLoader, training_loader
 from pipeline.data.manifest import Indices, Manifest
 from pipeline.models.resnet import RetrievalNet
 from pipeline.preview.estimate import MANIFEST, PARAMS, Measured, Timed
 from pipeline.retrieval.embed import embed
 from pipeline.runtime import device_memory, launch, limit_threads
 from pipeline.system.process import die_with_parent, peak_memory
-from pipeline.training.loop import Batch, Fit, Task
+from pipeline.training.loop import Fit, Task
 from pipeline.training.state import Checkpoints
 from pipeline.training.teacher import TeacherTask, build_teacher
 
@@ -58,7 +58,7 @@ class FirstSteps:
     def __len__(self) -> int:
         return len(self._loader)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
+    def epoch(self, epoch: int) -> Iterator[TrainBatch]:
         """Yield batches until the time is over."""
         times = [perf_counter()]
         for batch in self._loader.epoch(epoch):

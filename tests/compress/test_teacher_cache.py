@@ -1,83 +1,101 @@
-"""The cache of teacher outputs returns the same bytes, and keeps its limit."""
+"""The stored outputs of the teacher are those of its forward pass, are computed once, and keep their limit."""
 
+import logging
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from pipeline.compress.teacher_cache import TeacherCache
+from pipeline.compress import teacher_cache
+from pipeline.compress.teacher_cache import TeacherCache, delete_outputs
+from pipeline.data.loader import TrainBatch
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
 
-
-def network(seed: int) -> RetrievalNet:
-    torch.manual_seed(seed)
-    return RetrievalNet(ArchSpec.full(14, 8, 8)).eval()
+IMAGES = np.array([1, 2, 4, 5, 7])
+"""Images to train on, of nine."""
 
 
 class CountingTeacher:
-    """Counts its forward passes."""
+    """Counts the images that it sees; a view adds its number to all pixels."""
 
-    def __init__(self, seed: int = 0) -> None:
-        self.net, self.calls = network(seed), 0
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.net, self.images = RetrievalNet(ArchSpec.full(14, 8, 8)).eval(), 0
+        self.pixels = torch.randint(0, 200, (9, 3, 32, 32), dtype=torch.uint8)
 
-    def embed(self, cache: TeacherCache, images: Tensor) -> Tensor:
-        def compute() -> dict[str, Tensor]:
-            self.calls += 1
-            return {"embedding": self.net(images).embedding.detach()}
+    def batches(self, view: int):
+        for indices in (IMAGES[:3], IMAGES[3:]):
+            yield indices, self.pixels[indices] + view
 
-        return cache(images, compute)["embedding"]
+    @torch.no_grad()
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
+        self.images += len(images)
+        embedding = self.net(images.float()).embedding
+        return {"embedding": embedding, "first": embedding[:, :3]}
+
+    def cache(self, folder: Path, views: int) -> TeacherCache:
+        cache = TeacherCache(folder, len(self.pixels), self.batches, self.outputs)
+        cache.fill(views)
+        return cache
 
 
-@pytest.fixture
-def images() -> Tensor:
-    return torch.randn(3, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+def batch(teacher: CountingTeacher, indices: list[int], views: list[int]) -> TrainBatch:
+    images = teacher.pixels[indices] + torch.tensor(views, dtype=torch.uint8)[:, None, None, None]
+    return TrainBatch(images, torch.zeros(0, dtype=torch.int64), torch.tensor(indices), torch.tensor(views))
 
 
-def test_outputs_for_the_same_images_are_computed_once(tmp_path: Path, images: Tensor) -> None:
+def test_stored_outputs_are_those_of_the_teacher_for_any_batch(tmp_path: Path) -> None:
     teacher = CountingTeacher()
-    first = teacher.embed(TeacherCache(tmp_path, 1e9, teacher.net, ""), images)
-    again = teacher.embed(TeacherCache(tmp_path, 1e9, teacher.net, ""), images.clone())
-    assert teacher.calls == 1
-    assert torch.equal(first, again)
-    images[2, 1, 5, 7] += 1e-6
-    teacher.embed(TeacherCache(tmp_path, 1e9, teacher.net, ""), images)
-    assert teacher.calls == 2
+    cache, mixed = teacher.cache(tmp_path, 2), batch(teacher, [7, 1, 1, 4], [0, 1, 0, 1])
+    stored, computed = cache(mixed), teacher.outputs(mixed.images)
+    assert list(stored) == list(computed)
+    for name, output in computed.items():
+        torch.testing.assert_close(stored[name], output)
 
 
-@pytest.mark.parametrize("changed", ["teacher", "settings"])
-def test_another_teacher_or_other_settings_have_separate_outputs(tmp_path: Path, images: Tensor, changed: str) -> None:
-    first, second = CountingTeacher(), CountingTeacher(seed=1 if changed == "teacher" else 0)
-    first.embed(TeacherCache(tmp_path, 1e9, first.net, "a"), images)
-    second.embed(TeacherCache(tmp_path, 1e9, second.net, "b" if changed == "settings" else "a"), images)
-    assert second.calls == 1
+def test_outputs_are_computed_once_and_further_views_are_added(tmp_path: Path) -> None:
+    for views, images in ((2, 10), (2, 0), (3, 5)):
+        teacher = CountingTeacher()
+        teacher.cache(tmp_path, views)
+        assert teacher.images == images + 2  # two images show the sizes
 
 
-def test_the_cache_stops_storing_at_its_limit(tmp_path: Path, images: Tensor) -> None:
+def test_a_view_is_complete_or_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class InterruptedTeacher(CountingTeacher):
+        def outputs(self, images: Tensor) -> dict[str, Tensor]:
+            if self.images > 8:
+                raise KeyboardInterrupt
+            return super().outputs(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        InterruptedTeacher().cache(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["view-000.npy"]
     teacher = CountingTeacher()
-    cache = TeacherCache(tmp_path, 2 * 3 * 8 * 4, teacher.net, "")  # two batches of 3 embeddings of 8 numbers
-    for shift in range(4):
-        teacher.embed(cache, images + shift)
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
-    teacher.embed(cache, images)
-    assert teacher.calls == 4
+    teacher.cache(tmp_path, 2)
+    assert teacher.images == 5 + 2
 
 
-def test_outputs_of_other_teachers_are_deleted_to_make_room(tmp_path: Path, images: Tensor) -> None:
-    first, second = CountingTeacher(), CountingTeacher(seed=1)
-    first.embed(TeacherCache(tmp_path, 1e9, first.net, ""), images)
-    cache = TeacherCache(tmp_path, 3 * 8 * 4, second.net, "")
-    for _ in range(2):
-        second.embed(cache, images)
-    assert second.calls == 1
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+def test_a_full_disk_is_found_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": 100})
+    monkeypatch.setattr(teacher_cache.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match=r"take 0\.0 GiB, and the disk has 0\.0 GiB; lower `student\.distill\.views`"):
+        CountingTeacher().cache(tmp_path, 2)
+    assert not list(tmp_path.iterdir())
 
 
-def test_damaged_outputs_are_computed_again(tmp_path: Path, images: Tensor) -> None:
-    teacher = CountingTeacher()
-    first = teacher.embed(TeacherCache(tmp_path, 1e9, teacher.net, ""), images)
-    (stored,) = tmp_path.rglob("*.safetensors")
-    stored.write_bytes(stored.read_bytes()[:-5])
-    assert torch.equal(teacher.embed(TeacherCache(tmp_path, 1e9, teacher.net, ""), images), first)
-    assert teacher.calls == 2
+def test_the_least_recently_used_outputs_are_deleted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    for number, name in enumerate(("a/x", "a/y", "b/x")):
+        CountingTeacher().cache(tmp_path / name, 1)
+        os.utime(tmp_path / name, (number, number))
+    os.utime(tmp_path / "a/x", (9, 9))
+    size = (tmp_path / "a/x/view-000.npy").stat().st_size
+    delete_outputs(tmp_path, 2.5 * size)
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*")) == ["a/x", "b/x"]
+    delete_outputs(tmp_path, 0)
+    assert not list(tmp_path.glob("*/*"))
+    delete_outputs(tmp_path / "missing", 0)

@@ -10,10 +10,11 @@ from torch import Tensor
 from pipeline.compress.budget import cost_model
 from pipeline.compress.student import StudentTask, student_task
 from pipeline.config import Params
+from pipeline.data.loader import TrainBatch
 from pipeline.models.cost import CostModel
 from pipeline.models.resnet import RetrievalNet
 from pipeline.runtime import launch
-from pipeline.training.loop import Batch, Fit
+from pipeline.training.loop import Fit
 from pipeline.training.state import Checkpoints
 
 ROOT = Path(__file__).parents[2]
@@ -29,13 +30,14 @@ class RandomImages:
     def __len__(self) -> int:
         return STEPS
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
+    def epoch(self, epoch: int) -> Iterator[TrainBatch]:
         for step in range(STEPS):
             generator = torch.Generator().manual_seed(self.device * 10**6 + epoch * 1000 + step)
             labels = torch.arange(IDENTITIES).repeat_interleave(PER_IDENTITY)
             images = torch.randint(0, 128, (len(labels), 3, 32, 32), generator=generator, dtype=torch.uint8)
             images[:, 0] += (labels * 30).to(torch.uint8)[:, None, None]
-            yield images, labels, torch.arange(len(labels))
+            indices = torch.arange(len(labels))
+            yield TrainBatch(images, labels, indices, torch.full_like(indices, epoch))
 
 
 def preprocess(images: Tensor) -> Tensor:
@@ -60,13 +62,13 @@ def cost_of(params: Params, teacher: RetrievalNet) -> CostModel:
 
 
 def prepared(
-    params: Params, teacher: RetrievalNet, folder: Path, cache_folder: Path | None = None
+    params: Params, teacher: RetrievalNet, folder: Path
 ) -> tuple[StudentTask, Fit, list[dict[str, float]]]:
     fabric = launch(params.runtime, params.seed)
     rows: list[dict[str, float]] = []
-    calibration = preprocess(next(RandomImages().epoch(99))[0])
+    calibration = preprocess(next(RandomImages().epoch(99)).images)
     steps = STEPS * params.student.epochs
     budget_cost = cost_of(params, teacher)
-    task = student_task(fabric, params, teacher, budget_cost, steps, calibration, None, cache_folder)
+    task = student_task(fabric, params, teacher, budget_cost, steps, calibration, None)
     fit = Fit(fabric, params.student, task, RandomImages(), preprocess, Checkpoints(folder), rows.append)
     return task, fit, rows
