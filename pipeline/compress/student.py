@@ -74,7 +74,8 @@ class StudentTask(Task):
     def losses(self, net: RetrievalNet, forward: Forward, batch: TrainBatch, progress: float) -> dict[str, Tensor]:
         """Compute the weighted retrieval and distillation losses of a batch.
 
-        Retrieval losses use the images with labels, distillation losses all of them. Batch norms are frozen from `freeze_norms_at` on, those of the head from `freeze_head_norms_at` on.
+        Retrieval losses use the images with labels, distillation losses all of them. Batch norms are frozen from
+        `freeze_norms_at` on, those of the head from `freeze_head_norms_at` on.
         """
         if progress >= self.config.freeze_norms_at:
             freeze_norms(net)
@@ -102,7 +103,7 @@ class StudentTask(Task):
         embedding = teacher_outputs["embedding"]
         losses["embedding"] = self.config.distill.embedding * distill.embeddings(output.embedding, embedding)
         for name, loss in self.extra_losses.items():
-            losses[name] = loss(output.embedding, embedding, labels)
+            losses[name] = loss(output.embedding, embedding, batch.labels)
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
     @cached_property

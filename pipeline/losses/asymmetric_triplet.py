@@ -24,12 +24,13 @@ def asymmetric_triplet(
     Args:
         student: (B, D), not necessarily normalised.
         teacher: (B, D), not necessarily normalised.
-        labels: (B,) identities, at least two different ones.
+        labels: (L,) identities of the first L images, at least two different ones; the other images are left out.
         margin: By how much the smallest cosine with a positive should exceed the largest with a negative, in [0, 2].
 
     Returns:
         Scalar, the mean over the anchors.
     """
+    student, teacher = student[: len(labels)], teacher[: len(labels)]
     cosines = functional.normalize(student.to(torch.float32)) @ functional.normalize(teacher.to(torch.float32)).T
     same = labels[:, None] == labels[None, :]
     positive = cosines.masked_fill(~same, torch.inf).amin(dim=1)

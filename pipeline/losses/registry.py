@@ -23,8 +23,9 @@ class ExtraLoss:
     """A registered loss.
 
     Attributes:
-        function: Takes the student's embeddings (B, D), the teacher's (B, D), identities (B,) and, as keywords, the
-            settings; returns a scalar, the mean over the batch.
+        function: Takes the student's embeddings (B, D), the teacher's (B, D), identities (L,) of the first L images (of
+            all, unless `student.batch.unlabelled` adds others) and, as keywords, the settings; returns a scalar, the
+            mean over the batch.
         settings: Model of its section of params.yaml: `weight` and the function's keyword-only parameters.
     """
 

@@ -212,8 +212,8 @@ class RetrievalNet(nn.Module):
             ]
             raise ValueError(
                 f"the weights from {origin} do not fit a ResNet-{self.spec.depth} with a stem of "
-                f"{self.spec.widths[self.spec.stem]} channels: {', '.join(mismatches)}; set `depth`, `width` and `stem` "
-                "to those of the weights"
+                f"{self.spec.widths[self.spec.stem]} channels: {', '.join(mismatches)}; set `depth`, `width` and "
+                "`stem` to those of the weights"
             )
         self.load_state_dict(current | loaded, strict=True)
 

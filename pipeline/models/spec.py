@@ -128,8 +128,8 @@ class ArchSpec(BaseModel):
         """
         if depth in BASIC and stem not in (0, width):
             raise ValueError(
-                f"the stem of a ResNet-{depth} has {width} channels, as its first stage has, because the first shortcut "
-                f"is the identity; got {stem}"
+                f"the stem of a ResNet-{depth} has as many channels as its first stage, {width}, because the first "
+                f"shortcut is the identity; got {stem}"
             )
         widths = {} if depth in BASIC else {"conv1": stem or width}
         for index, count in enumerate(BLOCKS[depth]):

@@ -61,9 +61,7 @@ def cost_of(params: Params, teacher: RetrievalNet) -> CostModel:
     return cost_model(teacher.spec, params.student, (32, 32))
 
 
-def prepared(
-    params: Params, teacher: RetrievalNet, folder: Path
-) -> tuple[StudentTask, Fit, list[dict[str, float]]]:
+def prepared(params: Params, teacher: RetrievalNet, folder: Path) -> tuple[StudentTask, Fit, list[dict[str, float]]]:
     fabric = launch(params.runtime, params.seed)
     rows: list[dict[str, float]] = []
     calibration = preprocess(next(RandomImages().epoch(99)).images)
