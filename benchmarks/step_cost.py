@@ -20,7 +20,7 @@ def stepper(sites: list[str] | None) -> Callable[[], float]:
     changes = {"student__method": "none"} if sites is None else {"student__sites": sites, "student__method": "budget"}
     params = preset("vehicles", **changes)
     size = params.student.batch
-    noise = Noise(1, size.identities * size.instances, (params.data.image_size[0], params.data.image_size[1]))
+    noise = Noise(1, size.labelled, (params.data.image_size[0], params.data.image_size[1]))
     task, net = prepared(params, Noise(10**6, noise.images, noise.size))
     net.train()
     optimizer = build_optimizer(net, params.student.optimizer)

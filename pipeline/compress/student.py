@@ -59,7 +59,7 @@ class StudentTask(Task):
         image_size: Height and width, pixels.
         calibration: Normalised training images (B, 3, H, W) that the statistics of folded batch norms are measured on.
         validate: Computes mAP on held-out identities; None if none are held out.
-        cache: Has the outputs of the teacher for all views; None if `student.distill.views` is 0.
+        cache: Returns the stored outputs of the teacher for a batch; None if `student.distill.views` is 0.
     """
 
     fabric: Fabric
@@ -69,7 +69,7 @@ class StudentTask(Task):
     compression: Compression
     calibration: Tensor
     validate: Validate | None
-    cache: TeacherCache | None = None
+    cache: Callable[[TrainBatch], Mapping[str, Tensor]] | None = None
 
     def losses(self, net: RetrievalNet, forward: Forward, batch: TrainBatch, progress: float) -> dict[str, Tensor]:
         """Compute the weighted retrieval and distillation losses of a batch.
@@ -304,10 +304,11 @@ def cache_teacher(task: StudentTask, loader: TrainLoader, images: int, folder: P
         inputs = normalise(images.to(fabric.device))
         return task.teacher_outputs(inputs.contiguous(memory_format=torch.channels_last))
 
-    task.cache = TeacherCache(folder / name, images, loader.view, compute)
-    if fabric.is_global_zero or not fabric.local_rank:  # nodes need not share a disk
-        task.cache.fill(config.distill.views)
+    cache = TeacherCache(folder / name, images, loader.view, compute)
+    if not fabric.local_rank:  # nodes need not share a disk
+        cache.fill(config.distill.views)
     fabric.barrier()
+    task.cache = cache
 
 
 def remaining_spec(net: RetrievalNet) -> ArchSpec:

@@ -18,6 +18,16 @@ class Batch(Section):
     instances: Annotated[int, Field(ge=2, le=256)]
     """K, the number of images of each identity (6 in the paper's code)."""
 
+    @property
+    def labelled(self) -> int:
+        """Images with labels in a batch."""
+        return self.identities * self.instances
+
+    @property
+    def size(self) -> int:
+        """Images in a batch."""
+        return self.labelled
+
 
 class StudentBatch(Batch):
     """Composition of a batch of the student: P x K images with labels, and further images behind them."""
@@ -26,6 +36,11 @@ class StudentBatch(Batch):
     """Images beside the P x K ones that only the distillation losses use. They are drawn at random from all training
     images and those of `data.unlabelled`. Without labels, they teach the student the function of its teacher at more
     points (Beyer et al., "A good teacher is patient and consistent", CVPR 2022)."""
+
+    @property
+    def size(self) -> int:
+        """Images in a batch."""
+        return self.labelled + self.unlabelled
 
 
 class Augment(Section):

@@ -132,7 +132,7 @@ class TrainLoader:
         shuffled = ShuffledSampler(len(self._pool), others, seed, rank, world) if others else None
         self._sampler = _BatchSampler(labelled, indices, shuffled, self._pool, views)
         class_numbers = dict(zip(indices.tolist(), labels.tolist(), strict=True))
-        self._batches = _AugmentedBatches(images, class_numbers, batch.identities * batch.instances, settings, seed)
+        self._batches = _AugmentedBatches(images, class_numbers, batch.labelled, settings, seed)
         self._loader: DataLoader[TrainBatch] = DataLoader(
             self._batches,
             sampler=self._sampler,

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.config import Params
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import UNLABELLED, Manifest
 from pipeline.files import write_text
 
 IMPORTS, LIMIT, STEP = 300.0, 30.0, 25.0
@@ -131,7 +131,7 @@ def _last(text: str) -> str:
 def _steps(stage: str, params: Params, manifest: Manifest) -> int:
     """Return about how many steps the training has: an epoch shows each image about once."""
     training = getattr(params, stage)
-    images = training.batch.identities * training.batch.instances
+    images = training.batch.labelled
     return training.epochs * -(-len(manifest.indices("train")) // images)
 
 
@@ -140,6 +140,8 @@ def _extrapolate(stage: str, params: Params, manifest: Manifest, measured: Measu
     validations = -(-training.epochs // training.validate_every)
     embedded = validations * len(manifest.indices("validation-query", "validation-gallery"))
     embedded += len(manifest.indices("query", "gallery"))
+    if stage == "student" and (views := training.distill.views):  # the teacher embeds each of them once
+        embedded += views * (1 + training.distill.flip_average) * len(manifest.indices("train", UNLABELLED))
 
     def bounds(timed: Timed) -> tuple[float, float]:
         low, high = (float(value) for value in np.quantile(timed.seconds, (0.25, 0.75)))
@@ -148,8 +150,9 @@ def _extrapolate(stage: str, params: Params, manifest: Manifest, measured: Measu
     low, high = bounds(measured.whole)
     if measured.shrunk is not None:
         low = min(low, bounds(measured.shrunk)[0])
-    batch = training.batch.identities * training.batch.instances
-    image = high / batch if measured.whole.image is None else measured.whole.image  # a step takes longer than that
+    image = (
+        high / training.batch.size if measured.whole.image is None else measured.whole.image
+    )  # a step takes longer than that
     steps = measured.whole.steps * training.epochs
     rest = embedded * image + training.epochs * measured.whole.epoch
     return Estimate(steps, (low, high), (steps * low + rest, steps * high + rest), measured)
