@@ -50,6 +50,14 @@ class Compression:
     def observe(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
         """Process the pooled features (B, C) of a batch, by site."""
 
+    @property
+    def scores_embeddings(self) -> bool:
+        """Whether the next step needs `observe_scores`."""
+        return False
+
+    def observe_scores(self, scores: Mapping[str, Tensor]) -> None:
+        """Process the importance (C,) of all channels for the embeddings of a batch, by site."""
+
     def step(self, net: RetrievalNet, optimizer: Callable[[], object], progress: float) -> None:
         """Take an optimiser step, with the work of the method before and after it."""
         optimizer()

@@ -47,6 +47,7 @@ class Shrinker(Compression):
         blocks = removable_blocks(spec, config, sites)
         self.blocks = BlockRemoval({last_norm(b): b.sites for b in spec.removable if b.sites in blocks})
         self.finalized = False
+        self._batch_scores: dict[str, Tensor] = {}
         if config.resetting.importance == "random":
             for number, masks in enumerate(self.masks.values()):
                 masks.score = random_scores(len(masks.score), seed + number).to(device)
@@ -83,15 +84,26 @@ class Shrinker(Compression):
                 self.revise(net, step)
         self.shrink(net, optimizer)
 
+    @property
+    def scores_embeddings(self) -> bool:
+        return self.config.resetting.importance == "embedding" and not self.finalized
+
+    def observe_scores(self, scores: Mapping[str, Tensor]) -> None:
+        self._batch_scores = dict(scores)
+
     def score(self, net: RetrievalNet) -> None:
-        """Update the moving average of the importance of all channels from the gradients of this step."""
+        """Update the moving average of the importance of all channels from this step."""
         resetting = self.config.resetting
-        if resetting.importance != "taylor":
+        if resetting.importance not in ("embedding", "taylor"):
             return
         block_levels = self.blocks.levels(self.masks, self.schedule.fade_steps)
         for site, indicator, masks in self._present(net):
             level = masks.level(indicator.matrix) * block_levels.get(site, 1.0)
-            masks.score = torch.lerp(taylor_scores(indicator, level), masks.score, resetting.momentum)
+            if resetting.importance == "taylor":
+                scores = taylor_scores(indicator, level)
+            else:
+                scores = self._batch_scores[site] / level.square()
+            masks.score = torch.lerp(scores, masks.score, resetting.momentum)
 
     @torch.no_grad()
     def revise(self, net: RetrievalNet, step: int) -> None:

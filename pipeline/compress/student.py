@@ -21,6 +21,7 @@ from torch.nn.functional import normalize
 from pipeline.compress.budget import WINDOW
 from pipeline.compress.compactor import attach, nonzero_channels
 from pipeline.compress.compression import Compression
+from pipeline.compress.importance import embedding_scores
 from pipeline.compress.live_shrinking import cut_zero_channels
 from pipeline.compress.methods import build_compression, kept_plan
 from pipeline.compress.shrinker import Shrinker
@@ -69,6 +70,7 @@ class StudentTask(Task):
     compression: Compression
     calibration: Tensor
     validate: Validate | None
+    seed: int
     cache: Callable[[TrainBatch], Mapping[str, Tensor]] | None = None
 
     def losses(self, net: RetrievalNet, forward: Forward, batch: TrainBatch, progress: float) -> dict[str, Tensor]:
@@ -90,6 +92,10 @@ class StudentTask(Task):
         }
         teacher = {site: teacher_outputs[name] for site, name in self.feature_modules.items()}
         self.compression.observe(student, teacher)
+        if self.compression.scores_embeddings:
+            scores = embedding_scores(net.indicators(), output.embedding, self._generator(progress))
+            # Each device has images of its own, and all must select the same channels.
+            self.compression.observe_scores(self.fabric.all_reduce(scores, reduce_op="mean"))
         losses = retrieval_losses(output.first(len(batch.labels)), batch.labels, self.config)
         losses["kl"] = self.config.distill.kl * distill.soft_targets(
             self._scaled(_logits(output)), self._scaled(teacher_outputs["logits"]), self.config.distill.temperature
@@ -105,6 +111,12 @@ class StudentTask(Task):
         for name, loss in self.extra_losses.items():
             losses[name] = loss(output.embedding, embedding, batch.labels)
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
+
+    def _generator(self, progress: float) -> torch.Generator:
+        """Return a random generator for this step and device."""
+        key = f"{self.seed}/{progress!r}/{self.fabric.global_rank}"
+        seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest())
+        return torch.Generator().manual_seed(seed)
 
     @cached_property
     def extra_losses(self) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
@@ -275,7 +287,7 @@ def student_task(
     teacher.to(fabric.device).eval().requires_grad_(False)
     size = (params.data.image_size[0], params.data.image_size[1])
     compression = build_compression(config, teacher, budget_cost, steps, params.seed, fabric.device)
-    return StudentTask(fabric, config, teacher, size, compression, calibration, validate)
+    return StudentTask(fabric, config, teacher, size, compression, calibration, validate, params.seed)
 
 
 def cache_teacher(task: StudentTask, loader: TrainLoader, images: int, folder: Path, params: Params) -> None:

@@ -193,12 +193,12 @@ class Distill(Section):
 class Resetting(Section):
     """Method `budget`: the importance of channels; the gradients of the least important ones are reset."""
 
-    importance: Literal["taylor", "magnitude", "random"]
-    """Importance of a channel: `taylor`, the squared change of the training loss without it, to first order (Molchanov
-    et al., CVPR 2019, equation 8); `magnitude`, the scale of its batch norm (Liu et al., ICCV 2017); `random`, a
-    control."""
+    importance: Literal["embedding", "taylor", "magnitude", "random"]
+    """Importance of a channel: `embedding`, the mean squared change of the embeddings without it, to first order;
+    `taylor`, the squared change of the training loss without it, to first order (Molchanov et al., CVPR 2019, equation
+    8); `magnitude`, the scale of its batch norm (Liu et al., ICCV 2017); `random`, a control."""
     momentum: Annotated[float, Field(ge=0, lt=1)]
-    """Momentum of the moving average of `taylor`."""
+    """Momentum of the moving average of `embedding` and `taylor`."""
 
 
 class Paper(Section):

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 from pipeline.compress.budget import BudgetError, cost_model
 from pipeline.compress.compactor import attach, removed_sites, row_norms, shrink_rows
-from pipeline.compress.importance import magnitude_scores, taylor_scores
+from pipeline.compress.importance import embedding_scores, magnitude_scores, taylor_scores
 from pipeline.compress.shrinker import Shrinker
 from pipeline.compress.surgery import fold_and_cut, largest_difference, plan_cut
 from pipeline.config import Student
@@ -294,3 +295,25 @@ def test_the_importance_of_a_row_does_not_change_when_it_is_masked_or_fades() ->
         indicator.weight[:8] *= 1e-3  # rows so short that they hardly change the output
     torch.testing.assert_close(row_norms(indicator.matrix.detach())[:8], torch.full((8,), 3e-4))
     assert (site.level(indicator.matrix)[:8] < 2e-3).all()
+
+
+def test_importance_for_embeddings_is_their_mean_squared_change_to_first_order() -> None:
+    """The estimate by random signs approaches the sum over all derivatives, without their mean over the images."""
+    torch.manual_seed(0)
+    net = attach(RetrievalNet(ArchSpec.full(14, 8, 8)), ["layer2.0.conv2", "layer4"]).eval().double()
+    images = torch.randn(6, 3, 32, 32, dtype=torch.float64)
+    indicators, generator = net.indicators(), torch.Generator().manual_seed(0)
+    draws = []
+    for _ in range(400):
+        draws.append(embedding_scores(indicators, net(images).embedding, generator))
+    for site, indicator in indicators.items():
+        estimate = torch.stack([draw[site] for draw in draws]).mean(dim=0)
+        for row in (0, 3):
+            kept, step = indicator.weight.detach().clone(), 1e-4
+            before = normalize(net(images).embedding, dim=1).detach()
+            with torch.no_grad():
+                indicator.weight[row] *= 1 - step
+                change = (normalize(net(images).embedding, dim=1) - before) / step
+                indicator.weight.copy_(kept)
+            expected = (change - change.mean(dim=0)).square().sum() / len(images)
+            assert float(estimate[row]) == pytest.approx(float(expected), rel=0.3)
