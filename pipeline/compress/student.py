@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import torch
 from lightning_fabric import Fabric
@@ -95,7 +96,9 @@ class StudentTask(Task):
         if self.compression.scores_embeddings:
             scores = embedding_scores(net.indicators(), output.embedding, self._generator(progress))
             # Each device has images of its own, and all must select the same channels.
-            self.compression.observe_scores(self.fabric.all_reduce(scores, reduce_op="mean"))
+            self.compression.observe_scores(
+                {site: cast(Tensor, self.fabric.all_reduce(values, reduce_op="mean")) for site, values in scores.items()}
+            )
         losses = retrieval_losses(output.first(len(batch.labels)), batch.labels, self.config)
         losses["kl"] = self.config.distill.kl * distill.soft_targets(
             self._scaled(_logits(output)), self._scaled(teacher_outputs["logits"]), self.config.distill.temperature

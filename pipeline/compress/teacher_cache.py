@@ -75,7 +75,7 @@ class TeacherCache:
         rows = np.empty((len(batch.indices), sum(self._sizes.values())), np.float32)
         for position, (view, index) in enumerate(zip(batch.views.tolist(), batch.indices.tolist(), strict=True)):
             rows[position] = self._view(view)[index]
-        parts = torch.from_numpy(rows).to(batch.images.device).split(list(self._sizes.values()), dim=1)
+        parts = torch.split(torch.from_numpy(rows).to(batch.images.device), list(self._sizes.values()), dim=1)
         return dict(zip(self._sizes, parts, strict=True))
 
     def _view(self, view: int) -> npt.NDArray[np.float32]:
