@@ -96,9 +96,8 @@ class StudentTask(Task):
         if self.compression.scores_embeddings:
             scores = embedding_scores(net.indicators(), output.embedding, self._generator(progress))
             # Each device has images of its own, and all must select the same channels.
-            self.compression.observe_scores(
-                {site: cast(Tensor, self.fabric.all_reduce(values, reduce_op="mean")) for site, values in scores.items()}
-            )
+            mean = {site: cast(Tensor, self.fabric.all_reduce(part, reduce_op="mean")) for site, part in scores.items()}
+            self.compression.observe_scores(mean)
         losses = retrieval_losses(output.first(len(batch.labels)), batch.labels, self.config)
         losses["kl"] = self.config.distill.kl * distill.soft_targets(
             self._scaled(_logits(output)), self._scaled(teacher_outputs["logits"]), self.config.distill.temperature
