@@ -24,6 +24,7 @@ VARIANTS = {
     "off": {"shrink": "off"},
     "params": {"budget": {"of": "params", "reduction": 0.3}},
     "none": {"method": "none"},
+    "embedding": {"resetting": {"importance": "embedding"}, "sites": ["conv1", "conv2", "stream"]},
     "one site": {"sites": ["conv2"], "budget": {"reduction": 0.2}},
     "paper": {
         "method": "paper",
@@ -128,10 +129,12 @@ def two_devices(folder: Path, params: Path) -> tuple[str, str]:
     return (folder / "0.txt").read_text(), (folder / "1.txt").read_text()
 
 
+@pytest.mark.parametrize("importance", ["taylor", "embedding"])
 def test_two_devices_end_with_the_same_student_and_resume_from_the_state_of_the_first(
-    params: Params, tmp_path: Path
+    params: Params, tmp_path: Path, importance: str
 ) -> None:
     params = change(params, "runtime", devices=2, strategy="ddp")
+    params = change(params, "student", resetting={"importance": importance, "momentum": 0.9})
     (tmp_path / "params.json").write_text(params.model_dump_json())
     first, second = two_devices(tmp_path, tmp_path / "params.json")
     assert first == second

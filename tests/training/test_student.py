@@ -140,6 +140,30 @@ def test_with_flip_averaging_the_student_learns_the_mean_of_both_outputs(
     assert losses["feature"] == 0 and losses["kl"] > 0
 
 
+def test_retrieval_losses_use_the_images_with_labels_and_distillation_losses_all(
+    params: Params, teacher: RetrievalNet, tmp_path: Path
+) -> None:
+    distill = params.student.distill.model_copy(
+        update={"embedding": 10.0, "extra_losses": {"asymmetric_triplet": {"weight": 1.0, "margin": 2.0}}}
+    )
+    task, _, _ = prepared(change(params, "student", distill=distill.model_dump()), teacher, tmp_path)
+    net = build_student(params, teacher, task.compression).eval()
+    with torch.no_grad():
+        net.conv1.weight.add_(torch.randn_like(net.conv1.weight), alpha=0.05)
+    full = next(RandomImages().epoch(0))
+    full = full._replace(images=preprocess(full.images))
+    part = full._replace(labels=full.labels[:4])
+    first = full._replace(images=full.images[:4], labels=full.labels[:4])
+    with torch.no_grad():
+        of_part, of_first, of_full = (task.losses(net, net, batch, 0.9) for batch in (part, first, full))
+    for name in ("identity", "triplet", "asymmetric_triplet"):
+        torch.testing.assert_close(of_part[name], of_first[name])
+        assert of_part[name] != of_full[name]
+    for name in ("kl", "feature", "embedding"):
+        torch.testing.assert_close(of_part[name], of_full[name])
+        assert of_part[name] != of_first[name]
+
+
 def test_the_feature_loss_of_a_stage_has_no_gradient_to_its_own_channel_gate() -> None:
     torch.manual_seed(0)
     net = attach(RetrievalNet(ArchSpec.full(14, 8, 8)), ["layer1", "layer2", "layer3"])
