@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -107,4 +108,6 @@ def delete_outputs(folder: Path, limit: float) -> None:
         if sum(sizes.values()) <= limit:
             break
         shutil.rmtree(cache, ignore_errors=True)
+        with suppress(OSError):  # others of the same teacher are left
+            cache.parent.rmdir()
         del sizes[cache]
