@@ -316,9 +316,10 @@ def cache_teacher(task: StudentTask, loader: TrainLoader, images: int, folder: P
 
     def compute(images: Tensor) -> dict[str, Tensor]:
         inputs = normalise(images.to(fabric.device))
-        return task.teacher_outputs(inputs.contiguous(memory_format=torch.channels_last))
+        outputs = task.teacher_outputs(inputs.contiguous(memory_format=torch.channels_last))
+        return outputs | {"embedding": normalize(outputs["embedding"], dim=1)}  # each view counts the same in a mean
 
-    cache = TeacherCache(folder / name, images, loader.view, compute)
+    cache = TeacherCache(folder / name, images, loader.view, compute, config.distill.average_views)
     if not fabric.local_rank:  # nodes need not share a disk
         cache.fill(config.distill.views)
     fabric.barrier()

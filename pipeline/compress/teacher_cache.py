@@ -27,6 +27,8 @@ from pipeline.files import write_atomically
 log = logging.getLogger(__name__)
 
 GIB = 2**30
+MEAN_ROWS = 1024
+"""Images whose outputs are averaged at a time."""
 
 
 class TeacherCache:
@@ -37,6 +39,7 @@ class TeacherCache:
         images: Images of the manifest.
         batches: Returns batches of all images in one view: indices in the manifest (n,) and images (n, 3, H, W) uint8.
         compute: Returns the outputs (n, values) of such images, by name.
+        average: Return, for each view of an image, the mean of the outputs for all of its views.
     """
 
     def __init__(
@@ -45,12 +48,14 @@ class TeacherCache:
         images: int,
         batches: Callable[[int], Iterable[tuple[npt.NDArray[np.int64], Tensor]]],
         compute: Callable[[Tensor], Mapping[str, Tensor]],
+        average: bool = False,
     ) -> None:
+        self._average = average
         self._folder, self._images, self._batches, self._compute = folder, images, batches, compute
         _, first_images = next(iter(batches(0)))
         first = compute(first_images[:2])
         self._sizes = {name: output.shape[1] for name, output in first.items()}
-        self._views: dict[int, npt.NDArray[np.float32]] = {}
+        self._arrays: dict[int, npt.NDArray[np.float32]] = {}
 
     def fill(self, views: int) -> None:
         """Compute the views that are not stored yet.
@@ -70,19 +75,20 @@ class TeacherCache:
             log.info("computing the outputs of the teacher, view %d of %d", view + 1, views)
             write_atomically(self._path(view), partial(self._write, view))
         os.utime(self._folder)  # most recently used, so deleted last
+        self._arrays = {view: np.load(self._path(view), mmap_mode="r", allow_pickle=False) for view in range(views)}
+        if self._average:
+            mean = self._folder / f"mean-{views:03d}.npy"
+            if not mean.is_file():
+                write_atomically(mean, self._write_mean)
+            self._arrays = dict.fromkeys(range(views), np.load(mean, mmap_mode="r", allow_pickle=False))
 
     def __call__(self, batch: TrainBatch) -> dict[str, Tensor]:
         """Return the stored outputs for the images of a batch, by name, on the device of its images."""
         rows = np.empty((len(batch.indices), sum(self._sizes.values())), np.float32)
         for position, (view, index) in enumerate(zip(batch.views.tolist(), batch.indices.tolist(), strict=True)):
-            rows[position] = self._view(view)[index]
+            rows[position] = self._arrays[view][index]
         parts = torch.split(torch.from_numpy(rows).to(batch.images.device), list(self._sizes.values()), dim=1)
         return dict(zip(self._sizes, parts, strict=True))
-
-    def _view(self, view: int) -> npt.NDArray[np.float32]:
-        if view not in self._views:
-            self._views[view] = np.load(self._path(view), mmap_mode="r", allow_pickle=False)
-        return self._views[view]
 
     def _path(self, view: int) -> Path:
         return self._folder / f"view-{view:03d}.npy"
@@ -93,6 +99,14 @@ class TeacherCache:
         for indices, images in self._batches(view):
             outputs = self._compute(images)
             array[indices] = torch.cat([outputs[name].float() for name in self._sizes], dim=1).cpu()
+        array.flush()
+
+    def _write_mean(self, path: Path) -> None:
+        views = list(self._arrays.values())
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=views[0].shape)
+        for start in range(0, self._images, MEAN_ROWS):
+            rows = slice(start, start + MEAN_ROWS)
+            array[rows] = sum(view[rows] for view in views) / len(views)
         array.flush()
 
 

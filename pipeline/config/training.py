@@ -188,6 +188,15 @@ class Distill(Section):
     """Number of augmented views of each image, which take turns. The outputs of the teacher for them are computed once,
     before the training, and need 4 bytes of disk for each value (10 kB for an image and view of the default network); 0
     draws a new view each time an image is used, and computes the teacher's outputs in each step."""
+    average_views: bool
+    """Whether the student learns, for each view of an image, the mean of the teacher's outputs for all of its views: a
+    better embedding than that of one view, at no further cost (Radosavovic et al., "Data Distillation", CVPR 2018)."""
+
+    @model_validator(mode="after")
+    def _has_views_to_average(self) -> Self:
+        if self.average_views and self.views < 2:
+            raise ValueError(f"`average_views` needs at least 2 `views`, got {self.views}")
+        return self
 
 
 class Resetting(Section):

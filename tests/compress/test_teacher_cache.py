@@ -37,8 +37,8 @@ class CountingTeacher:
         embedding = self.net(images.float()).embedding
         return {"embedding": embedding, "first": embedding[:, :3]}
 
-    def cache(self, folder: Path, views: int) -> TeacherCache:
-        cache = TeacherCache(folder, len(self.pixels), self.batches, self.outputs)
+    def cache(self, folder: Path, views: int, average: bool = False) -> TeacherCache:
+        cache = TeacherCache(folder, len(self.pixels), self.batches, self.outputs, average)
         cache.fill(views)
         return cache
 
@@ -55,6 +55,19 @@ def test_stored_outputs_are_those_of_the_teacher_for_any_batch(tmp_path: Path) -
     assert list(stored) == list(computed)
     for name, output in computed.items():
         torch.testing.assert_close(stored[name], output)
+
+
+def test_averaged_outputs_are_the_mean_over_all_views_of_an_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teacher_cache, "MEAN_ROWS", 4)
+    teacher = CountingTeacher()
+    for views in (3, 2):
+        mixed = batch(teacher, [7, 1, 7], [0, 1, 1])
+        expected = sum(teacher.outputs(teacher.pixels[mixed.indices] + view)["embedding"] for view in range(views))
+        torch.testing.assert_close(teacher.cache(tmp_path, views, average=True)(mixed)["embedding"], expected / views)
+    plain = teacher.cache(tmp_path, 2)(batch(teacher, [7], [1]))["embedding"]
+    torch.testing.assert_close(plain, teacher.outputs(teacher.pixels[[7]] + 1)["embedding"])
 
 
 def test_outputs_are_computed_once_and_further_views_are_added(tmp_path: Path) -> None:
