@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config import Batch, Custom, Data, VehicleId, Vehicles
+from pipeline.config import Custom, Data, VehicleId, Vehicles
 from pipeline.data.images import open_images
 from pipeline.data.manifest import DataError
 from pipeline.files import Files
@@ -15,6 +15,15 @@ from pipeline.stage.presets import load_preset
 from stages.prepare import prepare
 from tests import layouts
 from tests.imports import ROOT
+
+
+def with_batch(params, identities, stages=("teacher", "student")):
+    """Params with batches of that many identities with two images each."""
+    for name in stages:
+        section = getattr(params, name)
+        batch = section.batch.model_copy(update={"identities": identities, "instances": 2})
+        params = params.model_copy(update={name: section.model_copy(update={"batch": batch})})
+    return params
 
 
 class Run(SimpleNamespace):
@@ -38,9 +47,8 @@ class Run(SimpleNamespace):
         }
         settings = Data(**{**defaults, "protocol": "market", **limits, "vehicles": size, **sources, **data})
         files = Files(root, root)
-        smoke, batch = load_preset(ROOT, "smoke"), {"batch": Batch(identities=2, instances=2)}
-        networks = {name: getattr(smoke, name).model_copy(update=batch) for name in ("teacher", "student")}
-        super().__init__(params=smoke.model_copy(update={"data": settings, **networks}), files=files, seconds={})
+        params = with_batch(load_preset(ROOT, "smoke"), 2).model_copy(update={"data": settings})
+        super().__init__(params=params, files=files, seconds={})
 
     def timing(self, name, seconds):
         self.seconds[name] = seconds
@@ -151,8 +159,7 @@ def test_custom_data_without_splits_are_split(tmp_path):
 def test_a_batch_that_cannot_be_filled_stops_the_stage_before_images_are_cached(tmp_path):
     layouts.folder(tmp_path / "data", 12, 0)
     run = Run(tmp_path, source="folder", validation=0.2)
-    batch = {"batch": Batch(identities=16, instances=2)}
-    run.params = run.params.model_copy(update={"student": run.params.student.model_copy(update=batch)})
+    run.params = with_batch(run.params, 16, ("student",))
     with pytest.raises(DataError, match=r"`student.batch.identities` \(16\) must not exceed the \d identities left"):
         prepare(run)
     assert not run.files.image_cache.exists() and not run.files.manifest.exists()
