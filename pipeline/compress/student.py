@@ -320,9 +320,8 @@ def cache_teacher(task: StudentTask, loader: TrainLoader, images: int, folder: P
         return outputs | {"embedding": normalize(outputs["embedding"], dim=1)}  # each view counts the same in a mean
 
     cache = TeacherCache(folder / name, images, loader.view, compute, config.distill.average_views)
-    if not fabric.local_rank:  # nodes need not share a disk
+    with fabric.rank_zero_first(local=True):  # it computes, the others read; nodes need not share a disk
         cache.fill(config.distill.views)
-    fabric.barrier()
     task.cache = cache
 
 

@@ -58,14 +58,14 @@ class TeacherCache:
         self._arrays: dict[int, npt.NDArray[np.float32]] = {}
 
     def fill(self, views: int) -> None:
-        """Compute the views that are not stored yet.
+        """Compute the views that are not stored yet, and open all of them.
 
         Raises:
             OSError: If the disk has no room for them.
         """
         missing = [view for view in range(views) if not self._path(view).is_file()]
         self._folder.mkdir(parents=True, exist_ok=True)
-        needed = len(missing) * self._images * 4 * sum(self._sizes.values())
+        needed = (len(missing) + self._average) * self._images * 4 * sum(self._sizes.values())
         if needed > (free := shutil.disk_usage(self._folder).free):
             raise OSError(
                 f"the outputs of the teacher take {needed / GIB:.1f} GiB, and the disk has {free / GIB:.1f} GiB; lower "

@@ -8,7 +8,7 @@ import matplotlib
 from matplotlib import font_manager
 
 from pipeline.data.images import decode
-from pipeline.data.manifest import SPLITS, Item
+from pipeline.data.manifest import SPLITS, UNLABELLED, Item
 from pipeline.preview.survey import evenly
 from pipeline.report.style import new_figure, save, styled
 
@@ -47,7 +47,8 @@ def write_sheet(path: Path, items: Sequence[Item], root: Path, size: tuple[int, 
             chart.axis("off")
         for chart, item in zip(axes, shown, strict=False):
             chart.imshow(decode(root / item.path, size, item.box))
-            label = f"{shortened(item.identity)}\n{shortened(item.camera)}\n{item.split}"
+            labels = () if item.split == UNLABELLED else (shortened(item.identity), shortened(item.camera))
+            label = "\n".join([*labels, item.split])
             chart.set_title(label, fontsize=8, weight="normal", loc="left", parse_math=False)
         save(figure, path)
     return len(shown)

@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -38,6 +40,10 @@ class RandomImages:
             images[:, 0] += (labels * 30).to(torch.uint8)[:, None, None]
             indices = torch.arange(len(labels))
             yield TrainBatch(images, labels, indices, torch.full_like(indices, epoch))
+
+    def view(self, view: int) -> Iterator[tuple[npt.NDArray[np.int64], Tensor]]:
+        batch = next(self.epoch(view))
+        yield batch.indices.numpy(), batch.images
 
 
 def preprocess(images: Tensor) -> Tensor:

@@ -129,12 +129,15 @@ def two_devices(folder: Path, params: Path) -> tuple[str, str]:
     return (folder / "0.txt").read_text(), (folder / "1.txt").read_text()
 
 
-@pytest.mark.parametrize("importance", ["taylor", "embedding"])
+@pytest.mark.parametrize(("importance", "views"), [("taylor", 0), ("embedding", 4)])
 def test_two_devices_end_with_the_same_student_and_resume_from_the_state_of_the_first(
-    params: Params, tmp_path: Path, importance: str
+    params: Params, tmp_path: Path, importance: str, views: int
 ) -> None:
     params = change(params, "runtime", devices=2, strategy="ddp")
-    params = change(params, "student", resetting={"importance": importance, "momentum": 0.9})
+    distill = params.student.distill.model_copy(update={"views": views, "average_views": views > 0})
+    params = change(
+        params, "student", resetting={"importance": importance, "momentum": 0.9}, distill=distill.model_dump()
+    )
     (tmp_path / "params.json").write_text(params.model_dump_json())
     first, second = two_devices(tmp_path, tmp_path / "params.json")
     assert first == second

@@ -8,13 +8,21 @@ from pathlib import Path
 
 import torch
 
-from pipeline.compress.student import build_student, student_task
+from pipeline.compress.student import build_student, cache_teacher, student_task
 from pipeline.config import Params
 from pipeline.runtime import launch
 from pipeline.training.loop import Fit
 from pipeline.training.state import Checkpoints
 from pipeline.training.teacher import build_teacher
-from tests.training.short_training import IDENTITIES, STEPS, RandomImages, cost_of, digest, preprocess
+from tests.training.short_training import (
+    IDENTITIES,
+    PER_IDENTITY,
+    STEPS,
+    RandomImages,
+    cost_of,
+    digest,
+    preprocess,
+)
 
 if __name__ == "__main__":
     folder, content = Path(sys.argv[1]), Path(sys.argv[2]).read_text()
@@ -25,6 +33,8 @@ if __name__ == "__main__":
     steps = STEPS * params.student.epochs
     task = student_task(fabric, params, teacher, cost_of(params, teacher), steps, calibration, None)
     loader = RandomImages(device=fabric.global_rank)
+    if params.student.distill.views:
+        cache_teacher(task, loader, IDENTITIES * PER_IDENTITY, folder / "cache", params)
     states = folder / str(fabric.global_rank)  # like two nodes without a shared folder
     epochs: list[str] = []
     fit = Fit(fabric, params.student, task, loader, preprocess, Checkpoints(states), lambda row: None)
