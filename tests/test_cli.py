@@ -166,7 +166,7 @@ def test_preview_shows_the_data_and_writes_the_picture_only(
     shown = capsys.readouterr().out
     assert "24 images with their labels: sheets/sheet.png" in shown
     rows = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if len(line.split()) == 4}
-    assert rows["train"] == ["96", "16", "6"] and rows["all"] == ["168", "28", "6"]
+    assert rows["train"] == ["96", "16", "6"] and rows["all"] == ["192", "28", "6"]  # 24 of them without labels
 
 
 def test_preview_estimates_the_cost_of_a_closed_set(

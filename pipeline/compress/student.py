@@ -143,8 +143,6 @@ class StudentTask(Task):
         with self.fabric.autocast(), FeatureHooks(self.teacher, self.feature_modules.values(), average_pool) as hooks:
             output: Output = self.teacher(images)
             features = hooks.read()
-            if self.config.distill.flip_average:
-                output = _average(output, self.teacher(images.flip(3)))
         return {**features, "embedding": output.embedding, "logits": _logits(output)}
 
     def _scaled(self, logits: Tensor) -> Tensor:
@@ -217,12 +215,6 @@ def _feature_distance(student: Tensor, teacher: Tensor, kept: Tensor | None, com
     if compared is not None:
         compared = compared.to(student.device, non_blocking=True)
     return distill.features(student, teacher, compared)
-
-
-def _average(output: Output, flipped: Output) -> Output:
-    """Average the outputs for images and for their mirror images; embeddings are normalised first."""
-    embedding = normalize(output.embedding, dim=1) + normalize(flipped.embedding, dim=1)
-    return Output(embedding, (_logits(output) + _logits(flipped)) / 2)
 
 
 def _logits(output: Output) -> Tensor:
@@ -305,7 +297,6 @@ def cache_teacher(task: StudentTask, loader: TrainLoader, images: int, folder: P
     fabric, config = task.fabric, params.student
     settings = {
         "modules": sorted(task.feature_modules.values()),
-        "flip_average": config.distill.flip_average,
         "augment": config.augment.model_dump(),
         "seed": params.seed,
         "computed": f"{params.runtime.precision} on {fabric.device.type}, torch {torch.__version__}",

@@ -181,9 +181,6 @@ class Distill(Section):
     extra_losses: dict[str, dict[str, Any]]
     """Further losses on the embeddings by name, each with its `weight` and settings, such as
     `asymmetric_triplet: {weight: 1.0, margin: 0.1}`; the files in pipeline/losses/ register them."""
-    flip_average: bool
-    """Whether the outputs of the teacher are averaged over each image and its mirror image. This improves them, and
-    takes one more forward pass of the teacher."""
     views: Annotated[int, Field(ge=0, le=1000)]
     """Number of augmented views of each image, which take turns. The outputs of the teacher for them are computed once,
     before the training, and need 4 bytes of disk for each value (10 kB for an image and view of the default network); 0

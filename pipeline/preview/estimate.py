@@ -141,7 +141,7 @@ def _extrapolate(stage: str, params: Params, manifest: Manifest, measured: Measu
     embedded = validations * len(manifest.indices("validation-query", "validation-gallery"))
     embedded += len(manifest.indices("query", "gallery"))
     if stage == "student" and (views := training.distill.views):  # the teacher embeds each of them once
-        embedded += views * (1 + training.distill.flip_average) * len(manifest.indices("train", UNLABELLED))
+        embedded += views * len(manifest.indices("train", UNLABELLED))
 
     def bounds(timed: Timed) -> tuple[float, float]:
         low, high = (float(value) for value in np.quantile(timed.seconds, (0.25, 0.75)))

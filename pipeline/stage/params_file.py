@@ -26,7 +26,6 @@ RENAMED: dict[str, str] = {
     "data.own": "data.custom",
     "student.settle": "student.freeze_norms_at",
     "student.settle_head": "student.freeze_head_norms_at",
-    "student.distill.mirror": "student.distill.flip_average",
     "export.gates": "export.limits",
     "runtime.answers_gib": "runtime.teacher_cache_gib",
     "tracking.gate": "tracking.promotion",

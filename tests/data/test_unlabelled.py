@@ -277,7 +277,7 @@ def test_each_refusal_is_one_sentence(tmp_path):
         text.replace("unlabelled: []", "unlabelled: [a, a/b]").replace("source: vehicles", "source: folder"),
         text.replace("unlabelled: []", "unlabelled: [a, ./a]").replace("source: vehicles", "source: folder"),
         text.replace("unlabelled: []", "unlabelled: [/a]").replace("source: vehicles", "source: folder"),
-        text.replace("unlabelled_identities: 0", "unlabelled_identities: 20001"),
+        text.replace("unlabelled_identities: 4", "unlabelled_identities: 20001"),
     ):
         (tmp_path / "params.yaml").write_text(changed)
         with pytest.raises(ParamsError) as error:

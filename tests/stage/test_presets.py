@@ -151,7 +151,7 @@ def without(text: str, key: str) -> str:
 @pytest.mark.parametrize(
     "key",
     ["data", "data.source", "data.protocol", "data.custom", "data.custom.test", "teacher", "teacher.losses",
-     "student.budget.of", "student.distill.flip_average", "student.paper.threshold", "export.licence",
+     "student.budget.of", "student.distill.average_views", "student.paper.threshold", "export.licence",
      "runtime.teacher_cache_gib", "retrain", "retrain.branch"],
 )  # fmt: skip
 def test_upgrade_adds_a_missing_key_or_section_in_its_place_with_comments(path: Path, key: str) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.functional import cosine_similarity, normalize
 
 from pipeline.compress.budget import BudgetMissedError
 from pipeline.compress.compactor import attach, nonzero_channels, row_norms
@@ -120,24 +119,6 @@ def test_basic_blocks_shrink_as_well(params: Params, tmp_path: Path) -> None:
     torch.manual_seed(0)
     teacher = build_teacher(params.teacher, IDENTITIES).eval()
     test_a_student_reaches_its_budget_and_does_not_change_its_teacher(params, teacher, tmp_path, "live")
-
-
-def test_with_flip_averaging_the_student_learns_the_mean_of_both_outputs(
-    params: Params, teacher: RetrievalNet, tmp_path: Path
-) -> None:
-    distill = params.student.distill.model_copy(update={"embedding": 10.0, "flip_average": True})
-    params = change(params, "student", distill=distill.model_dump())
-    task, _, _ = prepared(params, teacher, tmp_path)
-    batch = next(RandomImages().epoch(0))
-    images = preprocess(batch.images)
-    with torch.no_grad():
-        # the student is the teacher itself
-        losses = task.losses(teacher, teacher, batch._replace(images=images), 0.0)
-        plain, flipped = (normalize(teacher(view).embedding, dim=1) for view in (images, images.flip(3)))
-    cosine = cosine_similarity(plain, plain + flipped)
-    assert cosine.min() < 0.999
-    torch.testing.assert_close(losses["embedding"], 10 * (1 - cosine).mean())
-    assert losses["feature"] == 0 and losses["kl"] > 0
 
 
 def test_retrieval_losses_use_the_images_with_labels_and_distillation_losses_all(
