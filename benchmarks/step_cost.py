@@ -19,8 +19,7 @@ def stepper(sites: list[str] | None) -> Callable[[], float]:
     """Return a function that takes one training step and returns its seconds."""
     changes = {"student__method": "none"} if sites is None else {"student__sites": sites, "student__method": "budget"}
     params = preset("vehicles", **changes)
-    size = params.student.batch
-    noise = Noise(1, size.labelled, (params.data.image_size[0], params.data.image_size[1]))
+    noise = Noise(1, params.student.batch.labelled, (params.data.image_size[0], params.data.image_size[1]))
     task, net = prepared(params, Noise(10**6, noise.images, noise.size))
     net.train()
     optimizer = build_optimizer(net, params.student.optimizer)

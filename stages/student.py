@@ -77,14 +77,12 @@ def student(run: Run) -> StudentRecord:
     task = student_task(fabric, params, teacher, budget_cost, steps, calibration, validate)
     outputs = run.files.teacher_outputs
     if config.distill.views:
-        folder = outputs / run.inputs_digest("artifacts/prepare", "artifacts/teacher")
-        cache_teacher(task, loader, len(manifest), folder, params)
+        cache_teacher(task, loader, run.inputs_digest(), outputs, params)
     fit = Fit(fabric, config, task, loader, normalise, checkpoints, run.curve)
     net = fit.run(lambda: build_student(params, teacher, task.compression))
     task.check(net)
     task.plan().write(run.out)
     checkpoint.save(run.out, net)
-    delete_outputs(outputs, params.runtime.teacher_cache_gib * GIB)
     latency = config.budgeted and config.budget.of == "latency"
     corrected_cost = task.compression.cost
     if latency and fabric.is_global_zero:  # stored, because a second measurement would differ
@@ -94,6 +92,8 @@ def student(run: Run) -> StudentRecord:
     protocol = params.data.protocol
     retrieval = evaluate(net, manifest, images, "query", "gallery", protocol, normalise, fabric.device)
     small = remaining_spec(net)
+    if fabric.local_rank == 0:
+        delete_outputs(outputs, params.runtime.teacher_cache_gib * GIB)
     return StudentRecord(
         **scores(protocol, retrieval).model_dump(),
         params=cost.params(small),

@@ -61,6 +61,7 @@ class StudentTask(Task):
         image_size: Height and width, pixels.
         calibration: Normalised training images (B, 3, H, W) that the statistics of folded batch norms are measured on.
         validate: Computes mAP on held-out identities; None if none are held out.
+        seed: Decides the random projections of importance `embedding`.
         cache: Returns the stored outputs of the teacher for a batch; None if `student.distill.views` is 0.
     """
 
@@ -107,7 +108,8 @@ class StudentTask(Task):
             _feature_distance(student[site], teacher[site], kept.get(site), compared.get(site))
             for site in self.feature_modules
         ]
-        losses["feature"] = self.config.distill.feature * torch.stack(distances).sum()
+        total = torch.stack(distances).sum() if distances else output.embedding.new_zeros(())
+        losses["feature"] = self.config.distill.feature * total
         embedding = teacher_outputs["embedding"]
         losses["embedding"] = self.config.distill.embedding * distill.embeddings(output.embedding, embedding)
         for name, loss in self.extra_losses.items():
@@ -134,8 +136,9 @@ class StudentTask(Task):
     @cached_property
     def feature_modules(self) -> dict[str, str]:
         """Module names by site or stage where the features of student and teacher are compared."""
-        sites = self.compression.observed_sites
-        return {site: feature_module(site) for site in sites} or {stage: stage for stage in STAGES}
+        if sites := self.compression.observed_sites:
+            return {site: feature_module(site) for site in sites}
+        return {stage: stage for stage in STAGES} if self.config.distill.feature else {}
 
     @torch.no_grad()
     def teacher_outputs(self, images: Tensor) -> dict[str, Tensor]:
@@ -284,19 +287,22 @@ def student_task(
     return StudentTask(fabric, config, teacher, size, compression, calibration, validate, params.seed)
 
 
-def cache_teacher(task: StudentTask, loader: TrainLoader, images: int, folder: Path, params: Params) -> None:
-    """Compute the outputs of the teacher for all views, unless `folder` has them; the training then reads them.
+def cache_teacher(task: StudentTask, loader: TrainLoader, inputs: str, folder: Path, params: Params) -> None:
+    """Compute the outputs of the teacher for all views, unless they are stored; the training then reads them.
 
     Args:
-        images: Images of the manifest.
-        folder: For this teacher and these images only.
+        inputs: Digest of teacher, images and code.
+        folder: Of stored outputs.
 
     Raises:
         OSError: If the disk has no room for them.
     """
     fabric, config = task.fabric, params.student
     settings = {
-        "modules": sorted(task.feature_modules.values()),
+        "inputs": inputs,
+        "images": hashlib.sha256(loader.pool.tobytes()).hexdigest(),
+        "image_size": params.data.image_size,
+        "modules": list(task.feature_modules.values()),
         "augment": config.augment.model_dump(),
         "seed": params.seed,
         "computed": f"{params.runtime.precision} on {fabric.device.type}, torch {torch.__version__}",
@@ -310,7 +316,7 @@ def cache_teacher(task: StudentTask, loader: TrainLoader, images: int, folder: P
         outputs = task.teacher_outputs(inputs.contiguous(memory_format=torch.channels_last))
         return outputs | {"embedding": normalize(outputs["embedding"], dim=1)}  # each view counts the same in a mean
 
-    cache = TeacherCache(folder / name, images, loader.view, compute, config.distill.average_views)
+    cache = TeacherCache(folder / name, loader.pool, loader.view, compute, config.distill.average_views)
     with fabric.rank_zero_first(local=True):  # it computes, the others read; nodes need not share a disk
         cache.fill(config.distill.views)
     task.cache = cache

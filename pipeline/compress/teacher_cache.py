@@ -8,10 +8,9 @@ Outputs are computed in the order of the manifest and in batches of one size, si
 change the last digits of an output.
 """
 
-import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -19,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from pipeline.data.loader import TrainBatch
 from pipeline.files import write_atomically
-
-log = logging.getLogger(__name__)
+from pipeline.progress import track
 
 GIB = 2**30
 MEAN_ROWS = 1024
@@ -36,8 +35,8 @@ class TeacherCache:
 
     Args:
         folder: For this teacher, these images and these settings only.
-        images: Images of the manifest.
-        batches: Returns batches of all images in one view: indices in the manifest (n,) and images (n, 3, H, W) uint8.
+        images: Indices in the manifest of the images.
+        batches: Returns batches of all of them in one view: indices in the manifest (n,) and images (n, 3, H, W) uint8.
         compute: Returns the outputs (n, values) of such images, by name.
         average: Return, for each view of an image, the mean of the outputs for all of its views.
     """
@@ -45,66 +44,71 @@ class TeacherCache:
     def __init__(
         self,
         folder: Path,
-        images: int,
+        images: npt.NDArray[np.int64],
         batches: Callable[[int], Iterable[tuple[npt.NDArray[np.int64], Tensor]]],
         compute: Callable[[Tensor], Mapping[str, Tensor]],
         average: bool = False,
     ) -> None:
         self._average = average
-        self._folder, self._images, self._batches, self._compute = folder, images, batches, compute
-        _, first_images = next(iter(batches(0)))
-        first = compute(first_images[:2])
-        self._sizes = {name: output.shape[1] for name, output in first.items()}
+        self._folder, self._images, self._batches, self._compute = folder, np.sort(images), batches, compute
+        _, first = next(iter(batches(0)))
+        self._steps = -(-len(images) // len(first))
+        self._sizes = {name: output.shape[1] for name, output in compute(first[:2]).items()}
         self._arrays: dict[int, npt.NDArray[np.float32]] = {}
 
     def fill(self, views: int) -> None:
         """Compute the views that are not stored yet, and open all of them.
 
+        Another training that needs the same outputs waits, and then reads them.
+
         Raises:
             OSError: If the disk has no room for them.
         """
-        missing = [view for view in range(views) if not self._path(view).is_file()]
-        self._folder.mkdir(parents=True, exist_ok=True)
-        needed = (len(missing) + self._average) * self._images * 4 * sum(self._sizes.values())
-        if needed > (free := shutil.disk_usage(self._folder).free):
-            raise OSError(
-                f"the outputs of the teacher take {needed / GIB:.1f} GiB, and the disk has {free / GIB:.1f} GiB; lower "
-                "`student.distill.views`, or set it to 0"
-            )
-        for view in missing:
-            log.info("computing the outputs of the teacher, view %d of %d", view + 1, views)
-            write_atomically(self._path(view), partial(self._write, view))
-        os.utime(self._folder)  # most recently used, so deleted last
-        self._arrays = {view: np.load(self._path(view), mmap_mode="r", allow_pickle=False) for view in range(views)}
-        if self._average:
+        with _lock(self._folder):
             mean = self._folder / f"mean-{views:03d}.npy"
-            if not mean.is_file():
+            averaging = self._average and not mean.is_file()
+            missing = [view for view in range(views) if not self._path(view).is_file()]
+            self._folder.mkdir(parents=True, exist_ok=True)
+            needed = (len(missing) + averaging) * len(self._images) * 4 * sum(self._sizes.values())
+            if needed > (free := shutil.disk_usage(self._folder).free):
+                raise OSError(
+                    f"the outputs of the teacher take {needed / GIB:.1f} GiB, and the disk has {free / GIB:.1f} GiB; "
+                    "free some, or lower `student.distill.views`"
+                )
+            for view in missing:
+                label = f"outputs of the teacher, view {view + 1} of {views}"
+                write_atomically(self._path(view), partial(self._write, view, label))
+            os.utime(self._folder)  # most recently used, so deleted last
+            self._arrays = {view: np.load(self._path(view), mmap_mode="r", allow_pickle=False) for view in range(views)}
+            if averaging:
                 write_atomically(mean, self._write_mean)
-            self._arrays = dict.fromkeys(range(views), np.load(mean, mmap_mode="r", allow_pickle=False))
+            if self._average:
+                self._arrays = dict.fromkeys(range(views), np.load(mean, mmap_mode="r", allow_pickle=False))
 
     def __call__(self, batch: TrainBatch) -> dict[str, Tensor]:
         """Return the stored outputs for the images of a batch, by name, on the device of its images."""
-        rows = np.empty((len(batch.indices), sum(self._sizes.values())), np.float32)
-        for position, (view, index) in enumerate(zip(batch.views.tolist(), batch.indices.tolist(), strict=True)):
-            rows[position] = self._arrays[view][index]
-        parts = torch.split(torch.from_numpy(rows).to(batch.images.device), list(self._sizes.values()), dim=1)
+        outputs = np.empty((len(batch.indices), sum(self._sizes.values())), np.float32)
+        rows = np.searchsorted(self._images, batch.indices.numpy())
+        for position, (view, row) in enumerate(zip(batch.views.tolist(), rows, strict=True)):
+            outputs[position] = self._arrays[view][row]
+        parts = torch.split(torch.from_numpy(outputs).to(batch.images.device), list(self._sizes.values()), dim=1)
         return dict(zip(self._sizes, parts, strict=True))
 
     def _path(self, view: int) -> Path:
         return self._folder / f"view-{view:03d}.npy"
 
-    def _write(self, view: int, path: Path) -> None:
-        shape = (self._images, sum(self._sizes.values()))
+    def _write(self, view: int, label: str, path: Path) -> None:
+        shape = (len(self._images), sum(self._sizes.values()))
         array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-        for indices, images in self._batches(view):
-            outputs = self._compute(images)
-            array[indices] = torch.cat([outputs[name].float() for name in self._sizes], dim=1).cpu()
+        for indices, images in track(self._batches(view), self._steps, label):
+            outputs, rows = self._compute(images), np.searchsorted(self._images, indices)
+            array[rows] = torch.cat([outputs[name].float() for name in self._sizes], dim=1).cpu()
         array.flush()
 
     def _write_mean(self, path: Path) -> None:
         views = list(self._arrays.values())
         array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=views[0].shape)
-        for start in range(0, self._images, MEAN_ROWS):
+        for start in range(0, len(self._images), MEAN_ROWS):
             rows = slice(start, start + MEAN_ROWS)
             array[rows] = sum(view[rows] for view in views) / len(views)
         array.flush()
@@ -113,15 +117,30 @@ class TeacherCache:
 def delete_outputs(folder: Path, limit: float) -> None:
     """Delete the least recently used outputs until those that are left take at most `limit` bytes.
 
+    Outputs that another training is computing stay. One that reads them has opened their files, which exist until it
+    ends.
+
     Args:
-        folder: Holds a folder for each teacher, which holds one for each cache.
+        folder: Holds a folder for each cache.
     """
-    caches = sorted(folder.glob("*/*/"), key=lambda path: path.stat().st_mtime)
-    sizes = {cache: sum(path.stat().st_size for path in cache.iterdir()) for cache in caches}
-    for cache in caches:
+    caches = sorted((state.st_mtime, cache) for cache in folder.glob("*/") for state in _states([cache]))
+    sizes = {cache: sum(state.st_size for state in _states(cache.glob("*"))) for _, cache in caches}
+    for _, cache in caches:
         if sum(sizes.values()) <= limit:
             break
-        shutil.rmtree(cache, ignore_errors=True)
-        with suppress(OSError):  # others of the same teacher are left
-            cache.parent.rmdir()
+        with suppress(Timeout), _lock(cache, timeout=0):
+            shutil.rmtree(cache, ignore_errors=True)
         del sizes[cache]
+
+
+def _states(paths: Iterable[Path]) -> Iterator[os.stat_result]:
+    """Yield the states of files, except of those that another training has renamed or deleted meanwhile."""
+    for path in paths:
+        with suppress(FileNotFoundError):
+            yield path.stat()
+
+
+def _lock(cache: Path, timeout: float = -1) -> FileLock:
+    """Return the lock of a cache; its file is beside the folder and stays, since others may be waiting for it."""
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(cache.with_name(f"{cache.name}.lock"), timeout)

@@ -317,6 +317,11 @@ class Params(Section):
                 "`student.method` paper works on one device only, because its memory of features is not shared; set "
                 "`runtime.devices` and `runtime.nodes` to 1"
             )
+        if self.student.method == "paper" and self.student.distill.average_views:
+            complaints.append(
+                "`student.distill.average_views` must be false for method paper: an image would be its own nearest "
+                "neighbours, as its features would be the same in every epoch"
+            )
         if self.student.method == "paper" and self.surgery.tolerance > self.student.paper.threshold:
             complaints.append(
                 f"`surgery.tolerance` ({self.surgery.tolerance:g}) must not exceed `student.paper.threshold` "

@@ -69,7 +69,7 @@ class _BatchSampler(Sampler[list[View]]):
     Args:
         train: Indices in the manifest of the images that `labelled` draws from.
         pool: Those of the images that `others` draws from.
-        views: Number of views of each image, which take turns; 0 for a new view at each use.
+        views: Number of views of each image, used in rotation; 0 for a new view at each use.
     """
 
     def __init__(
@@ -108,7 +108,10 @@ class TrainLoader:
         world: Number of training processes.
         unlabelled: Indices in the manifest of images without labels.
         others: Images in a batch that are drawn from all of these images and come without labels.
-        views: Number of views of each image, which take turns; 0 for a new view at each use.
+        views: Number of views of each image, used in rotation; 0 for a new view at each use.
+
+    Attributes:
+        pool: (M,) indices in the manifest of all images that `epoch` may yield.
     """
 
     def __init__(
@@ -127,10 +130,10 @@ class TrainLoader:
         others: int = 0,
         views: int = 0,
     ) -> None:
-        self._pool = np.concatenate([indices, unlabelled])
+        self.pool = np.concatenate([indices, unlabelled]) if others else indices
         labelled = IdentitySampler(labels, batch, seed, rank, world)
-        shuffled = ShuffledSampler(len(self._pool), others, seed, rank, world) if others else None
-        self._sampler = _BatchSampler(labelled, indices, shuffled, self._pool, views)
+        shuffled = ShuffledSampler(len(self.pool), others, seed, rank, world) if others else None
+        self._sampler = _BatchSampler(labelled, indices, shuffled, self.pool, views)
         class_numbers = dict(zip(indices.tolist(), labels.tolist(), strict=True))
         self._batches = _AugmentedBatches(images, class_numbers, batch.labelled, settings, seed)
         self._loader: DataLoader[TrainBatch] = DataLoader(
@@ -147,9 +150,9 @@ class TrainLoader:
         return len(self._sampler)
 
     def view(self, view: int) -> Iterator[tuple[Indices, Tensor]]:
-        """Yield one view of all images that `epoch` may yield: indices (n,) and images (n, 3, H, W) uint8."""
-        for start in range(0, len(self._pool), VIEW_BATCH):
-            indices = self._pool[start : start + VIEW_BATCH]
+        """Yield one view of all images of `pool`: indices (n,) and images (n, 3, H, W) uint8."""
+        for start in range(0, len(self.pool), VIEW_BATCH):
+            indices = self.pool[start : start + VIEW_BATCH]
             yield indices, self._batches.augmented([(view, index) for index in indices.tolist()])
 
     def epoch(self, epoch: int) -> Iterator[TrainBatch]:

@@ -286,7 +286,7 @@ def _empty_splits(items: Sequence[Item]) -> Iterator[str]:
 
 
 def _order_problems(items: Sequence[Item]) -> Iterator[str]:
-    """Yield whether an unlabelled image precedes others: their indices, and so their augmentation, depended on it."""
+    """Yield a problem if an unlabelled image precedes others: their indices and augmentation would depend on it."""
     if any(before.split == UNLABELLED != after.split for before, after in pairwise(items)):
         yield f"images of split {UNLABELLED} must come last; run prepare again"
 

@@ -20,6 +20,7 @@ from pipeline.data.inspection import inspect
 from pipeline.data.layout import UNASSIGNED, UNASSIGNED_TEST
 from pipeline.data.manifest import TEST, UNLABELLED, Box, DataError, Item, first_few, is_inside
 from pipeline.data.tables import Row, Table, boxes_of, check_splits, path_of, read_table, split_of
+from pipeline.data.unlabelled import unlabelled_item
 from pipeline.files import Files, sync_folder, write_atomically, write_text
 from pipeline.flow.raw_data import is_utf8, saved_in_dvc
 from pipeline.labels import clean_label
@@ -380,7 +381,10 @@ def _items(table: Table, root: Path) -> Iterator[Item]:
 
 
 def _item(path: str, row: Row, box: Box | None) -> Item:
-    return Item(_nfc(path), clean_label(row["identity"]), clean_label(row.get("camera", "")), split_of(row), box)
+    split = split_of(row)
+    if split == UNLABELLED:
+        return unlabelled_item(_nfc(path), box)  # its labels are ignored
+    return Item(_nfc(path), clean_label(row["identity"]), clean_label(row.get("camera", "")), split, box)
 
 
 def _nfc(path: str) -> str:

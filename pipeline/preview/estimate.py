@@ -141,7 +141,8 @@ def _extrapolate(stage: str, params: Params, manifest: Manifest, measured: Measu
     embedded = validations * len(manifest.indices("validation-query", "validation-gallery"))
     embedded += len(manifest.indices("query", "gallery"))
     if stage == "student" and (views := training.distill.views):  # the teacher embeds each of them once
-        embedded += views * len(manifest.indices("train", UNLABELLED))
+        splits = ("train", UNLABELLED) if training.batch.unlabelled else ("train",)
+        embedded += views * len(manifest.indices(*splits))
 
     def bounds(timed: Timed) -> tuple[float, float]:
         low, high = (float(value) for value in np.quantile(timed.seconds, (0.25, 0.75)))
@@ -150,9 +151,9 @@ def _extrapolate(stage: str, params: Params, manifest: Manifest, measured: Measu
     low, high = bounds(measured.whole)
     if measured.shrunk is not None:
         low = min(low, bounds(measured.shrunk)[0])
-    image = (
-        high / training.batch.size if measured.whole.image is None else measured.whole.image
-    )  # a step takes longer than that
+    image = measured.whole.image
+    if image is None:
+        image = high / training.batch.size  # a step takes longer than that
     steps = measured.whole.steps * training.epochs
     rest = embedded * image + training.epochs * measured.whole.epoch
     return Estimate(steps, (low, high), (steps * low + rest, steps * high + rest), measured)

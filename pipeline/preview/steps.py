@@ -85,7 +85,7 @@ class Trial:
         return self._time("teacher", TeacherTask(self.params.teacher, None), self._build_teacher)
 
     def student(self, method: str) -> Timed:
-        """Time the student of a method, with a teacher that has random weights, and no cache of its outputs."""
+        """Time the student of a method, with a teacher of random weights that is evaluated in each step."""
         config = self.params.student.model_copy(
             update={
                 "method": method,

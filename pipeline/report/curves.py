@@ -25,6 +25,10 @@ REDUCTIONS = {
 """Label, line style and colour of the remaining share, by column; which columns exist depends on the method."""
 
 
+ROWS = ("masked_rows", "norm_of_masked_rows", "norm_of_other_rows")
+"""Columns of method `paper`: the share of masked compactor rows, and the mean norm of these and of the other rows."""
+
+
 def read_curves(path: Path) -> Curves:
     """Read plots/<stage>.csv.
 
@@ -40,8 +44,8 @@ def read_curves(path: Path) -> Curves:
 
 
 def loss_names(curves: Curves) -> list[str]:
-    """Return the columns that are neither the epoch, nor a reduction, nor the validation mAP."""
-    return [name for name in curves if name not in (EPOCH, VALIDATION, *REDUCTIONS)]
+    """Return the columns that are neither the epoch, nor a reduction, nor the validation mAP, nor about rows."""
+    return [name for name in curves if name not in (EPOCH, VALIDATION, *REDUCTIONS, *ROWS)]
 
 
 def plot_capacity(student: Curves) -> Figure:
@@ -71,9 +75,10 @@ def plot_capacity(student: Curves) -> Figure:
 
 
 def plot_training(teacher: Curves, student: Curves) -> Figure:
-    """Plot the validation mAP and every loss of teacher and student, one small chart each."""
+    """Plot validation mAP, every loss of teacher and student, and rows of compactors, one small chart each."""
     validation = [VALIDATION] if VALIDATION in {*teacher, *student} else []
-    names = [*validation, *dict.fromkeys([*loss_names(teacher), *loss_names(student)])]
+    losses = dict.fromkeys([*loss_names(teacher), *loss_names(student)])
+    names = [*validation, *losses, *(name for name in ROWS if name in student)]
     titles = {VALIDATION: "validation mAP"}
     lines = (("teacher", teacher, "s--", TEACHER_COLOR), ("student", student, "o-", STUDENT_COLOR))
     rows = -(-len(names) // 2)

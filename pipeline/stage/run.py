@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 DEBUG = "SMALLER_STUDENT_DEBUG"
 """Environment variable that enables tracebacks, like the option `--debug`."""
-LIBRARIES = ("torch", "numpy", "pillow", "onnx", "onnxruntime", "dvc", "mlflow")
+LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "onnx", "onnxruntime", "dvc", "mlflow")
 """Libraries whose versions are written with the timings."""
 LOCK_TIMEOUT = 10.0
 """Seconds to wait for the stage lock: image loaders of a killed stage hold it until they notice that it is gone."""
@@ -98,18 +98,17 @@ class Run:
         runtime = self.params.runtime.model_dump(include={"precision", "devices", "nodes"})
         identity = {
             "params": {"seed": self.params.seed, "runtime": runtime, **chosen},
-            "inputs": dict(_fingerprints(self.files.root, _dependencies(self.files.root, self.stage))),
-            "versions": _versions(),
+            "inputs": self.inputs_digest(),
         }
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         checkpoints = Checkpoints(self.files.checkpoints / self.stage / digest[:16])
         self._checkpoints.append(checkpoints)
         return checkpoints
 
-    def inputs_digest(self, *dependencies: str) -> str:
-        """Return a digest of files and folders that the stage depends on."""
-        found = dict(_fingerprints(self.files.root, dependencies))
-        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+    def inputs_digest(self) -> str:
+        """Return a digest of the files that the stage depends on, code among them, and of the libraries' versions."""
+        found = dict(_fingerprints(self.files.root, _dependencies(self.files.root, self.stage)))
+        return hashlib.sha256(json.dumps([found, _versions()], sort_keys=True).encode()).hexdigest()
 
     def write(self, record: Record, seconds: float) -> None:
         """Write metrics, plots and timings, and delete the training states.

@@ -1,7 +1,8 @@
 """The stored outputs of the teacher are those of its forward pass, are computed once, and keep their limit."""
 
-import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ class CountingTeacher:
         return {"embedding": embedding, "first": embedding[:, :3]}
 
     def cache(self, folder: Path, views: int, average: bool = False) -> TeacherCache:
-        cache = TeacherCache(folder, len(self.pixels), self.batches, self.outputs, average)
+        cache = TeacherCache(folder, IMAGES, self.batches, self.outputs, average)
         cache.fill(views)
         return cache
 
@@ -95,20 +96,48 @@ def test_a_view_is_complete_or_missing(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_full_disk_is_found_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 100})
     monkeypatch.setattr(teacher_cache.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(OSError, match=r"take 0\.0 GiB, and the disk has 0\.0 GiB; lower `student\.distill\.views`"):
-        CountingTeacher().cache(tmp_path, 2)
+    with pytest.raises(
+        OSError, match=r"take 0\.0 GiB, and the disk has 0\.0 GiB; free some, or lower `student\.distill\."
+    ):
+        CountingTeacher().cache(tmp_path, 2, average=True)
     assert not list(tmp_path.iterdir())
+    usage.free = 10**9
+    CountingTeacher().cache(tmp_path, 2, average=True)
+    usage.free = 0
+    CountingTeacher().cache(tmp_path, 2, average=True)  # nothing is missing
 
 
-def test_the_least_recently_used_outputs_are_deleted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    for number, name in enumerate(("a/x", "a/y", "b/x")):
+class DeletingTeacher(CountingTeacher):
+    """While it computes a view, another process deletes outputs."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
+        if self.images == 2:
+            code = "import sys, pathlib; from pipeline.compress.teacher_cache import delete_outputs as d; "
+            subprocess.run([sys.executable, "-c", f"{code}d(pathlib.Path(sys.argv[1]), 0)", self.folder], check=True)
+        return super().outputs(images)
+
+
+def test_outputs_that_are_being_computed_are_not_deleted(tmp_path: Path) -> None:
+    CountingTeacher().cache(tmp_path / "old", 1)
+    teacher = DeletingTeacher(tmp_path)
+    cache, mixed = teacher.cache(tmp_path / "new", 2), batch(teacher, [7, 1], [0, 1])
+    assert [path.name for path in tmp_path.glob("*/")] == ["new"]
+    delete_outputs(tmp_path, 0)  # open files stay readable
+    torch.testing.assert_close(cache(mixed)["embedding"], teacher.outputs(mixed.images)["embedding"])
+
+
+def test_the_least_recently_used_outputs_are_deleted(tmp_path: Path) -> None:
+    for number, name in enumerate(("a", "b", "c")):
         CountingTeacher().cache(tmp_path / name, 1)
         os.utime(tmp_path / name, (number, number))
-    os.utime(tmp_path / "a/x", (9, 9))
-    size = (tmp_path / "a/x/view-000.npy").stat().st_size
+    os.utime(tmp_path / "a", (9, 9))
+    size = (tmp_path / "a/view-000.npy").stat().st_size
     delete_outputs(tmp_path, 2.5 * size)
-    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*")) == ["a/x", "b/x"]
+    assert sorted(path.name for path in tmp_path.glob("*/")) == ["a", "c"]
     delete_outputs(tmp_path, 0)
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("*/"))
     delete_outputs(tmp_path / "missing", 0)

@@ -27,7 +27,7 @@ class RandomImages:
     """Batches of noise with a colour for each identity; they depend on the epoch and the device."""
 
     def __init__(self, device: int = 0) -> None:
-        self.device = device
+        self.device, self.pool = device, np.arange(IDENTITIES * PER_IDENTITY)
 
     def __len__(self) -> int:
         return STEPS

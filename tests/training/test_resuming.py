@@ -20,7 +20,7 @@ class Killed(Exception):
 
 
 VARIANTS = {
-    "sgd": {"optimizer": {"name": "sgd", "lr": 0.01}},
+    "sgd": {"optimizer": {"name": "sgd", "lr": 0.003}},
     "off": {"shrink": "off"},
     "params": {"budget": {"of": "params", "reduction": 0.3}},
     "none": {"method": "none"},

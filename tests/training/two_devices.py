@@ -16,7 +16,6 @@ from pipeline.training.state import Checkpoints
 from pipeline.training.teacher import build_teacher
 from tests.training.short_training import (
     IDENTITIES,
-    PER_IDENTITY,
     STEPS,
     RandomImages,
     cost_of,
@@ -34,7 +33,7 @@ if __name__ == "__main__":
     task = student_task(fabric, params, teacher, cost_of(params, teacher), steps, calibration, None)
     loader = RandomImages(device=fabric.global_rank)
     if params.student.distill.views:
-        cache_teacher(task, loader, IDENTITIES * PER_IDENTITY, folder / "cache", params)
+        cache_teacher(task, loader, "inputs", folder / "cache", params)
     states = folder / str(fabric.global_rank)  # like two nodes without a shared folder
     epochs: list[str] = []
     fit = Fit(fabric, params.student, task, loader, preprocess, Checkpoints(states), lambda row: None)
