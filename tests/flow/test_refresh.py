@@ -474,6 +474,16 @@ def test_the_same_name_in_another_unicode_normal_form_is_the_same_file(here: Fil
         refresh(here, load(here.params))
 
 
+def test_labels_of_unlabelled_rows_are_ignored(listed: Files) -> None:
+    (listed.root / "data" / "3.png").write_bytes(picture(3))
+    text = "path,identity,split\n1.jpg,7,train\n3.png,13,unlabelled\n"
+    (listed.root / "data" / "images.csv").write_text(text)
+    arrive(listed, "3.png", content=picture(3))
+    arrive(listed, "images.csv", content=b"path,identity,split\n3.png,,unlabelled\n")
+    assert refresh(listed, load(listed.params)) == []
+    assert (listed.root / "data" / "images.csv").read_text() == text
+
+
 @pytest.mark.parametrize(("there", "again"), [("\u00e9.png", "e\u0301.png"), ("e\u0301.png", "\u00e9.png")])
 @pytest.mark.parametrize("deleted", [False, True])
 def test_a_row_in_another_unicode_normal_form_is_the_same_row(

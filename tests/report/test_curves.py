@@ -41,6 +41,13 @@ def test_all_other_columns_are_losses(student, teacher):
     assert loss_names(teacher) == ["loss", "triplet"]
 
 
+def test_rows_of_compactors_have_charts_behind_the_losses(student, teacher):
+    student |= {"masked_rows": np.array([0.0, 0.1, 0.2, 0.3]), "norm_of_other_rows": np.ones(4)}
+    assert loss_names(student) == ["loss", "kl"]
+    charts = [axes.get_title(loc="left") for axes in plot_training(teacher, student).axes]
+    assert charts == ["validation mAP", "loss", "triplet", "kl", "masked rows", "norm of other rows"]
+
+
 def test_a_file_without_epochs_is_an_error(tmp_path):
     (tmp_path / "student.csv").write_text("epoch,loss\n")
     with pytest.raises(ValueError, match=r"student\.csv"):

@@ -5,11 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from pipeline.compress.budget import BudgetMissedError
 from pipeline.compress.compactor import attach, nonzero_channels, row_norms
 from pipeline.compress.shrinker import Shrinker
-from pipeline.compress.student import _without_gate_gradient, build_student, evenly_spaced, remaining_spec
+from pipeline.compress.student import (
+    _without_gate_gradient,
+    build_student,
+    cache_teacher,
+    evenly_spaced,
+    remaining_spec,
+)
 from pipeline.compress.surgery import largest_difference, run_surgery
 from pipeline.config import Params
 from pipeline.models import cost
@@ -323,3 +330,44 @@ def test_whole_blocks_are_removed_if_allowed(params: Params, teacher: RetrievalN
 def test_calibration_images_are_evenly_spaced() -> None:
     assert list(evenly_spaced(torch.arange(10).numpy(), 4)) == [0, 3, 6, 9]
     assert list(evenly_spaced(torch.arange(3).numpy(), 4)) == [0, 1, 2]
+
+
+def test_method_paper_refuses_the_mean_over_views(params: Params) -> None:
+    distill = params.student.distill.model_copy(update={"views": 2, "average_views": True})
+    with pytest.raises(ValidationError, match=r"`student\.distill\.average_views` must be false for method paper"):
+        change(params, "student", method="paper", distill=distill.model_dump())
+
+
+def test_without_the_feature_loss_no_features_are_compared(
+    params: Params, teacher: RetrievalNet, tmp_path: Path
+) -> None:
+    distill = params.student.distill.model_copy(update={"feature": 0.0, "embedding": 1.0})
+    with_features, _, _ = prepared(params, teacher, tmp_path / "with")
+    without, _, _ = prepared(change(params, "student", distill=distill.model_dump()), teacher, tmp_path / "without")
+    assert set(with_features.feature_modules) == {"layer1", "layer2", "layer3", "layer4"}
+    assert not without.feature_modules
+    batch = next(RandomImages().epoch(0))
+    batch = batch._replace(images=preprocess(batch.images))
+    net = build_student(params, teacher, without.compression).eval()
+    one, other = (task.losses(net, net, batch, 0.0) for task in (without, with_features))
+    assert one["feature"] == 0 and one["kl"] == other["kl"] and one["embedding"] >= 0
+
+
+def test_stored_outputs_are_used_again_only_if_nothing_that_decides_them_differs(
+    params: Params, teacher: RetrievalNet, tmp_path: Path
+) -> None:
+    def caches(inputs: str = "inputs", seed: int = 0, views: int = 1, feature: float = 0.5, pad: int = 3) -> int:
+        content = params.model_dump()
+        content["seed"] = seed
+        content["student"]["distill"] |= {"views": views, "feature": feature}
+        content["student"]["augment"]["pad"] = pad
+        changed = Params.model_validate(content)
+        task, _, _ = prepared(changed, teacher, tmp_path / "states")
+        cache_teacher(task, RandomImages(), inputs, tmp_path / "outputs", changed)
+        return len(list((tmp_path / "outputs").glob("*/")))
+
+    assert caches() == caches(views=2) == 1
+    assert caches("other code") == 2
+    assert caches(seed=1) == 3
+    assert caches(feature=0.0) == 4
+    assert caches(pad=4) == 5
