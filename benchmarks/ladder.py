@@ -32,6 +32,7 @@ from pipeline.models import cost
 from pipeline.retrieval import scoring
 from pipeline.retrieval.embed import embed
 from pipeline.retrieval.evaluate import sides
+from pipeline.stage.params_file import load
 from pipeline.stage.presets import load_preset
 
 Vectors = npt.NDArray[np.float32]
@@ -101,13 +102,14 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", help="students to train, in this order (default: all)")
     options = parser.parse_args()
     chosen = SETS[options.set]
+    names = options.rows or list(chosen.rows)
     name = f"{options.set}-{options.seed}"
     folder, table = ROOT / ".ladder" / name, ROOT / "evidence" / "ladder" / f"{name}.csv"
     params = with_values(
         load_preset(ROOT, chosen.preset), {"seed": options.seed, "runtime.threads": 1, **chosen.settings}
     )
     clone(folder)
-    for row in options.rows or chosen.rows:
+    for row in names:
         if row not in (done["row"] for done in read(table)):
             result = train(folder, params, with_values(params, dict(chosen.rows[row])))
             rows = [*read(table), {"row": row, **result}]
@@ -138,13 +140,21 @@ def train(folder: Path, base: Params, params: Params) -> dict[str, str]:
     """
     files = Files(folder, folder)
     if not files.metrics("teacher").is_file():
-        for stage in ("prepare", "teacher"):
-            run(stage, folder, base)
-    # Every stage `prepare` of one seed yields the same labelled images.
-    run("prepare", folder, params)
+        prepare(files, base)
+        run("teacher", folder, base)
+    prepare(files, params)
     seconds = run("student", folder, params)
     run("surgery", folder, params)
     return {**measure(files, params), "core_minutes": f"{seconds / 60:.1f}", **origin(folder)}
+
+
+def prepare(files: Files, params: Params) -> None:
+    """Prepare the data, unless they are there; the labelled images of a seed are the same for all students."""
+    finished = files.metrics("prepare")
+    if finished.is_file() and load(files.params).data == params.data:
+        return
+    finished.unlink(missing_ok=True)
+    run("prepare", files.root, params)
 
 
 def run(stage: str, folder: Path, params: Params) -> float:
