@@ -1,4 +1,4 @@
-"""Train a teacher and students that differ in one thing from each other: `python -m benchmarks.ladder STUDENTS --seed N`.
+"""Train students of one teacher that differ in one thing: `python -m benchmarks.ladder STUDENTS --seed N`.
 
 The stages run in a clone of the last commit, `.ladder/STUDENTS-N`; run the command again to resume after an
 interruption. Each finished student is a row of evidence/ladder/STUDENTS-N.csv. With one thread, the default, two seeds
