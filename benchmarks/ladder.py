@@ -1,8 +1,8 @@
-"""Train students of one teacher that differ in one thing: `python -m benchmarks.ladder STUDENTS --seed N`.
+"""Train students of one teacher that differ in a few params: `python -m benchmarks.ladder LADDER --seed N`.
 
-The stages run in a clone of the last commit, `.ladder/STUDENTS-N`; run the command again to resume after an
-interruption. Each finished student is a row of evidence/ladder/STUDENTS-N.csv. With one thread, the default, two seeds
-can run side by side.
+The stages run in a clone of the last commit, `.ladder/LADDER-N`, with one thread; run the command again to resume after
+an interruption. It writes a line for each student to evidence/ladder/LADDER-N.csv, and the average precision of each
+test identity to LADDER-N-ap.csv.
 """
 
 import argparse
@@ -34,48 +34,59 @@ from pipeline.models import cost
 from pipeline.retrieval import scoring
 from pipeline.retrieval.embed import embed
 from pipeline.retrieval.evaluate import sides
+from pipeline.runtime import limit_threads
 from pipeline.stage.params_file import load
 from pipeline.stage.presets import load_preset
+from pipeline.system.locks import locked
 
 Vectors = npt.NDArray[np.float32]
 
+CODE = ("pipeline", "stages", "presets", "requirements.lock")
+"""What decides the results; while a ladder is trained, it must stay as it is in the clone."""
+COLUMNS = (
+    "student", "teacher_map", "map", "difference", "standard_error", "distance_seen", "distance_unseen",
+    "distance_unseen_to_mirrored_mean", "teacher_with_mirror_map", "macs_reduction", "params_reduction", "layer4_width",
+    "core_minutes", "teacher", "commit", "processor",
+)  # fmt: skip
 SHORT = {
     "student.epochs": 24,
     "student.budget.start": 0.03,
     "student.budget.end": 0.3,
     "student.budget.fade": 0.05,
 }
+"""Half as long as preset `evidence`, and as many epochs until the budget is met."""
 CLOSE = {
     "student.distill.feature": 2.0,
     "student.distill.embedding": 40.0,
     "student.distill.average_views": False,
     "student.resetting.importance": "taylor",
 }
+"""Losses and importance with which preset `evidence` began."""
 
 
 @dataclass(frozen=True)
-class Set:
+class Ladder:
     """Students of one teacher.
 
     Attributes:
         preset: Params of all of them.
-        rows: Params that differ from it, by dotted name, for each student; the first are the most important.
+        students: Params that differ from it, by dotted name, for each student; the most important ones come first.
         settings: Params of teacher and students that differ from the preset.
     """
 
     preset: str
-    rows: Mapping[str, Mapping[str, Any]]
+    students: Mapping[str, Mapping[str, Any]]
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-SETS = {
-    "vehicles": Set(
+LADDERS = {
+    "vehicles": Ladder(
         "evidence",
         {
             "ours-65": {},
             "ours-80": {"student.budget.reduction": 0.8},
             "ours-90": {"student.budget.reduction": 0.9},
-            "none-12": {"student.method": "none", "student.epochs": 12},  # 48 take an hour
+            "none-12": {"student.method": "none", "student.epochs": 12},  # 48 epochs take an hour
             "mean-65": SHORT,
             "embedding-65": {**SHORT, "student.distill.average_views": False},
             "others-65": {**SHORT, **CLOSE},
@@ -85,8 +96,8 @@ SETS = {
             "train-only-65": {"data.vehicles.unlabelled_identities": 0},
         },
     ),
-    # The method as published, from a pre-trained half-width ResNet-50: --set data.root=... teacher.weights=...
-    "paper": Set(
+    # The method as published, from a pre-trained half-width ResNet-50: --params data.root=... teacher.weights=...
+    "paper": Ladder(
         "sop-r50",
         {
             "one-sided": {"student.sites": ["conv2"]},
@@ -102,76 +113,89 @@ SETS = {
             "teacher.augment.pad": 3,
             "student.augment.pad": 3,
             "student.method": "paper",
-            "student.epochs": 267,  # lasso and learning rate move a row by 1.5 in 7,500 steps, by 0.4 in 2,000
+            # 7,500 steps: the lasso then shortens a compactor row by up to 1.5, in 2,000 steps by 0.4; it begins at 1.
+            "student.epochs": 267,
         },
     ),
 }
 
 
-@dataclass(frozen=True)
-class Embeddings:
-    """Embeddings (n, D) of a network: images of training identities, and of the test set, queries first."""
-
-    seen: Vectors
-    unseen: Vectors
+class LadderError(RuntimeError):
+    """The students cannot be trained or compared."""
 
 
 def main() -> None:
-    """Train what is missing, and print each row."""
+    """Train the students that are missing, and print a line for each."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ladder", description=__doc__)
-    parser.add_argument("students", choices=SETS, help="which students")
+    parser.add_argument("ladder", choices=LADDERS, help="which students")
     parser.add_argument("--seed", type=int, required=True, help="seed of data, teacher and students")
-    parser.add_argument("--rows", nargs="+", help="students to train, in this order (default: all)")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="params of all, such as data.root")
+    parser.add_argument("--students", nargs="+", metavar="NAME", help="only these, in this order")
+    parser.add_argument(
+        "--params", nargs="+", default=[], type=setting, metavar="KEY=VALUE", help="of all, such as data.root=PATH"
+    )
     options = parser.parse_args()
-    chosen = SETS[options.students]
-    names = options.rows or list(chosen.rows)
-    name = f"{options.students}-{options.seed}"
+    name, ladder = f"{options.ladder}-{options.seed}", LADDERS[options.ladder]
+    settings = {"runtime.threads": 1, **ladder.settings, **dict(options.params), "seed": options.seed}
+    base = with_values(load_preset(ROOT, ladder.preset), settings)
+    students = {student: with_values(base, dict(changes)) for student, changes in ladder.students.items()}
+    if unknown := set(options.students or ()) - set(students):
+        parser.error(f"unknown students {', '.join(sorted(unknown))}; there are {', '.join(students)}")
+    limit_threads(base.runtime.threads)
     folder, table = ROOT / ".ladder" / name, ROOT / "evidence" / "ladder" / f"{name}.csv"
-    given = {key: YAML(typ="safe").load(value) for key, value in (pair.split("=", 1) for pair in options.set)}
-    settings = {"seed": options.seed, "runtime.threads": 1, **chosen.settings, **given}
-    params = with_values(load_preset(ROOT, chosen.preset), settings)
-    clone(folder)
-    for row in names:
-        if row not in (done["row"] for done in read(table)):
-            student = with_values(params, dict(chosen.rows[row]))
-            result = train(folder, params, student)
-            if student.student.method == "paper":  # whose rows shrink over the whole training
-                shutil.copyfile(Files(folder, folder).plots("student"), table.with_name(f"{name}-{row}.csv"))
-            rows = [*read(table), {"row": row, **result}]
-            write_text(table, csv_text(list(rows[0]), [list(line.values()) for line in rows]))
-            print(f"{row}: {result['difference']} mAP, {result['core_minutes']} core-minutes", flush=True)
+    try:
+        with locked(folder.with_suffix(".lock"), f"ladder {name}"):
+            clone(folder)
+            teach(folder, base)
+            for student in options.students or students:
+                if student not in (line["student"] for line in read(table)):
+                    line = train(folder, table, student, students[student])
+                    print(f"{student}: {line['difference']} mAP, {line['core_minutes']} core-minutes", flush=True)
+    except LadderError as error:
+        sys.exit(f"ladder: {error}")
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """Parse `KEY=VALUE`; the value is YAML."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return key, YAML(typ="safe").load(value)
 
 
 def clone(folder: Path) -> None:
-    """Clone this repository, unless an earlier call has done so; a set is finished at the commit where it began."""
-    if not folder.is_dir():
-        subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)  # noqa: S607 - git is found on PATH
+    """Clone this repository, unless an earlier call has done so.
 
-
-def read(table: Path) -> list[dict[str, str]]:
-    """Return the finished rows."""
-    if not table.is_file():
-        return []
-    with table.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def train(folder: Path, base: Params, params: Params) -> dict[str, str]:
-    """Train a student in a clone, cut it, and compare it with the teacher; the teacher is trained if it is missing.
-
-    Args:
-        base: Params of the teacher.
-        params: Params of the student.
+    Raises:
+        LadderError: If the code here is not that of the clone.
     """
-    files = Files(folder, folder)
+    if not folder.is_dir():
+        scratch = folder.with_suffix(".tmp")
+        shutil.rmtree(scratch, ignore_errors=True)
+        git(ROOT, "clone", "--quiet", str(ROOT), str(scratch))
+        scratch.rename(folder)
+    if changed := git(ROOT, "diff", "--name-only", git(folder, "rev-parse", "HEAD"), "--", *CODE):
+        raise LadderError(f"code has changed since {folder} was cloned, such as {changed.split()[0]}; delete the clone")
+
+
+def git(folder: Path, *arguments: str) -> str:
+    """Run git in a folder, and return its output."""
+    command: Sequence[str] = ("git", *arguments)
+    return subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+
+
+def teach(folder: Path, params: Params) -> None:
+    """Train the teacher, unless an earlier call has done so with the same params.
+
+    Raises:
+        LadderError: If it was trained with other params.
+    """
+    files, known = Files(folder, folder), folder / "teacher-params.json"
+    if known.is_file() and known.read_text(encoding="utf-8") != params.model_dump_json():
+        raise LadderError(f"the teacher in {folder} has other params; delete the folder to train another")
+    write_text(known, params.model_dump_json())
     if not files.metrics("teacher").is_file():
-        prepare(files, base)
-        run("teacher", folder, base)
-    prepare(files, params)
-    seconds = run("student", folder, params)
-    run("surgery", folder, params)
-    return {**measure(files, params), "core_minutes": f"{seconds / 60:.1f}", **origin(folder)}
+        prepare(files, params)
+        run("teacher", files, params)
 
 
 def prepare(files: Files, params: Params) -> None:
@@ -180,60 +204,113 @@ def prepare(files: Files, params: Params) -> None:
     if finished.is_file() and load(files.params).data == params.data:
         return
     finished.unlink(missing_ok=True)
-    run("prepare", files.root, params)
+    run("prepare", files, params)
 
 
-def run(stage: str, folder: Path, params: Params) -> float:
+def run(stage: str, files: Files, params: Params) -> float:
     """Run a stage, and return the seconds of computing that it took, on all cores together."""
     yaml = YAML()
-    write_atomically(folder / "params.yaml", lambda path: yaml.dump(params.model_dump(mode="json"), path))
+    write_atomically(files.params, lambda path: yaml.dump(params.model_dump(mode="json"), path))
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": str(params.runtime.threads)}
-    subprocess.run([sys.executable, "-m", f"stages.{stage}"], cwd=folder, env=environment, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(files.root), "SMALLER_STUDENT_TRACKING": "off"}
+    subprocess.run([sys.executable, "-m", f"stages.{stage}"], cwd=files.root, env=environment, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def measure(files: Files, params: Params) -> dict[str, str]:
-    """Compare the cut student with its teacher on the test set; distances are the mean of 1 - cosine."""
+def train(folder: Path, table: Path, student: str, params: Params) -> dict[str, str]:
+    """Train a student, cut it, compare it with the teacher, and append it to the table.
+
+    Raises:
+        LadderError: If the table has students of another teacher.
+    """
+    files = Files(folder, folder)
+    source, lines = origin(files), read(table)
+    if lines and lines[0]["teacher"] != source["teacher"]:
+        raise LadderError(f"{table.name} has students of another teacher; finish a seed on one machine, or delete it")
+    prepare(files, params)
+    resumed = any((files.checkpoints / "student").glob("*/*"))
+    seconds = run("student", files, params)
+    run("surgery", files, params)
+    minutes = "" if resumed else f"{seconds / 60:.1f}"
+    line = {"student": student, **measure(files, params, student, table), "core_minutes": minutes, **source}
+    write_text(table, csv_text(COLUMNS, [[line.get(name, "") for name in COLUMNS] for line in [*lines, line]]))
+    if params.student.method == "paper":  # whose compactor rows shrink over the whole training
+        shutil.copyfile(files.plots("student"), table.with_name(f"{table.stem}-{student}.csv"))
+    return line
+
+
+def read(table: Path) -> list[dict[str, str]]:
+    """Read a CSV file; it is empty if it is missing."""
+    if not table.is_file():
+        return []
+    with table.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def measure(files: Files, params: Params, student: str, table: Path) -> dict[str, str]:
+    """Compare the cut student with its teacher, and add its average precisions to LADDER-N-ap.csv.
+
+    Distances are means of 1 - cosine. The standard error is that of the mean over test identities, whose queries
+    resemble each other.
+    """
     protocol, (height, width) = params.data.protocol, params.data.image_size
     manifest, images = open_images(files, params)
-    test = np.concatenate([manifest.indices("query"), manifest.indices("gallery")])
+    seen = manifest.indices("train")
+    unseen = np.concatenate([manifest.indices("query"), manifest.indices("gallery")])
+    teacher, small = (checkpoint.load(files.artifacts(stage)) for stage in ("teacher", "surgery"))
 
-    def embeddings(stage: str, mirror: bool = False) -> Embeddings:
-        net = checkpoint.load(files.artifacts(stage))
+    def mirrored(batch: Tensor) -> Tensor:
+        return normalise(batch.flip(3))
 
-        def preprocess(batch: Tensor) -> Tensor:
-            return normalise(batch.flip(3) if mirror else batch)
-
-        return Embeddings(
-            embed(net, images, manifest.indices("train"), preprocess), embed(net, images, test, preprocess)
-        )
-
-    def average_precision(vectors: Vectors) -> npt.NDArray[np.float64]:
-        return scoring.evaluate(protocol, *sides(vectors, manifest, "query", "gallery", protocol)).ap
-
-    teacher, student = embeddings("teacher"), embeddings("surgery")
-    both = unit(teacher.unseen + embeddings("teacher", mirror=True).unseen)
-    of_teacher, of_student = average_precision(teacher.unseen), average_precision(student.unseen)
+    embeddings = [embed(net, images, unseen, normalise) for net in (teacher, small)]
+    both = unit(embeddings[0] + embed(teacher, images, unseen, mirrored))
+    scores = [
+        scoring.evaluate(protocol, *sides(vectors, manifest, "query", "gallery", protocol))
+        for vectors in (*embeddings, both)
+    ]
+    identities = manifest.identities(manifest.indices("query"))[scores[0].query]
+    columns = {"teacher": scores[0].ap, student: scores[1].ap}
+    of_teacher, of_student = add_precisions(table.with_name(f"{table.stem}-ap.csv"), identities, columns)
     differences = of_student - of_teacher
-    differences = differences[np.isfinite(differences)]
-    specs = [checkpoint.load_spec(files.artifacts(stage)) for stage in ("teacher", "surgery")]
-    macs = [cost.macs(spec, (height, width)) for spec in specs]
-    weights = [cost.params(spec) for spec in specs]
+    macs = [cost.macs(net.spec, (height, width)) for net in (teacher, small)]
+    weights = [cost.params(net.spec) for net in (teacher, small)]
     return {
-        "teacher_map": f"{np.nanmean(of_teacher):.5f}",
-        "map": f"{np.nanmean(of_student):.5f}",
-        "difference": f"{differences.mean():+.5f}",
+        "teacher_map": f"{scores[0].map:.5f}",
+        "map": f"{scores[1].map:.5f}",
+        "difference": f"{scores[1].map - scores[0].map:+.5f}",
         "standard_error": f"{differences.std(ddof=1) / len(differences) ** 0.5:.5f}",
-        "distance_seen": f"{distance(student.seen, teacher.seen):.4f}",
-        "distance_unseen": f"{distance(student.unseen, teacher.unseen):.4f}",
-        "distance_unseen_to_mirrored_mean": f"{distance(student.unseen, both):.4f}",
-        "teacher_with_mirror_map": f"{np.nanmean(average_precision(both)):.5f}",
+        "distance_seen": f"{distance(*(embed(net, images, seen, normalise) for net in (teacher, small))):.4f}",
+        "distance_unseen": f"{distance(*embeddings):.4f}",
+        "distance_unseen_to_mirrored_mean": f"{distance(embeddings[1], both):.4f}",
+        "teacher_with_mirror_map": f"{scores[2].map:.5f}",
         "macs_reduction": f"{1 - macs[1] / macs[0]:.4f}",
         "params_reduction": f"{1 - weights[1] / weights[0]:.4f}",
-        "layer4_width": str(specs[1].widths["layer4"]),
+        "layer4_width": str(small.spec.widths["layer4"]),
     }
+
+
+def add_precisions(
+    path: Path, identities: npt.NDArray[np.str_], columns: Mapping[str, npt.NDArray[np.float64]]
+) -> list[npt.NDArray[np.float64]]:
+    """Average the average precision over the queries of each identity, and add the columns to a CSV file.
+
+    Args:
+        path: File with a line for each identity.
+        identities: (Q,) of the queries.
+        columns: (Q,) average precisions by column, NaN for a query without a match.
+
+    Returns:
+        The columns that were added, (I,) each.
+    """
+    names = np.unique(identities[np.isfinite(next(iter(columns.values())))])
+    means = {column: np.array([np.nanmean(ap[identities == name]) for name in names]) for column, ap in columns.items()}
+    lines = read(path) or [{"identity": str(name)} for name in names]
+    for column, values in means.items():
+        for line, value in zip(lines, values, strict=True):
+            line[column] = f"{value:.5f}"
+    write_text(path, csv_text(list(lines[0]), [list(line.values()) for line in lines]))
+    return list(means.values())
 
 
 def unit(vectors: Vectors) -> Vectors:
@@ -246,15 +323,16 @@ def distance(first: Vectors, second: Vectors) -> float:
     return float(1 - np.einsum("nd,nd->n", first, second).mean())
 
 
-def origin(folder: Path) -> dict[str, str]:
-    """Return what the row was made of: a digest of the teacher's weights, the commit, and the processor."""
-    command: Sequence[str] = ("git", "rev-parse", "--short", "HEAD")
-    commit = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
-    weights = (Files(folder, folder).artifacts("teacher") / checkpoint.WEIGHTS).read_bytes()
+def origin(files: Files) -> dict[str, str]:
+    """Return what a student is made of: a digest of the teacher's weights, the commit, and the processor."""
+    weights = (files.artifacts("teacher") / checkpoint.WEIGHTS).read_bytes()
     info = Path("/proc/cpuinfo")
     models = [line for line in info.read_text().splitlines() if "model name" in line] if info.is_file() else []
-    processor = models[0].split(":")[1].strip() if models else platform.processor()
-    return {"teacher": hashlib.sha256(weights).hexdigest()[:12], "commit": commit, "processor": processor}
+    return {
+        "teacher": hashlib.sha256(weights).hexdigest()[:12],
+        "commit": git(files.root, "rev-parse", "--short", "HEAD"),
+        "processor": models[0].split(":")[1].strip() if models else platform.processor(),
+    }
 
 
 if __name__ == "__main__":
