@@ -77,7 +77,7 @@ def student(run: Run) -> StudentRecord:
     task = student_task(fabric, params, teacher, budget_cost, steps, calibration, validate)
     outputs = run.files.teacher_outputs
     if config.distill.views:
-        cache_teacher(task, loader, run.inputs_digest(), outputs, params)
+        cache_teacher(task, loader, run.inputs_digest, outputs, params)
     fit = Fit(fabric, config, task, loader, normalise, checkpoints, run.curve)
     net = fit.run(lambda: build_student(params, teacher, task.compression))
     task.check(net)

@@ -117,7 +117,9 @@ def test_only_runtime_says_cuda_and_nobody_prints_but_the_edge(path: Path) -> No
         assert not re.search(r"(?<!console\.)\bprint\(", text)
 
 
-@pytest.mark.parametrize("module", ["flow.deploy", "flow.retrain", "tracking.sync", "registry.publish", "stage.run"])
+@pytest.mark.parametrize(
+    "module", ["flow.deploy", "flow.retrain", "tracking.background", "tracking.sync", "registry.publish", "stage.run"]
+)
 def test_telemetry_is_off_before_a_tool_is_imported(module: str) -> None:
     code = f"import os, pipeline; print(os.environ['DO_NOT_TRACK']); import pipeline.{module}"
     kept = {name: value for name, value in os.environ.items() if name not in DEFAULTS}

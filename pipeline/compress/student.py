@@ -305,7 +305,7 @@ def cache_teacher(task: StudentTask, loader: TrainLoader, inputs: str, folder: P
         "modules": list(task.feature_modules.values()),
         "augment": config.augment.model_dump(),
         "seed": params.seed,
-        "computed": f"{params.runtime.precision} on {fabric.device.type}, torch {torch.__version__}",
+        "computed": f"{params.runtime.precision} on {fabric.device.type}",
         # On a CPU, the number of threads decides how sums are rounded.
         "threads": torch.get_num_threads() if fabric.device.type == "cpu" else 0,
     }

@@ -8,10 +8,11 @@ Outputs are computed in the order of the manifest and in batches of one size, si
 change the last digits of an output.
 """
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from torch import Tensor
 from pipeline.data.loader import TrainBatch
 from pipeline.files import write_atomically
 from pipeline.progress import track
+
+log = logging.getLogger(__name__)
 
 GIB = 2**30
 MEAN_ROWS = 1024
@@ -64,7 +67,7 @@ class TeacherCache:
         Raises:
             OSError: If the disk has no room for them.
         """
-        with _lock(self._folder):
+        with _held(self._folder):
             mean = self._folder / f"mean-{views:03d}.npy"
             averaging = self._average and not mean.is_file()
             missing = [view for view in range(views) if not self._path(view).is_file()]
@@ -112,6 +115,21 @@ class TeacherCache:
             rows = slice(start, start + MEAN_ROWS)
             array[rows] = sum(view[rows] for view in views) / len(views)
         array.flush()
+
+
+@contextmanager
+def _held(cache: Path) -> Iterator[None]:
+    """Hold the lock of a cache, and log it if another training holds it."""
+    lock = _lock(cache)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("another training computes the same outputs of the teacher; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def delete_outputs(folder: Path, limit: float) -> None:

@@ -184,7 +184,7 @@ class Distill(Section):
     views: Annotated[int, Field(ge=0, le=1000)]
     """Number of augmented views of each image, used in rotation. The outputs of the teacher for them are computed once,
     before the training, and need 4 bytes of disk for each value (10 kB for an image and view of the default network,
-    1 kB if `feature` is 0); 0 draws a new view each time an image is used, and computes the teacher's outputs in each
+    2 kB if `feature` is 0); 0 draws a new view each time an image is used, and computes the teacher's outputs in each
     step."""
     average_views: bool
     """Whether the student learns, for each view of an image, the mean of the teacher's outputs for all of its views: a

@@ -11,9 +11,10 @@ from pipeline.config import Params
 from pipeline.export.release import ReleaseError
 from pipeline.export.sample import check_release
 from pipeline.files import Files, read_json, write_json
-from pipeline.registry.model_registry import Registry, release_digest, upload_release, version_tags
+from pipeline.registry.model_registry import Registry
 from pipeline.registry.policy import Decision
 from pipeline.registry.promotion import PromotionPolicy
+from pipeline.registry.upload import release_digest, upload_release, version_tags
 from pipeline.system.locks import BusyError, locked
 from pipeline.tracking.errors import TrackingError
 from pipeline.tracking.store import connect, identify, store_key

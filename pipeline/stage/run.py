@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
@@ -98,15 +99,16 @@ class Run:
         runtime = self.params.runtime.model_dump(include={"precision", "devices", "nodes"})
         identity = {
             "params": {"seed": self.params.seed, "runtime": runtime, **chosen},
-            "inputs": self.inputs_digest(),
+            "inputs": self.inputs_digest,
         }
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         checkpoints = Checkpoints(self.files.checkpoints / self.stage / digest[:16])
         self._checkpoints.append(checkpoints)
         return checkpoints
 
+    @cached_property
     def inputs_digest(self) -> str:
-        """Return a digest of the files that the stage depends on, code among them, and of the libraries' versions."""
+        """Digest of the files that the stage depends on, code among them, and of the libraries' versions."""
         found = dict(_fingerprints(self.files.root, _dependencies(self.files.root, self.stage)))
         return hashlib.sha256(json.dumps([found, _versions()], sort_keys=True).encode()).hexdigest()
 

@@ -275,7 +275,7 @@ class StageRun:
         root = str(Path(pipeline.__file__).parents[1])
         search_path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         self._upload = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "pipeline.tracking.sync", json.dumps(arguments)],
+            [sys.executable, "-W", "ignore", "-m", "pipeline.tracking.background", json.dumps(arguments)],
             stdin=subprocess.PIPE,  # closed when the stage ends, even if it is killed
             stdout=subprocess.DEVNULL,  # readers of the stage's output must not wait for the upload
             stderr=subprocess.DEVNULL,

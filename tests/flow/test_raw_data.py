@@ -16,8 +16,9 @@ from pipeline.data.manifest import DataError
 from pipeline.files import Files
 from pipeline.flow import doctor, dvc_cli, raw_data
 from pipeline.flow.dvc_cli import StageError, changed, changed_stages
+from pipeline.flow.incoming import RefreshError, RefusedError
 from pipeline.flow.raw_data import check_root, tracking_file
-from pipeline.flow.refresh import RefreshError, RefusedError, refresh
+from pipeline.flow.refresh import refresh
 from pipeline.stage.params_file import load
 from tests.fake_stages import OFF, Start
 

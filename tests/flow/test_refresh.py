@@ -17,8 +17,9 @@ from pipeline.config import Params
 from pipeline.data import custom
 from pipeline.data.manifest import Item
 from pipeline.files import Files, write_text
-from pipeline.flow import refresh as refresh_module
-from pipeline.flow.refresh import RefreshError, RefusedError, check_incoming, ingest, refresh
+from pipeline.flow import incoming
+from pipeline.flow.incoming import RefreshError, RefusedError, ingest
+from pipeline.flow.refresh import check_incoming, refresh
 from pipeline.stage.params_file import load
 
 
@@ -79,8 +80,8 @@ def test_refresh_waits_for_new_files_and_skips_growing_ones(
     here: Files, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An event is sent right after the last file; a file missed by its run would wait until next Monday."""
-    monkeypatch.setattr(refresh_module, "MIN_AGE", 1.0)
-    monkeypatch.setattr(refresh_module, "MAX_WAIT", 2.5)
+    monkeypatch.setattr(incoming, "MIN_AGE", 1.0)
+    monkeypatch.setattr(incoming, "MAX_WAIT", 2.5)
     arrive(here, "young.jpg", age=0)
     arrive(here, "future.jpg", age=-3600)  # another machine's clock
     grows, ended = here.root / "incoming" / "grows.jpg", threading.Event()
@@ -116,7 +117,7 @@ def test_nothing_is_moved_if_a_file_with_other_content_exists(here: Files) -> No
 
 def test_a_crash_between_two_files_loses_and_duplicates_nothing(here: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     arrive(here, "0.jpg", "1.jpg", "2.jpg")
-    move, moved = refresh_module._move, []
+    move, moved = incoming._move, []
 
     def dies(old: Path, new: Path) -> None:
         if len(moved) == 1:
@@ -125,10 +126,10 @@ def test_a_crash_between_two_files_loses_and_duplicates_nothing(here: Files, mon
         moved.append(old)
         move(old, new)
 
-    monkeypatch.setattr(refresh_module, "_move", dies)
+    monkeypatch.setattr(incoming, "_move", dies)
     with pytest.raises(KeyboardInterrupt):
         refresh(here, load(here.params))
-    monkeypatch.setattr(refresh_module, "_move", move)
+    monkeypatch.setattr(incoming, "_move", move)
     assert refresh(here, load(here.params)) == ["2.jpg"]
     assert content(here.root / "data") == dict.fromkeys(("0.jpg", "1.jpg", "2.jpg"), NEW)
     assert not content(here.root / "incoming")
@@ -138,7 +139,7 @@ def test_files_are_copied_to_another_file_system(tmp_path: Path, monkeypatch: py
     def elsewhere(*_: object) -> None:
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr(refresh_module.os, "rename", elsewhere)
+    monkeypatch.setattr(incoming.os, "rename", elsewhere)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"x")
     assert ingest([tmp_path / "in" / "a.jpg"], tmp_path / "in", tmp_path / "data") == ["a.jpg"]

@@ -7,8 +7,8 @@ import pytest
 from pipeline.files import Files, write_text
 from pipeline.flow.retrain import _publish
 from pipeline.registry.lineage import CHAMPION
-from pipeline.registry.model_registry import DIGEST, release_digest, upload_release
 from pipeline.registry.publish import last_published, open_registry, publish
+from pipeline.registry.upload import DIGEST, release_digest, upload_release
 from pipeline.system.locks import BusyError
 from pipeline.tracking.execution import Execution, ProcessId
 from pipeline.tracking.run_record import EXECUTION, ExecutionRecords, RunRecord
@@ -87,7 +87,7 @@ def test_a_release_that_another_process_uploads_is_not_uploaded_at_the_same_time
     (run,) = client.search_runs([client.get_experiment_by_name("e").experiment_id], "tags.stage = 'benchmark'")
     client.set_tag(run.info.run_id, DIGEST, release_digest(tmp_path / "release"))
     client.set_tag(run.info.run_id, "cached", "false")
-    monkeypatch.setattr("pipeline.registry.model_registry.LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr("pipeline.registry.upload.LOCK_TIMEOUT", 0.1)
     code = (
         "import sys, time; from pathlib import Path; from pipeline.tracking.run_record import ExecutionRecords\n"
         "with ExecutionRecords(Path(sys.argv[1])).upload_lock(0): print('uploading', flush=True); time.sleep(300)"

@@ -33,7 +33,7 @@ def upload_of(pid: int) -> psutil.Process:
     def there() -> bool:
         for child in psutil.Process(pid).children():
             with suppress(psutil.Error):  # of git, which has ended
-                if "pipeline.tracking.sync" in child.cmdline():
+                if "pipeline.tracking.background" in child.cmdline():
                     found.append(child)
         return bool(found)
 

@@ -718,7 +718,7 @@ def test_the_background_upload_ends_the_run_of_a_killed_stage(here: Files) -> No
     records = record(here, "prepare", "RUNNING")
     order = {"root": str(here.root), "state": str(here.state), "records": str(records.folder), "name": "prepare"}
     child = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.tracking.sync", json.dumps({**order, "quiet": False})],
+        [sys.executable, "-m", "pipeline.tracking.background", json.dumps({**order, "quiet": False})],
         stdin=subprocess.PIPE,
         cwd=Path(__file__).parents[2],
     )
@@ -795,7 +795,7 @@ def test_sync_shows_messages_of_a_background_upload(here: Files) -> None:
         client().delete_run(run.info.run_id)
     record(here, "teacher")
     order = {"root": str(here.root), "state": str(here.state), "records": str(records.folder), "name": "teacher"}
-    code = [sys.executable, "-m", "pipeline.tracking.sync", json.dumps({**order, "quiet": True})]
+    code = [sys.executable, "-m", "pipeline.tracking.background", json.dumps({**order, "quiet": True})]
     assert subprocess.run(code, cwd=Path(__file__).parents[2], stdin=subprocess.DEVNULL).returncode == 0
     (notice,) = sync(here)[1]
     assert "was deleted in MLflow" in notice
