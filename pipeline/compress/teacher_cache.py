@@ -124,7 +124,7 @@ def _held(cache: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        log.info("another training computes the same outputs of the teacher; waiting for it")
+        log.info("the stored outputs of the teacher are in use by another training; waiting for it")
         lock.acquire()
     try:
         yield

@@ -27,8 +27,8 @@ from pipeline.flow import dvc_rwlock
 from pipeline.flow.deploy import AUTOMATION, POOL, deployments, work_pools, workers_online, working_directory
 from pipeline.flow.raw_data import check_root, tracking_file
 from pipeline.flow.server import ServerError, check_server
+from pipeline.registry.errors import RegistryError
 from pipeline.registry.publish import open_registry
-from pipeline.registry.upload import RegistryError
 from pipeline.stage.params_file import ParamsError, load
 from pipeline.system.locks import holder, is_held
 from pipeline.tracking.errors import TrackingError, UriError, root_cause, shown

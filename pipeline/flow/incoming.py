@@ -42,7 +42,7 @@ class RefusedError(RefreshError):
     """New data cannot be ingested, and a retry would fail in the same way."""
 
 
-def visible(folder: Path) -> Iterator[Path]:
+def visible_files(folder: Path) -> Iterator[Path]:
     """Yield everything except folders, hidden files and files that systems leave behind, sorted by name."""
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
@@ -70,7 +70,7 @@ def complete_files(folder: Path) -> list[Path]:
         before = states
     complete = [path for path in states if path not in incomplete and is_utf8(str(path))]
     moving = set(complete)
-    report_left(folder, {path: _why_left(path) for path in visible(folder) if path not in moving})
+    warn_of_files_left(folder, {path: _why_left(path) for path in visible_files(folder) if path not in moving})
     return complete
 
 
@@ -84,13 +84,13 @@ def _why_left(path: Path) -> str:
 
 def _candidates(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
     """Yield regular files without a partial suffix, and their state."""
-    for path in visible(folder):
+    for path in visible_files(folder):
         if path.is_file() and not path.is_symlink() and not path.name.lower().endswith(PARTIAL_SUFFIXES):
             with suppress(FileNotFoundError):  # renamed meanwhile
                 yield path, path.stat()
 
 
-def report_left(folder: Path, left: Mapping[Path, str]) -> None:
+def warn_of_files_left(folder: Path, left: Mapping[Path, str]) -> None:
     """Log one warning for each reason why files stay in a folder, with an example."""
     for reason, count in Counter(left.values()).items():
         example = next(path for path, other in left.items() if other == reason).relative_to(folder)
@@ -99,19 +99,19 @@ def report_left(folder: Path, left: Mapping[Path, str]) -> None:
         log.warning("%s in %s, such as %s: %s", files, folder, name, reason)
 
 
-def usable(paths: Sequence[Path], folder: Path) -> list[Path]:
+def usable_pictures(paths: Sequence[Path], folder: Path) -> list[Path]:
     """Return the pictures that can be decoded; a broken one would stop stage `prepare` in every later retraining."""
     names = {path.relative_to(folder).as_posix(): path for path in paths}
     reasons = dict(inspect([Item(name, "", "", "") for name in names], folder).quarantined)
-    report_unusable(folder, reasons)
+    warn_of_unusable_files(folder, reasons)
     return [path for name, path in names.items() if name not in reasons]
 
 
-def report_unusable(folder: Path, reasons: Mapping[str, str]) -> None:
+def warn_of_unusable_files(folder: Path, reasons: Mapping[str, str]) -> None:
     """Log one warning for the files that cannot be used, with the first reason."""
     for name, reason in list(reasons.items())[:1]:  # messages of decoders hold names and numbers, so each may differ
         text = f"it cannot be used ({reason.replace(f' {name!r}', '')}); replace or delete it"
-        report_left(folder, dict.fromkeys((folder / name for name in reasons), text))
+        warn_of_files_left(folder, dict.fromkeys((folder / name for name in reasons), text))
 
 
 def check_folders(paths: Sequence[Path], folder: Path, root: Path, data: Data) -> None:

@@ -18,9 +18,9 @@ from pipeline.flow.incoming import (
     check_identities,
     ingest,
     nfc,
-    report_left,
-    report_unusable,
     target_of,
+    warn_of_files_left,
+    warn_of_unusable_files,
 )
 from pipeline.labels import clean_label
 
@@ -58,12 +58,12 @@ def ingest_with_table(paths: Sequence[Path], folder: Path, root: Path, data: Dat
     except DataError as error:
         raise RefusedError(f"{error}; nothing was moved; correct the table") from error
     listed = {item.path for item in (*old_items, *rows)}
-    report_left(
+    warn_of_files_left(
         folder, {path: "the table does not list it" for name, path in images.items() if nfc(name) not in listed}
     )
     wanted = {name: path for name, path in images.items() if nfc(name) in listed}
     if unusable := _unusable_images(rows, wanted, folder, root):
-        report_unusable(folder, unusable)
+        warn_of_unusable_files(folder, unusable)
         log.warning("the table %s waits for the pictures that cannot be used", new)
         return []
     moved = ingest(list(wanted.values()), folder, root)

@@ -14,8 +14,8 @@ from pipeline.flow.incoming import (
     check_folders,
     complete_files,
     ingest,
-    usable,
-    visible,
+    usable_pictures,
+    visible_files,
 )
 from pipeline.flow.incoming_table import ingest_with_table
 from pipeline.flow.raw_data import saved_in_dvc
@@ -35,7 +35,7 @@ def check_incoming(files: Files, params: Params) -> None:
         return
     if root.resolve().is_relative_to(folder.resolve()):
         raise RefusedError(f"`data.root` ({root}) is in `retrain.incoming` ({folder}); set one to another folder")
-    if source not in ("folder", "csv") and (count := len(list(visible(folder)))):
+    if source not in ("folder", "csv") and (count := len(list(visible_files(folder)))):
         why = "renders its own images" if source == "vehicles" else "has a published list of its images"
         raise RefusedError(
             f"{folder} holds {count} new files, but `data.source` {source} {why}; move them away, or set `data.source` "
@@ -75,7 +75,7 @@ def _take_incoming(files: Files, params: Params) -> list[str]:
         if params.data.source == "csv":
             moved = ingest_with_table(paths, folder, root, params.data)
         else:
-            pictures = usable(paths, folder)
+            pictures = usable_pictures(paths, folder)
             check_folders(pictures, folder, root, params.data)
             moved = ingest(pictures, folder, root)
     except OSError as error:

@@ -26,9 +26,9 @@ from pipeline.flow.raw_data import check_root, tracking_file
 from pipeline.flow.refresh import check_incoming
 from pipeline.flow.refresh import refresh as fetch_new_data
 from pipeline.records import RECORDS
+from pipeline.registry.errors import RegistryError
 from pipeline.registry.publish import Published, last_published
 from pipeline.registry.publish import publish as publish_release
-from pipeline.registry.upload import RegistryError
 from pipeline.stage import params_file
 from pipeline.system import git_cli
 from pipeline.system.locks import BusyError, last_retraining_start, retrain_lock, save_retraining_start

@@ -19,6 +19,7 @@ from requests.exceptions import RequestException
 
 from pipeline.export.release import ReleaseError
 from pipeline.export.sample import check_release
+from pipeline.registry.errors import RegistryError
 from pipeline.registry.lineage import (
     BEST,
     CHALLENGER,
@@ -36,7 +37,7 @@ from pipeline.registry.lineage import (
     Promotion,
 )
 from pipeline.registry.policy import Decision
-from pipeline.registry.upload import ARTIFACTS, DIGEST, RegistryError, release_digest
+from pipeline.registry.upload import ARTIFACTS, DIGEST, release_digest
 from pipeline.system.locks import BusyError
 from pipeline.tracking import errors
 

@@ -16,9 +16,9 @@ from pipeline.export.release import STUDENT
 from pipeline.files import Files
 from pipeline.inference.timing import gains
 from pipeline.protocols import JUNK
+from pipeline.registry.errors import RegistryError
 from pipeline.registry.model_registry import Registry
 from pipeline.registry.policy import Comparison, Decision, decide, difference
-from pipeline.registry.upload import RegistryError
 from pipeline.retrieval import scoring
 from pipeline.retrieval.evaluate import sides
 from pipeline.retrieval.metrics import Retrieval

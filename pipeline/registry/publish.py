@@ -8,13 +8,14 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.config import Params
-from pipeline.export.release import ReleaseError
+from pipeline.export.model import open_model
+from pipeline.export.release import STUDENT, ReleaseError
 from pipeline.export.sample import check_release
 from pipeline.files import Files, read_json, write_json
 from pipeline.registry.model_registry import Registry
 from pipeline.registry.policy import Decision
 from pipeline.registry.promotion import PromotionPolicy
-from pipeline.registry.upload import release_digest, upload_release, version_tags
+from pipeline.registry.upload import release_digest, upload_release
 from pipeline.system.locks import BusyError, locked
 from pipeline.tracking.errors import TrackingError
 from pipeline.tracking.store import connect, identify, store_key
@@ -63,7 +64,7 @@ def publish(files: Files, params: Params, folder: Path) -> Published:
         _upload_records(files)
         policy = PromotionPolicy(files, params, registry, folder)
         upload = partial(upload_release, registry.client, files, folder, params.tracking.experiment)
-        tags = {**version_tags(folder), **policy.tags}
+        tags = {**_version_tags(folder), **policy.tags}
         published = Published(release_digest(folder), *registry.publish(folder, upload, tags, policy))
         registry.prune(files.tracking / "models")
     write_json(_saved(files), {**_target(files, params), **asdict(published)})
@@ -101,3 +102,13 @@ def _saved(files: Files) -> Path:
 
 def _target(files: Files, params: Params) -> dict[str, str]:
     return {"store": store_key(files), "model": params.tracking.model_name}
+
+
+def _version_tags(folder: Path) -> dict[str, str]:
+    """Return tags that describe a release in the MLflow UI."""
+    metadata = open_model(folder / STUDENT).metadata
+    return {
+        "mAP": f"{metadata.map:.4f} ({metadata.protocol})",
+        "MACs": f"{metadata.macs:,}",
+        "commit": metadata.git_commit[:12] + "+" * metadata.git_commit.endswith("+"),
+    }

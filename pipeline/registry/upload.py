@@ -10,9 +10,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from pipeline.export.model import open_model
-from pipeline.export.release import STUDENT, SUMS, ReleaseError
+from pipeline.export.release import SUMS, ReleaseError
 from pipeline.files import Files
+from pipeline.registry.errors import RegistryError
 from pipeline.tracking import errors, store
 from pipeline.tracking.run_record import all_executions
 from pipeline.tracking.sync import LOCK_TIMEOUT
@@ -23,28 +23,12 @@ DIGEST = "release_digest"
 """Tag of versions and runs: SHA-256 of the release's SHA256SUMS."""
 
 
-class RegistryError(RuntimeError):
-    """The registry lacks a requested version or alias, or was changed by hand."""
-
-    exit_code = 3
-
-
 def release_digest(folder: Path) -> str:
     """Return the SHA-256 of a release's SHA256SUMS, and so of all files in it."""
     try:
         return hashlib.sha256((folder / SUMS).read_bytes()).hexdigest()
     except OSError:
         raise ReleaseError(f"{folder} is not a release: {SUMS} is missing; run `dvc repro export`") from None
-
-
-def version_tags(folder: Path) -> dict[str, str]:
-    """Return tags that describe a release in the MLflow UI."""
-    metadata = open_model(folder / STUDENT).metadata
-    return {
-        "mAP": f"{metadata.map:.4f} ({metadata.protocol})",
-        "MACs": f"{metadata.macs:,}",
-        "commit": metadata.git_commit[:12] + "+" * metadata.git_commit.endswith("+"),
-    }
 
 
 def upload_release(client: MlflowClient, files: Files, folder: Path, experiment: str) -> str:

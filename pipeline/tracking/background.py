@@ -1,6 +1,7 @@
-"""The process beside a stage that uploads its run record while it runs: `python -m pipeline.tracking.background JSON`.
+"""Upload the run record of a stage while the stage runs: `python -m pipeline.tracking.background JSON`.
 
-A process of its own, because importing mlflow takes seconds and must not happen in a process that forks image loaders.
+It is a separate process, because importing mlflow takes seconds and must not happen in a process that forks image
+loaders.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Upload run records to MLflow: one parent run per execution, one child run per stage.
 
 The upload is idempotent and may be interrupted at any point: runs are found by the tag `entry`, and MLflow stores
-points of a metric with the same time, step and value once. It runs in the background of each stage (`background`), in
+points of a metric with the same time, step and value once. It runs beside each stage (`background`), in the command
 `smaller-student sync` and in the flow.
 """
 

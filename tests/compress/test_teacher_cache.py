@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from pipeline.compress import teacher_cache
@@ -15,6 +17,7 @@ from pipeline.compress.teacher_cache import TeacherCache, delete_outputs
 from pipeline.data.loader import TrainBatch
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
+from tests.fake_stages import wait_until
 
 IMAGES = np.array([1, 2, 4, 5, 7])
 """Images to train on, of nine."""
@@ -128,6 +131,17 @@ def test_outputs_that_are_being_computed_are_not_deleted(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.glob("*/")] == ["new"]
     delete_outputs(tmp_path, 0)  # open files stay readable
     torch.testing.assert_close(cache(mixed)["embedding"], teacher.outputs(mixed.images)["embedding"])
+
+
+def test_a_training_waits_for_another_that_holds_the_lock(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    with ThreadPoolExecutor() as pool:
+        with FileLock(tmp_path / "outputs.lock"):
+            waiting = pool.submit(CountingTeacher().cache, tmp_path / "outputs", 1)
+            wait_until(lambda: "in use by another training; waiting for it" in caplog.text, 20)
+            assert not waiting.done() and not list(tmp_path.glob("*/*"))
+        waiting.result(timeout=20)
+    assert [path.name for path in tmp_path.glob("*/*")] == ["view-000.npy"]
 
 
 def test_the_least_recently_used_outputs_are_deleted(tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from pipeline.files import Files
+from pipeline.registry.errors import RegistryError
 from pipeline.registry.lineage import BEST, CHALLENGER, CHAMPION
 from pipeline.registry.model_registry import Decide, Registry
 from pipeline.registry.policy import Decision
-from pipeline.registry.upload import DIGEST, RegistryError, release_digest, upload_release
+from pipeline.registry.upload import DIGEST, release_digest, upload_release
 from pipeline.tracking.errors import TrackingError
 
 NAMES = (f"model{number}" for number in itertools.count())

@@ -17,11 +17,12 @@ from pipeline.export.release import write_release
 from pipeline.export.sample import EXPECTED, PICTURE, as_png, expected, picture
 from pipeline.export.to_onnx import to_onnx
 from pipeline.files import Files
+from pipeline.registry.errors import RegistryError
 from pipeline.registry.lineage import CHAMPION
 from pipeline.registry.policy import Decision
 from pipeline.registry.promotion import SPLIT, TEST_SET, PromotionPolicy, common_batch
 from pipeline.registry.publish import open_registry
-from pipeline.registry.upload import RegistryError, upload_release
+from pipeline.registry.upload import upload_release
 from pipeline.stage.presets import load_preset
 from tests import layouts
 from tests.export.tiny_network import METADATA, SIZE, tiny_net

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
+from torch.nn import functional
 
 from pipeline.compress.budget import BudgetMissedError
 from pipeline.compress.compactor import attach, nonzero_channels, row_norms
@@ -19,6 +20,7 @@ from pipeline.compress.student import (
 )
 from pipeline.compress.surgery import largest_difference, run_surgery
 from pipeline.config import Params
+from pipeline.data.augment import normalise
 from pipeline.models import cost
 from pipeline.models.feature_hooks import FeatureHooks, average_pool
 from pipeline.models.resnet import RetrievalNet
@@ -351,6 +353,20 @@ def test_without_the_feature_loss_no_features_are_compared(
     net = build_student(params, teacher, without.compression).eval()
     one, other = (task.losses(net, net, batch, 0.0) for task in (without, with_features))
     assert one["feature"] == 0 and one["kl"] == other["kl"] and one["embedding"] >= 0
+
+
+def test_the_student_learns_the_mean_of_the_stored_views_of_an_image(
+    params: Params, teacher: RetrievalNet, tmp_path: Path
+) -> None:
+    distill = params.student.distill.model_copy(update={"views": 3, "average_views": True})
+    changed = change(params, "student", distill=distill.model_dump())
+    task, _, _ = prepared(changed, teacher, tmp_path / "states")
+    cache_teacher(task, RandomImages(), "inputs", tmp_path / "outputs", changed)
+    views = [normalise(next(RandomImages().epoch(view)).images) for view in range(3)]
+    expected = torch.stack([functional.normalize(task.teacher_outputs(view)["embedding"]) for view in views]).mean(0)
+    learnt = task.cache(next(RandomImages().epoch(1)))["embedding"]
+    torch.testing.assert_close(learnt, expected, atol=1e-5, rtol=0)
+    assert learnt.norm(dim=1).max() < 1  # the views differ
 
 
 def test_stored_outputs_are_used_again_only_if_nothing_that_decides_them_differs(
