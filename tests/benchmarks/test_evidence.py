@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -16,30 +15,9 @@ from benchmarks.evidence import experiments
 from benchmarks.evidence.experiments import EvidenceError, Experiment, read_results, revision_of, run, tracked_sources
 from pipeline.config import Params
 from pipeline.stage.presets import preset_text
-from tests.imports import ROOT
+from tests.benchmarks.conftest import git
 
 OURS = Experiment("budget", 0.65, 0)
-
-
-def git(folder: Path, *arguments: str) -> None:
-    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
-    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
-
-
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """Clone the working tree, commit it, and remove the results."""
-    folder = tmp_path / "checkout"
-    git(tmp_path, "clone", "-q", str(ROOT), str(folder))
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
-    for name in tracked:
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes((ROOT / name).read_bytes())
-    shutil.rmtree(folder / "evidence", ignore_errors=True)
-    git(folder, "add", "-A")
-    git(folder, "commit", "-q", "--allow-empty", "-m", "working tree")
-    return folder
 
 
 @pytest.fixture

@@ -1,0 +1,100 @@
+"""Students of one teacher: what is written, what runs again, and what is refused."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import ladder
+from benchmarks.ladder import LADDERS, Ladder, add_precisions, read, setting, with_values
+from pipeline.files import Files, read_json
+from pipeline.stage.presets import load_preset
+from tests.imports import ROOT
+
+TINY = Ladder("smoke", {"ours": {}, "none": {"student.method": "none", "student.epochs": 1}})
+WEIGHTS = {"teacher.weights": "weights.safetensors"}
+"""Of ladder `paper`, which has no default for them."""
+
+Run = Callable[..., None]
+
+
+@pytest.fixture
+def run(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Return the command for a tiny ladder, in a checkout of its own."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(ladder, "ROOT", checkout)
+    monkeypatch.setitem(LADDERS, "tiny", TINY)
+
+    def command(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["ladder", "tiny", "--seed", "3", *arguments])
+        ladder.main()
+
+    return command
+
+
+def test_students_are_trained_once_and_compared_with_their_teacher(
+    run: Run, checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, table = checkout / ".ladder" / "tiny-3", checkout / "evidence" / "ladder" / "tiny-3.csv"
+    run()
+    ours, none = read(table)
+    assert [ours["student"], none["student"]] == ["ours", "none"]
+    assert 0.4 <= float(ours["macs_reduction"]) <= 0.41 and float(none["macs_reduction"]) == 0
+    assert float(ours["core_minutes"]) > 0
+    metrics = {stage: read_json(Files(folder, folder).metrics(stage)) for stage in ("teacher", "surgery")}
+    assert float(none["map"]) == pytest.approx(metrics["surgery"]["map"], abs=1e-5)
+    assert float(ours["teacher_map"]) == pytest.approx(metrics["teacher"]["map"], abs=1e-5)
+    precisions = read(table.with_name("tiny-3-ap.csv"))
+    assert list(precisions[0]) == ["identity", "teacher", "ours", "none"] and len(precisions) == 8
+    assert f"none: {none['difference']} mAP, " in capsys.readouterr().out
+
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:2]))  # as if it had ended before the line
+    run("--students", "none")
+    repeated = read(table)[1]
+    assert {**repeated, "core_minutes": ""} == {**none, "core_minutes": ""}
+    monkeypatch.setattr(ladder, "run", None)
+    run()
+
+    with pytest.raises(SystemExit, match=r"the teacher in .*tiny-3 has other params"):
+        run("--params", "teacher.epochs=1")
+    table.write_text(table.read_text().replace(ours["teacher"], "0" * 12))
+    monkeypatch.setitem(LADDERS, "tiny", Ladder("smoke", {**TINY.students, "other": {}}))
+    with pytest.raises(SystemExit, match=r"tiny-3\.csv has students of another teacher"):
+        run()
+    with (checkout / "pipeline" / "files.py").open("a") as file:
+        file.write("# another\n")
+    with pytest.raises(SystemExit, match=r"code has changed since .*tiny-3 was cloned, such as pipeline/files\.py"):
+        run()
+
+
+def test_arguments_are_checked_before_anything_is_trained(
+    run: Run, checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, problem in (
+        (("--students", "our"), "unknown students our; there are ours, none"),
+        (("--params", "teacher.epochs"), "'teacher.epochs' is not KEY=VALUE"),
+    ):
+        with pytest.raises(SystemExit):
+            run(*arguments)
+        assert problem in capsys.readouterr().err
+    assert not (checkout / ".ladder").exists()
+    assert setting("student.sites=[conv1, conv2]") == ("student.sites", ["conv1", "conv2"])
+
+
+@pytest.mark.parametrize("name", LADDERS)
+def test_the_params_of_all_students_are_valid_and_differ(name: str) -> None:
+    chosen = LADDERS[name]
+    base = with_values(load_preset(ROOT, chosen.preset), {**chosen.settings, **(WEIGHTS if name == "paper" else {})})
+    students = [with_values(base, dict(changes)).model_dump_json() for changes in chosen.students.values()]
+    assert len(set(students)) == len(students)
+
+
+def test_precisions_are_averaged_over_the_queries_of_an_identity(tmp_path: Path) -> None:
+    path, identities = tmp_path / "ap.csv", np.array(["b", "a", "b", "c"])
+    columns = {"teacher": np.array([0.2, 0.5, 0.4, np.nan]), "one": np.array([1.0, 0.0, 0.5, np.nan])}
+    teacher, one = add_precisions(path, identities, columns)
+    np.testing.assert_allclose([*teacher, *one], [0.5, 0.3, 0.0, 0.75])
+    add_precisions(path, identities, {"teacher": columns["teacher"], "two": columns["one"] / 2})
+    assert read(path)[1] == {"identity": "b", "teacher": "0.30000", "one": "0.75000", "two": "0.37500"}
