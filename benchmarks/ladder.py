@@ -2,7 +2,7 @@
 
 The stages run in a clone of the last commit, `.ladder/LADDER-N`, with one thread; run the command again to resume after
 an interruption. It writes a line for each student to evidence/ladder/LADDER-N.csv, and the average precision of each
-test identity to LADDER-N-ap.csv.
+test identity to LADDER-N-ap.csv; for method `paper` also curves and a chart of them.
 """
 
 import argparse
@@ -24,13 +24,17 @@ import numpy.typing as npt
 from ruamel.yaml import YAML
 from torch import Tensor
 
+from benchmarks.ladder_chart import plot_rows
 from benchmarks.short import ROOT, with_values
 from pipeline import checkpoint
 from pipeline.config import Params
 from pipeline.data.augment import normalise
 from pipeline.data.images import open_images
+from pipeline.data.splits import draw_test
 from pipeline.files import Files, csv_text, write_atomically, write_text
 from pipeline.models import cost
+from pipeline.report.curves import read_curves
+from pipeline.report.style import save
 from pipeline.retrieval import scoring
 from pipeline.retrieval.embed import embed
 from pipeline.retrieval.evaluate import sides
@@ -63,6 +67,35 @@ CLOSE = {
     "student.resetting.importance": "taylor",
 }
 """Losses and importance with which preset `evidence` began."""
+PRODUCTS = {
+    "data.source": "folder",
+    "data.image_size": [48, 48],
+    "data.validation": 0.1,
+    "teacher.width": 32,
+    "teacher.stem": 64,
+    "teacher.epochs": 40,
+    "teacher.validate_every": 4,
+    "teacher.augment.pad": 4,
+    "student.augment.pad": 4,
+    "student.epochs": 20,
+    "student.batch.identities": 12,
+    "student.batch.unlabelled": 48,
+    "student.optimizer.name": "adamw",
+    "student.optimizer.lr": 0.0003,
+    "student.optimizer.weight_decay": 0.05,
+    "student.optimizer.warmup": 0.05,
+    "student.optimizer.hold": 0.5,
+    "student.optimizer.final_lr": 0.0,
+    "student.budget.start": 0.03,
+    "student.budget.end": 0.3,
+    "student.distill.feature": 0.0,
+    "student.distill.embedding": 100.0,
+    "student.distill.views": 8,
+    "student.distill.average_views": True,
+    "student.resetting.importance": "embedding",
+    "runtime.workers": 0,
+}
+"""Photographs of products; students as in preset `evidence`, with a lower learning rate and shorter."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +106,13 @@ class Ladder:
         preset: Params of all of them.
         students: Params that differ from it, by dotted name, for each student; the most important ones come first.
         settings: Params of teacher and students that differ from the preset.
+        half_unlabelled: Whether half of the training identities have no labels (source `folder`).
     """
 
     preset: str
     students: Mapping[str, Mapping[str, Any]]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    half_unlabelled: bool = False
 
 
 LADDERS = {
@@ -97,6 +132,10 @@ LADDERS = {
             "train-only-65": {"data.vehicles.unlabelled_identities": 0},
         },
     ),
+    # Photographs, from a pre-trained half-width ResNet-50: --params data.root=... teacher.weights=...
+    "products": Ladder("sop-r50", {"ours-65": {}}, PRODUCTS),
+    # The same without the labels of half of the training products, so an epoch has half of the steps.
+    "products-half": Ladder("sop-r50", {"ours-65": {}}, {**PRODUCTS, "teacher.epochs": 60, "student.epochs": 40}, True),
     # The method as published, from a pre-trained half-width ResNet-50: --params data.root=... teacher.weights=...
     "paper": Ladder(
         "sop-r50",
@@ -141,6 +180,8 @@ def main() -> None:
     name, ladder = f"{options.ladder}-{options.seed}", LADDERS[options.ladder]
     settings = {"runtime.threads": 1, **ladder.settings, **dict(options.params), "seed": options.seed}
     base = with_values(load_preset(ROOT, ladder.preset), settings)
+    if ladder.half_unlabelled:
+        base = with_values(base, {"data.unlabelled": half_of_training(base)})
     students = {student: with_values(base, dict(changes)) for student, changes in ladder.students.items()}
     if unknown := set(options.students or ()) - set(students):
         parser.error(f"unknown students {', '.join(sorted(unknown))}; there are {', '.join(students)}")
@@ -164,6 +205,13 @@ def setting(text: str) -> tuple[str, Any]:
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
     return key, YAML(typ="safe").load(value)
+
+
+def half_of_training(params: Params) -> list[str]:
+    """Return the folders of every other training identity in `data.root`, in alphabetical order."""
+    names = sorted(path.name for path in Path(params.data.root).iterdir() if path.is_dir())
+    tested = draw_test(names, params.data.custom.test, params.seed)
+    return [name for name in names if name not in tested][::2]
 
 
 def clone(folder: Path) -> None:
@@ -241,9 +289,19 @@ def train(folder: Path, table: Path, student: str, params: Params) -> dict[str, 
     if params.student.method == "paper":  # whose compactor rows shrink over the whole training
         curve = files.plots("student").read_text(encoding="utf-8")
         write_text(table.with_name(f"{table.stem}-{student}.csv"), curve)
+        draw(table)
     # Last, since a student with a line is finished.
     write_text(table, csv_text(COLUMNS, [[line.get(name, "") for name in COLUMNS] for line in [*lines, line]]))
     return line
+
+
+def draw(table: Path) -> None:
+    """Draw the curves of the students of method `paper` that have been trained, to LADDER-N.png."""
+    paths = [path for path in sorted(table.parent.glob(f"{table.stem}-*.csv")) if not path.stem.endswith("-ap")]
+    save(
+        plot_rows({path.stem.removeprefix(f"{table.stem}-"): read_curves(path) for path in paths}),
+        table.with_suffix(".png"),
+    )
 
 
 def read(table: Path) -> list[dict[str, str]]:

@@ -9,13 +9,16 @@ import pytest
 
 from benchmarks import ladder
 from benchmarks.ladder import LADDERS, Ladder, add_precisions, read, setting, with_values
+from benchmarks.ladder_chart import plot_rows
+from pipeline.data.splits import draw_test
 from pipeline.files import Files, read_json
+from pipeline.report.curves import read_curves
 from pipeline.stage.presets import load_preset
 from tests.imports import ROOT
 
 TINY = Ladder("smoke", {"ours": {}, "none": {"student.method": "none", "student.epochs": 1}})
 WEIGHTS = {"teacher.weights": "weights.safetensors"}
-"""Of ladder `paper`, which has no default for them."""
+"""Of ladders `products` and `paper`, which have no default for them."""
 
 Run = Callable[..., None]
 
@@ -86,7 +89,9 @@ def test_arguments_are_checked_before_anything_is_trained(
 @pytest.mark.parametrize("name", LADDERS)
 def test_the_params_of_all_students_are_valid_and_differ(name: str) -> None:
     chosen = LADDERS[name]
-    base = with_values(load_preset(ROOT, chosen.preset), {**chosen.settings, **(WEIGHTS if name == "paper" else {})})
+    base = with_values(
+        load_preset(ROOT, chosen.preset), {**chosen.settings, **(WEIGHTS if chosen.preset == "sop-r50" else {})}
+    )
     students = [with_values(base, dict(changes)).model_dump_json() for changes in chosen.students.values()]
     assert len(set(students)) == len(students)
 
@@ -98,3 +103,26 @@ def test_precisions_are_averaged_over_the_queries_of_an_identity(tmp_path: Path)
     np.testing.assert_allclose([*teacher, *one], [0.5, 0.3, 0.0, 0.75])
     add_precisions(path, identities, {"teacher": columns["teacher"], "two": columns["one"] / 2})
     assert read(path)[1] == {"identity": "b", "teacher": "0.30000", "one": "0.75000", "two": "0.37500"}
+
+
+def test_the_chart_has_the_rows_of_all_students_of_the_method_as_published(tmp_path: Path) -> None:
+    (tmp_path / "paper-0-ap.csv").write_text("identity,teacher\na,0.5\n")
+    columns = "epoch,macs_reduction,masked_rows,norm_of_masked_rows,norm_of_other_rows\n"
+    (tmp_path / "paper-0-one.csv").write_text(f"{columns}1,0.0,0.0,,1.0\n2,0.1,0.5,0.7,0.9\n")
+    (tmp_path / "paper-0-two.csv").write_text("epoch,macs_reduction,masked_rows,norm_of_other_rows\n1,0.0,0.0,1.0\n")
+    ladder.draw(tmp_path / "paper-0.csv")
+    assert (tmp_path / "paper-0.png").stat().st_size
+    legend = plot_rows({name: read_curves(tmp_path / f"paper-0-{name}.csv") for name in ("one", "two")}).legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "one, masked rows",
+        "one, other rows",
+        "two, other rows",
+    ]
+
+
+def test_half_of_the_training_identities_lose_their_labels(tmp_path: Path) -> None:
+    for name in "abcdefghij":
+        (tmp_path / name).mkdir()
+    params = with_values(load_preset(ROOT, "smoke"), {"data.root": str(tmp_path), "data.source": "folder", "seed": 1})
+    trained = sorted(set("abcdefghij") - draw_test("abcdefghij", params.data.custom.test, 1))
+    assert 2 < len(trained) < 10 and ladder.half_of_training(params) == trained[::2]
