@@ -2,8 +2,8 @@
 
 For each image, the nearest neighbours of its teacher feature in the memory show which channels a match needs. A channel
 that is among the least contributing ones for all images of a batch and all of their neighbours is unimportant: it is
-masked for the rest of the training, so the losses no longer move its row, and the lasso, which acts on every row,
-drives it towards zero.
+masked for the rest of the training, so the losses no longer move its row, and the lasso, which acts on every row and
+from the first step on, drives it towards zero.
 
 Source: Xie et al., "Towards a Smaller Student", CVPR 2023, section 3.3, and its public code; restated for any batch
 size. `shrinker` describes how method `budget` differs.
@@ -138,13 +138,15 @@ class PaperMethod(Compression):
                 )
 
     def step(self, net: RetrievalNet, optimizer: Callable[[], object], progress: float) -> None:
-        """Reset the gradients of masked rows, add the gradient of the lasso, and take an optimiser step."""
+        """Reset the gradients of masked rows, add those of lasso and weight decay, and take an optimiser step."""
         indicators = net.indicators()
-        if progress >= self.config.paper.start:
-            reset_gradients((indicators[name].weight, site.masked) for name, site in self.sites.items())
-            for indicator in indicators.values():
-                if indicator.weight.grad is not None:
-                    indicator.weight.grad += self.config.paper.lasso * lasso_gradient(indicator.weight.detach())
+        reset_gradients((indicators[name].weight, site.masked) for name, site in self.sites.items())
+        for indicator in indicators.values():
+            if indicator.weight.grad is not None:
+                weight = indicator.weight.detach()
+                indicator.weight.grad += self.config.paper.lasso * lasso_gradient(weight)
+                # The optimiser has none for them, since method `budget` needs none.
+                indicator.weight.grad += self.config.optimizer.weight_decay * weight
         optimizer()
         number = round(progress * self.steps) + 1
         self.progress = number / self.steps

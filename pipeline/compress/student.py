@@ -86,14 +86,16 @@ class StudentTask(Task):
         elif self._starts_as_teacher and progress >= self.config.freeze_head_norms_at:
             freeze_norms(net.head)
         teacher_outputs = self.teacher_outputs(batch.images) if self.cache is None else self.cache(batch)
-        with FeatureHooks(net, self.feature_modules.values(), average_pool) as hooks:
+        observed = {site: observed_module(site) for site in self.compression.observed_sites}
+        with FeatureHooks(net, {*self.feature_modules.values(), *observed.values()}, average_pool) as hooks:
             output = forward(batch.images)
             features = hooks.read()
         student = {
             site: _without_gate_gradient(net, site, features[name]) for site, name in self.feature_modules.items()
         }
         teacher = {site: teacher_outputs[name] for site, name in self.feature_modules.items()}
-        self.compression.observe(student, teacher)
+        # The teacher has no compactors, so its features in front of and behind them are the same.
+        self.compression.observe({site: features[name] for site, name in observed.items()}, teacher)
         if self.compression.scores_embeddings:
             scores = embedding_scores(net.indicators(), output.embedding, self._generator(progress))
             # Each device has images of its own, and all must select the same channels.
@@ -240,7 +242,15 @@ def _without_gate_gradient(net: RetrievalNet, site: str, features: Tensor) -> Te
 
 
 def feature_module(site: str) -> str:
-    """Return the name of the module that outputs the features of a site."""
+    """Return the name of the module whose output is compared with the teacher's: in front of a site's compactor.
+
+    Source: the public code of the paper. Behind it, the comparison would work against the lasso.
+    """
+    return indicator_name(site).replace("compactor", "bn") if is_inner(site) else observed_module(site)
+
+
+def observed_module(site: str) -> str:
+    """Return the name of the module that outputs the features of a site, behind its compactor or channel gate."""
     return indicator_name(site) if is_inner(site) else "maxpool" if site == "conv1" else site
 
 

@@ -83,7 +83,7 @@ class Optimizer(Section):
     classifier_lr: Annotated[float, Field(gt=0, le=100)]
     """Factor on the learning rate of the identity classifier (1.5 in the paper)."""
     weight_decay: Annotated[float, Field(ge=0, lt=1)]
-    """Weight decay; compactors and channel gates have none."""
+    """Weight decay; compactors and channel gates have none, except with method `paper`."""
     momentum: Annotated[float, Field(ge=0, lt=1)]
     """Momentum of `sgd` (0.9 in the paper)."""
     warmup: Fraction
@@ -173,7 +173,7 @@ class Distill(Section):
     temperature: Annotated[float, Field(gt=0, le=100)]
     """Temperature of the softened logits (2 in the paper)."""
     feature: Annotated[float, Field(ge=0, le=100)]
-    """Weight of the L2 distance between pooled features (0.5 in the paper). Method `paper` compares them at the
+    """Weight of the L2 distance between pooled features (0.5 in the paper). Method `paper` compares them before the
     compactors; the others at the ends of the four stages, where channels correspond although inner widths change."""
     embedding: Annotated[float, Field(ge=0, le=1000)]
     """Weight of the cosine distance between embeddings (Budnik and Avrithis, CVPR 2021); 0 in the paper. Use it with
@@ -218,9 +218,9 @@ class Paper(Section):
     ratio: Annotated[float, Field(gt=0, lt=1)]
     """Share of the channels that counts as unimportant for a match (0.5 in the paper's code)."""
     lasso: Annotated[float, Field(ge=0, le=100)]
-    """Weight of the group lasso, the sum of the L2 norms of all rows (0.004 in the paper)."""
+    """Weight of the group lasso, the sum of the L2 norms of all rows, from the first step on (0.004 in the paper)."""
     start: Fraction
-    """Share of the steps after which the lasso acts and masks grow (20 of 120 epochs in the paper)."""
+    """Share of the steps after which masks grow (20 of 120 epochs in the paper)."""
     threshold: Annotated[float, Field(ge=0, lt=1)]
     """Largest L2 norm of a row that counts as zero at the end of training (1e-5 in ResRep, ICCV 2021)."""
 

@@ -302,7 +302,7 @@ def test_the_published_method_leaves_zero_rows_in_multiples_and_surgery_cuts_the
     content = params.model_dump()
     content["student"]["method"] = "paper"
     content["student"]["optimizer"] |= {"name": "sgd", "lr": 0.01}
-    content["student"]["paper"] |= {"start": 0.2, "lasso": 5.0, "ratio": 0.9, "threshold": 0.5}
+    content["student"]["paper"] |= {"start": 0.2, "lasso": 2.0, "ratio": 0.9, "threshold": 0.5}
     task, fit, rows = prepared(Params.model_validate(content), teacher, tmp_path)
     net = fit.run(lambda: build_student(params, teacher, task.compression))
     small = remaining_spec(net)
@@ -338,6 +338,26 @@ def test_method_paper_refuses_the_mean_over_views(params: Params) -> None:
     distill = params.student.distill.model_copy(update={"views": 2, "average_views": True})
     with pytest.raises(ValidationError, match=r"`student\.distill\.average_views` must be false for method paper"):
         change(params, "student", method="paper", distill=distill.model_dump())
+
+
+def test_method_paper_compares_features_in_front_of_the_compactors_and_masks_by_those_behind(
+    params: Params, teacher: RetrievalNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = change(params, "student", method="paper", sites=["conv1", "conv2"])
+    task, _, _ = prepared(changed, teacher, tmp_path)
+    net = build_student(changed, teacher, task.compression).eval()
+    batch = next(RandomImages().epoch(0))
+    batch = batch._replace(images=preprocess(batch.images))
+    with torch.no_grad():
+        net.indicators()["layer4.1.conv2"].weight *= 3.0  # behind it are no further compactors
+    seen = {}
+    monkeypatch.setattr(task.compression, "observe", lambda student, teacher: seen.update(both=(student, teacher)))
+    loss = task.losses(net, net, batch, 0.0)["feature"]
+    for site in task.compression.observed_sites:
+        factor = 3.0 if site == "layer4.1.conv2" else 1.0
+        torch.testing.assert_close(seen["both"][0][site], factor * seen["both"][1][site], atol=1e-5, rtol=1e-4)
+    behind = 2 * seen["both"][1]["layer4.1.conv2"].norm(dim=1).mean()
+    assert loss < 0.1 * changed.student.distill.feature * behind
 
 
 def test_without_the_feature_loss_no_features_are_compared(
