@@ -114,7 +114,8 @@ LADDERS = {
     ),
     # Photographs, from a pre-trained half-width ResNet-50: --params data.root=... teacher.weights=...
     "products": Ladder("own-r50", {"ours-65": {}}, PRODUCTS),
-    # The same without the labels of half of the training products, so an epoch has half of the steps.
+    # The same without the labels of half of the training products. An epoch has half of the steps, so the student has
+    # twice the epochs; the teacher has 1.5 times, since fewer products are learnt sooner.
     "products-half": Ladder("own-r50", {"ours-65": {}}, {**PRODUCTS, "teacher.epochs": 60, "student.epochs": 40}, True),
     # The method as published, from a pre-trained half-width ResNet-50: --params data.root=... teacher.weights=...
     "paper": Ladder(
@@ -136,8 +137,8 @@ LADDERS = {
             "student.method": "paper",
             "student.freeze_norms_at": 1.0,
             "student.freeze_head_norms_at": 1.0,
-            # About 6,400 steps with 2,700 training images, in which lasso and learning rate shorten a compactor row by
-            # up to 1.6 (in the 120 epochs of the paper by 0.9); its norm begins at 1.
+            # About 6,400 steps with 2,700 training images, in which lasso and SGD shorten a compactor row by up to 1.6
+            # (in the 120 epochs of the paper by 0.9); its norm begins at 1.
             "student.epochs": 214,
         },
     ),
@@ -162,7 +163,10 @@ def main() -> None:
     settings = {"runtime.threads": 1, **ladder.settings, **dict(options.params), "seed": options.seed}
     base = with_values(load_preset(ROOT, ladder.preset), settings)
     if ladder.half_unlabelled:
-        base = with_values(base, {"data.unlabelled": half_of_training(base)})
+        try:
+            base = with_values(base, {"data.unlabelled": half_of_training(base)})
+        except LadderError as error:
+            parser.error(str(error))
     students = {student: with_values(base, dict(changes)) for student, changes in ladder.students.items()}
     if unknown := set(options.students or ()) - set(students):
         parser.error(f"unknown students {', '.join(sorted(unknown))}; there are {', '.join(students)}")
@@ -189,8 +193,15 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def half_of_training(params: Params) -> list[str]:
-    """Return the folders of every other training identity in `data.root`, in alphabetical order."""
-    names = sorted(path.name for path in Path(params.data.root).iterdir() if path.is_dir())
+    """Return the folders of every other training identity in `data.root`, in alphabetical order.
+
+    Raises:
+        LadderError: If `data.root` is not an absolute path of a folder.
+    """
+    root = Path(params.data.root)
+    if not (root.is_absolute() and root.is_dir()):
+        raise LadderError(f"data.root must be the absolute path of a folder, got {root}; add `--params data.root=PATH`")
+    names = sorted(path.name for path in root.iterdir() if path.is_dir())
     tested = draw_test(names, params.data.custom.test, params.seed)
     return [name for name in names if name not in tested][::2]
 

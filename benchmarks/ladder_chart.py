@@ -1,6 +1,7 @@
 """Chart of method `paper` in ladder `paper`: masks, rows and remaining cost of each student by epoch."""
 
 from collections.abc import Mapping
+from itertools import cycle
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -20,7 +21,7 @@ def plot_rows(students: Mapping[str, Curves]) -> Figure:
     with styled():
         figure = new_figure(7.2)
         masks, norms, cost = figure.subplots(3, 1, sharex=True)
-        for color, (name, curves) in zip(COLORS, students.items(), strict=False):
+        for color, (name, curves) in zip(cycle(COLORS), students.items(), strict=False):
             epochs = curves[EPOCH]
             masks.plot(epochs, curves["masked_rows"], color=color)
             for rows, line in (("masked", "--"), ("other", "-")):

@@ -138,15 +138,12 @@ class PaperMethod(Compression):
                 )
 
     def step(self, net: RetrievalNet, optimizer: Callable[[], object], progress: float) -> None:
-        """Reset the gradients of masked rows, add those of lasso and weight decay, and take an optimiser step."""
+        """Reset the gradients of masked rows, add the gradient of the lasso, and take an optimiser step."""
         indicators = net.indicators()
         reset_gradients((indicators[name].weight, site.masked) for name, site in self.sites.items())
         for indicator in indicators.values():
             if indicator.weight.grad is not None:
-                weight = indicator.weight.detach()
-                indicator.weight.grad += self.config.paper.lasso * lasso_gradient(weight)
-                # The optimiser has none for them, since method `budget` needs none.
-                indicator.weight.grad += self.config.optimizer.weight_decay * weight
+                indicator.weight.grad += self.config.paper.lasso * lasso_gradient(indicator.weight.detach())
         optimizer()
         number = round(progress * self.steps) + 1
         self.progress = number / self.steps

@@ -242,9 +242,10 @@ def _without_gate_gradient(net: RetrievalNet, site: str, features: Tensor) -> Te
 
 
 def feature_module(site: str) -> str:
-    """Return the name of the module whose output is compared with the teacher's: in front of a site's compactor.
+    """Return the name of the module whose output is compared with the teacher's.
 
-    Source: the public code of the paper. Behind it, the comparison would work against the lasso.
+    It is the norm in front of a compactor, as in the public code of the paper (behind the compactor, the comparison
+    would work against the lasso), and the end of a stage with a channel gate.
     """
     return indicator_name(site).replace("compactor", "bn") if is_inner(site) else observed_module(site)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import ladder
-from benchmarks.ladder import LADDERS, Ladder, add_precisions, read, setting, with_values
+from benchmarks.ladder import LADDERS, Ladder, LadderError, add_precisions, read, setting, with_values
 from benchmarks.ladder_chart import plot_rows
 from pipeline.data.splits import draw_test
 from pipeline.files import Files, read_json
@@ -124,3 +124,5 @@ def test_half_of_the_training_identities_lose_their_labels(tmp_path: Path) -> No
     params = with_values(load_preset(ROOT, "smoke"), {"data.root": str(tmp_path), "data.source": "folder", "seed": 1})
     trained = sorted(set("abcdefghij") - draw_test("abcdefghij", params.data.custom.test, 1))
     assert 2 < len(trained) < 10 and ladder.half_of_training(params) == trained[::2]
+    with pytest.raises(LadderError, match=r"data\.root must be the absolute path of a folder, got data/own; add "):
+        ladder.half_of_training(with_values(params, {"data.root": "data/own"}))

@@ -103,7 +103,7 @@ def section(**paper: object) -> Student:
     return Student.model_validate(student)
 
 
-def test_masked_rows_get_the_gradients_of_lasso_and_decay_only_and_other_rows_all() -> None:
+def test_masked_rows_get_the_gradient_of_the_lasso_only_and_other_rows_both() -> None:
     method = PaperMethod(SPEC, section(start=0.0, lasso=0.25), MACS, 10, torch.device("cpu"))
     net = attach(RetrievalNet(SPEC), method.sites)
     assert all(site.endswith("conv2") for site in net.spec.indicators)
@@ -113,8 +113,7 @@ def test_masked_rows_get_the_gradients_of_lasso_and_decay_only_and_other_rows_al
     retrieval = weight.grad.clone()
     method.sites[site].masked[3:7] = True
     method.step(net, lambda: None, 0.0)
-    decay = method.config.optimizer.weight_decay
-    lasso = 0.25 * lasso_gradient(weight.detach()) + decay * weight.detach()
+    lasso = 0.25 * lasso_gradient(weight.detach())
     torch.testing.assert_close(weight.grad[3:7], lasso[3:7])
     torch.testing.assert_close(weight.grad[:3], (retrieval + lasso)[:3])
     assert retrieval[3:7].any()
@@ -124,7 +123,6 @@ def test_before_the_start_the_lasso_acts_and_nothing_is_masked() -> None:
     method = PaperMethod(SPEC, section(start=0.5, lasso=0.25), MACS, 10, torch.device("cpu"))
     net = attach(RetrievalNet(SPEC), method.sites)
     features = {name: torch.randn(4, len(site.masked)) for name, site in method.sites.items()}
-    decay = method.config.optimizer.weight_decay
     for step in range(5):
         method.observe(features, features)
         net(torch.randn(4, 3, 32, 32)).embedding.sum().backward()
@@ -132,7 +130,7 @@ def test_before_the_start_the_lasso_acts_and_nothing_is_masked() -> None:
         method.step(net, lambda: None, step / 10)
         for name, indicator in net.indicators().items():
             added = indicator.weight.grad - before[name]
-            torch.testing.assert_close(row_norms(added), torch.full((len(added),), 0.25 + decay))  # rows have norm 1
+            torch.testing.assert_close(row_norms(added), torch.full((len(added),), 0.25))  # rows have norm 1
     assert not any(site.masked.any() for site in method.sites.values())
     method.observe(features, features)
     assert any(site.masked.any() for site in method.sites.values())
