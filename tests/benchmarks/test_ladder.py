@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import ladder
-from benchmarks.ladder import LADDERS, Ladder, LadderError, add_precisions, read, setting, with_values
+from benchmarks.ladder import COLUMNS, LADDERS, Ladder, LadderError, add_precisions, read, setting, with_values
 from benchmarks.ladder_chart import plot_rows
 from pipeline.data.splits import draw_test
 from pipeline.files import Files, read_json
@@ -116,6 +116,22 @@ def test_the_chart_has_the_rows_of_all_students_of_the_method_as_published(tmp_p
         "one, other rows",
         "two, other rows",
     ]
+
+
+def test_a_ladder_without_the_labels_of_a_half_passes_their_folders_to_all_students(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LADDERS, "tiny", Ladder("smoke", TINY.students, half_unlabelled=True))
+    with pytest.raises(SystemExit, match=r"ladder: data\.root must be the absolute path of a folder, got data; add "):
+        run()
+    for name in "abcdefghij":
+        (tmp_path / name).mkdir()
+    taught = []
+    monkeypatch.setattr(ladder, "clone", lambda _folder: None)
+    monkeypatch.setattr(ladder, "teach", lambda _folder, params: taught.append(params))
+    monkeypatch.setattr(ladder, "train", lambda *arguments: taught.append(arguments[3]) or dict.fromkeys(COLUMNS))
+    run("--params", "data.source=folder", f"data.root={tmp_path}")
+    assert len(taught) == 3 and all(params.data.unlabelled == ladder.half_of_training(params) for params in taught)
 
 
 def test_half_of_the_training_identities_lose_their_labels(tmp_path: Path) -> None:
