@@ -108,6 +108,10 @@ LADDERS = {
             "others-65": {**SHORT, **CLOSE},
             "labels-65": {**SHORT, **CLOSE, "student.batch.unlabelled": 0, "student.distill.views": 0},
             "taylor-90": {"student.budget.reduction": 0.9, "student.resetting.importance": "taylor"},
+            "triplets-90": {
+                "student.budget.reduction": 0.9,
+                "student.distill.extra_losses": {"asymmetric_triplet": {"weight": 10.0, "margin": 0.1}},
+            },
             "one-view-65": {"student.distill.average_views": False},
             "train-only-65": {"data.vehicles.unlabelled_identities": 0},
         },
