@@ -11,6 +11,7 @@ import numpy as np
 from pipeline import checkpoint
 from pipeline.data.augment import MEAN, STD, normalise
 from pipeline.data.images import open_images
+from pipeline.data.manifest import UNLABELLED
 from pipeline.data.requirements import check_requirements
 from pipeline.data.sources import LAYOUTS
 from pipeline.export import int8, sample
@@ -128,6 +129,12 @@ def export(run: Run) -> ExportRecord:
             "same way, before the model resizes them."
         )
     contents = {name: file.content for name, file in files.items()}
+    unlabelled = len(manifest.indices(UNLABELLED))
+    if unlabelled and params.student.batch.unlabelled:
+        notes["Which images without labels were used?"] = (
+            f"Beside the training set, the student learned from {unlabelled:,} images without labels, by the teacher's "
+            "embeddings."
+        )
     if int8_result is not None:
         notes["Is there an int8 file?"] = int8_result.markdown
     write_release(

@@ -139,6 +139,15 @@ def test_the_student_meets_its_budget_and_surgery_keeps_its_quality(finished: Pa
     assert export["int8_published"] == 0
 
 
+def test_card_and_report_name_the_images_without_labels(finished: Path) -> None:
+    count = metrics(finished, "prepare")["unlabelled"]
+    card, report = (
+        (finished / "artifacts" / name).read_text() for name in ("export/card.md", "benchmark/report/index.html")
+    )
+    assert f"the student learned from {count} images without labels" in card
+    assert f"and {count}\nimages without labels" in report
+
+
 def test_metrics_contain_numbers_only(finished: Path) -> None:
     def numbers(value: object) -> bool:
         if isinstance(value, dict):

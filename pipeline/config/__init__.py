@@ -86,7 +86,8 @@ class Data(Section):
     validation: Annotated[float, Field(ge=0, le=0.5)]
     """Share of the training identities held out for validation; the test set is never used for it."""
     max_quarantined: Fraction
-    """Largest share of unreadable images; the stage fails if there are more."""
+    """Largest share of unreadable images, among those with labels and among those without; the stage fails if there are
+    more."""
     max_leaked: Fraction
     """Largest share of test images with the same pixels as a training image; the stage fails if there are more."""
     closed_set: bool
@@ -97,9 +98,9 @@ class Data(Section):
     reported, and of unlabelled and test or validation images, of which the unlabelled ones are removed. -1 turns the
     search off; then only equal pixels count."""
     unlabelled: list[str]
-    """Folders in `root`, relative to it, whose images have no labels and are for distillation only; images below them
-    are in no other split. Those that are in the test or the validation set too, or look like an image there, are
-    removed. Empty for none, and for source `vehicles`."""
+    """Folders in `root`, relative to it, of images without labels, for distillation only. With source `folder` they are
+    no identities; with other sources an image that the data set lists keeps its labels. Images that are in the test or
+    the validation set too, or look like an image there, are removed. Empty for none, and for source `vehicles`."""
     vehicles: Vehicles
     vehicleid: VehicleId
     custom: Custom

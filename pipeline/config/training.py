@@ -34,8 +34,8 @@ class StudentBatch(Batch):
 
     unlabelled: Annotated[int, Field(ge=0, le=65_536)]
     """Images beside the P x K ones that only the distillation losses use. They are drawn at random from all training
-    images and those of `data.unlabelled`. Without labels, they teach the student the function of its teacher at more
-    points (Beyer et al., "A good teacher is patient and consistent", CVPR 2022)."""
+    images and those of `data.unlabelled`. With them, the student is compared with its teacher at more points (Beyer et
+    al., "A good teacher is patient and consistent", CVPR 2022)."""
 
     @property
     def size(self) -> int:
@@ -254,6 +254,16 @@ class Student(Training):
     a pruned network ignore it."""
     resetting: Resetting
     paper: Paper
+
+    @model_validator(mode="after")
+    def _unlabelled_images_have_a_loss(self) -> Self:
+        losses = self.distill
+        if self.batch.unlabelled and not (losses.kl or losses.feature or losses.embedding or losses.extra_losses):
+            raise ValueError(
+                f"`batch.unlabelled` ({self.batch.unlabelled}) must be 0 if no distillation loss has a weight: raise "
+                "`distill.embedding`, for example"
+            )
+        return self
 
     @property
     def budgeted(self) -> bool:

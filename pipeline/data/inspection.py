@@ -257,12 +257,13 @@ def unlabelled_copies(inspection: Inspection, bits: int) -> list[tuple[str, str,
         bits: See `near_duplicates`; below 0, only equal pixels count.
 
     Returns:
-        Name of the test or validation image, name of the unlabelled image, and number of differing bits.
+        Name of the test or validation image, name of the unlabelled image, and number of differing bits, -1 if all
+        pixels are equal.
     """
     evaluated = [(item, image) for item, image in inspection.pairs if item.split not in ("train", UNLABELLED)]
     unlabelled = [(item, image) for item, image in inspection.pairs if item.split == UNLABELLED]
     names = {image.pixels: item.name for item, image in evaluated}
-    equal = [(names[image.pixels], item.name, 0) for item, image in unlabelled if image.pixels in names]
+    equal = [(names[image.pixels], item.name, -1) for item, image in unlabelled if image.pixels in names]
     return equal + _look_alikes(evaluated, unlabelled, bits)
 
 

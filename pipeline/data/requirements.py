@@ -8,6 +8,7 @@ import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 
 from pipeline.config import Batch, Params
 from pipeline.data.layout import UNKNOWN
@@ -49,6 +50,13 @@ def problems(items: Sequence[Item], params: Params) -> Iterator[str]:
 
 def warnings(items: Sequence[Item], params: Params) -> Iterator[str]:
     """Yield what works and is probably not intended."""
+    if any(item.split == UNLABELLED for item in items) and not params.student.batch.unlabelled:
+        yield "images without labels are not used, because `student.batch.unlabelled` is 0; raise it, to 48 for example"
+    if params.data.source == "folder":
+        yield from _identities_around(items, params.data.unlabelled)
+    if (weights := params.teacher.weights) not in ("none", "imagenet") and not Path(weights).is_file():
+        yield f"`teacher.weights` is {weights}, which is not a file, so stage teacher will stop; set it to a path"
+    items = [item for item in items if item.split != UNLABELLED]
     trained = _cameras_of(items, "train")
     held_out = {item.identity for item in items if item.split.startswith("validation-")}
     share = params.data.validation
@@ -79,6 +87,25 @@ def warnings(items: Sequence[Item], params: Params) -> Iterator[str]:
         yield f"`benchmark.panels` is {params.benchmark.panels}, but queries of the test set: {queries}; all are shown"
 
 
+def _identities_around(items: Iterable[Item], unlabelled: Iterable[str]) -> Iterator[str]:
+    """Yield the identities whose folder holds a folder of unlabelled images, which is probably not meant."""
+    outer = {str(parent): folder for folder in sorted(unlabelled) for parent in PurePosixPath(folder).parents}
+    for folder in sorted({str(PurePosixPath(item.path).parent) for item in items if item.split != UNLABELLED}):
+        for around in (folder, str(PurePosixPath(folder).parent)):
+            if around != "." and around in outer:
+                yield (
+                    f"images in {folder} count as those of an identity, although {outer[around]} is in "
+                    f"`data.unlabelled`; add {around} to it, or move them"
+                )
+                break
+
+
+def _unlisted(params: Params) -> str:
+    """Return a remedy if folders that are named as splits may have been listed as unlabelled."""
+    folders = params.data.unlabelled
+    return f"remove its folder from `data.unlabelled` ({', '.join(folders)}), or " if folders else ""
+
+
 def _batches(params: Params) -> tuple[tuple[str, Batch], ...]:
     return ("teacher", params.teacher.batch), ("student", params.student.batch)
 
@@ -102,7 +129,10 @@ def _training_problems(items: Sequence[Item], params: Params) -> Iterator[str]:
     )
     fewer = "lower `data.custom.test`, or " if params.data.source in CUSTOM and len(tested) > 2 else ""
     if not trained:
-        yield "no image is in the training set; give images the split `train`, or lower `data.custom.test`"
+        yield (
+            f"no image is in the training set; {_unlisted(params)}give images the split `train`, or lower "
+            "`data.custom.test`"
+        )
         return
     if len(trained) < 2:
         yield f"training needs two identities, and there are {left}; {fewer}add identities"
@@ -111,7 +141,7 @@ def _training_problems(items: Sequence[Item], params: Params) -> Iterator[str]:
         if batch.identities > len(trained):
             yield (
                 f"`{stage}.batch.identities` ({batch.identities}) must not exceed the {left}; "
-                f"{fewer}set it to {len(trained)} or less"
+                f"{fewer}set `{stage}.batch.identities` to {len(trained)} or less"
             )
 
 
@@ -134,8 +164,8 @@ def _test_problems(items: Sequence[Item], params: Params) -> Iterator[str]:
         )
     elif not tested and data.source in CUSTOM:
         yield (
-            "no image is in the test set; give images the split `test`, or `query` and `gallery`, or, without splits "
-            f"of your own, raise `data.custom.test` ({data.custom.test:g})"
+            f"no image is in the test set; {_unlisted(params)}give images the split `test`, or `query` and `gallery`, "
+            f"or, without splits of your own, raise `data.custom.test` ({data.custom.test:g})"
         )
     elif len(identities - {JUNK}) < 2:
         others = len({item.identity for item in items} - {JUNK}) - len(identities - {JUNK})

@@ -121,11 +121,13 @@ def pretrained_weights(weights: str, depth: int) -> dict[str, Tensor]:
             ) from error
     path = Path(weights)
     if not path.is_file():
-        raise FileNotFoundError(f"`weights` is {weights}, which is not a file; set it to none, imagenet or a path")
+        raise FileNotFoundError(
+            f"`teacher.weights` is {weights}, which is not a file; set it to none, imagenet or a path"
+        )
     try:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(
-            f"`weights` is {weights}, which is not a safetensors file ({error}); write a state dict that you trust "
-            "with `safetensors.torch.save_file`"
+            f"`teacher.weights` is {weights}, which is not a safetensors file ({error}); write a state dict that you "
+            "trust with `safetensors.torch.save_file`"
         ) from error

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from pipeline.config import Params
 from pipeline.data.layout import UNASSIGNED
@@ -62,7 +63,7 @@ def test_a_batch_with_more_identities_than_are_left_is_refused_with_both_numbers
     assert problem.startswith(
         f"`student.batch.identities` (16) must not exceed the {left} identities left for training"
     )
-    assert problem.endswith(f"set it to {left} or less")
+    assert problem.endswith(f"set `student.batch.identities` to {left} or less")
     assert list(problems(items, params_of(student__batch__identities=left, data__custom__test=0.3))) == []
 
 
@@ -157,6 +158,12 @@ def test_no_training_identity_is_a_problem_of_its_own() -> None:
         ([*TRAIN, ("v", "a", "validation-query"), ("v", "b", "validation-gallery")], {}, "mAP is always 1"),
         (TRAIN, {"teacher__batch__instances": 3}, r"6 of 6 .* `teacher.batch.instances` \(3\)"),
         (TRAIN, {"benchmark__panels": 5}, "is 5, but queries of the test set: 3"),
+        (
+            [*TRAIN, ("unlabelled", "unknown", "unlabelled")],
+            {"student__batch__unlabelled": 0},
+            "not used, because `student.batch.unlabelled` is 0",
+        ),
+        (TRAIN, {"teacher__weights": "nowhere.pth"}, "`teacher.weights` is nowhere.pth, which is not a file"),
     ],
 )
 def test_what_is_probably_not_intended_is_a_warning(views: list[View], changes: dict[str, Any], message: str) -> None:
@@ -165,6 +172,29 @@ def test_what_is_probably_not_intended_is_a_warning(views: list[View], changes: 
     assert list(problems(items, params)) == []
     (warning,) = warnings(items, params)
     assert re.search(message, warning)
+
+
+def test_an_identity_around_a_folder_without_labels_is_a_warning() -> None:
+    params = params_of(data__unlabelled=["old/north", "street"], student__batch__unlabelled=4)
+    paths = {"car/a.jpg": "car", "old/b.jpg": "old", "old/south/c.jpg": "old"}
+    items = [Item(path, identity, "a", "train") for path, identity in paths.items()]
+    found = [warning for warning in warnings(items, params) if "count as those of an identity" in warning]
+    assert [warning.partition(" count")[0] for warning in found] == ["images in old", "images in old/south"]
+    assert found[0].endswith("although old/north is in `data.unlabelled`; add old to it, or move them")
+
+
+def test_a_split_that_is_listed_as_unlabelled_is_named() -> None:
+    params = params_of(data__unlabelled=["extra", "train"])
+    assert next(problems(items_of(TEST), params)).startswith(
+        "no image is in the training set; remove its folder from `data.unlabelled` (extra, train), or give images"
+    )
+
+
+def test_unlabelled_images_without_a_distillation_loss_are_refused() -> None:
+    with pytest.raises(
+        ValidationError, match=r"`batch.unlabelled` \(4\) must be 0 if no distillation loss has a weight"
+    ):
+        params_of(student__batch__unlabelled=4, student__distill__kl=0.0, student__distill__feature=0.0)
 
 
 def test_the_remedy_of_a_missing_validation_helps() -> None:
