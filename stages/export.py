@@ -133,7 +133,7 @@ def export(run: Run) -> ExportRecord:
     if unlabelled and params.student.batch.unlabelled:
         notes["Which images without labels were used?"] = (
             f"Beside the training set, the student learned from {unlabelled:,} images without labels, by the teacher's "
-            "embeddings."
+            "outputs for them."
         )
     if int8_result is not None:
         notes["Is there an int8 file?"] = int8_result.markdown

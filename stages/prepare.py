@@ -112,8 +112,8 @@ def _report(files: Files, reported: Sequence[ImageWarning], new: Sequence[ImageW
         log.warning("%s", line)
 
 
-def _removal(known: str, removed: str, bits: int) -> ImageWarning:
-    if bits < 0:
+def _removal(known: str, removed: str, bits: int | None) -> ImageWarning:
+    if bits is None:
         return ImageWarning(removed, "unlabelled image is left out: a test or validation image has its pixels", known)
     kind = "unlabelled image is left out: it looks like a test or validation image"
     return ImageWarning(removed, kind, f"{known}, {bits} of 64 bits differ")

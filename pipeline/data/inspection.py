@@ -249,7 +249,7 @@ def near_duplicates(inspection: Inspection, bits: int) -> list[tuple[str, str, i
     return _look_alikes(training, tested, bits)
 
 
-def unlabelled_copies(inspection: Inspection, bits: int) -> list[tuple[str, str, int]]:
+def unlabelled_copies(inspection: Inspection, bits: int) -> list[tuple[str, str, int | None]]:
     """Find the unlabelled images that have the pixels of a test or validation image, or look like one, mirrored or not.
 
     Args:
@@ -257,14 +257,14 @@ def unlabelled_copies(inspection: Inspection, bits: int) -> list[tuple[str, str,
         bits: See `near_duplicates`; below 0, only equal pixels count.
 
     Returns:
-        Name of the test or validation image, name of the unlabelled image, and number of differing bits, -1 if all
+        Name of the test or validation image, name of the unlabelled image, and number of differing bits, None if all
         pixels are equal.
     """
     evaluated = [(item, image) for item, image in inspection.pairs if item.split not in ("train", UNLABELLED)]
     unlabelled = [(item, image) for item, image in inspection.pairs if item.split == UNLABELLED]
     names = {image.pixels: item.name for item, image in evaluated}
-    equal = [(names[image.pixels], item.name, -1) for item, image in unlabelled if image.pixels in names]
-    return equal + _look_alikes(evaluated, unlabelled, bits)
+    equal = [(names[image.pixels], item.name, None) for item, image in unlabelled if image.pixels in names]
+    return [*equal, *_look_alikes(evaluated, unlabelled, bits)]
 
 
 def _look_alikes(references: Sequence[Pair], images: Sequence[Pair], bits: int) -> list[tuple[str, str, int]]:

@@ -90,6 +90,8 @@ def warnings(items: Sequence[Item], params: Params) -> Iterator[str]:
 def _identities_around(items: Iterable[Item], unlabelled: Iterable[str]) -> Iterator[str]:
     """Yield the identities whose folder holds a folder of unlabelled images, which is probably not meant."""
     outer = {str(parent): folder for folder in sorted(unlabelled) for parent in PurePosixPath(folder).parents}
+    if not outer:  # most often, and there may be many images
+        return
     for folder in sorted({str(PurePosixPath(item.path).parent) for item in items if item.split != UNLABELLED}):
         for around in (folder, str(PurePosixPath(folder).parent)):
             if around != "." and around in outer:

@@ -494,7 +494,7 @@ def test_look_alikes_are_those_of_a_slow_search(training, tested, without_labels
                 if not known.flat
             ]
             if equals:
-                found |= {item.name: -1} if equal else {}
+                found |= {item.name: None} if equal else {}
             elif not image.flat and distances and min(distances) <= bits:
                 found[item.name] = min(distances)
         return found
