@@ -45,6 +45,7 @@ from pipeline.system.git_cli import head_commit
 from pipeline.system.locks import locked
 
 Vectors = npt.NDArray[np.float32]
+Precisions = npt.NDArray[np.float64]
 
 CODE = ("pipeline", "stages", "presets", "requirements.lock")
 """What decides the results; while a ladder is trained, it must stay as it is in the clone."""
@@ -313,8 +314,7 @@ def read(table: Path) -> list[dict[str, str]]:
 def measure(files: Files, params: Params, student: str, table: Path) -> dict[str, str]:
     """Compare the cut student with its teacher, and add its average precisions to LADDER-N-ap.csv.
 
-    Distances are means of 1 - cosine. The standard error is that of the mean over test identities, whose queries
-    resemble each other.
+    Distances are means of 1 - cosine.
     """
     protocol, (height, width) = params.data.protocol, params.data.image_size
     manifest, images = open_images(files, params)
@@ -333,15 +333,14 @@ def measure(files: Files, params: Params, student: str, table: Path) -> dict[str
     ]
     identities = manifest.identities(manifest.indices("query"))[scores[0].query]
     columns = {"teacher": scores[0].ap, student: scores[1].ap}
-    of_teacher, of_student = add_precisions(table.with_name(f"{table.stem}-ap.csv"), identities, columns)
-    differences = of_student - of_teacher
+    queries, (of_teacher, of_student) = add_precisions(table.with_name(f"{table.stem}-ap.csv"), identities, columns)
     macs = [cost.macs(net.spec, (height, width)) for net in (teacher, small)]
     weights = [cost.params(net.spec) for net in (teacher, small)]
     return {
         "teacher_map": f"{scores[0].map:.5f}",
         "map": f"{scores[1].map:.5f}",
         "difference": f"{scores[1].map - scores[0].map:+.5f}",
-        "standard_error": f"{differences.std(ddof=1) / len(differences) ** 0.5:.5f}",
+        "standard_error": f"{standard_error(of_student - of_teacher, queries):.5f}",
         "distance_seen": f"{distance(*(embed(net, images, seen, normalise) for net in (teacher, small))):.4f}",
         "distance_unseen": f"{distance(*embeddings):.4f}",
         "distance_unseen_to_mirrored_mean": f"{distance(embeddings[1], both):.4f}",
@@ -353,8 +352,8 @@ def measure(files: Files, params: Params, student: str, table: Path) -> dict[str
 
 
 def add_precisions(
-    path: Path, identities: npt.NDArray[np.str_], columns: Mapping[str, npt.NDArray[np.float64]]
-) -> list[npt.NDArray[np.float64]]:
+    path: Path, identities: npt.NDArray[np.str_], columns: Mapping[str, Precisions]
+) -> tuple[npt.NDArray[np.int64], list[Precisions]]:
     """Average the average precision over the queries of each identity, and add the columns to a CSV file.
 
     Args:
@@ -363,16 +362,30 @@ def add_precisions(
         columns: (Q,) average precisions by column, NaN for a query without a match.
 
     Returns:
-        The columns that were added, (I,) each.
+        The number of queries of each identity, (I,), and the columns that were added, (I,) each.
     """
-    names = np.unique(identities[np.isfinite(next(iter(columns.values())))])
+    names, queries = np.unique(identities[np.isfinite(next(iter(columns.values())))], return_counts=True)
     means = {column: np.array([np.nanmean(ap[identities == name]) for name in names]) for column, ap in columns.items()}
-    lines = read(path) or [{"identity": str(name)} for name in names]
+    lines = read(path) or [
+        {"identity": str(name), "queries": str(count)} for name, count in zip(names, queries, strict=True)
+    ]
     for column, values in means.items():
         for line, value in zip(lines, values, strict=True):
             line[column] = f"{value:.5f}"
     write_text(path, csv_text(list(lines[0]), [list(line.values()) for line in lines]))
-    return list(means.values())
+    return queries, list(means.values())
+
+
+def standard_error(differences: Precisions, queries: npt.NDArray[np.int64]) -> float:
+    """Return the standard error of a mean over queries, where those of one identity resemble each other.
+
+    Args:
+        differences: (I,) mean of the queries of each identity.
+        queries: (I,) their number.
+    """
+    count = len(differences)
+    residuals = queries * (differences - np.average(differences, weights=queries))
+    return float(np.sqrt(count / (count - 1) * np.square(residuals).sum()) / queries.sum())
 
 
 def unit(vectors: Vectors) -> Vectors:

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 from benchmarks import ladder
-from benchmarks.ladder import COLUMNS, LADDERS, Ladder, LadderError, add_precisions, read, setting, with_values
+from benchmarks.ladder import (
+    COLUMNS,
+    LADDERS,
+    Ladder,
+    LadderError,
+    add_precisions,
+    read,
+    setting,
+    standard_error,
+    with_values,
+)
 from benchmarks.ladder_chart import plot_rows
 from pipeline.data.splits import draw_test
 from pipeline.files import Files, read_json
@@ -97,10 +107,27 @@ def test_the_params_of_all_students_are_valid_and_differ(name: str) -> None:
 def test_precisions_are_averaged_over_the_queries_of_an_identity(tmp_path: Path) -> None:
     path, identities = tmp_path / "ap.csv", np.array(["b", "a", "b", "c"])
     columns = {"teacher": np.array([0.2, 0.5, 0.4, np.nan]), "one": np.array([1.0, 0.0, 0.5, np.nan])}
-    teacher, one = add_precisions(path, identities, columns)
+    queries, (teacher, one) = add_precisions(path, identities, columns)
+    assert queries.tolist() == [1, 2]
     np.testing.assert_allclose([*teacher, *one], [0.5, 0.3, 0.0, 0.75])
     add_precisions(path, identities, {"teacher": columns["teacher"], "two": columns["one"] / 2})
-    assert read(path)[1] == {"identity": "b", "teacher": "0.30000", "one": "0.75000", "two": "0.37500"}
+    assert read(path)[1] == {"identity": "b", "queries": "2", "teacher": "0.30000", "one": "0.75000", "two": "0.37500"}
+
+
+def test_the_standard_error_is_that_of_the_mean_over_queries() -> None:
+    """Compared with the deviation over many drawn test sets whose identities have unequal numbers of queries."""
+    random = np.random.default_rng(0)
+    drawn = []
+    for _ in range(2000):
+        queries = random.integers(1, 40, 60)
+        differences = random.normal(queries / 100, 0.1)
+        drawn.append((np.average(differences, weights=queries), standard_error(differences, queries)))
+    means, errors = np.array(drawn).T
+    assert errors.mean() == pytest.approx(means.std(), rel=0.05)
+    equal = np.full(4, 3)
+    assert standard_error(np.array([0.0, 0.1, 0.2, 0.3]), equal) == pytest.approx(
+        np.std([0.0, 0.1, 0.2, 0.3], ddof=1) / 2
+    )
 
 
 def test_the_chart_has_the_rows_of_all_students_of_the_method_as_published(tmp_path: Path) -> None:
