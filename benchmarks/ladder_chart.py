@@ -23,17 +23,17 @@ def plot_rows(students: Mapping[str, Curves]) -> Figure:
         masks, norms, cost = figure.subplots(3, 1, sharex=True)
         for color, (name, curves) in zip(cycle(COLORS), students.items(), strict=False):
             epochs = curves[EPOCH]
-            masks.plot(epochs, curves["masked_rows"], color=color)
+            masks.plot(epochs, curves["masked_rows"], color=color, label=name)
             for rows, line in (("masked", "--"), ("other", "-")):
                 if (column := f"norm_of_{rows}_rows") in curves:
-                    norms.plot(epochs, curves[column], line, color=color, label=f"{name}, {rows} rows")
+                    norms.plot(epochs, curves[column], line, color=color)
             cost.plot(epochs, 1 - curves["macs_reduction"], color=color)
         masks.set(title="Masked rows", ylim=(0, 1.05))
-        norms.set(title="Mean norm of a compactor row")
+        norms.set(title="Mean norm of a compactor row (dashed: masked rows)")
         norms.set_ylim(bottom=0)
         cost.set(title="Remaining MACs", ylim=(0, 1.05), xlabel="epoch")
         cost.xaxis.set_major_locator(MaxNLocator(integer=True))
         percent(masks)
         percent(cost)
-        figure.legend(*norms.get_legend_handles_labels(), loc="outside upper left", ncols=2)
+        figure.legend(*masks.get_legend_handles_labels(), loc="outside upper left", ncols=2)
     return figure

@@ -137,12 +137,10 @@ def test_the_chart_has_the_rows_of_all_students_of_the_method_as_published(tmp_p
     (tmp_path / "paper-0-two.csv").write_text("epoch,macs_reduction,masked_rows,norm_of_other_rows\n1,0.0,0.0,1.0\n")
     ladder.draw(tmp_path / "paper-0.csv")
     assert (tmp_path / "paper-0.png").stat().st_size
-    legend = plot_rows({name: read_curves(tmp_path / f"paper-0-{name}.csv") for name in ("one", "two")}).legends[0]
-    assert [text.get_text() for text in legend.get_texts()] == [
-        "one, masked rows",
-        "one, other rows",
-        "two, other rows",
-    ]
+    figure = plot_rows({name: read_curves(tmp_path / f"paper-0-{name}.csv") for name in ("one", "two")})
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two"]
+    norms = figure.axes[1].get_lines()
+    assert [line.get_linestyle() for line in norms] == ["--", "-", "-"]
 
 
 def test_a_ladder_without_the_labels_of_a_half_passes_their_folders_to_all_students(
