@@ -6,7 +6,6 @@ test identity to LADDER-N-ap.csv; for method `paper` also curves and a chart of 
 """
 
 import argparse
-import csv
 import hashlib
 import os
 import platform
@@ -19,40 +18,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+from pydantic import ValidationError
 from ruamel.yaml import YAML
-from torch import Tensor
 
 from benchmarks.ladder_chart import plot_rows
+from benchmarks.ladder_scores import measure, read
 from benchmarks.short import ROOT, with_values
 from pipeline import checkpoint
 from pipeline.config import Params
-from pipeline.data.augment import normalise
-from pipeline.data.images import open_images
 from pipeline.data.splits import draw_test
 from pipeline.files import Files, csv_text, write_atomically, write_text
-from pipeline.models import cost
 from pipeline.report.curves import read_curves
 from pipeline.report.style import save
-from pipeline.retrieval import scoring
-from pipeline.retrieval.embed import embed
-from pipeline.retrieval.evaluate import sides
 from pipeline.runtime import limit_threads
 from pipeline.stage.params_file import load
 from pipeline.stage.presets import load_preset
 from pipeline.system.git_cli import head_commit
 from pipeline.system.locks import locked
 
-Vectors = npt.NDArray[np.float32]
-Precisions = npt.NDArray[np.float64]
-
 CODE = ("pipeline", "stages", "presets", "requirements.lock")
 """What decides the results; while a ladder is trained, it must stay as it is in the clone."""
 COLUMNS = (
     "student", "teacher_map", "map", "difference", "standard_error", "distance_seen", "distance_unseen",
     "distance_unseen_to_mirrored_mean", "teacher_with_mirror_map", "macs_reduction", "params_reduction", "layer4_width",
-    "core_minutes", "teacher", "commit", "processor",
+    "core_minutes", "teacher", "params", "commit", "processor",
 )  # fmt: skip
 SHORT = {
     "student.epochs": 24,
@@ -171,8 +160,8 @@ def main() -> None:
     options = parser.parse_args()
     name, ladder = f"{options.ladder}-{options.seed}", LADDERS[options.ladder]
     settings = {"runtime.threads": 1, **ladder.settings, **dict(options.params), "seed": options.seed}
-    base = with_values(load_preset(ROOT, ladder.preset), settings)
     try:
+        base = with_values(load_preset(ROOT, ladder.preset), settings)
         if ladder.half_unlabelled:
             base = with_values(base, {"data.unlabelled": half_of_training(base)})
         students = {student: with_values(base, dict(changes)) for student, changes in ladder.students.items()}
@@ -184,10 +173,12 @@ def main() -> None:
             clone(folder)
             teach(folder, base)
             for student in options.students or students:
-                if student not in (line["student"] for line in read(table)):
+                if not is_finished(table, student, students[student]):
                     line = train(folder, table, student, students[student])
                     print(f"{student}: {line['difference']} mAP, {line['core_minutes']} core-minutes", flush=True)
-    except LadderError as error:
+    except (KeyError, ValidationError) as error:
+        sys.exit(f"ladder: invalid `--params`: {error}")
+    except (LadderError, subprocess.CalledProcessError) as error:
         sys.exit(f"ladder: {error}")
 
 
@@ -269,6 +260,23 @@ def run(stage: str, files: Files, params: Params) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+def is_finished(table: Path, student: str, params: Params) -> bool:
+    """Return whether a student has a line.
+
+    Raises:
+        LadderError: If it was trained with other params; lines of earlier versions do not have them.
+    """
+    line = next((line for line in read(table) if line["student"] == student), None)
+    if line is not None and line.get("params") not in (None, "", digest(params)):
+        raise LadderError(f"{table.name} has {student} with other params; delete its line to train it again")
+    return line is not None
+
+
+def digest(params: Params) -> str:
+    """Return a digest of params."""
+    return hashlib.sha256(params.model_dump_json().encode()).hexdigest()[:12]
+
+
 def train(folder: Path, table: Path, student: str, params: Params) -> dict[str, str]:
     """Train a student, cut it, compare it with the teacher, and append it to the table.
 
@@ -279,123 +287,29 @@ def train(folder: Path, table: Path, student: str, params: Params) -> dict[str, 
     source, lines = origin(files), read(table)
     if lines and lines[0]["teacher"] != source["teacher"]:
         raise LadderError(f"{table.name} has students of another teacher; finish a seed on one machine, or delete it")
+    if not lines:
+        table.with_name(f"{table.stem}-ap.csv").unlink(missing_ok=True)  # perhaps of another teacher
     prepare(files, params)
     resumed = any((files.checkpoints / "student").glob("*/*"))
     seconds = run("student", files, params)
     run("surgery", files, params)
     minutes = "" if resumed else f"{seconds / 60:.1f}"
-    line = {"student": student, **measure(files, params, student, table), "core_minutes": minutes, **source}
+    precisions = table.with_name(f"{table.stem}-ap.csv")
+    line = {"student": student, **measure(files, params, student, precisions), "core_minutes": minutes}
+    line |= {"params": digest(params), **source}
     if params.student.method == "paper":  # whose compactor rows shrink over the whole training
         curve = files.plots("student").read_text(encoding="utf-8")
         write_text(table.with_name(f"{table.stem}-{student}.csv"), curve)
-        draw(table)
+        draw(table, [*(line["student"] for line in lines), student])
     # Last, since a student with a line is finished.
     write_text(table, csv_text(COLUMNS, [[line.get(name, "") for name in COLUMNS] for line in [*lines, line]]))
     return line
 
 
-def draw(table: Path) -> None:
-    """Draw the curves of the students of method `paper` that have been trained, to LADDER-N.png."""
-    paths = [path for path in sorted(table.parent.glob(f"{table.stem}-*.csv")) if not path.stem.endswith("-ap")]
-    save(
-        plot_rows({path.stem.removeprefix(f"{table.stem}-"): read_curves(path) for path in paths}),
-        table.with_suffix(".png"),
-    )
-
-
-def read(table: Path) -> list[dict[str, str]]:
-    """Read a CSV file; it is empty if it is missing."""
-    if not table.is_file():
-        return []
-    with table.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def measure(files: Files, params: Params, student: str, table: Path) -> dict[str, str]:
-    """Compare the cut student with its teacher, and add its average precisions to LADDER-N-ap.csv.
-
-    Distances are means of 1 - cosine.
-    """
-    protocol, (height, width) = params.data.protocol, params.data.image_size
-    manifest, images = open_images(files, params)
-    seen = manifest.indices("train")
-    unseen = np.concatenate([manifest.indices("query"), manifest.indices("gallery")])
-    teacher, small = (checkpoint.load(files.artifacts(stage)) for stage in ("teacher", "surgery"))
-
-    def mirrored(batch: Tensor) -> Tensor:
-        return normalise(batch.flip(3))
-
-    embeddings = [embed(net, images, unseen, normalise) for net in (teacher, small)]
-    both = unit(embeddings[0] + embed(teacher, images, unseen, mirrored))
-    scores = [
-        scoring.evaluate(protocol, *sides(vectors, manifest, "query", "gallery", protocol))
-        for vectors in (*embeddings, both)
-    ]
-    identities = manifest.identities(manifest.indices("query"))[scores[0].query]
-    columns = {"teacher": scores[0].ap, student: scores[1].ap}
-    queries, (of_teacher, of_student) = add_precisions(table.with_name(f"{table.stem}-ap.csv"), identities, columns)
-    macs = [cost.macs(net.spec, (height, width)) for net in (teacher, small)]
-    weights = [cost.params(net.spec) for net in (teacher, small)]
-    return {
-        "teacher_map": f"{scores[0].map:.5f}",
-        "map": f"{scores[1].map:.5f}",
-        "difference": f"{scores[1].map - scores[0].map:+.5f}",
-        "standard_error": f"{standard_error(of_student - of_teacher, queries):.5f}",
-        "distance_seen": f"{distance(*(embed(net, images, seen, normalise) for net in (teacher, small))):.4f}",
-        "distance_unseen": f"{distance(*embeddings):.4f}",
-        "distance_unseen_to_mirrored_mean": f"{distance(embeddings[1], both):.4f}",
-        "teacher_with_mirror_map": f"{scores[2].map:.5f}",
-        "macs_reduction": f"{1 - macs[1] / macs[0]:.4f}",
-        "params_reduction": f"{1 - weights[1] / weights[0]:.4f}",
-        "layer4_width": str(small.spec.widths["layer4"]),
-    }
-
-
-def add_precisions(
-    path: Path, identities: npt.NDArray[np.str_], columns: Mapping[str, Precisions]
-) -> tuple[npt.NDArray[np.int64], list[Precisions]]:
-    """Average the average precision over the queries of each identity, and add the columns to a CSV file.
-
-    Args:
-        path: File with a line for each identity.
-        identities: (Q,) of the queries.
-        columns: (Q,) average precisions by column, NaN for a query without a match.
-
-    Returns:
-        The number of queries of each identity, (I,), and the columns that were added, (I,) each.
-    """
-    names, queries = np.unique(identities[np.isfinite(next(iter(columns.values())))], return_counts=True)
-    means = {column: np.array([np.nanmean(ap[identities == name]) for name in names]) for column, ap in columns.items()}
-    lines = read(path) or [
-        {"identity": str(name), "queries": str(count)} for name, count in zip(names, queries, strict=True)
-    ]
-    for column, values in means.items():
-        for line, value in zip(lines, values, strict=True):
-            line[column] = f"{value:.5f}"
-    write_text(path, csv_text(list(lines[0]), [list(line.values()) for line in lines]))
-    return queries, list(means.values())
-
-
-def standard_error(differences: Precisions, queries: npt.NDArray[np.int64]) -> float:
-    """Return the standard error of a mean over queries, where those of one identity resemble each other.
-
-    Args:
-        differences: (I,) mean of the queries of each identity.
-        queries: (I,) their number.
-    """
-    count = len(differences)
-    residuals = queries * (differences - np.average(differences, weights=queries))
-    return float(np.sqrt(count / (count - 1) * np.square(residuals).sum()) / queries.sum())
-
-
-def unit(vectors: Vectors) -> Vectors:
-    """Divide vectors (n, D) by their lengths."""
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
-def distance(first: Vectors, second: Vectors) -> float:
-    """Return the mean of 1 - cosine of pairs of unit vectors (n, D)."""
-    return float(1 - np.einsum("nd,nd->n", first, second).mean())
+def draw(table: Path, students: Sequence[str]) -> None:
+    """Draw the curves of students of method `paper`, to LADDER-N.png."""
+    curves = {student: read_curves(table.with_name(f"{table.stem}-{student}.csv")) for student in students}
+    save(plot_rows(curves), table.with_suffix(".png"))
 
 
 def origin(files: Files) -> dict[str, str]:

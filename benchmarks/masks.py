@@ -9,12 +9,11 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.nn.functional import normalize
 
 from benchmarks.short import ROOT, with_values
 from pipeline import checkpoint
-from pipeline.compress.budget import shrinking_sites
-from pipeline.compress.paper import PaperSite, unimportant_channels
+from pipeline.compress.budget import cost_model, shrinking_sites
+from pipeline.compress.paper import PaperMethod
 from pipeline.compress.student import observed_module
 from pipeline.data.augment import normalise
 from pipeline.data.images import open_images
@@ -43,24 +42,22 @@ def main(folder: Path) -> None:
     config, net = params.student, checkpoint.load(files.artifacts("teacher")).eval()
     loader = training_loader(manifest, images, config, params)
     names = {site: observed_module(site) for site in shrinking_sites(net.spec, config)}
-    sites, masks = {}, {}
-    for site in names:
-        width = net.spec.widths[site]
-        sites[site] = PaperSite(torch.zeros(width, dtype=torch.bool), torch.zeros(config.paper.memory, width))
-        masks[site] = {ratio: torch.zeros(width, dtype=torch.bool) for ratio in RATIOS}
+    cost = cost_model(net.spec, config, (params.data.image_size[0], params.data.image_size[1]))
+    methods = {}
+    for ratio in RATIOS:
+        paper = config.paper.model_copy(update={"ratio": ratio, "start": 0.0})
+        changed = config.model_copy(update={"paper": paper})
+        methods[ratio] = PaperMethod(net.spec, changed, cost, 1, torch.device("cpu"))
     with torch.no_grad(), FeatureHooks(net, names.values(), average_pool) as hooks:
         for batch in (batch for epoch in range(EPOCHS) for batch in loader.epoch(epoch)):
             net(normalise(batch.images))
             outputs = hooks.read()
-            for site, name in names.items():
-                features = outputs[name]
-                sites[site].store(normalize(features))
-                for ratio, masked in masks[site].items():
-                    memory, neighbours = sites[site].filled, config.paper.neighbours
-                    masked |= unimportant_channels(features, features, memory, neighbours, ratio)
+            features = {site: outputs[name] for site, name in names.items()}
+            for method in methods.values():
+                method.observe(features, features)
     print(f"{EPOCHS * len(loader)} batches of {config.batch.size} images, {len(names)} sites")
-    for ratio in RATIOS:
-        masked = torch.cat([masks[site][ratio] for site in names])
+    for ratio, method in methods.items():
+        masked = torch.cat([site.masked for site in method.sites.values()])
         print(f"ratio {ratio}: {masked.float().mean():.1%} of the channels are masked")
 
 

@@ -96,6 +96,11 @@ class Files(NamedTuple):
         return self.artifacts("prepare") / "images.npy"
 
     @property
+    def pixels(self) -> Path:
+        """Digest of all decoded images, where no cache holds them: without it, later stages would not see a change."""
+        return self.artifacts("prepare") / "pixels.sha256"
+
+    @property
     def report(self) -> Path:
         return self.artifacts("benchmark") / "report"
 

@@ -4,6 +4,7 @@ Reads   data.root (source `vehicles` renders its own images)
 Writes  artifacts/prepare/, artifacts/warnings.csv, metrics/prepare.json
 """
 
+import hashlib
 import logging
 import shutil
 import time
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pipeline.data import requirements
 from pipeline.data.images import build_cache, data_root
 from pipeline.data.inspection import (
+    Inspection,
     changed_files,
     check_limits,
     deduplicate,
@@ -21,6 +23,7 @@ from pipeline.data.inspection import (
     inspect,
     near_duplicates,
     unlabelled_copies,
+    unlabelled_overlaps,
 )
 from pipeline.data.layout import UNKNOWN
 from pipeline.data.manifest import UNLABELLED, DataError, ImageWarning, Item, Manifest, by_kind, first_few
@@ -32,6 +35,8 @@ from pipeline.records import PrepareRecord
 from pipeline.stage.run import Run, run_stage
 
 log = logging.getLogger(__name__)
+
+OVERLAP = "unlabelled image is left out: it shows a part of the same file as a test or validation image"
 
 
 def prepare(run: Run) -> PrepareRecord:
@@ -69,12 +74,18 @@ def prepare(run: Run) -> PrepareRecord:
     _report(files, [], warnings)  # now, since the checks below may stop the stage
     check_limits(inspection, source.items, data.max_quarantined, data.max_leaked)
     items = split_validation(inspection.good, data.validation, seed, data.protocol)
-    removed = unlabelled_copies(replace(inspection, good=items), data.near_duplicate_bits)
-    if removed:
-        _report(files, warnings, [_removal(*pair) for pair in removed])
-        names = {name for _, name, _ in removed}
-        items = [item for item in items if item.name not in names]
-    _check_unlabelled(source.items, items, len(removed))
+    divided = replace(inspection, good=items)
+    removals = {
+        removal.path: removal
+        for removal in (
+            *(ImageWarning(name, OVERLAP, known) for known, name in unlabelled_overlaps(divided)),
+            *(_removal(*copy) for copy in unlabelled_copies(divided, data.near_duplicate_bits)),
+        )
+    }
+    if removals:
+        _report(files, warnings, list(removals.values()))
+        items = [item for item in items if item.name not in removals]
+    _check_unlabelled(source.items, items, len(removals))
     requirements.check_requirements(items, run.params)
     for warning in requirements.warnings(items, run.params):
         log.warning("%s", warning)
@@ -82,6 +93,8 @@ def prepare(run: Run) -> PrepareRecord:
     if data.cache:
         height, width = data.image_size
         build_cache(manifest, (height, width), files.image_cache)
+    else:
+        write_text(files.pixels, _digest_of_pixels(inspection, manifest) + "\n")
     if changed := changed_files(inspection, root):
         raise DataError(
             f"{len(changed)} images changed while they were read: {first_few(changed)}; run the stage again"
@@ -101,7 +114,7 @@ def prepare(run: Run) -> PrepareRecord:
         test_identities=len(manifest.test_identities),
         seen_identities=manifest.seen_identities,
         unlabelled=len(manifest.indices(UNLABELLED)),
-        unlabelled_removed=len(removed),
+        unlabelled_removed=len(removals),
     )
 
 
@@ -110,6 +123,11 @@ def _report(files: Files, reported: Sequence[ImageWarning], new: Sequence[ImageW
     write_text(files.warnings, csv_text(("path", "warning", "detail"), [*reported, *new]))
     for line in by_kind(new):
         log.warning("%s", line)
+
+
+def _digest_of_pixels(inspection: Inspection, manifest: Manifest) -> str:
+    pixels = {item.name: image.pixels for item, image in inspection.pairs}
+    return hashlib.sha256("\n".join(pixels[item.name] for item in manifest.items).encode()).hexdigest()
 
 
 def _removal(known: str, removed: str, bits: int | None) -> ImageWarning:

@@ -78,9 +78,17 @@ class Experiment:
         if self.method in LEARNING_RATES:
             settings["student.optimizer.lr"] = str(LEARNING_RATES[self.method])
         if self.method == "paper":
-            # As published: one compactor per block, after the 3x3 convolution; the teacher in each step.
-            settings |= {"student.sites": "[conv2]", "student.distill.feature": "0.5", "student.distill.embedding": "0"}
-            settings |= {"student.distill.views": "0", "student.distill.average_views": "false"}
+            settings |= {
+                # One compactor per block, after the 3x3 convolution; images with labels only, the teacher in each step.
+                "student.sites": "[conv2]",
+                "student.batch.unlabelled": "0",
+                "student.distill.views": "0",
+                "student.distill.average_views": "false",
+                "student.distill.feature": "0.5",
+                "student.distill.embedding": "0",
+                "student.freeze_norms_at": "1",
+                "student.freeze_head_norms_at": "1",
+            }
         return settings
 
 

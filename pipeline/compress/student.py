@@ -102,9 +102,11 @@ class StudentTask(Task):
             mean = {site: cast(Tensor, self.fabric.all_reduce(part, reduce_op="mean")) for site, part in scores.items()}
             self.compression.observe_scores(mean)
         losses = retrieval_losses(output.first(len(batch.labels)), batch.labels, self.config)
-        losses["kl"] = self.config.distill.kl * distill.soft_targets(
-            self._scaled(_logits(output)), self._scaled(teacher_outputs["logits"]), self.config.distill.temperature
-        )
+        losses["kl"] = output.embedding.new_zeros(())
+        if self.config.distill.kl:
+            losses["kl"] = self.config.distill.kl * distill.soft_targets(
+                self._scaled(_logits(output)), self._scaled(teacher_outputs["logits"]), self.config.distill.temperature
+            )
         kept, compared = self.compression.kept, self.compression.compared_channels
         distances = [
             _feature_distance(student[site], teacher[site], kept.get(site), compared.get(site))
@@ -313,7 +315,7 @@ def cache_teacher(task: StudentTask, loader: TrainLoader, inputs: str, folder: P
         "inputs": inputs,
         "images": hashlib.sha256(loader.pool.tobytes()).hexdigest(),
         "image_size": params.data.image_size,
-        "modules": list(task.feature_modules.values()),
+        "modules": [*task.feature_modules.values(), *(["logits"] if config.distill.kl else [])],
         "augment": config.augment.model_dump(),
         "seed": params.seed,
         "computed": f"{params.runtime.precision} on {fabric.device.type}",
@@ -325,6 +327,8 @@ def cache_teacher(task: StudentTask, loader: TrainLoader, inputs: str, folder: P
     def compute(images: Tensor) -> dict[str, Tensor]:
         inputs = normalise(images.to(fabric.device))
         outputs = task.teacher_outputs(inputs.contiguous(memory_format=torch.channels_last))
+        if not config.distill.kl:  # no loss needs the logits: as many numbers as there are identities
+            del outputs["logits"]
         return outputs | {"embedding": normalize(outputs["embedding"], dim=1)}  # each view counts the same in a mean
 
     cache = TeacherCache(folder / name, loader.pool, loader.view, compute, config.distill.average_views)

@@ -75,18 +75,18 @@ class TeacherCache:
             needed = (len(missing) + averaging) * len(self._images) * 4 * sum(self._sizes.values())
             if needed > (free := shutil.disk_usage(self._folder).free):
                 raise OSError(
-                    f"the outputs of the teacher take {needed / GIB:.1f} GiB, and the disk has {free / GIB:.1f} GiB; "
-                    "free some, or lower `student.distill.views`"
+                    f"the outputs of the teacher take {needed / GIB:.1f} GiB, and the disk of {self._folder} has "
+                    f"{free / GIB:.1f} GiB; free some, or lower `student.distill.views`"
                 )
             for view in missing:
                 label = f"outputs of the teacher, view {view + 1} of {views}"
                 write_atomically(self._path(view), partial(self._write, view, label))
             os.utime(self._folder)  # most recently used, so deleted last
-            self._arrays = {view: np.load(self._path(view), mmap_mode="r", allow_pickle=False) for view in range(views)}
+            self._arrays = {view: self._read(self._path(view)) for view in range(views)}
             if averaging:
                 write_atomically(mean, self._write_mean)
             if self._average:
-                self._arrays = dict.fromkeys(range(views), np.load(mean, mmap_mode="r", allow_pickle=False))
+                self._arrays = dict.fromkeys(range(views), self._read(mean))
 
     def __call__(self, batch: TrainBatch) -> dict[str, Tensor]:
         """Return the stored outputs for the images of a batch, by name, on the device of its images."""
@@ -100,9 +100,18 @@ class TeacherCache:
     def _path(self, view: int) -> Path:
         return self._folder / f"view-{view:03d}.npy"
 
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return len(self._images), sum(self._sizes.values())
+
+    def _read(self, path: Path) -> npt.NDArray[np.float32]:
+        array: npt.NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
+        if array.shape != self._shape:
+            raise ValueError(f"{path} holds outputs {array.shape}, not {self._shape}; delete {path.parent}")
+        return array
+
     def _write(self, view: int, label: str, path: Path) -> None:
-        shape = (len(self._images), sum(self._sizes.values()))
-        array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=self._shape)
         for indices, images in track(self._batches(view), self._steps, label):
             outputs, rows = self._compute(images), np.searchsorted(self._images, indices)
             array[rows] = torch.cat([outputs[name].float() for name in self._sizes], dim=1).cpu()
@@ -110,7 +119,7 @@ class TeacherCache:
 
     def _write_mean(self, path: Path) -> None:
         views = list(self._arrays.values())
-        array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=views[0].shape)
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=self._shape)
         for start in range(0, len(self._images), MEAN_ROWS):
             rows = slice(start, start + MEAN_ROWS)
             array[rows] = sum(view[rows] for view in views) / len(views)
@@ -135,8 +144,8 @@ def _held(cache: Path) -> Iterator[None]:
 def delete_outputs(folder: Path, limit: float) -> None:
     """Delete the least recently used outputs until those that are left take at most `limit` bytes.
 
-    Outputs that another training is computing stay. One that reads them has opened their files, which exist until it
-    ends.
+    Outputs that another training is computing stay, and count. One that reads them has opened their files, which exist
+    until it ends.
 
     Args:
         folder: Holds a folder for each cache.
@@ -148,7 +157,7 @@ def delete_outputs(folder: Path, limit: float) -> None:
             break
         with suppress(Timeout), _lock(cache, timeout=0):
             shutil.rmtree(cache, ignore_errors=True)
-        del sizes[cache]
+            del sizes[cache]
 
 
 def _states(paths: Iterable[Path]) -> Iterator[os.stat_result]:

@@ -318,10 +318,10 @@ class Params(Section):
                 "`student.method` paper works on one device only, because its memory of features is not shared; set "
                 "`runtime.devices` and `runtime.nodes` to 1"
             )
-        if self.student.method == "paper" and self.student.distill.average_views:
+        if self.student.method == "paper" and self.student.distill.views:
             complaints.append(
-                "`student.distill.average_views` must be false for method paper: an image would be its own nearest "
-                "neighbours, as its features would be the same in every epoch"
+                f"`student.distill.views` ({self.student.distill.views}) must be 0 for method paper: an image would be "
+                "its own nearest neighbours, as the teacher's features of a view would be the same each time"
             )
         if self.student.method == "paper" and self.surgery.tolerance > self.student.paper.threshold:
             complaints.append(

@@ -44,7 +44,7 @@ class StudentBatch(Batch):
 
 
 class Augment(Section):
-    """Random augmentation of training images, drawn from (seed, epoch, sample)."""
+    """Random augmentation of training images, drawn from (seed, view, image)."""
 
     flip: Fraction
     """Probability of a horizontal flip."""
@@ -184,8 +184,8 @@ class Distill(Section):
     views: Annotated[int, Field(ge=0, le=1000)]
     """Number of augmented views of each image, used in rotation. The outputs of the teacher for them are computed once,
     before the training, and need 4 bytes of disk for each value (10 kB for an image and view of the default network,
-    2 kB if `feature` is 0); 0 draws a new view each time an image is used, and computes the teacher's outputs in each
-    step."""
+    2 kB if `feature` is 0; without `kl`, the logits, one for each identity, are not stored); 0 draws a new view each
+    time an image is used, and computes the teacher's outputs in each step."""
     average_views: bool
     """Whether the student learns, for each view of an image, the mean of the teacher's outputs for all of its views: a
     better embedding than that of one view, at no further cost (Radosavovic et al., "Data Distillation", CVPR 2018)."""
@@ -258,10 +258,10 @@ class Student(Training):
     @model_validator(mode="after")
     def _unlabelled_images_have_a_loss(self) -> Self:
         losses = self.distill
-        if self.batch.unlabelled and not (losses.kl or losses.feature or losses.embedding or losses.extra_losses):
+        if self.batch.unlabelled and not (losses.kl or losses.feature or losses.embedding):
             raise ValueError(
-                f"`batch.unlabelled` ({self.batch.unlabelled}) must be 0 if no distillation loss has a weight: raise "
-                "`distill.embedding`, for example"
+                f"`batch.unlabelled` ({self.batch.unlabelled}) must be 0 if `distill.kl`, `distill.feature` and "
+                "`distill.embedding` are 0: raise one of them"
             )
         return self
 

@@ -1,6 +1,6 @@
 """Random augmentation of training images, and the normalisation of every image.
 
-The augmentation of an image depends on (seed, epoch, index) alone, so it is the same for any number of workers or
+The augmentation of an image depends on (seed, view, index) alone, so it is the same for any number of workers or
 processes and after a restart. Images stay uint8 until they are on the device.
 """
 
@@ -56,7 +56,7 @@ def augment(images: Tensor, settings: Augment, seed: int, samples: Iterable[tupl
 
     Args:
         images: (n, 3, H, W) uint8.
-        samples: (epoch from 0, index in the manifest) of each image.
+        samples: (view, index in the manifest) of each image; the view is the epoch from 0 where none are stored.
 
     Returns:
         (n, 3, H, W) uint8, a copy.

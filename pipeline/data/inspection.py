@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pipeline.data.images import open_image, upright_rgb
-from pipeline.data.manifest import TEST, UNLABELLED, DataError, ImageWarning, Item, box_text, first_few
+from pipeline.data.manifest import TEST, UNLABELLED, Box, DataError, ImageWarning, Item, box_text, first_few
 from pipeline.data.parallel import in_threads
 from pipeline.progress import track
 
@@ -265,6 +265,35 @@ def unlabelled_copies(inspection: Inspection, bits: int) -> list[tuple[str, str,
     names = {image.pixels: item.name for item, image in evaluated}
     equal = [(names[image.pixels], item.name, None) for item, image in unlabelled if image.pixels in names]
     return [*equal, *_look_alikes(evaluated, unlabelled, bits)]
+
+
+def unlabelled_overlaps(inspection: Inspection) -> list[tuple[str, str]]:
+    """Find the unlabelled images that show a part of the same file as a test or validation image.
+
+    Args:
+        inspection: With the splits of the manifest.
+
+    Returns:
+        Names of the test or validation image and of the unlabelled image.
+    """
+    evaluated: dict[str, list[Item]] = defaultdict(list)
+    for item in inspection.good:
+        if item.split not in ("train", UNLABELLED):
+            evaluated[item.path].append(item)
+    pairs = []
+    for item in inspection.good:
+        if item.split == UNLABELLED:
+            known = next((other for other in evaluated.get(item.path, ()) if _overlap(item.box, other.box)), None)
+            if known is not None:
+                pairs.append((known.name, item.name))
+    return pairs
+
+
+def _overlap(first: Box | None, second: Box | None) -> bool:
+    """Return whether two parts of a file share a pixel; None is the whole file."""
+    if first is None or second is None:
+        return True
+    return first[0] < second[2] and second[0] < first[2] and first[1] < second[3] and second[1] < first[3]
 
 
 def _look_alikes(references: Sequence[Pair], images: Sequence[Pair], bits: int) -> list[tuple[str, str, int]]:

@@ -1,6 +1,6 @@
 """Training batches: sampled, augmented, and identical for any number of workers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -51,16 +51,11 @@ class _AugmentedBatches(Dataset[TrainBatch]):
     def __getitem__(self, samples: list[View]) -> TrainBatch:
         views, indices = zip(*samples, strict=True)
         return TrainBatch(
-            images=self.augmented(samples),
-            labels=torch.tensor([self.class_numbers[index] for index in indices[: self.labelled]]),
+            images=augment(as_tensor(self.images.batch(indices)), self.settings, self.seed, samples),
+            labels=torch.tensor([self.class_numbers[index] for index in indices[: self.labelled]], dtype=torch.int64),
             indices=torch.tensor(indices),
             views=torch.tensor(views),
         )
-
-    def augmented(self, samples: list[View]) -> Tensor:
-        """Return augmented images (B, 3, H, W) uint8."""
-        plain = as_tensor(self.images.batch([index for _, index in samples]))
-        return augment(plain, self.settings, self.seed, samples)
 
 
 class _BatchSampler(Sampler[list[View]]):
@@ -135,15 +130,9 @@ class TrainLoader:
         shuffled = ShuffledSampler(len(self.pool), others, seed, rank, world) if others else None
         self._sampler = _BatchSampler(labelled, indices, shuffled, self.pool, views)
         class_numbers = dict(zip(indices.tolist(), labels.tolist(), strict=True))
-        self._batches = _AugmentedBatches(images, class_numbers, batch.labelled, settings, seed)
-        self._loader: DataLoader[TrainBatch] = DataLoader(
-            self._batches,
-            sampler=self._sampler,
-            batch_size=None,  # the sampler yields whole batches
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            generator=torch.Generator(),  # otherwise loading would draw from the global generator
-        )
+        batches = _AugmentedBatches(images, class_numbers, batch.labelled, settings, seed)
+        self._loader = _load(batches, self._sampler, workers, persistent=workers > 0)
+        self._unlabelled, self._workers = _AugmentedBatches(images, {}, 0, settings, seed), workers
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -151,14 +140,28 @@ class TrainLoader:
 
     def view(self, view: int) -> Iterator[tuple[Indices, Tensor]]:
         """Yield one view of all images of `pool`: indices (n,) and images (n, 3, H, W) uint8."""
-        for start in range(0, len(self.pool), VIEW_BATCH):
-            indices = self.pool[start : start + VIEW_BATCH]
-            yield indices, self._batches.augmented([(view, index) for index in indices.tolist()])
+        samples = [(view, index) for index in self.pool.tolist()]
+        batches = [samples[start : start + VIEW_BATCH] for start in range(0, len(samples), VIEW_BATCH)]
+        for batch in _load(self._unlabelled, batches, self._workers):
+            yield batch.indices.numpy(), batch.images
 
     def epoch(self, epoch: int) -> Iterator[TrainBatch]:
         """Yield the batches of an epoch, counted from 0."""
         self._sampler.epoch = epoch
         yield from self._loader
+
+
+def _load(
+    batches: _AugmentedBatches, samples: Iterable[list[View]], workers: int, persistent: bool = False
+) -> "DataLoader[TrainBatch]":
+    return DataLoader(
+        batches,
+        sampler=samples,
+        batch_size=None,  # the samples are whole batches
+        num_workers=workers,
+        persistent_workers=persistent,
+        generator=torch.Generator(),  # otherwise loading would draw from the global generator
+    )
 
 
 def training_loader(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Set
 from pathlib import Path, PurePosixPath
+from unicodedata import normalize
 
 from pipeline.config import Data
 from pipeline.data.folders import walk
@@ -26,8 +27,8 @@ def unlabelled_folders(root: Path, data: Data) -> list[str]:
 
 
 def is_in(path: str, folders: Iterable[str]) -> bool:
-    """Return whether a path is below one of the folders."""
-    return any(path.startswith(f"{folder}/") for folder in folders)
+    """Return whether a path is below one of the folders, whatever the Unicode form of both."""
+    return any(normalize("NFC", path).startswith(f"{normalize('NFC', folder)}/") for folder in folders)
 
 
 def list_unlabelled(root: Path, data: Data, listed: Set[str]) -> Listing:

@@ -85,7 +85,10 @@ class Trial:
         return self._time("teacher", TeacherTask(self.params.teacher, None), self._build_teacher)
 
     def student(self, method: str) -> Timed:
-        """Time the student of a method, with a teacher of random weights that is evaluated in each step."""
+        """Time the student of a method, with a teacher of random weights.
+
+        The teacher is evaluated in each step, unless its outputs are stored.
+        """
         config = self.params.student.model_copy(
             update={
                 "method": method,

@@ -103,8 +103,9 @@ class PromotionPolicy:
     def _check_not_trained_on_test(self, version: str) -> None:
         """Check the digests recorded with a version: its test set or its split must be that of this checkout.
 
-        The same split may give a larger test set, but never moves an identity between training and test set. Versions
-        of 0.1.0 have no tag `split` and are compared on the same test set only.
+        The same split may give a larger test set, but never moves an identity between training and test set. Images
+        without labels that get labels later, and so may come into the test set, are not recognised. Versions of 0.1.0
+        have no tag `split` and are compared on the same test set only.
 
         Raises:
             RegistryError: If both digests differ.
@@ -133,14 +134,17 @@ class PromotionPolicy:
         """Return a digest of what assigns identities to the training set, whatever images there are.
 
         Published data sets: the name, since their authors fixed the lists (the three test sets of VehicleID share one
-        training list). The rendered set: seed and number of training identities, which come before the test identities.
+        training list). The rendered set: seed and number of training identities, which come before the test
+        identities, and the number of these if the student learned from the vehicles without labels behind them.
         Folder or table: seed and `data.custom.test` if they reproduce the manifest, because each identity is then
         assigned by its name alone (`draw_test`). A table with its own splits may move an identity at any time, so its
         test identities themselves are hashed.
         """
         data, seed = self._params.data, self._params.seed
         if data.source == "vehicles":
-            return _digest(data.source, seed, data.vehicles.train_identities)
+            sizes = data.vehicles
+            unlabelled = sizes.unlabelled_identities and self._params.student.batch.unlabelled
+            return _digest(data.source, seed, sizes.train_identities, *([sizes.test_identities] if unlabelled else []))
         if data.source not in ("folder", "csv"):
             return _digest(data.source)
         everyone, tested = self._manifest.known_identities - {JUNK}, self._manifest.test_identities

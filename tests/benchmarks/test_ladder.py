@@ -8,18 +8,9 @@ import numpy as np
 import pytest
 
 from benchmarks import ladder
-from benchmarks.ladder import (
-    COLUMNS,
-    LADDERS,
-    Ladder,
-    LadderError,
-    add_precisions,
-    read,
-    setting,
-    standard_error,
-    with_values,
-)
+from benchmarks.ladder import COLUMNS, LADDERS, Ladder, LadderError, setting, with_values
 from benchmarks.ladder_chart import plot_rows
+from benchmarks.ladder_scores import add_precisions, read, standard_error
 from pipeline.data.splits import draw_test
 from pipeline.files import Files, read_json
 from pipeline.report.curves import read_curves
@@ -72,6 +63,11 @@ def test_students_are_trained_once_and_compared_with_their_teacher(
 
     with pytest.raises(SystemExit, match=r"the teacher in .*tiny-3 has other params"):
         run("--params", "teacher.epochs=1")
+    with pytest.raises(SystemExit, match=r"ladder: invalid `--params`: .*teacher\.epochs"):
+        run("--params", "teacher.epochs=0")
+    monkeypatch.setitem(LADDERS, "tiny", Ladder("smoke", {"ours": {"student.epochs": 1}}))
+    with pytest.raises(SystemExit, match=r"tiny-3\.csv has ours with other params; delete its line to train it again"):
+        run()
     table.write_text(table.read_text().replace(ours["teacher"], "0" * 12))
     monkeypatch.setitem(LADDERS, "tiny", Ladder("smoke", {**TINY.students, "other": {}}))
     with pytest.raises(SystemExit, match=r"tiny-3\.csv has students of another teacher"):
@@ -131,11 +127,10 @@ def test_the_standard_error_is_that_of_the_mean_over_queries() -> None:
 
 
 def test_the_chart_has_the_rows_of_all_students_of_the_method_as_published(tmp_path: Path) -> None:
-    (tmp_path / "paper-0-ap.csv").write_text("identity,teacher\na,0.5\n")
     columns = "epoch,macs_reduction,masked_rows,norm_of_masked_rows,norm_of_other_rows\n"
     (tmp_path / "paper-0-one.csv").write_text(f"{columns}1,0.0,0.0,,1.0\n2,0.1,0.5,0.7,0.9\n")
     (tmp_path / "paper-0-two.csv").write_text("epoch,macs_reduction,masked_rows,norm_of_other_rows\n1,0.0,0.0,1.0\n")
-    ladder.draw(tmp_path / "paper-0.csv")
+    ladder.draw(tmp_path / "paper-0.csv", ["one", "two"])
     assert (tmp_path / "paper-0.png").stat().st_size
     figure = plot_rows({name: read_curves(tmp_path / f"paper-0-{name}.csv") for name in ("one", "two")})
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two"]

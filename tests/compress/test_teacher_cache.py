@@ -100,7 +100,7 @@ def test_a_full_disk_is_found_before_anything_is_computed(tmp_path: Path, monkey
     usage = type("Usage", (), {"free": 100})
     monkeypatch.setattr(teacher_cache.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(
-        OSError, match=r"take 0\.0 GiB, and the disk has 0\.0 GiB; free some, or lower `student\.distill\."
+        OSError, match=r"take 0\.0 GiB, and the disk of .* has 0\.0 GiB; free some, or lower `student\.distill\."
     ):
         CountingTeacher().cache(tmp_path, 2, average=True)
     assert not list(tmp_path.iterdir())
@@ -152,6 +152,16 @@ def test_the_least_recently_used_outputs_are_deleted(tmp_path: Path) -> None:
     size = (tmp_path / "a/view-000.npy").stat().st_size
     delete_outputs(tmp_path, 2.5 * size)
     assert sorted(path.name for path in tmp_path.glob("*/")) == ["a", "c"]
+    with FileLock(tmp_path / "c.lock"):  # in use, so it counts
+        delete_outputs(tmp_path, 1.5 * size)
+    assert [path.name for path in tmp_path.glob("*/")] == ["c"]
     delete_outputs(tmp_path, 0)
     assert not list(tmp_path.glob("*/"))
     delete_outputs(tmp_path / "missing", 0)
+
+
+def test_stored_outputs_of_other_images_are_not_read(tmp_path: Path) -> None:
+    teacher = CountingTeacher()
+    teacher.cache(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"view-000\.npy holds outputs \(5, 11\), not \(4, 11\); delete "):
+        TeacherCache(tmp_path, IMAGES[:4], teacher.batches, teacher.outputs).fill(1)

@@ -192,9 +192,21 @@ def test_a_split_that_is_listed_as_unlabelled_is_named() -> None:
 
 def test_unlabelled_images_without_a_distillation_loss_are_refused() -> None:
     with pytest.raises(
-        ValidationError, match=r"`batch.unlabelled` \(4\) must be 0 if no distillation loss has a weight"
+        ValidationError, match=r"`batch.unlabelled` \(4\) must be 0 if `distill.kl`, `distill.feature` and "
     ):
         params_of(student__batch__unlabelled=4, student__distill__kl=0.0, student__distill__feature=0.0)
+
+
+def test_a_mean_over_one_view_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"`average_views` needs at least 2 `views`, got 1"):
+        params_of(student__distill__views=1, student__distill__average_views=True)
+
+
+def test_a_stem_that_the_network_cannot_have_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"`teacher\.stem` must be 0 or 16 at `teacher\.depth` 18, got 32"):
+        params_of(teacher__depth=18, teacher__width=16, teacher__stem=32)
+    with pytest.raises(ValidationError, match="publishes no ResNet-50 of width 64 and stem 32"):
+        params_of(teacher__depth=50, teacher__width=64, teacher__stem=32, teacher__weights="imagenet")
 
 
 def test_the_remedy_of_a_missing_validation_helps() -> None:

@@ -14,13 +14,20 @@ from pydantic import ValidationError
 
 from pipeline.config import Custom, Data, Vehicles
 from pipeline.data.images import open_images
-from pipeline.data.inspection import DecodedImage, Inspection, near_duplicates, unlabelled_copies
+from pipeline.data.inspection import (
+    DecodedImage,
+    Inspection,
+    near_duplicates,
+    unlabelled_copies,
+    unlabelled_overlaps,
+)
 from pipeline.data.manifest import UNLABELLED, DataError, Item, Manifest
 from pipeline.data.requirements import problems, warnings
+from pipeline.data.unlabelled import unlabelled_item
 from pipeline.protocols import PROTOCOLS
 from pipeline.stage.params_file import ParamsError, load
 from pipeline.stage.presets import preset_text
-from stages.prepare import prepare
+from stages.prepare import OVERLAP, prepare
 from tests import layouts
 from tests.data.test_prepare import Run
 from tests.data.test_toy_vehicles import digests
@@ -349,16 +356,36 @@ def test_a_picture_whose_parts_have_labels_is_not_used_as_a_whole(tmp_path):
     layouts.picture(root / "street" / "more.png", 77, size=(40, 80))
     query = Image.open(root / "street" / "9.png").crop((0, 0, 40, 40))
     query.save(root / "street" / "part.png")
-    lines.append("street/8.png,,,unlabelled,3,3,20,20")
+    lines += ["street/8.png,,,unlabelled,3,3,20,20", "street/0.png,,,unlabelled,3,3,20,20"]  # of a query; of training
     (root / "images.csv").write_text("\n".join(lines))
     run = Run(tmp_path, source="csv", unlabelled=["street"])
     record = prepare(run)
-    assert (record.unlabelled, record.unlabelled_removed) == (2, 1)
-    assert rows(run)[-2:] == [
-        "street/8.png,unlabelled,unknown,unlabelled,3 3 23 23",
+    assert (record.unlabelled, record.unlabelled_removed) == (2, 2)
+    assert sorted(rows(run)[-2:]) == [
+        "street/0.png,unlabelled,unknown,unlabelled,3 3 23 23",
         "street/more.png,unlabelled,unknown,unlabelled,",
     ]
     assert ("street/part.png", COPY, "street/9.png [0 0 40 40]") in warned(run)
+    assert ("street/8.png [3 3 23 23]", OVERLAP, "street/8.png [0 0 40 40]") in warned(run)
+
+
+@given(
+    *2
+    * [
+        st.none()
+        | st.tuples(*4 * [st.integers(0, 6)]).map(lambda b: (*map(min, b[:2], b[2:]), *map(max, b[:2], b[2:])))
+    ]
+)
+def test_parts_of_a_file_overlap_if_they_share_a_pixel(first, second):
+    def pixels(box):
+        left, top, right, bottom = box or (0, 0, 9, 9)
+        return {(x, y) for x in range(left, right) for y in range(top, bottom)}
+
+    boxes = [box for box in (first, second) if box]
+    if all(box[0] < box[2] and box[1] < box[3] for box in boxes):  # as the inspection ensures
+        items = [Item("a", "1", "c", "query", first), unlabelled_item("a", second), unlabelled_item("b", second)]
+        expected = [(items[0].name, items[1].name)] if pixels(first) & pixels(second) else []
+        assert unlabelled_overlaps(Inspection(items, [], [])) == expected
 
 
 @pytest.mark.parametrize("given_splits", [True, False])

@@ -56,6 +56,18 @@ def test_the_cost_of_a_spec_is_that_of_the_network(depth: int, last_stride: int)
     assert cost.macs(spec, (65, 48)) == counted_macs(net, (65, 48))
 
 
+def test_a_stem_may_have_a_width_of_its_own() -> None:
+    spec = ArchSpec.full(14, 8, 24, stem=20)
+    net = RetrievalNet(spec).eval()
+    assert (
+        net.conv1.out_channels == 20 and net.layer1[0].conv1.in_channels == 20 and net.layer1[0].conv1.out_channels == 8
+    )
+    assert cost.params(spec) == sum(parameter.numel() for parameter in net.parameters())
+    assert ArchSpec.full(14, 8, 24, stem=8) == ArchSpec.full(14, 8, 24)
+    with pytest.raises(ValueError, match="the stem of a ResNet-18 has as many channels as its first stage, 8"):
+        ArchSpec.full(18, 8, 24, stem=20)
+
+
 def test_a_spec_is_restored_from_json() -> None:
     spec = ArchSpec.full(26, 16, 32, identities=7, cosine=True).model_copy(update={"indicators": ("layer2.1.conv2",)})
     assert ArchSpec.model_validate_json(spec.model_dump_json()) == spec

@@ -55,7 +55,8 @@ def test_the_steps_are_those_of_the_training_and_their_time_is_multiplied(manife
 def test_a_student_that_shrinks_is_measured_at_its_start_and_at_its_end(
     manifest: Manifest, method: str, shrinks: bool
 ) -> None:
-    params = params_of(student__method=method, student__budget__of="latency" if shrinks else "macs")
+    views = {} if shrinks else {"student__distill__views": 0}
+    params = params_of(student__method=method, student__budget__of="latency" if shrinks else "macs", **views)
     result = estimate("student", params, manifest)
     assert (result.measured.shrunk is not None) is shrinks
     assert result.seconds[0] <= result.seconds[1]

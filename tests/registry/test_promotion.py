@@ -194,16 +194,19 @@ def test_the_split_digest_of_the_rendered_set_depends_on_seed_and_training_ident
 ) -> None:
     manifest = prepare(files, params(), 20, listed(1, 2, 3))
     folder, tags = trained(files.root / "one", networks, 0, manifest), []
-    for seed, train, test in ((0, 17, 3), (0, 17, 6), (1, 17, 3), (0, 14, 3)):
-        settings = params("vehicles", seed)
-        sizes = settings.data.vehicles.model_copy(update={"train_identities": train, "test_identities": test})
-        data = settings.data.model_copy(update={"vehicles": sizes})
+    for seed, train, test, unlabelled, used in (
+        (0, 17, 3, 0, 0), (0, 17, 6, 0, 8), (0, 17, 6, 9, 0),
+        (1, 17, 3, 0, 0), (0, 14, 3, 0, 0), (0, 17, 3, 9, 8), (0, 17, 6, 9, 8),
+    ):  # fmt: skip
+        content = params("vehicles", seed).model_dump()
+        content["data"]["vehicles"] |= {
+            "train_identities": train, "test_identities": test, "unlabelled_identities": unlabelled
+        }  # fmt: skip
+        content["student"]["batch"]["unlabelled"] = used
         with open_registry(files, params()) as registry:
-            tags.append(
-                PromotionPolicy(files, settings.model_copy(update={"data": data}), registry, folder).tags[SPLIT]
-            )
-    assert tags[0] == tags[1]
-    assert len(set(tags)) == 3
+            tags.append(PromotionPolicy(files, Params.model_validate(content), registry, folder).tags[SPLIT])
+    assert tags[0] == tags[1] == tags[2]
+    assert len(set(tags)) == 5
 
 
 def test_unlabelled_images_leave_the_digests_of_split_and_test_set_as_they_are(

@@ -16,6 +16,7 @@ def params() -> Params:
     smoke["data"] |= {"image_size": [32, 32]}
     smoke["teacher"] |= {"depth": 26, "width": 16, "embedding_dim": 16, "epochs": 1}
     smoke["student"] |= {"epochs": 4, "validate_every": 1, "sites": ["conv1", "conv2"]}
+    smoke["student"]["distill"] |= {"views": 0}
     smoke["student"]["budget"] |= {"reduction": 0.4, "start": 0.05, "end": 0.5, "fade": 0.15, "every": 2}
     return Params.model_validate(smoke)
 

@@ -334,9 +334,9 @@ def test_calibration_images_are_evenly_spaced() -> None:
     assert list(evenly_spaced(torch.arange(3).numpy(), 4)) == [0, 1, 2]
 
 
-def test_method_paper_refuses_the_mean_over_views(params: Params) -> None:
-    distill = params.student.distill.model_copy(update={"views": 2, "average_views": True})
-    with pytest.raises(ValidationError, match=r"`student\.distill\.average_views` must be false for method paper"):
+def test_method_paper_refuses_stored_outputs(params: Params) -> None:
+    distill = params.student.distill.model_copy(update={"views": 2})
+    with pytest.raises(ValidationError, match=r"`student\.distill\.views` \(2\) must be 0 for method paper"):
         change(params, "student", method="paper", distill=distill.model_dump())
 
 
@@ -371,8 +371,11 @@ def test_without_the_feature_loss_no_features_are_compared(
     batch = next(RandomImages().epoch(0))
     batch = batch._replace(images=preprocess(batch.images))
     net = build_student(params, teacher, without.compression).eval()
+    with torch.no_grad():
+        net.conv1.weight.add_(torch.randn_like(net.conv1.weight), alpha=0.05)
     one, other = (task.losses(net, net, batch, 0.0) for task in (without, with_features))
-    assert one["feature"] == 0 and one["kl"] == other["kl"] and one["embedding"] >= 0
+    assert one["feature"] == 0 and one["kl"] == other["kl"] > 0
+    assert other["feature"] > 0 and one["embedding"] > 0
 
 
 def test_the_student_learns_the_mean_of_the_stored_views_of_an_image(
@@ -392,14 +395,22 @@ def test_the_student_learns_the_mean_of_the_stored_views_of_an_image(
 def test_stored_outputs_are_used_again_only_if_nothing_that_decides_them_differs(
     params: Params, teacher: RetrievalNet, tmp_path: Path
 ) -> None:
-    def caches(inputs: str = "inputs", seed: int = 0, views: int = 1, feature: float = 0.5, pad: int = 3) -> int:
+    def caches(
+        inputs: str = "inputs",
+        seed: int = 0,
+        views: int = 1,
+        feature: float = 0.5,
+        kl: float = 1.0,
+        pad: int = 3,
+        images: RandomImages = RandomImages(),  # noqa: B008
+    ) -> int:
         content = params.model_dump()
         content["seed"] = seed
-        content["student"]["distill"] |= {"views": views, "feature": feature}
+        content["student"]["distill"] |= {"views": views, "feature": feature, "kl": kl}
         content["student"]["augment"]["pad"] = pad
         changed = Params.model_validate(content)
         task, _, _ = prepared(changed, teacher, tmp_path / "states")
-        cache_teacher(task, RandomImages(), inputs, tmp_path / "outputs", changed)
+        cache_teacher(task, images, inputs, tmp_path / "outputs", changed)
         return len(list((tmp_path / "outputs").glob("*/")))
 
     assert caches() == caches(views=2) == 1
@@ -407,3 +418,7 @@ def test_stored_outputs_are_used_again_only_if_nothing_that_decides_them_differs
     assert caches(seed=1) == 3
     assert caches(feature=0.0) == 4
     assert caches(pad=4) == 5
+    assert caches(kl=0.0) == 6
+    others = RandomImages()
+    others.pool = others.pool[::-1].copy() + 1
+    assert caches(images=others) == 7
