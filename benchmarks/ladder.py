@@ -176,8 +176,9 @@ def main() -> None:
                 if not is_finished(table, student, students[student]):
                     line = train(folder, table, student, students[student])
                     print(f"{student}: {line['difference']} mAP, {line['core_minutes']} core-minutes", flush=True)
-    except (KeyError, ValidationError) as error:
-        sys.exit(f"ladder: invalid `--params`: {error}")
+    except ValidationError as error:
+        found = (f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
+        sys.exit(f"ladder: invalid `--params`: {'; '.join(found)}")
     except (LadderError, subprocess.CalledProcessError) as error:
         sys.exit(f"ladder: {error}")
 

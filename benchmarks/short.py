@@ -60,7 +60,7 @@ def with_values(params: Params, changes: dict[str, Any]) -> Params:
         *path, last = name.split(".")
         section = content
         for key in path:
-            section = section[key]
+            section = section.setdefault(key, {})  # an unknown section is refused below
         section[last] = value
     return Params.model_validate(content)
 

@@ -51,7 +51,7 @@ class _AugmentedBatches(Dataset[TrainBatch]):
     def __getitem__(self, samples: list[View]) -> TrainBatch:
         views, indices = zip(*samples, strict=True)
         return TrainBatch(
-            images=augment(as_tensor(self.images.batch(indices)), self.settings, self.seed, samples),
+            images=augment(as_tensor(self.images.batch(list(indices))), self.settings, self.seed, samples),
             labels=torch.tensor([self.class_numbers[index] for index in indices[: self.labelled]], dtype=torch.int64),
             indices=torch.tensor(indices),
             views=torch.tensor(views),

@@ -51,7 +51,7 @@ def test_students_are_trained_once_and_compared_with_their_teacher(
     assert float(none["map"]) == pytest.approx(metrics["surgery"]["map"], abs=1e-5)
     assert float(ours["teacher_map"]) == pytest.approx(metrics["teacher"]["map"], abs=1e-5)
     precisions = read(table.with_name("tiny-3-ap.csv"))
-    assert list(precisions[0]) == ["identity", "teacher", "ours", "none"] and len(precisions) == 8
+    assert list(precisions[0]) == ["identity", "queries", "teacher", "ours", "none"] and len(precisions) == 8
     assert f"none: {none['difference']} mAP, " in capsys.readouterr().out
 
     table.write_text("".join(table.read_text().splitlines(keepends=True)[:2]))  # as if it had ended before the line
