@@ -7,6 +7,7 @@ test identity to LADDER-N-ap.csv; for method `paper` also curves and a chart of 
 
 import argparse
 import hashlib
+import json
 import os
 import platform
 import resource
@@ -165,22 +166,32 @@ def main() -> None:
         if ladder.half_unlabelled:
             base = with_values(base, {"data.unlabelled": half_of_training(base)})
         students = {student: with_values(base, dict(changes)) for student, changes in ladder.students.items()}
+    except ValueError as error:
+        sys.exit(f"ladder: invalid `--params`: {problems_of(error)}")
+    except LadderError as error:
+        sys.exit(f"ladder: {error}")
+    try:
         if unknown := set(options.students or ()) - set(students):
             parser.error(f"unknown students {', '.join(sorted(unknown))}; there are {', '.join(students)}")
         limit_threads(base.runtime.threads)
         folder, table = ROOT / ".ladder" / name, ROOT / "evidence" / "ladder" / f"{name}.csv"
         with locked(folder.with_suffix(".lock"), f"ladder {name}"):
+            missing = [one for one in options.students or students if not is_finished(table, one, students[one])]
             clone(folder)
             teach(folder, base)
-            for student in options.students or students:
-                if not is_finished(table, student, students[student]):
-                    line = train(folder, table, student, students[student])
-                    print(f"{student}: {line['difference']} mAP, {line['core_minutes']} core-minutes", flush=True)
-    except ValidationError as error:
-        found = (f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
-        sys.exit(f"ladder: invalid `--params`: {'; '.join(found)}")
+            for student in missing:
+                line = train(folder, table, student, students[student])
+                print(f"{student}: {line['difference']} mAP, {line['core_minutes']} core-minutes", flush=True)
     except (LadderError, subprocess.CalledProcessError) as error:
         sys.exit(f"ladder: {error}")
+
+
+def problems_of(error: ValueError) -> str:
+    """Return what is wrong with params, in one line."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    found = ((".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, ")) for one in error.errors())
+    return "; ".join(": ".join(filter(None, problem)) for problem in found)
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -274,8 +285,10 @@ def is_finished(table: Path, student: str, params: Params) -> bool:
 
 
 def digest(params: Params) -> str:
-    """Return a digest of params."""
-    return hashlib.sha256(params.model_dump_json().encode()).hexdigest()[:12]
+    """Return a digest of the params that decide about a student, without the places of files."""
+    content = params.model_dump(mode="json", include={"seed", "data", "teacher", "student", "surgery"})
+    del content["data"]["root"], content["teacher"]["weights"]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def train(folder: Path, table: Path, student: str, params: Params) -> dict[str, str]:

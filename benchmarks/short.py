@@ -60,7 +60,9 @@ def with_values(params: Params, changes: dict[str, Any]) -> Params:
         *path, last = name.split(".")
         section = content
         for key in path:
-            section = section.setdefault(key, {})  # an unknown section is refused below
+            section = section.setdefault(key, {}) if isinstance(section, dict) else section  # unknown: refused below
+        if not isinstance(section, dict):
+            raise ValueError(f"{name} is not a section")
         section[last] = value
     return Params.model_validate(content)
 

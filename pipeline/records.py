@@ -55,8 +55,8 @@ class PrepareRecord(Record):
     """Metrics of stage `prepare`; counts are numbers of images, unless they are of identities or cameras.
 
     `images` counts those with labels, `unlabelled` the others, and `unlabelled_removed` those left out because they are
-    in the test or validation set, or look like an image there. `seen_identities` counts those of `test_identities` that
-    are in training too; 0 unless `data.closed_set` is true.
+    in the test or validation set, look like an image there, or overlap one in its file. `seen_identities` counts those
+    of `test_identities` that are in training too; 0 unless `data.closed_set` is true.
     """
 
     images: int

@@ -320,8 +320,9 @@ class Params(Section):
             )
         if self.student.method == "paper" and self.student.distill.views:
             complaints.append(
-                f"`student.distill.views` ({self.student.distill.views}) must be 0 for method paper: an image would be "
-                "its own nearest neighbours, as the teacher's features of a view would be the same each time"
+                f"`student.distill.views` ({self.student.distill.views}) must be 0, and `average_views` false, "
+                "for method paper: an image would be its own nearest neighbours, as the teacher's features of a view "
+                "would be the same each time"
             )
         if self.student.method == "paper" and self.surgery.tolerance > self.student.paper.threshold:
             complaints.append(

@@ -185,7 +185,7 @@ class Distill(Section):
     """Number of augmented views of each image, used in rotation. The outputs of the teacher for them are computed once,
     before the training, and need 4 bytes of disk for each value (10 kB for an image and view of the default network,
     2 kB if `feature` is 0; without `kl`, the logits, one for each identity, are not stored); 0 draws a new view each
-    time an image is used, and computes the teacher's outputs in each step."""
+    time an image is used, and computes the teacher's outputs in each step, as method `paper` requires."""
     average_views: bool
     """Whether the student learns, for each view of an image, the mean of the teacher's outputs for all of its views: a
     better embedding than that of one view, at no further cost (Radosavovic et al., "Data Distillation", CVPR 2018)."""

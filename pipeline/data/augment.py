@@ -65,8 +65,8 @@ def augment(images: Tensor, settings: Augment, seed: int, samples: Iterable[tupl
     padded = functional.pad(images, [settings.pad], fill=_FILL) if settings.pad else images
     augmented = torch.empty(images.shape, dtype=torch.uint8)
     transforms = _transforms(settings, size)
-    for position, (epoch, index) in enumerate(samples):
-        with _torch_seeded_by(f"{seed}/{epoch}/{index}"):
+    for position, (view, index) in enumerate(samples):
+        with _torch_seeded_by(f"{seed}/{view}/{index}"):
             augmented[position] = transforms(padded[position])
     return augmented
 

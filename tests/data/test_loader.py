@@ -127,8 +127,9 @@ def test_views_take_turns_and_each_is_one_augmentation():
             for image, key in zip(images, zip(indices.tolist(), views.tolist(), strict=True), strict=True):
                 assert torch.equal(image, seen.setdefault(key, image))
     assert len(seen) == 2 * 15
-    for view in range(2):
-        stored = [(indices.tolist(), images) for indices, images in batches.view(view)]
+    for view, workers in ((0, 0), (1, 0), (1, 2)):
+        loading = loader(workers, unlabelled=UNLABELLED, others=8, views=2)
+        stored = [(indices.tolist(), images) for indices, images in loading.view(view)]
         assert [index for indices, _ in stored for index in indices] == [*INDICES, *UNLABELLED]
         for indices, images in stored:
             for index, image in zip(indices, images, strict=True):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipeline.config import Custom, Data, VehicleId, Vehicles
 from pipeline.data.images import open_images
@@ -104,6 +104,11 @@ def test_raw_images_are_read_from_data_root(veri):
     manifest, images = open_images(run.files, run.params)
     assert manifest.root == veri / "data" and not run.files.image_cache.exists()
     assert images.batch(np.arange(12)).shape == (12, 20, 16, 3)
+    manifest_before, pixels_before = run.files.manifest.read_bytes(), run.files.pixels.read_bytes()
+    path = next((veri / "data" / "image_train").iterdir())
+    ImageOps.invert(Image.open(path).convert("RGB")).save(path)
+    prepare(run)
+    assert run.files.manifest.read_bytes() == manifest_before and run.files.pixels.read_bytes() != pixels_before
 
 
 def test_unreadable_images_are_listed_and_skipped_up_to_the_limit(veri):

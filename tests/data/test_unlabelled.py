@@ -4,6 +4,7 @@ import csv
 import os
 import re
 from collections import Counter
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from pipeline.data.inspection import (
 )
 from pipeline.data.manifest import UNLABELLED, DataError, Item, Manifest
 from pipeline.data.requirements import problems, warnings
-from pipeline.data.unlabelled import unlabelled_item
+from pipeline.data.unlabelled import is_in, unlabelled_item
 from pipeline.protocols import PROTOCOLS
 from pipeline.stage.params_file import ParamsError, load
 from pipeline.stage.presets import preset_text
@@ -367,6 +368,13 @@ def test_a_picture_whose_parts_have_labels_is_not_used_as_a_whole(tmp_path):
     ]
     assert ("street/part.png", COPY, "street/9.png [0 0 40 40]") in warned(run)
     assert ("street/8.png [3 3 23 23]", OVERLAP, "street/8.png [0 0 40 40]") in warned(run)
+
+
+def test_a_folder_is_found_in_any_unicode_form():
+    path, folder = "über/b.png", "über"
+    for one, other in (("NFC", "NFD"), ("NFD", "NFC")):
+        assert is_in(normalize(one, path), [normalize(other, folder)])
+    assert not is_in("over/b.png", ["ov"])
 
 
 @given(

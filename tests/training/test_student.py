@@ -336,7 +336,9 @@ def test_calibration_images_are_evenly_spaced() -> None:
 
 def test_method_paper_refuses_stored_outputs(params: Params) -> None:
     distill = params.student.distill.model_copy(update={"views": 2})
-    with pytest.raises(ValidationError, match=r"`student\.distill\.views` \(2\) must be 0 for method paper"):
+    with pytest.raises(
+        ValidationError, match=r"`student\.distill\.views` \(2\) must be 0, and `average_views` false, for"
+    ):
         change(params, "student", method="paper", distill=distill.model_dump())
 
 
