@@ -146,9 +146,8 @@ def _check_unlabelled(listed: Sequence[Item], used: Sequence[Item], removed: int
     count = sum(item.split == UNLABELLED for item in listed)
     if count and not any(item.split == UNLABELLED for item in used):
         raise DataError(
-            f"none of the {count} unlabelled images can be used: {removed} are left out because of test or validation "
-            f"images (see warnings.csv), {count - removed} cannot be read (see quarantine.csv); add others, or list "
-            "none"
+            f"none of the {count} unlabelled images can be used: {removed} left out because of test or validation "
+            f"images (see warnings.csv), {count - removed} unreadable (see quarantine.csv); add others, or list none"
         )
 
 

@@ -31,7 +31,7 @@ Saved = tuple[dict[str, str], dict[str, Tensor]]
 class TrainingState:
     """The state after an epoch.
 
-    All random choices derive from the seed and from epoch, step, view or image, so random generators have no state here.
+    All random choices derive from the seed and from epoch, step, view or image: random generators have no state here.
 
     Attributes:
         net: The network, which may be narrower than at the start.

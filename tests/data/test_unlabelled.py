@@ -164,7 +164,7 @@ def test_unlabelled_images_that_are_all_removed_or_unreadable_stop_the_stage(tmp
     (tmp_path / "data" / "other" / "1.png").write_bytes(of_split(run, "gallery").read_bytes())
     (tmp_path / "data" / "other" / "2.png").write_bytes(b"half")
     run.files.manifest.unlink()
-    text = "none of the 2 unlabelled images can be used: 1 look like test .* 1 cannot be read .*quarantine.csv"
+    text = "none of the 2 unlabelled images can be used: 1 left out because of test .* 1 unreadable .*quarantine.csv"
     run = custom_set(unlabelled=["other", "street"], max_quarantined=0.5)
     assert prepare(run).unlabelled == 6
     (tmp_path / "data" / "street").rename(tmp_path / "street")
