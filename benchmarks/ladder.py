@@ -21,6 +21,7 @@ from typing import Any
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
+from ruamel.yaml.nodes import ScalarNode
 
 from benchmarks.ladder_chart import plot_rows
 from benchmarks.ladder_scores import measure, read
@@ -33,6 +34,7 @@ from pipeline.report.curves import read_curves
 from pipeline.report.style import save
 from pipeline.runtime import limit_threads
 from pipeline.stage.params_file import load
+from pipeline.stage.params_problems import problems_of
 from pipeline.stage.presets import load_preset
 from pipeline.system.git_cli import head_commit
 from pipeline.system.locks import locked
@@ -162,15 +164,7 @@ def main() -> None:
     name, ladder = f"{options.ladder}-{options.seed}", LADDERS[options.ladder]
     settings = {"runtime.threads": 1, **ladder.settings, **dict(options.params), "seed": options.seed}
     try:
-        base = with_values(load_preset(ROOT, ladder.preset), settings)
-        if ladder.half_unlabelled:
-            base = with_values(base, {"data.unlabelled": half_of_training(base)})
-        students = {student: with_values(base, dict(changes)) for student, changes in ladder.students.items()}
-    except ValueError as error:
-        sys.exit(f"ladder: invalid `--params`: {problems_of(error)}")
-    except LadderError as error:
-        sys.exit(f"ladder: {error}")
-    try:
+        base, students = params_of(ladder, settings)
         if unknown := set(options.students or ()) - set(students):
             parser.error(f"unknown students {', '.join(sorted(unknown))}; there are {', '.join(students)}")
         limit_threads(base.runtime.threads)
@@ -186,12 +180,23 @@ def main() -> None:
         sys.exit(f"ladder: {error}")
 
 
-def problems_of(error: ValueError) -> str:
-    """Return what is wrong with params, in one line."""
-    if not isinstance(error, ValidationError):
-        return str(error)
-    found = ((".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, ")) for one in error.errors())
-    return "; ".join(": ".join(filter(None, problem)) for problem in found)
+def params_of(ladder: Ladder, settings: Mapping[str, Any]) -> tuple[Params, dict[str, Params]]:
+    """Return the params of the teacher, and of each student by its name.
+
+    Raises:
+        LadderError: If `settings` are not valid.
+    """
+    try:
+        base = with_values(load_preset(ROOT, ladder.preset), dict(settings))
+        if ladder.half_unlabelled:
+            base = with_values(base, {"data.unlabelled": half_of_training(base)})
+        return base, {student: with_values(base, dict(changes)) for student, changes in ladder.students.items()}
+    except ValidationError as error:
+        nowhere = ScalarNode("", "")  # these params have no lines
+        found = [problem for detail in error.errors() for problem in problems_of(detail, nowhere)]
+        raise LadderError(f"invalid `--params`: {'; '.join(found)}") from None
+    except KeyError as error:
+        raise LadderError(f"invalid `--params`: {error.args[0]} is unknown") from None
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -301,14 +306,14 @@ def train(folder: Path, table: Path, student: str, params: Params) -> dict[str, 
     source, lines = origin(files), read(table)
     if lines and lines[0]["teacher"] != source["teacher"]:
         raise LadderError(f"{table.name} has students of another teacher; finish a seed on one machine, or delete it")
+    precisions = table.with_name(f"{table.stem}-ap.csv")
     if not lines:
-        table.with_name(f"{table.stem}-ap.csv").unlink(missing_ok=True)  # perhaps of another teacher
+        precisions.unlink(missing_ok=True)  # perhaps of another teacher
     prepare(files, params)
     resumed = any((files.checkpoints / "student").glob("*/*"))
     seconds = run("student", files, params)
     run("surgery", files, params)
     minutes = "" if resumed else f"{seconds / 60:.1f}"
-    precisions = table.with_name(f"{table.stem}-ap.csv")
     line = {"student": student, **measure(files, params, student, precisions), "core_minutes": minutes}
     line |= {"params": digest(params), **source}
     if params.student.method == "paper":  # whose compactor rows shrink over the whole training

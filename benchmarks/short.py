@@ -54,15 +54,20 @@ def preprocess(images: Tensor) -> Tensor:
 
 
 def with_values(params: Params, changes: dict[str, Any]) -> Params:
-    """Return params with other values, by dotted name."""
+    """Return params with other values, by dotted name.
+
+    Raises:
+        KeyError: If a name has no section; its argument names it.
+        ValidationError: If the params are not valid.
+    """
     content = params.model_dump()
     for name, value in changes.items():
         *path, last = name.split(".")
-        section = content
+        section: Any = content
         for key in path:
-            section = section.setdefault(key, {}) if isinstance(section, dict) else section  # unknown: refused below
-        if not isinstance(section, dict):
-            raise ValueError(f"{name} is not a section")
+            section = section.get(key)
+            if not isinstance(section, dict):
+                raise KeyError(f"`{name}`")
         section[last] = value
     return Params.model_validate(content)
 
