@@ -17,7 +17,7 @@ def save(folder: Path, net: RetrievalNet) -> None:
     """Write spec.json and weights.safetensors."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
     write_atomically(folder / WEIGHTS, lambda temporary: save_file(tensors, temporary))
-    write_text(folder / SPEC, json.dumps(net.spec.model_dump(), indent=2) + "\n")
+    write_text(folder / SPEC, json.dumps(net.spec.model_dump(exclude_defaults=True), indent=2) + "\n")
 
 
 def load_spec(folder: Path) -> ArchSpec:

@@ -283,7 +283,7 @@ def _add_speedups(results: Sequence[Result], full: ArchSpec, size: tuple[int, in
         paths = {}
         for number, widths in enumerate([full.widths, *(result.widths for result in results)]):
             paths[str(number)] = Path(folder) / f"{number}.onnx"
-            paths[str(number)].write_bytes(timing_graph(full.model_copy(update={"widths": widths}), size))
+            paths[str(number)].write_bytes(timing_graph(full.narrowed(widths), size))
         timings = measure(paths, size, batches=[1], threads=[0], repeats=REPEATS)
     teacher, *students = timings
     gains = [gain(teacher, student) for student in students]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from pipeline.config import Student
 from pipeline.models.cost import CostModel, macs_model, params_model
-from pipeline.models.spec import EMBEDDING, ArchSpec, is_inner
+from pipeline.models.spec import LAST, ArchSpec, is_inner
 
 WINDOW = 0.01
 """Tolerance of a budget: the final reduction lies in [target, target + WINDOW]."""
@@ -30,9 +30,8 @@ def minimum_widths(spec: ArchSpec, sites: Iterable[str], multiple: int) -> dict[
     The residual stream before the embedding keeps at least as many channels as the embedding has dimensions: with fewer
     the embeddings would span only a subspace, which the importance of single channels does not show.
     """
-    last = next(layer.source for layer in spec.layers() if layer.target == EMBEDDING)
     spanned = math.ceil(spec.embedding_dim / multiple) * multiple
-    return {site: min(spanned if site == last else multiple, spec.widths[site]) for site in sites}
+    return {site: min(spanned if site == LAST else multiple, spec.widths[site]) for site in sites}
 
 
 def removable_blocks(spec: ArchSpec, config: Student, sites: Iterable[str]) -> tuple[tuple[str, ...], ...]:
@@ -43,13 +42,16 @@ def removable_blocks(spec: ArchSpec, config: Student, sites: Iterable[str]) -> t
 
 
 def shrinking_sites(spec: ArchSpec, config: Student) -> tuple[str, ...]:
-    """Return the sites that get a compactor or channel gate, from input to output.
+    """Return the sites that get an indicator, from input to output.
+
+    Without a linear map in the head, the last stream is the embedding and keeps its width.
 
     Raises:
         BudgetError: If there are none.
     """
     kinds = set(config.sites)
-    sites = tuple(name for name in spec.widths if (name.rpartition(".")[2] if is_inner(name) else "stream") in kinds)
+    names = (name for name in spec.widths if spec.has_linear or name != LAST)
+    sites = tuple(name for name in names if (name.rpartition(".")[2] if is_inner(name) else "stream") in kinds)
     if not sites:
         raise BudgetError(
             f"`student.sites` {config.sites} names no site of a ResNet-{spec.depth}, which has basic blocks; add "

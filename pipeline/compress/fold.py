@@ -1,4 +1,4 @@
-"""Folding: compactors are multiplied into the convolution and batch norm before them, channel gates into batch norms.
+"""Folding: compactors are multiplied into the convolution and batch norm before them, gates and scales into norms.
 
 In evaluation mode a compactor K computes K (s (W x - mu) + b) with s = gamma / sqrt(var + eps). With A = K diag(s) this
 is A W x + c, c = K (b - s mu): a convolution W' = A W and a batch norm that adds c. The new batch norm may subtract any
@@ -17,14 +17,14 @@ from torch import Tensor
 from pipeline.compress.compactor import expand_rows, row_norms
 from pipeline.models.feature_hooks import FeatureHooks
 from pipeline.models.resnet import RetrievalNet, convert
-from pipeline.models.spec import Layer, indicator_name, is_inner
+from pipeline.models.spec import Layer, indicator_name
 
 EPS = 1e-5
 """Epsilon of torch's batch norms."""
 
 
 def fold(net: RetrievalNet, sites: Iterable[str]) -> RetrievalNet:
-    """Return a network without the compactors and channel gates of some sites, the same function in evaluation mode.
+    """Return a network without the indicators of some sites, the same function in evaluation mode.
 
     The mean of each new batch norm is exact; its variance is computed as if channels were uncorrelated, and
     `recalibrate_norms` measures it.
@@ -39,10 +39,11 @@ def fold(net: RetrievalNet, sites: Iterable[str]) -> RetrievalNet:
         for layer in net.spec.layers():
             if layer.target != site:
                 continue
-            if is_inner(site):
+            if net.spec.mixes(site):
                 state |= _folded(state, layer, weight[:, :, 0, 0])
-            else:
-                state |= {f"{layer.norm}.{name}": weight * state[f"{layer.norm}.{name}"] for name in ("weight", "bias")}
+                continue
+            for norm, part in net.spec.norm_parts(layer).items():
+                state |= {f"{norm}.{name}": weight[part] * state[f"{norm}.{name}"] for name in ("weight", "bias")}
     left = tuple(site for site in net.spec.indicators if site not in folding)
     return convert(net, net.spec.model_copy(update={"indicators": left}), state)
 
@@ -79,7 +80,7 @@ def recalibrate_norms(net: RetrievalNet, sites: Iterable[str], images: Tensor) -
 
     Args:
         net: Network in evaluation mode, changed in place.
-        sites: Inner sites without compactors.
+        sites: Inner sites without compactors and instance norms.
         images: Normalised images (B, 3, H, W).
     """
     norms = {layer.name: layer.norm for layer in net.spec.layers() if layer.target in set(sites)}

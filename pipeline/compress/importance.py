@@ -74,7 +74,8 @@ def magnitude_scores(net: RetrievalNet, sites: Iterable[str]) -> dict[str, Tenso
     """
     state, scores = net.state_dict(), {}
     for site in sites:
-        scales = [state[f"{layer.norm}.weight"].abs() for layer in net.spec.layers() if layer.target == site]
+        layers = (layer for layer in net.spec.layers() if layer.target == site)
+        scales = [torch.cat([state[f"{norm}.weight"] for norm in net.spec.norm_parts(layer)]).abs() for layer in layers]
         scores[site] = torch.stack(scales).mean(dim=0)
     return scores
 

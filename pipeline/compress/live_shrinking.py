@@ -13,14 +13,13 @@ from pipeline.compress.fold import fold, recalibrate_norms
 from pipeline.compress.shrinker import Shrinker
 from pipeline.compress.surgery import SurgeryPlan, cut, slices, take
 from pipeline.models.resnet import RetrievalNet
-from pipeline.models.spec import is_inner
 from pipeline.training.loop import Reshaped
 
 log = logging.getLogger(__name__)
 
 
 def cut_zero_channels(net: RetrievalNet, shrinker: Shrinker, images: Tensor) -> Reshaped | None:
-    """Cut out the channels with zero rows; compactors there are folded and replaced by new ones, gates are shortened.
+    """Cut out the channels with zero rows: compactors there are folded and replaced by new ones, others shortened.
 
     Rows that are still fading are folded at full length and continue to fade in the new compactor.
 
@@ -41,7 +40,7 @@ def cut_zero_channels(net: RetrievalNet, shrinker: Shrinker, images: Tensor) -> 
     plan = SurgeryPlan({site: channels for site, channels in shortened.items() if channels or site in removed})
     if not plan.kept:
         return None
-    folding = [site for site in plan.kept if is_inner(site)]
+    folding = [site for site in plan.kept if net.spec.mixes(site)]
     indicators = net.indicators()
     levels = {site: shrinker.masks[site].level(indicators[site].matrix) for site in folding}
     unfaded = scale_rows(net, {site: 1 / level for site, level in levels.items()})

@@ -168,7 +168,7 @@ class StudentTask(Task):
     def measure(self, net: RetrievalNet, progress: float, validate: bool) -> dict[str, float]:
         """Return the reductions without the channels selected for removal, and mAP on held-out identities."""
         full = self.teacher.spec
-        small = full.model_copy(update={"widths": self.compression.remaining_widths(net)})
+        small = full.narrowed(self.compression.remaining_widths(net))
         row = {
             "macs_reduction": 1 - cost.macs(small, self.image_size) / cost.macs(full, self.image_size),
             "params_reduction": 1 - cost.params(small) / cost.params(full),

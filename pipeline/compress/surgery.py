@@ -16,8 +16,9 @@ from pipeline.compress.compactor import nonzero_channels, removed_sites
 from pipeline.compress.fold import EPS, fold
 from pipeline.config import Surgery
 from pipeline.files import read_json, write_text
+from pipeline.models.head import EmbeddingHead
 from pipeline.models.resnet import RetrievalNet, convert
-from pipeline.models.spec import HEAD_NORM, ArchSpec, indicator_name, is_inner
+from pipeline.models.spec import HEAD_NORM, LAST, ArchSpec, indicator_name
 
 PLAN = "plan.json"
 
@@ -130,7 +131,12 @@ def cut_spec(spec: ArchSpec, plan: SurgeryPlan) -> ArchSpec:
     """Return the spec of the network that `cut` makes."""
     widths = {**spec.widths, **{site: len(channels) for site, channels in plan.kept.items()}}
     indicators = tuple(site for site in spec.indicators if widths[site])
-    return ArchSpec.model_validate({**spec.model_dump(), "widths": widths, "indicators": indicators})
+    counts = {
+        site: sum(channel < count for channel in plan.kept[site]) if site in plan.kept else count
+        for site, count in spec.instance_norms.items()
+    }
+    changes = {"widths": widths, "indicators": indicators, "instance_norms": counts}
+    return ArchSpec.model_validate({**spec.model_dump(), **changes})
 
 
 def slices(spec: ArchSpec, plan: SurgeryPlan) -> dict[str, list[tuple[int, Tensor]]]:
@@ -140,17 +146,22 @@ def slices(spec: ArchSpec, plan: SurgeryPlan) -> dict[str, list[tuple[int, Tenso
     """
     kept = {site: torch.tensor(channels, dtype=torch.int64) for site, channels in plan.kept.items()}
     indices: dict[str, list[tuple[int, Tensor]]] = {}
-    norms = [(HEAD_NORM, "layer4")]
+    norms = {HEAD_NORM: kept[LAST]} if LAST in kept else {}
     for layer in spec.layers():
         outputs = [(0, kept[layer.target])] if layer.target in kept else []
         inputs = [(1, kept[layer.source])] if layer.source in kept else []
         indices[f"{layer.name}.weight"] = outputs + inputs
-        norms.append((layer.norm, layer.target))
-    for norm, site in norms:
+        if layer.target in kept:
+            for norm, part in spec.norm_parts(layer).items():
+                start, stop, _ = part.indices(spec.widths[layer.target])
+                channels = kept[layer.target]
+                norms[norm] = channels[(channels >= start) & (channels < stop)] - start
+    for norm, channels in norms.items():
         for name in ("weight", "bias", "running_mean", "running_var"):
-            indices[f"{norm}.{name}"] = [(0, kept[site])] if site in kept else []
+            indices[f"{norm}.{name}"] = [(0, channels)]
     for site in set(spec.indicators) & set(kept):
-        indices[f"{indicator_name(site)}.weight"] = [(0, kept[site])] + ([(1, kept[site])] if is_inner(site) else [])
+        rows, columns = (0, kept[site]), (1, kept[site])
+        indices[f"{indicator_name(site)}.weight"] = [rows, columns] if spec.mixes(site) else [rows]
     return indices
 
 
@@ -168,18 +179,32 @@ def cut(net: RetrievalNet, plan: SurgeryPlan) -> RetrievalNet:
     """
     indices, before = slices(net.spec, plan), net.state_dict()
     state = {name: take(tensor, indices.get(name, ())) for name, tensor in before.items()}
-    if "layer4" in plan.kept:
-        cut_away = torch.ones(net.spec.widths["layer4"], dtype=torch.bool)
-        cut_away[list(plan.kept["layer4"])] = False
-        state["head.bn2.running_mean"] = before["head.bn2.running_mean"] - _head_constant(before, cut_away)
-    return convert(net, cut_spec(net.spec, plan), state)
+    if LAST in plan.kept:
+        cut_away = torch.ones(net.spec.widths[LAST], dtype=torch.bool)
+        cut_away[list(plan.kept[LAST])] = False
+        state["head.bn2.running_mean"] = before["head.bn2.running_mean"] - _head_constant(net.head, cut_away)
+    narrow = cut_spec(net.spec, plan)
+    built = set(RetrievalNet(narrow).state_dict())  # a norm that has lost all channels is gone
+    return convert(net, narrow, {name: tensor for name, tensor in state.items() if name in built})
 
 
-def _head_constant(state: Mapping[str, Tensor], zero: Tensor) -> Tensor:
-    """Return what always-zero channels add to the embedding, (D,): the first norm of the head shifts them off zero."""
-    norm = {name: state[f"{HEAD_NORM}.{name}"] for name in ("weight", "bias", "running_mean", "running_var")}
-    shifted = norm["bias"] - norm["weight"] * norm["running_mean"] / torch.sqrt(norm["running_var"] + EPS)
-    return state["head.fc.weight"] @ (torch.relu(shifted) * zero.to(shifted))
+@torch.no_grad()
+def _head_constant(head: EmbeddingHead, zero: Tensor) -> Tensor:
+    """Return what always-zero channels add to the embedding before its last norm, (D,).
+
+    The first norm of the head shifts them off zero, and their generalised mean is not exactly 0.
+
+    Args:
+        head: A head with a linear map.
+        zero: (C,) bool, channels of the last stream that are always zero.
+    """
+    linear, norm = head.get_submodule("fc"), head.bn1
+    weight = linear.get_parameter("weight")
+    constant = weight.new_zeros(1) if head.pool is None else head.pool(weight.new_zeros(1, 1, 1, 1))[0]
+    if norm is not None:
+        mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+        constant = torch.relu(norm.bias - norm.weight * (mean - constant) / torch.sqrt(variance + EPS))
+    return weight @ (constant * zero.to(weight))
 
 
 def fold_and_cut(net: RetrievalNet, plan: SurgeryPlan) -> RetrievalNet:

@@ -22,9 +22,9 @@ from scipy.optimize import nnls
 from pipeline.files import read_json, write_text
 from pipeline.inference.session import INPUT, open_session
 from pipeline.inference.timing import gains
-from pipeline.inference.timing_graph import timing_graph
+from pipeline.inference.timing_graph import HEAD, timing_graph
 from pipeline.models.cost import CostModel, Term, fixed_sizes
-from pipeline.models.spec import ArchSpec
+from pipeline.models.spec import LAST, ArchSpec
 from pipeline.progress import track
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def stored_latency_ratio(path: Path, spec: ArchSpec, image_size: tuple[int, int]
     key = json.dumps(dict(widths), sort_keys=True)
     if key not in ratios:
         full = spec.model_copy(update={"indicators": (), "identities": 0})
-        narrow = full.model_copy(update={"widths": {**spec.widths, **widths}})
+        narrow = full.narrowed(widths)
         files = {"full": timing_graph(full, image_size), "narrow": timing_graph(narrow, image_size)}
         ratios[key] = 1 / gains(files, "full", image_size)["narrow"].ratio
         write_text(path, json.dumps(ratios, indent=1) + "\n")
@@ -107,7 +107,9 @@ def _sample_specs(spec: ArchSpec, multiple: int) -> Iterator[ArchSpec]:
         for site, full in spec.widths.items():
             factor = min(1.0, share * random.uniform(0.5, 2.0)) if share < 1 else 1.0
             widths[site] = min(full, max(1, round(factor * full / multiple)) * multiple)
-        yield spec.model_copy(update={"widths": widths, "indicators": (), "identities": 0})
+        if not spec.has_linear:
+            widths[LAST] = spec.embedding_dim
+        yield spec.narrowed(widths).model_copy(update={"indicators": (), "identities": 0})
 
 
 def _layer_times(file: bytes, pixels: npt.NDArray[np.float32]) -> LayerTimes:
@@ -124,7 +126,7 @@ def _layer_times(file: bytes, pixels: npt.NDArray[np.float32]) -> LayerTimes:
         if "/" not in event["name"]:  # a change of memory layout, which counts to the layer of the next node
             unnamed.append(event)
             continue
-        layer = event["name"].partition("/")[0]
+        layer = event["name"].partition("/")[0].removeprefix("fused ")  # a linear map with the ReLU behind it
         for part in (*unnamed, event):
             calls[layer, part["name"]].append(part["dur"] / 1e6)
         unnamed.clear()
@@ -146,7 +148,7 @@ def _total_time(file: bytes, pixels: npt.NDArray[np.float32]) -> float:
 
 def _fit(spec: ArchSpec, name: str, sizes: Sequence[Mapping[str, int]], seconds: Sequence[float]) -> Term:
     """Fit the time of a layer as a function of its widths, by non-negative least squares of the relative errors."""
-    layer = next(layer for layer in spec.layers() if layer.name == name)
+    layer = next((layer for layer in spec.layers() if layer.name == name), HEAD)
     measured = np.array(seconds)
     left, right = (np.array([size[side] for size in sizes], dtype=float) for side in (layer.source, layer.target))
     features = np.stack([left * right, left, right, np.ones_like(left)], axis=1)

@@ -7,7 +7,7 @@ Backbone and embedding head count; the classifier, compactors and channel gates 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from pipeline.models.spec import EMBEDDING, INPUT, ArchSpec, Layer
+from pipeline.models.spec import EMBEDDING, INPUT, LAST, ArchSpec, Layer
 
 ONE = "one"
 """A dimension of size 1, for costs that depend on one width or on none."""
@@ -119,7 +119,13 @@ def macs_model(spec: ArchSpec, size: tuple[int, int]) -> CostModel:
 def params_model(spec: ArchSpec) -> CostModel:
     """Return learnable parameters (weights, and scale and shift of batch norms) as a function of widths."""
     terms = [Term(layer.source, layer.target, layer.kernel**2, per_right=2) for layer in spec.layers()]
-    return CostModel((*terms, Term(ONE, "layer4", 2)), fixed_sizes(spec))  # the last term is the head's first norm
+    if spec.head in ("bn-relu-fc-bn", "bn"):  # a norm of the stream, without a layer in front of it
+        terms.append(Term(ONE, LAST, 2))
+    shifts = spec.embedding_dim if spec.head != "none" and not spec.neck_bias else 0
+    exponents = 1 if spec.pool == "gem" else 0
+    if exponents - shifts:
+        terms.append(Term(ONE, ONE, 0, constant=exponents - shifts))
+    return CostModel(tuple(terms), fixed_sizes(spec))
 
 
 def macs(spec: ArchSpec, size: tuple[int, int]) -> int:

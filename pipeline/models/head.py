@@ -1,26 +1,59 @@
 """The embedding head and the identity classifier."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.models.spec import LAST, ArchSpec
 
-class EmbeddingHead(nn.Module):
-    """Global average pooling, batch norm, ReLU, linear map without bias, batch norm.
 
-    Embeddings are compared by cosine. Source: the public code of Xie et al., CVPR 2023.
+class GeneralisedMean(nn.Module):
+    """Global pooling by a generalised mean with a learnable exponent, that of fast-reid's `GeneralizedMeanPoolingP`.
+
+    Source: Radenovic et al., "Fine-Tuning CNN Image Retrieval with No Human Annotation", TPAMI 2019, section 3.2.
     """
 
-    def __init__(self, channels: int, embedding_dim: int) -> None:
+    EPS = 1e-6
+    """Smallest value that enters the mean; so an always-zero channel has this mean, not 0."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.bn1 = nn.BatchNorm1d(channels)
-        self.fc = nn.Linear(channels, embedding_dim, bias=False)
-        self.bn2 = nn.BatchNorm1d(embedding_dim)
+        self.p = nn.Parameter(torch.full((1,), 3.0))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Pool feature maps, (B, C, H, W) -> (B, C)."""
+        with torch.autocast(features.device.type, enabled=False):  # powers need 32 bits
+            features = features.to(self.p.dtype)
+            return features.clamp_min(self.EPS).pow(self.p).mean(dim=(2, 3)).pow(1 / self.p)
+
+
+class EmbeddingHead(nn.Module):
+    """Global pooling, and the parts that the spec names: batch norm, ReLU, linear map without bias, batch norm.
+
+    Embeddings are compared by cosine.
+    """
+
+    def __init__(self, spec: ArchSpec) -> None:
+        super().__init__()
+        channels, dim = spec.widths[LAST], spec.embedding_dim
+        self.pool = GeneralisedMean() if spec.pool == "gem" else None
+        self.bn1 = nn.BatchNorm1d(channels) if spec.head.startswith("bn-relu") else None
+        self.fc = nn.Linear(channels, dim, bias=False) if spec.has_linear else None
+        self.bn2 = nn.BatchNorm1d(dim, bias=spec.neck_bias) if spec.head != "none" else None
+        self.non_negative = spec.head.endswith("relu")
 
     def forward(self, features: Tensor) -> Tensor:
         """Embed feature maps, (B, C, H, W) -> (B, D)."""
-        pooled = features.mean(dim=(2, 3))
-        return self.bn2(self.fc(functional.relu(self.bn1(pooled))))
+        embedding = features.mean(dim=(2, 3)) if self.pool is None else cast(Tensor, self.pool(features))
+        if self.bn1 is not None:
+            embedding = functional.relu(self.bn1(embedding))
+        if self.fc is not None:
+            embedding = self.fc(embedding)
+        if self.bn2 is not None:
+            embedding = self.bn2(embedding)
+        return functional.relu(embedding) if self.non_negative else embedding
 
 
 class Classifier(nn.Linear):

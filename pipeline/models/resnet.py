@@ -17,7 +17,8 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from pipeline.models.head import Classifier, EmbeddingHead
-from pipeline.models.spec import BLOCKS, ArchSpec, Block, indicator_name
+from pipeline.models.input import InputAdapter
+from pipeline.models.spec import BATCH, BLOCKS, INSTANCE, ArchSpec, Block, indicator_name
 
 
 class Output(NamedTuple):
@@ -75,6 +76,23 @@ class ChannelGate(nn.Module):
         return cast(Tensor, functional_call(norm, scaled, (x,)))
 
 
+class ChannelScale(nn.Module):
+    """A learnable scale of each channel, initially 1: takes the place of a compactor behind an instance norm."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    @property
+    def matrix(self) -> Tensor:
+        """The scales as rows (C, 1); a view."""
+        return self.weight[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale, (B, C, H, W) -> same."""
+        return x * self.weight[:, None, None]
+
+
 class IdentityGate(nn.Module):
     """Takes the place of a `ChannelGate` in a stream that has none: it only applies the norm."""
 
@@ -83,11 +101,31 @@ class IdentityGate(nn.Module):
         return cast(Tensor, norm(x))
 
 
-Indicator = Compactor | ChannelGate
-"""A "channel importance indicator" in the words of Xie et al. (CVPR 2023): a compactor or a channel gate.
+Indicator = Compactor | ChannelGate | ChannelScale
+"""A "channel importance indicator" in the words of Xie et al. (CVPR 2023): a compactor, a channel gate or scale.
 
-Both have a ``weight`` (C, ...) and a ``matrix`` (C, n), a view; the norm of row c shows whether channel c is needed.
+All have a ``weight`` (C, ...) and a ``matrix`` (C, n), a view; the norm of row c shows whether channel c is needed.
 """
+
+
+class SplitNorm(nn.Module):
+    """An instance norm of the first channels and a batch norm of the others ("IBN-a").
+
+    Source: Pan et al., "Two at Once: Enhancing Learning and Generalization Capacities via IBN-Net", ECCV 2018.
+    """
+
+    def __init__(self, channels: int, instance: int) -> None:
+        super().__init__()
+        self.sizes = [instance, channels - instance]
+        norms = [nn.InstanceNorm2d(instance, affine=True), nn.BatchNorm2d(channels - instance)]
+        for name, norm, size in zip((INSTANCE, BATCH), norms, self.sizes, strict=True):
+            if size:  # pruning may have removed all channels of one of them
+                self.add_module(name, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise, (B, C, H, W) -> same."""
+        parts = torch.split(x, [size for size in self.sizes if size], dim=1)
+        return torch.cat([norm(part) for norm, part in zip(self.children(), parts, strict=True)], dim=1)
 
 
 class ResidualBlock(nn.Module):
@@ -105,10 +143,17 @@ class ResidualBlock(nn.Module):
                 widths[index], widths[index + 1], kernel, stride=stride, padding=kernel // 2, bias=False
             )
             self.add_module(f"conv{index + 1}", convolution)
-            self.add_module(f"bn{index + 1}", nn.BatchNorm2d(widths[index + 1]))
+            site = block.sites[index] if index < len(block.sites) else block.stage
+            split = site in spec.instance_norms
+            norm = (
+                SplitNorm(widths[index + 1], spec.instance_norms[site]) if split else nn.BatchNorm2d(widths[index + 1])
+            )
+            self.add_module(f"bn{index + 1}", norm)
         for index, site in enumerate(block.sites):
-            present = site in spec.indicators
-            self.add_module(f"compactor{index + 1}", Compactor(widths[index + 1]) if present else nn.Identity())
+            slot: nn.Module = nn.Identity()
+            if site in spec.indicators:
+                slot = Compactor(widths[index + 1]) if spec.mixes(site) else ChannelScale(widths[index + 1])
+            self.add_module(f"compactor{index + 1}", slot)
         self.downsample: nn.Sequential | None = None
         if block.shortcut:
             self.downsample = nn.Sequential(
@@ -152,6 +197,7 @@ class RetrievalNet(nn.Module):
     def __init__(self, spec: ArchSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.adapter = None if spec.input is None else InputAdapter(spec.input)
         stem = spec.widths[spec.stem]
         self.conv1 = nn.Conv2d(3, stem, kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
@@ -164,11 +210,13 @@ class RetrievalNet(nn.Module):
         self.gates = nn.ModuleDict(
             {name: ChannelGate(spec.widths[name]) if name in present else IdentityGate() for name in spec.stream}
         )
-        self.head = EmbeddingHead(spec.widths["layer4"], spec.embedding_dim)
+        self.head = EmbeddingHead(spec)
         self.classifier = Classifier(spec.embedding_dim, spec.identities, spec.cosine) if spec.identities else None
 
     def forward(self, x: Tensor) -> Output:
         """Compute embeddings and logits of normalised images (B, 3, H, W)."""
+        if self.adapter is not None:
+            x = self.adapter(x)
         x = self.maxpool(functional.relu(self.gates[self.spec.stem](self.bn1, self.conv1(x)), inplace=True))
         for index in range(len(BLOCKS[self.spec.depth])):
             name = f"layer{index + 1}"
@@ -179,7 +227,7 @@ class RetrievalNet(nn.Module):
     def indicators(self) -> dict[str, Indicator]:
         """Return the compactors and channel gates by site."""
         modules = {site: self.get_submodule(indicator_name(site)) for site in self.spec.indicators}
-        return {site: module for site, module in modules.items() if isinstance(module, Compactor | ChannelGate)}
+        return {site: module for site, module in modules.items() if isinstance(module, Indicator)}
 
     def load_backbone(self, state: Mapping[str, Tensor], origin: str) -> None:
         """Load a torchvision state dict into the backbone; head and classifier keep their weights.

@@ -9,11 +9,11 @@ A channel dimension of variable width is called a *site*. It has a name, and `Ar
   (a basic block has only ``conv1``). Both are 0 if the block is removed, which requires an identity shortcut.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipeline.config import Teacher
 
@@ -38,8 +38,22 @@ EXPANSION = 4
 INPUT, EMBEDDING = "input", "embedding"
 """Dimensions of fixed size: the three channels of an image, and the embedding."""
 
+LAST = "layer4"
+"""The residual stream that the head reads."""
+
 HEAD_NORM = "head.bn1"
 """Batch norm in the head, on the residual stream of the last stage; no convolution precedes it."""
+
+Head = Literal["bn-relu-fc-bn", "fc-bn", "fc-bn-relu", "bn", "none"]
+"""What follows global pooling (fc: a linear map without bias): that of Xie et al. (CVPR 2023); fast-reid's with
+`EMBEDDING_DIM`; torchreid's `resnet50_fc512`; the BNNeck of Luo et al. (CVPRW 2019); nothing, as in torchreid's
+`resnet50`."""
+
+INSTANCE, BATCH = "IN", "BN"
+"""Names of the two norms of IBN-a, as in the authors' code."""
+
+Pool = Literal["average", "gem"]
+"""Global pooling: the mean, or the generalised mean with a learnable exponent (Radenovic et al., TPAMI 2019)."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +97,22 @@ class Block:
     shortcut: bool
 
 
+class Input(BaseModel):
+    """The images that a network expects, relative to those that this project normalises with ImageNet's statistics.
+
+    Attributes:
+        scale: Factor on each channel, in the order red, green, blue.
+        shift: Added to the product.
+        bgr: Whether the channels then stand in the order blue, green, red.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scale: tuple[float, float, float]
+    shift: tuple[float, float, float]
+    bgr: bool = False
+
+
 class ArchSpec(BaseModel):
     """The architecture of a residual retrieval network.
 
@@ -94,6 +124,12 @@ class ArchSpec(BaseModel):
         cosine: True if the classifier returns cosines, False if it returns inner products.
         indicators: Sites with a compactor or a channel gate.
         widths: Channels by site.
+        instance_norms: How many of a site's channels, the first ones, have an instance norm instead of a batch norm, by
+            inner site ("IBN-a", Pan et al., ECCV 2018).
+        pool: Global pooling.
+        head: What follows it.
+        neck_bias: Whether the last batch norm of the head shifts.
+        input: Images that it expects; None for those of this project.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -105,6 +141,12 @@ class ArchSpec(BaseModel):
     cosine: bool
     indicators: tuple[str, ...]
     widths: dict[str, int]
+    # Attributes with a default are left out of spec.json where they have it.
+    instance_norms: dict[str, int] = Field(default_factory=dict)
+    pool: Pool = "average"
+    head: Head = "bn-relu-fc-bn"
+    neck_bias: bool = True
+    input: Input | None = None
 
     @classmethod
     def full(
@@ -116,12 +158,18 @@ class ArchSpec(BaseModel):
         identities: int = 0,
         cosine: bool = False,
         stem: int = 0,
+        ibn: bool = False,
+        pool: Pool = "average",
+        head: Head = "bn-relu-fc-bn",
+        neck_bias: bool = True,
     ) -> Self:
         """Return the spec of an uncompressed network.
 
         Args:
             width: Planes of the first stage; 64 gives torchvision's networks.
             stem: Channels of the stem; 0 for as many as `width`. Basic blocks allow no other number.
+            ibn: Whether half of the channels behind a block's first convolution have an instance norm, in all stages
+                but the last.
 
         Raises:
             ValueError: If a network of basic blocks has another stem.
@@ -146,6 +194,10 @@ class ArchSpec(BaseModel):
             cosine=cosine,
             indicators=(),
             widths=widths,
+            instance_norms={site: widths[site] // 2 for site in widths if ibn and _has_instance_norm(site)},
+            pool=pool,
+            head=head,
+            neck_bias=neck_bias,
         )
 
     @classmethod
@@ -175,12 +227,28 @@ class ArchSpec(BaseModel):
             )
         if unknown := set(self.indicators) - (expected - removed):
             raise ValueError(f"indicators at unknown sites: {sorted(unknown)}")
+        if invalid := {
+            site: count
+            for site, count in self.instance_norms.items()
+            if site not in self.sites or not 0 <= count <= self.widths[site]
+        }:
+            raise ValueError(f"instance norms must be at inner sites, on some of their channels, got {invalid}")
+        if not self.has_linear and self.embedding_dim != self.widths[LAST]:
+            raise ValueError(
+                f"without a linear map in the head, an embedding is as long as {LAST} is wide, {self.widths[LAST]}; "
+                f"got {self.embedding_dim}"
+            )
         return self
 
     @property
     def basic(self) -> bool:
         """Whether the network has basic blocks, not bottlenecks."""
         return self.depth in BASIC
+
+    @property
+    def has_linear(self) -> bool:
+        """Whether the head has a linear map, so that the length of an embedding is not the width of the stream."""
+        return "fc" in self.head
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -209,6 +277,30 @@ class ArchSpec(BaseModel):
         """Return whether a block is present, not removed."""
         return all(self._inner_widths(block))
 
+    def mixes(self, site: str) -> bool:
+        """Return whether the indicator of a site is a compactor, which mixes channels; else it scales each channel.
+
+        A residual stream has several inputs, and an instance norm has other statistics for each image, so a matrix
+        behind either cannot be folded.
+        """
+        return is_inner(site) and site not in self.instance_norms
+
+    def norm_parts(self, layer: Layer) -> dict[str, slice]:
+        """Return the channels of each norm behind a layer, by module name: one norm, or instance and batch norm."""
+        if layer.target not in self.instance_norms:
+            return {layer.norm: slice(None)}
+        count, width = self.instance_norms[layer.target], self.widths[layer.target]
+        parts = {f"{layer.norm}.{INSTANCE}": slice(0, count), f"{layer.norm}.{BATCH}": slice(count, width)}
+        return {name: part for name, part in parts.items() if part.start < part.stop}
+
+    def narrowed(self, widths: Mapping[str, int]) -> Self:
+        """Return the spec with other widths, of which instance norms have the same shares."""
+        all_widths = {**self.widths, **widths}
+        counts = {
+            site: count * all_widths[site] // max(1, self.widths[site]) for site, count in self.instance_norms.items()
+        }
+        return self.model_copy(update={"widths": all_widths, "instance_norms": counts})
+
     def layers(self) -> Iterator[Layer]:
         """Yield convolutions and the head's linear map, from input to output, without those of removed blocks."""
         yield Layer("conv1", "bn1", INPUT, self.stem, 7, 2)
@@ -221,7 +313,8 @@ class ArchSpec(BaseModel):
             if block.shortcut:
                 name, norm = f"{block.name}.downsample.0", f"{block.name}.downsample.1"
                 yield Layer(name, norm, block.source, block.stage, 1, block.stride)
-        yield Layer("head.fc", "head.bn2", "layer4", EMBEDDING, 1, 1)
+        if self.has_linear:
+            yield Layer("head.fc", "head.bn2", LAST, EMBEDDING, 1, 1)
 
     def blocks(self) -> Iterator[Block]:
         """Yield the residual blocks, including removed ones, from input to output."""
@@ -242,6 +335,10 @@ class ArchSpec(BaseModel):
                     shortcut=first and not (self.basic and index == 0),
                 )
                 source = stage
+
+
+def _has_instance_norm(site: str) -> bool:
+    return site.endswith(".conv1") and not site.startswith(LAST)
 
 
 def is_inner(site: str) -> bool:

@@ -22,6 +22,7 @@ from pipeline.compress.surgery import (
     take,
 )
 from pipeline.config import Surgery
+from pipeline.models import cost
 from pipeline.models.resnet import RetrievalNet
 
 Make = Callable[..., RetrievalNet]
@@ -52,6 +53,30 @@ def test_surgery_does_not_change_the_function_of_any_network(
         assert len(channels) % multiple == 0
     for layer in narrow.spec.layers():
         assert narrow.get_submodule(layer.name).weight.shape[0] == {**narrow.spec.widths, "embedding": 24}[layer.target]
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    depth=st.sampled_from([14, 18, 26]),
+    seed=st.integers(0, 10_000),
+    multiple=st.sampled_from([1, 8]),
+    ibn=st.booleans(),
+    pool=st.sampled_from(["average", "gem"]),
+    head=st.sampled_from(["bn-relu-fc-bn", "fc-bn", "fc-bn-relu", "bn", "none"]),
+    neck_bias=st.booleans(),
+)
+def test_surgery_does_not_change_the_function_of_any_variant(
+    net_with_zero_rows: Make, depth: int, seed: int, multiple: int, **variant: object
+) -> None:
+    net = net_with_zero_rows(depth, seed, multiple, **variant)
+    plan = plan_cut(net, 0.0, multiple, net.spec)
+    narrow = fold_and_cut(net, plan)
+    assert torch.isfinite(net(IMAGES).embedding).all()
+    assert largest_difference(net, narrow, IMAGES) <= 1e-10
+    assert narrow.spec.indicators == ()
+    assert cost.params(narrow.spec) == sum(parameter.numel() for parameter in narrow.parameters())
+    for site, count in narrow.spec.instance_norms.items():
+        assert count == sum(channel < net.spec.instance_norms[site] for channel in plan.kept[site])
 
 
 def test_all_gradients_are_finite_where_rows_are_exactly_zero(net_with_zero_rows: Make) -> None:

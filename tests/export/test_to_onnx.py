@@ -19,6 +19,8 @@ from pipeline.export.metadata import Metadata, finish, params_digest
 from pipeline.export.to_onnx import to_onnx
 from pipeline.inference.session import open_session
 from pipeline.models import cost
+from pipeline.models.resnet import RetrievalNet
+from pipeline.models.spec import ArchSpec, Input
 from pipeline.stage.presets import load_preset
 from tests.export.tiny_network import MEAN, SIZE, STD, Pictures, normalise, tiny_net
 
@@ -34,6 +36,24 @@ def test_it_computes_the_l2_normalised_embedding_in_eval_mode_for_any_batch_size
     np.testing.assert_allclose(embeddings, expected, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-6)
     assert net.training  # the network itself is not modified
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [{"ibn": True, "pool": "gem", "head": "fc-bn"}, {"head": "bn", "neck_bias": False}, {"head": "none"}],
+    ids=str,
+)
+def test_the_architectures_of_other_toolkits_are_exported(variant):
+    torch.manual_seed(0)
+    spec = ArchSpec.full(14, 8, 16 if "fc" in variant["head"] else 256, identities=7, **variant)
+    spec = spec.model_copy(update={"input": Input(scale=(2, 2, 2), shift=(0, 0.1, 0), bgr=True)})
+    net = RetrievalNet(spec).eval()
+    images = torch.randn(3, 3, *SIZE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(net(images).embedding).numpy()
+    session = open_session(to_onnx(net, SIZE, 18).SerializeToString())
+    (embeddings,) = session.run(None, {"image": images.numpy()})
+    np.testing.assert_allclose(embeddings, expected, atol=1e-5)
 
 
 def test_it_has_one_input_one_output_a_dynamic_batch_and_the_requested_versions(content):

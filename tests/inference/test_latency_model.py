@@ -11,7 +11,7 @@ from pipeline.inference.latency_model import latency_model, stored_latency_model
 from pipeline.inference.session import INPUT, open_session
 from pipeline.inference.timing_graph import timing_graph
 from pipeline.models.cost import output_sizes
-from pipeline.models.spec import ArchSpec
+from pipeline.models.spec import ArchSpec, Head, Input, Pool
 
 SIZE = (32, 48)
 
@@ -43,6 +43,21 @@ def test_the_graph_has_the_layers_of_the_spec_and_runs_any_batch(depth: int) -> 
         pixels = np.random.default_rng(0).standard_normal((images, 3, *SIZE), dtype=np.float32)
         (embeddings,) = open_session(content).run(None, {INPUT: pixels})
         np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["bn-relu-fc-bn", "fc-bn-relu", "bn", "none"])
+@pytest.mark.parametrize("pool", ["average", "gem"])
+def test_the_graph_of_a_variant_runs_and_its_head_has_a_time(head: Head, pool: Pool) -> None:
+    spec = ArchSpec.full(14, 16, 24 if "fc" in head else 512, ibn=True, pool=pool, head=head)
+    spec = spec.narrowed({"layer1.0.conv1": 8, "layer2.0.conv1": 1}).model_copy(
+        update={"input": Input(scale=(1, 1, 1), shift=(0, 0, 0))}
+    )
+    content = timing_graph(spec, SIZE)
+    onnx.checker.check_model(onnx.load_from_string(content))
+    pixels = np.random.default_rng(0).standard_normal((2, 3, *SIZE), dtype=np.float32)
+    (embeddings,) = open_session(content).run(None, {INPUT: pixels})
+    assert embeddings.shape == (2, spec.embedding_dim)
+    assert module._layer_times(content, pixels[:1]).keys() == {layer.name for layer in spec.layers()} | {"head.fc"}
 
 
 @pytest.mark.parametrize("depth", [18, 26])

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,9 +49,8 @@ def test_a_student_reaches_its_budget_and_does_not_change_its_teacher(
     plan = task.plan()
     if shrink == "live":
         assert net.spec.widths == small.widths
-        assert {site: len(kept) for site, kept in plan.kept.items()} == {
-            site: small.widths[site] for site in small.sites
-        }
+        assert {site: len(kept) for site, kept in plan.kept.items()} == {site: small.widths[site] for site in plan.kept}
+        assert set(plan.kept) >= set(small.sites)
     else:
         assert net.spec.widths == teacher.spec.widths
         masked = task.compression.masks["layer4.0.conv1"].masked
@@ -127,6 +127,19 @@ def test_basic_blocks_shrink_as_well(params: Params, tmp_path: Path) -> None:
     params = Params.model_validate(content)
     torch.manual_seed(0)
     teacher = build_teacher(params.teacher, IDENTITIES).eval()
+    test_a_student_reaches_its_budget_and_does_not_change_its_teacher(params, teacher, tmp_path, "live")
+
+
+@pytest.mark.parametrize(
+    "variant", [{"ibn": True, "pool": "gem", "head": "fc-bn"}, {"ibn": True, "head": "bn"}], ids=str
+)
+def test_the_architectures_of_other_toolkits_shrink_as_well(
+    params: Params, tmp_path: Path, variant: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    dim = 16 if "fc" in variant["head"] else 512
+    teacher = RetrievalNet(ArchSpec.full(26, 16, dim, identities=IDENTITIES, cosine=True, **variant)).eval()
+    params = change(params, "student", sites=["conv1", "conv2", "stream"])
     test_a_student_reaches_its_budget_and_does_not_change_its_teacher(params, teacher, tmp_path, "live")
 
 
