@@ -117,7 +117,8 @@ def timing_graph(spec: ArchSpec, image_size: tuple[int, int]) -> bytes:
         image = graph.add("Mul", [image, graph.constant("input.scale", (3, 1, 1), 1.0)], "conv1/Scale")
         image = graph.add("Add", [image, graph.constant("input.shift", (3, 1, 1), 1.0)], "conv1/Shift")
     x = graph.convolution(layers["conv1"], image, "Relu")
-    x = graph.add("MaxPool", [x], "conv1/MaxPool", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
+    border = {"pads": [1, 1, 1, 1]} if spec.max_pool == "padded" else {"ceil_mode": 1}
+    x = graph.add("MaxPool", [x], "conv1/MaxPool", kernel_shape=[3, 3], strides=[2, 2], **border)
     for block in filter(spec.has, spec.blocks()):
         names = [f"{block.name}.conv{number + 1}" for number in range(len(block.sites) + 1)]
         y = x

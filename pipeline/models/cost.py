@@ -103,7 +103,8 @@ def output_sizes(spec: ArchSpec, size: tuple[int, int]) -> Iterator[tuple[Layer,
             height, width = (height + 1) // 2, (width + 1) // 2
         yield layer, (height, width)
         if layer.source == INPUT:  # max pooling follows the stem
-            height, width = (height + 1) // 2, (width + 1) // 2
+            odd = 1 if spec.max_pool == "padded" else 0
+            height, width = (height + odd) // 2, (width + odd) // 2
         sizes[layer.target] = (height, width)
 
 

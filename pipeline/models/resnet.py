@@ -201,7 +201,8 @@ class RetrievalNet(nn.Module):
         stem = spec.widths[spec.stem]
         self.conv1 = nn.Conv2d(3, stem, kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
-        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        padded = spec.max_pool == "padded"
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1 if padded else 0, ceil_mode=not padded)
         blocks = (ResidualBlock(block, spec) if spec.has(block) else RemovedBlock() for block in spec.blocks())
         for index, count in enumerate(BLOCKS[spec.depth]):
             stage = Stage(itertools.islice(blocks, count))

@@ -52,6 +52,10 @@ Head = Literal["bn-relu-fc-bn", "fc-bn", "fc-bn-relu", "bn", "none"]
 INSTANCE, BATCH = "IN", "BN"
 """Names of the two norms of IBN-a, as in the authors' code."""
 
+MaxPool = Literal["padded", "unpadded"]
+"""Max pooling behind the stem, 3x3 with stride 2: padded by 1 as in torchvision; or without padding, with windows that
+reach over the lower and right border, as in fast-reid."""
+
 Pool = Literal["average", "gem"]
 """Global pooling: the mean, or the generalised mean with a learnable exponent (Radenovic et al., TPAMI 2019)."""
 
@@ -126,6 +130,7 @@ class ArchSpec(BaseModel):
         widths: Channels by site.
         instance_norms: How many of a site's channels, the first ones, have an instance norm instead of a batch norm, by
             inner site ("IBN-a", Pan et al., ECCV 2018).
+        max_pool: Max pooling behind the stem.
         pool: Global pooling.
         head: What follows it.
         neck_bias: Whether the last batch norm of the head shifts.
@@ -143,6 +148,7 @@ class ArchSpec(BaseModel):
     widths: dict[str, int]
     # Attributes with a default are left out of spec.json where they have it.
     instance_norms: dict[str, int] = Field(default_factory=dict)
+    max_pool: MaxPool = "padded"
     pool: Pool = "average"
     head: Head = "bn-relu-fc-bn"
     neck_bias: bool = True

@@ -1,0 +1,103 @@
+"""State dicts of other toolkits: the translated network computes what theirs does."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from pipeline.models.resnet import RetrievalNet
+from pipeline.models.spec import ArchSpec
+from pipeline.models.toolkits import Translation, relative_input, translate
+from tests.models.other_toolkits import FastReid, StrongBaseline, TorchReid, randomised
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PIXELS = torch.rand(3, 3, 70, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+R14, R18, R26 = (1, 1, 1, 1), (2, 2, 2, 2), (2, 2, 2, 2)
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (MEAN, STD))
+    return (pixels - mean) / std
+
+
+def loaded(translation: Translation) -> RetrievalNet:
+    net = RetrievalNet(translation.spec)
+    net.load_state_dict(net.state_dict() | translation.state, strict=True)
+    return net.double().eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "head", "left_out"),
+    [
+        (lambda: TorchReid(R26, 8, 2, ibn=False), "none", 2),
+        (lambda: TorchReid(R26, 8, 2, ibn=True), "none", 2),
+        (lambda: TorchReid(R14, 8, 1, ibn=False, fc_dim=24), "fc-bn-relu", 2),
+        (lambda: FastReid(R26, 8, ibn=True), "bn", 1),
+        (lambda: FastReid(R14, 8, ibn=False, embedding_dim=24), "fc-bn", 1),
+        (lambda: FastReid(R18, 8, ibn=True, gem=False, basic=True), "bn", 1),
+        (lambda: StrongBaseline(R14, 8), "bn", 1),
+    ],
+    ids=["torchreid", "torchreid-ibn", "torchreid-fc", "fast-reid-ibn", "fast-reid-fc", "fast-reid-basic", "bnneck"],
+)
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_translated_network_computes_the_embeddings_of_the_toolkit(
+    make: Callable[[], nn.Module], head: str, left_out: int, parallel: bool
+) -> None:
+    torch.manual_seed(0)
+    theirs = randomised(make())
+    state = nn.DataParallel(theirs).state_dict() if parallel else theirs.state_dict()
+    stride = theirs.layer4[0].conv2.stride[0] if isinstance(theirs, TorchReid) else 1
+    translation = translate(state, stride, (MEAN, STD))
+    theirs.double()
+    with torch.no_grad():
+        expected = theirs(255 * PIXELS if isinstance(theirs, FastReid) else normalised(PIXELS))
+        embedding = loaded(translation)(normalised(PIXELS)).embedding
+    assert translation.spec.head == head
+    assert len(translation.left_out) == left_out
+    torch.testing.assert_close(embedding, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_torchvision_gives_pooled_features() -> None:
+    theirs = torchvision.models.resnet18().eval()
+    translation = translate(theirs.state_dict(), 2, (MEAN, STD))
+    assert translation.spec == ArchSpec.full(18, 64, 512, last_stride=2, head="none").model_copy(
+        update={"neck_bias": False}
+    )
+    theirs.fc = nn.Identity()
+    theirs.double()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(translation)(normalised(PIXELS)).embedding, theirs(normalised(PIXELS)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: {"fc.weight": torch.zeros(3, 4)}, r"not a ResNet, because no tensor is named layer1\.0\.conv1"),
+        (
+            lambda state: state | {"layer1.0.se.fc.0.weight": torch.zeros(1)},
+            r"1 tensors of layers .* layer1\.0\.se\.fc",
+        ),
+        (lambda state: state | {"NL_2.0.g.weight": torch.zeros(1)}, r"1 tensors of layers .* NL_2\.0\.g\.weight"),
+        (lambda state: {k: v for k, v in state.items() if k != "bn1.running_mean"}, "1 tensors are missing"),
+        (lambda state: {k: v for k, v in state.items() if "layer4.1" not in k}, "2, 2, 2, 1 bottlenecks"),
+        (lambda state: state | {"layer2.0.bn2.weight": torch.zeros(3)}, r"layer2\.0\.bn2\.weight has the shape \(3,\)"),
+    ],
+    ids=["mlp", "squeeze-excitation", "non-local", "missing", "blocks", "shape"],
+)
+def test_what_is_not_supported_is_named(change: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str) -> None:
+    state = dict(TorchReid(R26, 8, 2, ibn=False).state_dict())
+    with pytest.raises(ValueError, match=message):
+        translate(change(state), 2, (MEAN, STD))
+
+
+def test_images_of_another_normalisation_follow_from_ours() -> None:
+    mean, std = torch.tensor([0.5, 0.4, 0.3]).double(), torch.tensor([0.1, 0.2, 0.3]).double()
+    given = relative_input(mean, std, MEAN, STD, bgr=True)
+    assert given is not None
+    net = RetrievalNet(ArchSpec.full(14, 8, 24).model_copy(update={"input": given})).double()
+    assert net.adapter is not None
+    expected = ((PIXELS - mean[:, None, None]) / std[:, None, None]).flip(1)
+    torch.testing.assert_close(net.adapter(normalised(PIXELS)), expected, atol=1e-6, rtol=1e-6)
+    assert relative_input(torch.tensor(MEAN), torch.tensor(STD), MEAN, STD) is None
