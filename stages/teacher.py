@@ -1,4 +1,4 @@
-"""Stage `teacher`: train the large network that the student learns from.
+"""Stage `teacher`: train the large network that the student learns from, or check one that was trained elsewhere.
 
 Reads   artifacts/prepare/
 Writes  artifacts/teacher/, metrics/teacher.json, plots/teacher.csv
@@ -15,20 +15,26 @@ from pipeline.retrieval.embed import evaluate
 from pipeline.retrieval.scoring import scores
 from pipeline.runtime import launch
 from pipeline.stage.run import Run, run_stage
+from pipeline.training.given_teacher import given_teacher
 from pipeline.training.loop import Fit
 from pipeline.training.teacher import TeacherTask, build_teacher, validator
 
 
 def teacher(run: Run) -> TeacherRecord:
-    """Train the teacher, write it, and evaluate it on the test set."""
+    """Train the teacher or load it, write it, and evaluate it on the test set."""
     params = run.params
     fabric = launch(params.runtime, params.seed)
     manifest, images = open_images(run.files, params)
     check_requirements(manifest.items, params)
-    loader = training_loader(manifest, images, params.teacher, params, fabric.global_rank, fabric.world_size)
-    task = TeacherTask(params.teacher, validator(manifest, images, params.data.protocol, normalise, fabric.device))
-    fit = Fit(fabric, params.teacher, task, loader, normalise, run.checkpoints("data", "teacher"), run.curve)
-    net = fit.run(lambda: build_teacher(params.teacher, len(manifest.train_identities)))
+    validate = validator(manifest, images, params.data.protocol, normalise, fabric.device)
+    if params.teacher.source == "train":
+        loader = training_loader(manifest, images, params.teacher, params, fabric.global_rank, fabric.world_size)
+        task = TeacherTask(params.teacher, validate)
+        fit = Fit(fabric, params.teacher, task, loader, normalise, run.checkpoints("data", "teacher"), run.curve)
+        net = fit.run(lambda: build_teacher(params.teacher, len(manifest.train_identities)))
+    else:
+        net = given_teacher(params, manifest, images, fabric.device)
+        run.curve({"epoch": 0.0, **({"validation_map": validate(net)} if validate else {})})
     checkpoint.save(run.out, net)
     protocol = params.data.protocol
     retrieval = evaluate(net, manifest, images, "query", "gallery", protocol, normalise, fabric.device)

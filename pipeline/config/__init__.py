@@ -334,6 +334,14 @@ class Params(Section):
                 f"`student.recipe` ({self.student.recipe}) must equal `teacher.recipe` ({self.teacher.recipe}): "
                 "distillation compares their logits"
             )
+        if self.teacher.source == "checkpoint":
+            if self.teacher.weights in ("none", "imagenet"):
+                complaints.append("`teacher.weights` must be the path of the network for `teacher.source` checkpoint")
+            if self.teacher.recipe != "scratch":
+                complaints.append(
+                    "`teacher.recipe` and `student.recipe` must be scratch for `teacher.source` checkpoint: the "
+                    "classifier of such a teacher compares cosines"
+                )
         depth, width, stem = self.teacher.depth, self.teacher.width, self.teacher.stem
         if depth in (18, 34) and stem not in (0, width):
             complaints.append(f"`teacher.stem` must be 0 or {width} at `teacher.depth` {depth}, got {stem}")

@@ -116,9 +116,29 @@ class Training(Section):
     losses: Losses
 
 
+class TeacherInput(Section):
+    """The images that a teacher from elsewhere expects."""
+
+    mean: Annotated[list[float], Field(min_length=3, max_length=3)]
+    """Subtracted from pixels in [0, 1], in the order red, green, blue."""
+    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
+    """The difference is divided by it, in the same order; 0.00392157 (1/255) for pixels in [0, 255]."""
+    bgr: bool
+    """Whether the channels stand in the order blue, green, red, as OpenCV reads them."""
+
+
 class Teacher(Training):
     """Stage `teacher`: the large network."""
 
+    source: Literal["train", "checkpoint"]
+    """`train`: the network is trained here, from `weights`; `checkpoint`: `weights` is a trained ResNet, and its
+    architecture is read from the file: a folder with spec.json and weights.safetensors, or a state dict of torchvision,
+    torchreid, fast-reid or reid-strong-baseline."""
+    input: TeacherInput
+    """Source `checkpoint`: the images that the network expects, unless its file tells (fast-reid's `pixel_mean`)."""
+    max_pool: Literal["auto", "padded", "unpadded"]
+    """Source `checkpoint`: how the max pooling behind the stem treats the border; `auto`: unpadded for fast-reid, whose
+    code is that since version 1.0, padded for the others."""
     depth: Literal[14, 18, 26, 34, 50, 101, 152]
     """Depth of the ResNet, layers; 18 and 34 have basic blocks, the others bottlenecks."""
     width: Annotated[int, Field(ge=8, le=512, multiple_of=8)]
@@ -131,7 +151,7 @@ class Teacher(Training):
     """Stride of the last stage; 1, the usual choice in re-identification, keeps larger maps and retrieves better."""
     weights: Annotated[str, Field(min_length=1)]
     """First weights of the backbone: `none` (random), `imagenet` (published by torchvision) or the path of a state dict
-    with torchvision's names (.safetensors)."""
+    with torchvision's names (.safetensors, .pth). Source `checkpoint`: path of the trained network."""
 
 
 class Budget(Section):

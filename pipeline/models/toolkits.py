@@ -92,13 +92,13 @@ def translate(
         translated["head.bn2.running_mean"] = translated["head.bn2.running_mean"] - translated.pop("head.fc.bias")
     if "head.bn2.bias" in translated and not translated["head.bn2.bias"].any():  # was not trained
         del translated["head.bn2.bias"]
-    pixels = [state[f"{outer}{name}"].flatten().double() / 255 for name in PIXELS if f"{outer}{name}" in state]
+    pixels = [(state[f"{outer}{name}"].flatten() / 255).tolist() for name in PIXELS if f"{outer}{name}" in state]
     fast_reid = any(name.startswith(f"{outer}heads.") for name in state)
     spec = _spec(translated, last_stride).model_copy(
         update={
             "head": _head(translated, relu),
             "max_pool": max_pool or ("unpadded" if fast_reid else "padded"),
-            "input": relative_input(*pixels, *normalisation) if len(pixels) == len(PIXELS) else None,
+            "input": relative_input(normalisation, *pixels) if len(pixels) == len(PIXELS) else None,
         }
     )
     spec = ArchSpec.model_validate(spec.model_dump())
@@ -180,18 +180,19 @@ def _check(state: Mapping[str, Tensor], spec: ArchSpec, unknown: Sequence[str]) 
             raise ValueError(f"{name} has the shape {tuple(state[name].shape)}, not {tuple(shape)}")
 
 
-def relative_input(mean: Tensor, std: Tensor, our_mean: Triple, our_std: Triple, *, bgr: bool = False) -> Input | None:
+def relative_input(
+    normalisation: tuple[Triple, Triple], mean: Sequence[float], std: Sequence[float], *, bgr: bool = False
+) -> Input | None:
     """Return how a network's images follow from this project's; None if they are the same.
 
     Args:
-        mean: (3,) that the network expects to be subtracted from pixels in [0, 1], in the order red, green, blue.
-        std: (3,) that it expects the difference to be divided by.
-        our_mean: This project's mean.
-        our_std: This project's standard deviation.
+        normalisation: This project's mean and standard deviation of RGB pixels in [0, 1].
+        mean: Those that the network expects to be subtracted, in the order red, green, blue.
+        std: Those that it expects the difference to be divided by.
         bgr: Whether the network expects the order blue, green, red.
     """
-    ours = [torch.tensor(values, dtype=torch.float64) for values in (our_mean, our_std)]
-    scale, shift = ours[1] / std, (ours[0] - mean) / std
+    ours, theirs = (torch.tensor(pair, dtype=torch.float64) for pair in (normalisation, (mean, std)))
+    scale, shift = ours[1] / theirs[1], (ours[0] - theirs[0]) / theirs[1]
     if not bgr and torch.allclose(scale, torch.ones(3).double(), atol=1e-3) and shift.abs().max() < 1e-3:
         return None
     first, second = ((float(v[0]), float(v[1]), float(v[2])) for v in (scale, shift))

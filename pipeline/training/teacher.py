@@ -8,8 +8,6 @@ from urllib.error import URLError
 
 import torch
 import torchvision
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.config import Teacher, Training
@@ -21,6 +19,7 @@ from pipeline.models.resnet import Output, RetrievalNet
 from pipeline.models.spec import ArchSpec
 from pipeline.retrieval.embed import evaluate
 from pipeline.training.loop import Forward, Task
+from pipeline.training.weights_file import read_tensors
 
 log = logging.getLogger(__name__)
 
@@ -99,10 +98,10 @@ def build_teacher(config: Teacher, identities: int) -> RetrievalNet:
 
 
 def pretrained_weights(weights: str, depth: int) -> dict[str, Tensor]:
-    """Load a torchvision-named state dict: torchvision's published weights (``imagenet``) or a .safetensors file.
+    """Load a torchvision-named state dict: torchvision's published weights (``imagenet``), or those of a file.
 
     Raises:
-        ValueError: If torchvision publishes no weights of this depth, or the file is not a safetensors file.
+        ValueError: If torchvision publishes no weights of this depth, or the file holds no state dict.
         FileNotFoundError: If the file does not exist.
         ConnectionError: If the download fails.
     """
@@ -119,15 +118,4 @@ def pretrained_weights(weights: str, depth: int) -> dict[str, Tensor]:
                 f"torchvision's weights of {name} cannot be downloaded ({error}); set `weights` to none or the path of "
                 "a file"
             ) from error
-    path = Path(weights)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"`teacher.weights` is {weights}, which is not a file; set it to none, imagenet or a path"
-        )
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"`teacher.weights` is {weights}, which is not a safetensors file ({error}); write a state dict that you "
-            "trust with `safetensors.torch.save_file`"
-        ) from error
+    return read_tensors(Path(weights))

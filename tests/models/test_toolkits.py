@@ -93,11 +93,11 @@ def test_what_is_not_supported_is_named(change: Callable[[dict[str, Tensor]], di
 
 
 def test_images_of_another_normalisation_follow_from_ours() -> None:
-    mean, std = torch.tensor([0.5, 0.4, 0.3]).double(), torch.tensor([0.1, 0.2, 0.3]).double()
-    given = relative_input(mean, std, MEAN, STD, bgr=True)
+    mean, std = (torch.tensor(values).double() for values in ([0.5, 0.4, 0.3], [0.1, 0.2, 0.3]))
+    given = relative_input((MEAN, STD), mean.tolist(), std.tolist(), bgr=True)
     assert given is not None
     net = RetrievalNet(ArchSpec.full(14, 8, 24).model_copy(update={"input": given})).double()
     assert net.adapter is not None
     expected = ((PIXELS - mean[:, None, None]) / std[:, None, None]).flip(1)
     torch.testing.assert_close(net.adapter(normalised(PIXELS)), expected, atol=1e-6, rtol=1e-6)
-    assert relative_input(torch.tensor(MEAN), torch.tensor(STD), MEAN, STD) is None
+    assert relative_input((MEAN, STD), MEAN, STD) is None
