@@ -11,22 +11,29 @@ from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
 
 SPEC, WEIGHTS = "spec.json", "weights.safetensors"
+FULL = "full.json"
+"""Spec of the network that a student was before it shrank."""
 
 
 def save(folder: Path, net: RetrievalNet) -> None:
     """Write spec.json and weights.safetensors."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
     write_atomically(folder / WEIGHTS, lambda temporary: save_file(tensors, temporary))
-    write_text(folder / SPEC, json.dumps(net.spec.model_dump(exclude_defaults=True), indent=2) + "\n")
+    save_spec(folder / SPEC, net.spec)
 
 
-def load_spec(folder: Path) -> ArchSpec:
+def save_spec(path: Path, spec: ArchSpec) -> None:
+    """Write an architecture; attributes that have their defaults are left out."""
+    write_text(path, json.dumps(spec.model_dump(exclude_defaults=True), indent=2) + "\n")
+
+
+def load_spec(folder: Path, name: str = SPEC) -> ArchSpec:
     """Load the architecture only.
 
     Raises:
         FileNotFoundError: If the folder holds no network.
     """
-    path = folder / SPEC
+    path = folder / name
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; run `dvc repro` or `dvc pull` first")
     return ArchSpec.model_validate_json(path.read_text(encoding="utf-8"))

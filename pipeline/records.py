@@ -76,27 +76,31 @@ class PrepareRecord(Record):
 
 
 class TeacherRecord(Scores):
-    """Metrics of stage `teacher`."""
+    """Metrics of stage `teacher`; `macs` is missing for an ONNX file whose operators cannot be counted."""
 
     params: int
-    macs: int
+    macs: int | None
 
 
-class StudentRecord(TeacherRecord):
+class StudentRecord(Scores):
     """Metrics of stage `student`; `params` and `macs` are those after folding and surgery.
 
     `latency_reduction` is estimated, and present only if `student.budget.of` is latency.
     """
 
+    params: int
+    macs: int
     params_reduction: float
     macs_reduction: float
     latency_reduction: float | None = None
     target: float
 
 
-class SurgeryRecord(TeacherRecord):
+class SurgeryRecord(Scores):
     """Metrics of stage `surgery`; `max_abs_diff` compares float64 embeddings before and after it."""
 
+    params: int
+    macs: int
     params_reduction: float
     macs_reduction: float
     max_abs_diff: float
@@ -107,7 +111,8 @@ class ExportRecord(Record):
     """Metrics of stage `export`; `map` and `bytes` are those of model.onnx.
 
     `min_cosine` is the smallest cosine similarity between the embeddings of a float file and those of torch;
-    `map_student_on_teacher` searches a gallery embedded by the teacher with queries embedded by the student.
+    `map_student_on_teacher` searches a gallery embedded by the teacher with queries embedded by the student. Reductions
+    are relative to the teacher, that of MACs is missing if the teacher's cannot be counted.
     """
 
     map: float
@@ -123,7 +128,7 @@ class ExportRecord(Record):
     params: int
     macs: int
     params_reduction: float
-    macs_reduction: float
+    macs_reduction: float | None
     int8_published: int
 
 
@@ -150,8 +155,8 @@ class BenchmarkRecord(Record):
     speedup_high: float
     conclusive: int
     speedup_by_setting: dict[str, float]
-    ideal_speedup: float
-    realised: float
+    ideal_speedup: float | None
+    realised: float | None
     threads: int | None = None
     teacher: dict[str, Latency]
     student: dict[str, Latency]

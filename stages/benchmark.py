@@ -1,6 +1,6 @@
 """Stage `benchmark`: time the ONNX files of teacher and student, and write the report of the run.
 
-Reads   artifacts/prepare/, artifacts/teacher/spec.json, artifacts/surgery/spec.json, artifacts/surgery/plan.json,
+Reads   artifacts/prepare/, artifacts/student/full.json, artifacts/surgery/spec.json, artifacts/surgery/plan.json,
         artifacts/export/, metrics/*.json, plots/teacher.csv, plots/student.csv
 Writes  artifacts/benchmark/latency.csv, artifacts/benchmark/report/, metrics/benchmark.json
 """
@@ -64,8 +64,8 @@ def benchmark(run: Run) -> BenchmarkRecord:
 
     test = np.concatenate([manifest.indices("query"), manifest.indices("gallery")])
     specs = {
-        name: checkpoint.load_spec(files.artifacts(stage))
-        for name, stage in ((TEACHER, "teacher"), (STUDENT, "surgery"))
+        TEACHER: checkpoint.load_spec(files.artifacts("student"), checkpoint.FULL),
+        STUDENT: checkpoint.load_spec(files.artifacts("surgery")),
     }
     kept = read_json(files.artifacts("surgery") / "plan.json")["kept"]
     results = RunResults(

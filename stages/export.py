@@ -21,9 +21,7 @@ from pipeline.export.files import OnnxExporter
 from pipeline.export.metadata import RENDERED_LICENCES, Metadata, params_digest
 from pipeline.export.parity import ParityCheck
 from pipeline.export.release import ALL_IN_ONE, INT8, STUDENT, TEACHER, sha256, write_release
-from pipeline.models import cost
 from pipeline.models.resnet import RetrievalNet
-from pipeline.models.spec import ArchSpec
 from pipeline.protocols import conditions
 from pipeline.records import ExportRecord
 from pipeline.retrieval.compatibility import compare
@@ -31,6 +29,7 @@ from pipeline.retrieval.embed import embed
 from pipeline.retrieval.evaluate import evaluate_embedder, sides
 from pipeline.runtime import launch
 from pipeline.stage.run import Run, run_stage
+from pipeline.teachers.given import Teacher, load, macs_of, params_of
 
 MAX_ORIGINALS = 64
 """Test images at their original size that check the preprocessing inside `model.allinone.onnx`."""
@@ -62,7 +61,7 @@ def export(run: Run) -> ExportRecord:
             "`export.licence` is that of the rendered images; state the terms of your data, or cards say %s", licence
         )
 
-    def make_metadata(spec: ArchSpec, test_map: float) -> Metadata:
+    def make_metadata(net: Teacher, test_map: float) -> Metadata:
         return Metadata(
             data=params.data.source,
             data_digest=manifest.digest,
@@ -74,12 +73,12 @@ def export(run: Run) -> ExportRecord:
             image_size=(height, width),
             mean=MEAN,
             std=STD,
-            embedding_dim=spec.embedding_dim,
-            params=cost.params(spec),
-            macs=cost.macs(spec, (height, width)),
+            embedding_dim=net.spec.embedding_dim if isinstance(net, RetrievalNet) else net.embedding_dim,
+            params=params_of(net),
+            macs=macs_of(net, (height, width)),
         )
 
-    def embed_with_torch(net: RetrievalNet) -> Embeddings:
+    def embed_test(net: Teacher) -> Embeddings:
         return embed(net.to(fabric.device), images, test, normalise, fabric.device)
 
     train = manifest.indices("train")
@@ -90,15 +89,16 @@ def export(run: Run) -> ExportRecord:
         settings=params.export,
         check=ParityCheck(images, test, len(queries), MEAN, STD, score, params.export.limits),
         make_metadata=make_metadata,
-        embed=embed_with_torch,
+        embed=embed_test,
         calibration=[
             normalise_pixels(fill(images.batch(train[start : start + size]), size), MEAN, STD)
             for start in range(0, len(train), size)
         ],
         originals=(images.original(index) for index in test[:: -(-len(test) // MAX_ORIGINALS)]),
     )
-    student, teacher = (checkpoint.load(run.files.artifacts(stage)) for stage in ("surgery", "teacher"))
-    files, int8_result = exporter.export(student, teacher)
+    student, teacher = checkpoint.load(run.files.artifacts("surgery")), load(run.files.artifacts("teacher"))
+    given = None if isinstance(teacher, RetrievalNet) else teacher.model()
+    files, int8_result = exporter.export(student, teacher, given)
 
     compatibility = compare(
         protocol,
@@ -159,7 +159,7 @@ def export(run: Run) -> ExportRecord:
         params=small.params,
         macs=small.macs,
         params_reduction=1 - small.params / full.params,
-        macs_reduction=1 - small.macs / full.macs,
+        macs_reduction=1 - small.macs / full.macs if full.macs else None,
         int8_published=int(INT8 in files),
     )
 

@@ -33,6 +33,7 @@ from pipeline.retrieval.embed import evaluate
 from pipeline.retrieval.scoring import scores
 from pipeline.runtime import launch
 from pipeline.stage.run import Run, run_stage
+from pipeline.teachers.given import load_teacher
 from pipeline.training.loop import Fit
 from pipeline.training.teacher import validator
 
@@ -49,7 +50,7 @@ def student(run: Run) -> StudentRecord:
     manifest, images = open_images(run.files, params)
     check_requirements(manifest.items, params)
     loader = training_loader(manifest, images, params.student, params, fabric.global_rank, fabric.world_size)
-    teacher = checkpoint.load(run.files.artifacts("teacher"))
+    teacher = load_teacher(run.files.artifacts("teacher"), config.architecture, len(manifest.train_identities))
     checkpoints = run.checkpoints("data", "teacher", "student")
 
     def on_first_device(function: Callable[[], T]) -> T:
@@ -83,6 +84,7 @@ def student(run: Run) -> StudentRecord:
     task.check(net)
     task.plan().write(run.out)
     checkpoint.save(run.out, net)
+    checkpoint.save_spec(run.out / checkpoint.FULL, teacher.spec)
     latency = config.budgeted and config.budget.of == "latency"
     corrected_cost = task.compression.cost
     if latency and fabric.is_global_zero:  # stored, because a second measurement would differ

@@ -1,6 +1,6 @@
 """Stage `surgery`: fold the compactors and cut out the channels that are zero.
 
-Reads   artifacts/prepare/, artifacts/student/, artifacts/teacher/spec.json
+Reads   artifacts/prepare/, artifacts/student/
 Writes  artifacts/surgery/, metrics/surgery.json
 """
 
@@ -24,7 +24,7 @@ def surgery(run: Run) -> SurgeryRecord:
     manifest, images = open_images(run.files, params)
     check_requirements(manifest.items, params)
     probe = normalise(as_tensor(images.batch(manifest.indices("query", "gallery")[:8])))
-    full = checkpoint.load_spec(run.files.artifacts("teacher"))
+    full = checkpoint.load_spec(run.files.artifacts("student"), checkpoint.FULL)
     result = run_surgery(checkpoint.load(run.files.artifacts("student")), full, params.surgery, probe)
     result.plan.after(SurgeryPlan.read(run.files.artifacts("student"))).write(run.out)
     checkpoint.save(run.out, result.net)

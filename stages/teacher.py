@@ -4,18 +4,16 @@ Reads   artifacts/prepare/
 Writes  artifacts/teacher/, metrics/teacher.json, plots/teacher.csv
 """
 
-from pipeline import checkpoint
 from pipeline.data.augment import normalise
 from pipeline.data.images import open_images
 from pipeline.data.loader import training_loader
 from pipeline.data.requirements import check_requirements
-from pipeline.models import cost
 from pipeline.records import TeacherRecord
 from pipeline.retrieval.embed import evaluate
 from pipeline.retrieval.scoring import scores
 from pipeline.runtime import launch
 from pipeline.stage.run import Run, run_stage
-from pipeline.training.given_teacher import given_teacher
+from pipeline.teachers.given import given_teacher, macs_of, params_of, save
 from pipeline.training.loop import Fit
 from pipeline.training.teacher import TeacherTask, build_teacher, validator
 
@@ -35,14 +33,14 @@ def teacher(run: Run) -> TeacherRecord:
     else:
         net = given_teacher(params, manifest, images, fabric.device)
         run.curve({"epoch": 0.0, **({"validation_map": validate(net)} if validate else {})})
-    checkpoint.save(run.out, net)
+    save(net, run.out)
     protocol = params.data.protocol
     retrieval = evaluate(net, manifest, images, "query", "gallery", protocol, normalise, fabric.device)
     height, width = params.data.image_size
     return TeacherRecord(
         **scores(protocol, retrieval).model_dump(),
-        params=cost.params(net.spec),
-        macs=cost.macs(net.spec, (height, width)),
+        params=params_of(net),
+        macs=macs_of(net, (height, width)),
     )
 
 

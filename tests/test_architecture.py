@@ -29,6 +29,7 @@ LIBRARY = {
     "inference": BASE | {"models"},
     "training": BASE | {"data", "models", "losses", "retrieval", "checkpoint"},
     "compress": BASE | {"data", "models", "losses", "retrieval", "checkpoint", "training"},
+    "teachers": BASE | {"data", "models", "retrieval", "checkpoint", "inference", "training"},
     "export": BASE | {"models", "checkpoint", "inference"},
     "search": BASE | {"data", "export", "inference", "retrieval"},
     "report": BASE | {"export", "inference", "retrieval", "data", "models"},

@@ -41,7 +41,7 @@ from pipeline.models.resnet import ChannelGate, Output, RetrievalNet, convert
 from pipeline.models.spec import ArchSpec, indicator_name, is_inner
 from pipeline.retrieval.evaluate import Indices
 from pipeline.training.loop import Forward, Reshaped, Task
-from pipeline.training.teacher import Validate, build_teacher, retrieval_losses
+from pipeline.training.teacher import Validate, pretrained_weights, retrieval_losses
 
 log = logging.getLogger(__name__)
 
@@ -272,8 +272,9 @@ def build_student(params: Params, teacher: RetrievalNet, compression: Compressio
     if config.init == "teacher":
         net = convert(teacher, teacher.spec)
     else:
-        weights = "imagenet" if config.init == "imagenet" else "none"
-        net = build_teacher(params.teacher.model_copy(update={"weights": weights}), teacher.spec.identities)
+        net = RetrievalNet(teacher.spec)
+        if config.init != "random":
+            net.load_backbone(pretrained_weights(config.init, teacher.spec.depth), config.init)
     return attach(net, compression.kept)
 
 

@@ -4,15 +4,16 @@ There are no defaults: the file that DVC tracks determines a run completely, so 
 """
 
 import re
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.section import Count, Fraction, Section
-from pipeline.config.training import Augment, Batch, Budget, Optimizer, Student, Teacher, Training
+from pipeline.config.training import Architecture, Augment, Batch, Budget, Optimizer, Student, Teacher, Training
 
-__all__ = ["Augment", "Batch", "Budget", "Optimizer", "Params", "Student", "Teacher", "Training"]
+__all__ = ["Architecture", "Augment", "Batch", "Budget", "Optimizer", "Params", "Student", "Teacher", "Training"]
 
 PUBLISHED = (18, 34, 50, 101, 152)
 """Depths with published torchvision weights, at width 64."""
@@ -282,6 +283,29 @@ class Params(Section):
     tracking: Tracking
     retrain: Retrain
 
+    def _problems_of_a_given_teacher(self) -> Iterator[str]:
+        """Yield what does not agree with a teacher that is not trained here."""
+        source, student = self.teacher.source, self.student
+        if source == "train":
+            return
+        if self.teacher.weights in ("none", "imagenet"):
+            yield f"`teacher.weights` must be the path of the network for `teacher.source` {source}"
+        if self.teacher.recipe != "scratch":
+            yield (
+                f"`teacher.recipe` and `student.recipe` must be scratch for `teacher.source` {source}: the classifier "
+                "of such a teacher compares cosines"
+            )
+        if source == "checkpoint":
+            return
+        if student.init == "teacher":
+            yield "`student.init` must be imagenet, random or a path for `teacher.source` onnx"
+        if student.method in ("paper", "static-magnitude"):
+            yield f"`student.method` {student.method} needs a teacher of the student's architecture, not one from ONNX"
+        if student.distill.feature:
+            yield "`student.distill.feature` must be 0 for `teacher.source` onnx, whose inner features are not known"
+        if student.architecture.depth in (18, 34) and student.architecture.stem not in (0, student.architecture.width):
+            yield "`student.architecture.stem` must be 0 at depth 18 and 34"
+
     @model_validator(mode="after")
     def _stages_agree(self) -> Self:
         complaints = []
@@ -334,24 +358,22 @@ class Params(Section):
                 f"`student.recipe` ({self.student.recipe}) must equal `teacher.recipe` ({self.teacher.recipe}): "
                 "distillation compares their logits"
             )
-        if self.teacher.source == "checkpoint":
-            if self.teacher.weights in ("none", "imagenet"):
-                complaints.append("`teacher.weights` must be the path of the network for `teacher.source` checkpoint")
-            if self.teacher.recipe != "scratch":
-                complaints.append(
-                    "`teacher.recipe` and `student.recipe` must be scratch for `teacher.source` checkpoint: the "
-                    "classifier of such a teacher compares cosines"
-                )
+        complaints += self._problems_of_a_given_teacher()
         depth, width, stem = self.teacher.depth, self.teacher.width, self.teacher.stem
         if depth in (18, 34) and stem not in (0, width):
             complaints.append(f"`teacher.stem` must be 0 or {width} at `teacher.depth` {depth}, got {stem}")
-        published = depth in PUBLISHED and width == 64 and stem in (0, 64)
-        for name, weights in (("teacher.weights", self.teacher.weights), ("student.init", self.student.init)):
+        section = "student.architecture" if self.teacher.source == "onnx" else "teacher"
+        of_student = self.student.architecture if self.teacher.source == "onnx" else self.teacher
+        for name, weights, where, net in (
+            ("teacher.weights", self.teacher.weights, "teacher", self.teacher),
+            ("student.init", self.student.init, section, of_student),
+        ):
+            published = net.depth in PUBLISHED and net.width == 64 and net.stem in (0, 64)
             if weights == "imagenet" and not published:
                 complaints.append(
-                    f"`{name}` is imagenet, but torchvision publishes no ResNet-{depth} of width {width}"
-                    f"{f' and stem {stem}' if stem else ''}: set `teacher.depth` to one of "
-                    f"{', '.join(map(str, PUBLISHED))} and `teacher.width` to 64, or use other weights"
+                    f"`{name}` is imagenet, but torchvision publishes no ResNet-{net.depth} of width {net.width}"
+                    f"{f' and stem {net.stem}' if net.stem else ''}: set `{where}.depth` to one of "
+                    f"{', '.join(map(str, PUBLISHED))} and `{where}.width` to 64, or use other weights"
                 )
         if complaints:
             raise ValueError("; ".join(complaints))

@@ -5,7 +5,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.section import Fraction, Section
 
@@ -125,17 +125,41 @@ class TeacherInput(Section):
     """The difference is divided by it, in the same order; 0.00392157 (1/255) for pixels in [0, 255]."""
     bgr: bool
     """Whether the channels stand in the order blue, green, red, as OpenCV reads them."""
+    size: Annotated[list[Annotated[int, Field(ge=16, le=2048)]], Field(max_length=2)]
+    """Source `onnx`: height and width, pixels; [] for those of the file, or `data.image_size` if it takes any."""
+
+    @field_validator("size")
+    @classmethod
+    def _has_two_sides(cls, size: list[int]) -> list[int]:
+        if len(size) == 1:
+            raise ValueError(f"size must be [] or height and width, got {size}")
+        return size
+
+
+class Architecture(Section):
+    """The network that a student starts as, if its teacher is an ONNX file."""
+
+    depth: Literal[14, 18, 26, 34, 50, 101, 152]
+    """Depth of the ResNet, layers."""
+    width: Annotated[int, Field(ge=8, le=512, multiple_of=8)]
+    """Planes of the first stage (64 in torchvision)."""
+    stem: Annotated[int, Field(ge=0, le=512, multiple_of=8)]
+    """Channels of the stem; 0 for as many as `width`, which depths 18 and 34 require."""
+    last_stride: Literal[1, 2]
+    """Stride of the last stage."""
 
 
 class Teacher(Training):
     """Stage `teacher`: the large network."""
 
-    source: Literal["train", "checkpoint"]
+    source: Literal["train", "checkpoint", "onnx"]
     """`train`: the network is trained here, from `weights`; `checkpoint`: `weights` is a trained ResNet, and its
     architecture is read from the file: a folder with spec.json and weights.safetensors, or a state dict of torchvision,
-    torchreid, fast-reid or reid-strong-baseline."""
+    torchreid, fast-reid or reid-strong-baseline; `onnx`: `weights` is an ONNX file of any architecture that turns
+    images into embeddings."""
     input: TeacherInput
-    """Source `checkpoint`: the images that the network expects, unless its file tells (fast-reid's `pixel_mean`)."""
+    """Sources `checkpoint` and `onnx`: the images that the network expects, unless its file tells (`pixel_mean` of
+    fast-reid)."""
     max_pool: Literal["auto", "padded", "unpadded"]
     """Source `checkpoint`: how the max pooling behind the stem treats the border; `auto`: unpadded for fast-reid, whose
     code is that since version 1.0, padded for the others."""
@@ -253,8 +277,10 @@ class Student(Training):
     published, where the reduction follows from the lasso; `static-magnitude`: prune the teacher once by the scales of
     its batch norms, then distil; `static-random`: multiply all widths by one factor, distil from random weights;
     `none`: distil only."""
-    init: Literal["teacher", "imagenet", "random"]
-    """First weights of the student; the static methods ignore it."""
+    init: Annotated[str, Field(min_length=1)]
+    """First weights of the student: `teacher`, `imagenet` (published by torchvision), `random`, or the path of a state
+    dict with torchvision's names; the static methods ignore it."""
+    architecture: Architecture
     budget: Budget
     sites: Annotated[list[Literal["conv1", "conv2", "stream"]], Field(min_length=1, max_length=3)]
     """What may become narrower: the outputs of a block's first and second convolution, which get compactors, and the

@@ -47,6 +47,10 @@ def gallery_note(teacher_map: float, student_on_teacher_map: float | None) -> st
     )
 
 
+def _count(number: int | None) -> str:
+    return "unknown" if number is None else f"{number:,}"
+
+
 def render_card(files: Mapping[str, CardEntry], notes: Mapping[str, str]) -> str:
     """Render card.md, in Markdown.
 
@@ -74,7 +78,7 @@ def render_card(files: Mapping[str, CardEntry], notes: Mapping[str, str]) -> str
     scores = " | ".join(f"mAP, `{protocol}`" for protocol in protocols)
     rows = "\n".join(
         f"| `{file}` | {entry.description} | {' | '.join(f'{entry.maps[protocol]:.4f}' for protocol in protocols)} "
-        f"| {entry.metadata.params:,} | {entry.metadata.macs:,} | {entry.bytes:,} |"
+        f"| {entry.metadata.params:,} | {_count(entry.metadata.macs)} | {entry.bytes:,} |"
         for file, entry in files.items()
     )
     runtimes = "\n".join(

@@ -3,8 +3,10 @@
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import onnx
+from torch import nn
 
 from pipeline.config import Export
 from pipeline.export import int8
@@ -19,7 +21,6 @@ from pipeline.export.to_onnx import to_onnx
 from pipeline.inference.session import open_session
 from pipeline.inference.timing import Gain, gains
 from pipeline.models.resnet import RetrievalNet
-from pipeline.models.spec import ArchSpec
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +53,8 @@ class OnnxExporter:
         image_size: (height, width) of the input, pixels.
         settings: Section `export` of params.yaml.
         check: Compares files with torch on the test images.
-        make_metadata: Builds the metadata of a file from the spec of its network and the mAP of the file.
-        embed: Embeds the test images with a torch network, (n, D).
+        make_metadata: Builds the metadata of a file from its network and the mAP of the file.
+        embed: Embeds the test images with a network, (n, D).
         calibration: Batches of normalised training images, (n, 3, h, w) each, for int8; n is `export.batch` if it is
             a number.
         originals: Test images (h, w, 3) at their original size, which may differ; read one at a time.
@@ -62,15 +63,20 @@ class OnnxExporter:
     image_size: tuple[int, int]
     settings: Export
     check: ParityCheck
-    make_metadata: Callable[[ArchSpec, float], Metadata]
-    embed: Callable[[RetrievalNet], Embeddings]
+    make_metadata: Callable[[nn.Module, float], Metadata]
+    embed: Callable[[nn.Module], Embeddings]
     calibration: Sequence[int8.Inputs]
     originals: Iterable[Pixels]
 
     def export(
-        self, student: RetrievalNet, teacher: RetrievalNet
+        self, student: RetrievalNet, teacher: nn.Module, given: onnx.ModelProto | None = None
     ) -> tuple[dict[str, ExportedFile], int8.Int8Result | None]:
         """Export all files of a release.
+
+        Args:
+            student: The network that is released.
+            teacher: A `RetrievalNet`, or a network that embeds as `given` does.
+            given: The teacher's file, if it is not exported here.
 
         Returns:
             The files by name, the student's float file first; the outcome of quantisation if `export.precisions` has
@@ -89,7 +95,7 @@ class OnnxExporter:
         if "int8" in self.settings.precisions:
             int8_result, quantised = self._quantised(student, model, core)
             files |= {INT8: quantised} if quantised else {}
-        teacher_model = self._to_onnx(teacher)
+        teacher_model = given or self._to_onnx(cast(RetrievalNet, teacher))
         reference = check.reference(self.embed(teacher))
         return files | {TEACHER: self._checked(TEACHER, "the teacher", teacher, teacher_model, reference)}, int8_result
 
@@ -98,7 +104,7 @@ class OnnxExporter:
         return to_onnx(net, self.image_size, self.settings.opset, batch)
 
     def _checked(
-        self, name: str, description: str, net: RetrievalNet, model: onnx.ModelProto, reference: Reference
+        self, name: str, description: str, net: nn.Module, model: onnx.ModelProto, reference: Reference
     ) -> ExportedFile:
         """Check a float file and add its metadata.
 
@@ -106,7 +112,7 @@ class OnnxExporter:
             ParityError: If it does not reproduce its network.
         """
         parity = self.check.verify(name, serialise(model), reference)
-        metadata = self.make_metadata(net.spec, parity.map)
+        metadata = self.make_metadata(net, parity.map)
         content = finish(model, metadata)
         self.check.verify_batches(name, content, reference)
         needs = Requirements.of(model)
@@ -129,7 +135,7 @@ class OnnxExporter:
         result = int8.choose(model, self.calibration, core.metadata.map, max_loss, score, speedups)
         file = None
         if result.model is not None and result.map is not None:
-            metadata = self.make_metadata(net.spec, result.map)
+            metadata = self.make_metadata(net, result.map)
             content, needs = finish(result.model, metadata), Requirements.of(result.model)
             # `choose` stops scoring at the file it chooses, so the last embeddings are those of that file.
             file = ExportedFile("the student, quantised to int8", content, metadata, needs, scored[-1], None)

@@ -35,7 +35,7 @@ class Metadata:
         image_size: (height, width) of the input, pixels.
         mean: Per channel (RGB), for pixels in [0, 1], as `std`.
         params: Number of learnable parameters.
-        macs: Multiply-accumulates per image.
+        macs: Multiply-accumulates per image; None if they are not known.
     """
 
     data: str
@@ -50,7 +50,7 @@ class Metadata:
     std: tuple[float, ...]
     embedding_dim: int
     params: int
-    macs: int
+    macs: int | None
 
     def properties(self) -> dict[str, str]:
         """Convert to ONNX metadata properties: strings are kept, numbers and lists become JSON."""

@@ -78,7 +78,7 @@ def write_report(folder: Path, run: RunResults) -> None:
         old.unlink()
     teacher, student, export = run.teacher, run.student, run.export
     points = [
-        Point("teacher", teacher.map, teacher.macs),
+        *([Point("teacher", teacher.map, teacher.macs)] if teacher.macs else []),
         Point("student", student.map, student.macs),
         Point("model.onnx", export.map, export.macs),
     ]

@@ -5,8 +5,14 @@ from pipeline.inference.timing import Gain
 NO_BREAK, TIMES = "\N{NO-BREAK SPACE}", "\N{MULTIPLICATION SIGN}"
 
 
-def compact(number: int) -> str:
+UNKNOWN = "unknown"
+"""In place of figures of a teacher whose operations cannot be counted."""
+
+
+def compact(number: int | None) -> str:
     """Round a large number to three digits: ``3.76 M``."""
+    if number is None:
+        return UNKNOWN
     for unit, name in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
         if number >= 0.9995 * unit:  # from here on, three digits round up to the unit
             return f"{number / unit:.3g}{NO_BREAK}{name}"
@@ -18,14 +24,14 @@ def fixed(number: float, digits: int) -> str:
     return f"{number:,.{digits}f}"
 
 
-def percent(share: float) -> str:
+def percent(share: float | None) -> str:
     """Format a fraction in percent, with one decimal: ``65.3 %``."""
-    return f"{100 * share:.1f}{NO_BREAK}%"
+    return UNKNOWN if share is None else f"{100 * share:.1f}{NO_BREAK}%"
 
 
-def times(factor: float) -> str:
+def times(factor: float | None) -> str:
     """Format a factor, followed by a multiplication sign: ``2.42x``."""
-    return f"{factor:.2f}{TIMES}"
+    return UNKNOWN if factor is None else f"{factor:.2f}{TIMES}"
 
 
 def speedup(gain: Gain) -> str:

@@ -46,7 +46,7 @@ def gains(timings: Sequence[Timing]) -> dict[str, dict[str, Gain]]:
 def benchmark_record(
     timings: Sequence[Timing],
     footprints: Mapping[str, Footprint],
-    teacher_macs: int,
+    teacher_macs: int | None,
     student_macs: int,
     threads: int | None = None,
 ) -> BenchmarkRecord:
@@ -55,7 +55,7 @@ def benchmark_record(
     Args:
         timings: Of files `teacher` and `student`, optionally `int8`, at the same settings, also with all threads.
         footprints: Of the same files.
-        teacher_macs: Multiply-accumulates per image.
+        teacher_macs: Multiply-accumulates per image; None if they are not known.
         student_macs: Multiply-accumulates per image.
         threads: The number that 0 stood for; None if it is not known.
 
@@ -68,7 +68,7 @@ def benchmark_record(
         latencies.setdefault(timing.file, {})[setting_name(timing.batch, timing.threads)] = latency
     speedups = gains(timings)
     setting = setting_name(headline_batch(timings), threads=0)
-    headline, ideal = speedups[STUDENT][setting], teacher_macs / student_macs
+    headline, ideal = speedups[STUDENT][setting], teacher_macs / student_macs if teacher_macs else None
     return BenchmarkRecord(
         speedup=headline.ratio,
         speedup_low=headline.low,
@@ -77,7 +77,7 @@ def benchmark_record(
         speedup_by_setting={name: speedup.ratio for name, speedup in speedups[STUDENT].items()},
         speedup_int8=speedups[INT8][setting].ratio if INT8 in speedups else None,
         ideal_speedup=ideal,
-        realised=headline.ratio / ideal,
+        realised=headline.ratio / ideal if ideal else None,
         threads=threads,
         teacher=latencies[TEACHER],
         student=latencies[STUDENT],

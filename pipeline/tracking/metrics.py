@@ -83,7 +83,7 @@ def summary(files: Files) -> dict[str, float]:
     if files.metrics("teacher").is_file():
         teacher = final_metrics(files, "teacher")
         kept = ("eval/mAP", "model/params", "model/macs")
-        values |= {f"teacher/{key.partition('/')[2]}": teacher[key] for key in kept}
+        values |= {f"teacher/{key.partition('/')[2]}": teacher[key] for key in kept if key in teacher}
     return values
 
 

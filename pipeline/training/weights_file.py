@@ -1,6 +1,7 @@
 """State dicts in files of other toolkits, read without running code from the file."""
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import Tensor
 INSIDE = ("state_dict", "model", "net", "model_state_dict")
 """Keys under which toolkits store the state dict beside that of the optimiser."""
 
-SCALARS = [
-    np.dtype, *(type(np.dtype(name)) for name in ("f4", "f8", "i4", "i8")),
+SCALARS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("f4", "f8", "i4", "i8")),
     *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-]  # fmt: skip
-"""NumPy's scalars, which training loops store as best scores; reading them runs no other code."""
+]
+"""What NumPy's scalars consist of, which training loops store as best scores; reading them runs no other code."""
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -27,37 +29,35 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         FileNotFoundError: If there is no such file.
         ValueError: If it holds no state dict, or more than tensors and numbers.
     """
+    name = f"`teacher.weights` is {path}, which"
     if not path.is_file():
-        raise FileNotFoundError(f"`teacher.weights` is {path}, which is not a file; set it to none, imagenet or a path")
+        raise FileNotFoundError(f"{name} is not a file; set it to none, imagenet or a path")
     try:
-        content: Any = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
+        content = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"`teacher.weights` is {path}, which holds more than tensors, and loading it could run code; if you trust it, load "
-            "it yourself and write its state dict with `safetensors.torch.save_file`"
+            f"{name} holds more than tensors, and loading it could run code; if you trust it, load it yourself, and "
+            "write its state dict with `safetensors.torch.save_file`"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"`teacher.weights` is {path}, which is not a file of tensors ({reason}); write a state dict with "
-            "`safetensors.torch.save_file` or `torch.save`"
-        ) from error
-    while isinstance(content, dict) and (
-        inner := next((key for key in INSIDE if isinstance(content.get(key), dict)), "")
-    ):
-        content = content[inner]
-    tensors = (
-        {name: value for name, value in content.items() if isinstance(value, Tensor)}
-        if isinstance(content, dict)
-        else {}
-    )
+        raise ValueError(f"{name} is not a file of tensors ({reason}); write one with `torch.save`") from error
+    tensors = _state_dict(content)
     if not tensors:
-        raise ValueError(
-            f"`teacher.weights` is {path}, which holds no state dict; write one with `torch.save(net.state_dict())`"
-        )
+        raise ValueError(f"{name} holds no state dict; write one with `torch.save(net.state_dict(), PATH)`")
     return tensors
 
 
 def _unpickled(path: Path) -> Any:
     with torch.serialization.safe_globals(SCALARS):
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _state_dict(content: Any) -> dict[str, Tensor]:
+    """Return the tensors of a state dict, which may be inside of a dictionary; empty if there is none."""
+    if not isinstance(content, dict):
+        return {}
+    for key in INSIDE:
+        if isinstance(content.get(key), dict):
+            return _state_dict(content[key])
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)}

@@ -1,0 +1,127 @@
+"""Whether a teacher from elsewhere retrieves at all, and whether it gets the images that it expects."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.data.augment import MEAN, STD
+from pipeline.retrieval import scoring
+from pipeline.retrieval.metrics import Retrieval
+from pipeline.retrieval.scoring import Side
+
+Vectors = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.str_]
+Precisions = npt.NDArray[np.float64]
+
+log = logging.getLogger(__name__)
+
+PROBES = 1000
+"""Training images at most that kinds of preprocessing are compared on."""
+
+SURE = 3.0
+"""Standard errors that a difference of mAP must have before it decides anything."""
+
+
+class TeacherError(ValueError):
+    """A teacher from elsewhere cannot be used."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """The images that a network expects.
+
+    Attributes:
+        mean: Subtracted from pixels in [0, 1], in the order red, green, blue.
+        std: The difference is divided by it.
+        bgr: Whether the channels stand in the order blue, green, red.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    bgr: bool = False
+
+    def __str__(self) -> str:
+        mean, std = ([round(value, 6) for value in values] for values in (self.mean, self.std))
+        return f"{{mean: {mean}, std: {std}, bgr: {str(self.bgr).lower()}}}"
+
+
+UNIT, BYTE = (1.0,) * 3, (1 / 255,) * 3
+USUAL: Mapping[str, Preprocessing] = {
+    "ImageNet's, as most networks of torch": Preprocessing(MEAN, STD),
+    "the same in OpenCV's order": Preprocessing(MEAN, STD, bgr=True),
+    "[-1, 1]": Preprocessing((0.5,) * 3, (0.5,) * 3),
+    "[0, 1]": Preprocessing((0.0,) * 3, UNIT),
+    "[0, 1] in OpenCV's order": Preprocessing((0.0,) * 3, UNIT, bgr=True),
+    "[0, 255]": Preprocessing((0.0,) * 3, BYTE),
+    "[0, 255] in OpenCV's order": Preprocessing((0.0,) * 3, BYTE, bgr=True),
+    "Caffe's": Preprocessing((0.485, 0.458, 0.408), BYTE, bgr=True),
+}
+"""Usual kinds of preprocessing."""
+
+
+def check_retrieval(retrieval: Retrieval, shuffled: Retrieval, advice: str) -> None:
+    """Check that a network retrieves better than chance.
+
+    Args:
+        retrieval: Scores of the queries.
+        shuffled: Scores of the same queries with the embeddings of other images.
+        advice: What to try, appended to the message.
+
+    Raises:
+        TeacherError: If it does not.
+    """
+    if not _is_better(retrieval.ap, shuffled.ap):
+        raise TeacherError(
+            f"the teacher has mAP {retrieval.map:.4f} on the test set, no better than chance ({shuffled.map:.4f}); "
+            f"wrong preprocessing is the usual reason: {advice}"
+        )
+
+
+def compare_preprocessing(present: Preprocessing, embed: Callable[[Preprocessing], Vectors], labels: Labels) -> str:
+    """Compare usual kinds of preprocessing on training images, and warn if another one is better than the present one.
+
+    Args:
+        present: What the network gets.
+        embed: Embeds the images as the network sees them with a kind of preprocessing, (N, D).
+        labels: (N,) identities of the images.
+
+    Returns:
+        Advice for a message.
+    """
+    before = _precisions(embed(present), labels)
+    others = {kind: _precisions(embed(kind), labels) for kind in USUAL.values() if kind != present}
+    best = max(others, key=lambda kind: float(np.nanmean(others[kind])))
+    maps = float(np.nanmean(before)), float(np.nanmean(others[best]))
+    if not _is_better(others[best], before):
+        return "check `teacher.input`, `teacher.last_stride`, `teacher.max_pool` and `data.image_size`"
+    name = next(name for name, kind in USUAL.items() if kind == best)
+    log.warning("on training images the teacher has mAP %.3f as it is, and %.3f with `teacher.input` %s (%s)", *maps,
+                best, name)  # fmt: skip
+    return f"set `teacher.input` to {best}: on training images mAP is {maps[1]:.3f} then, instead of {maps[0]:.3f}"
+
+
+def _precisions(embeddings: Vectors, labels: Labels) -> Precisions:
+    """Return the average precision of each image against all others, (N,)."""
+    return scoring.evaluate("loo", Side(embeddings, labels)).ap
+
+
+def _is_better(first: Precisions, second: Precisions) -> bool:
+    """Return whether average precisions (Q,) are larger than others, beyond `SURE` standard errors."""
+    differences = first - second
+    differences = differences[np.isfinite(differences)]
+    if len(differences) < 2:
+        return False
+    return bool(differences.mean() > SURE * differences.std(ddof=1) / len(differences) ** 0.5)
+
+
+def probes(labels: Labels, count: int = PROBES) -> npt.NDArray[np.int64]:
+    """Return positions of whole identities, evenly spaced over all identities, at most about `count` images."""
+    names, inverse, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    wanted = max(1, int(len(names) * min(1.0, count / len(labels))))
+    chosen = np.linspace(0, len(names) - 1, wanted).round().astype(int)
+    return np.flatnonzero(np.isin(inverse, chosen) & (sizes[inverse] > 1))

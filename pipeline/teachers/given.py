@@ -1,0 +1,143 @@
+"""Stage `teacher` for a teacher that was trained elsewhere: it is checked instead of trained."""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline import checkpoint
+from pipeline.config import Architecture, Params
+from pipeline.data.augment import MEAN, STD, normalise
+from pipeline.data.images import Images
+from pipeline.data.manifest import Manifest
+from pipeline.models import cost
+from pipeline.models.resnet import RetrievalNet
+from pipeline.models.spec import ArchSpec
+from pipeline.retrieval.embed import embed
+from pipeline.retrieval.evaluate import evaluate_embedder
+from pipeline.retrieval.metrics import Retrieval
+from pipeline.teachers import onnx_cost
+from pipeline.teachers.checks import Preprocessing, TeacherError, check_retrieval, compare_preprocessing, probes
+from pipeline.teachers.onnx_file import expectation, read_file, standardised
+from pipeline.teachers.onnx_teacher import FILE, OnnxTeacher
+from pipeline.teachers.state_dict import class_directions, load_checkpoint, with_classifier, with_preprocessing
+
+log = logging.getLogger(__name__)
+
+Teacher = RetrievalNet | OnnxTeacher
+Vectors = npt.NDArray[np.float32]
+
+
+def given_teacher(params: Params, manifest: Manifest, images: Images, device: torch.device) -> Teacher:
+    """Load the teacher that params.yaml names, check it, and give it a classifier of the training identities.
+
+    Raises:
+        TeacherError: If it cannot be used, or retrieves no better than chance.
+        FileNotFoundError: If there is nothing at `teacher.weights`.
+    """
+    section = params.teacher.input
+    present = Preprocessing(tuple(section.mean), tuple(section.std), section.bgr)
+    teacher, variant = (_checkpoint if params.teacher.source == "checkpoint" else _onnx)(params, present)
+    teacher.to(device)
+
+    def embeddings(net: Teacher, indices: npt.NDArray[np.int64]) -> Vectors:
+        return embed(net, images, indices, normalise, device)
+
+    def score(vectors: Vectors) -> Retrieval:
+        return evaluate_embedder(lambda _: vectors, manifest, "query", "gallery", params.data.protocol)
+
+    train = manifest.indices("train")
+    names = manifest.identities(train)
+    chosen = probes(names)
+    advice = compare_preprocessing(
+        present, lambda kind: embeddings(variant(kind).to(device), train[chosen]), names[chosen]
+    )
+    of_test = embeddings(teacher, np.concatenate([manifest.indices("query"), manifest.indices("gallery")]))
+    check_retrieval(score(of_test), score(np.random.default_rng(params.seed).permutation(of_test)), advice)
+    labels = np.searchsorted(np.array(manifest.train_identities), names)
+    directions = class_directions(embeddings(teacher, train), labels)
+    if isinstance(teacher, RetrievalNet):
+        return with_classifier(teacher, directions)
+    teacher.classifier = torch.from_numpy(directions).to(device)
+    return teacher
+
+
+Variant = Callable[[Preprocessing], Teacher]
+"""Returns the teacher with another kind of preprocessing."""
+
+
+def _checkpoint(params: Params, _present: Preprocessing) -> tuple[Teacher, Variant]:
+    net = load_checkpoint(params.teacher)
+    return net, partial(with_preprocessing, net)
+
+
+def _onnx(params: Params, present: Preprocessing) -> tuple[Teacher, Variant]:
+    path, size = Path(params.teacher.weights), (params.data.image_size[0], params.data.image_size[1])
+    if not path.is_file():
+        raise FileNotFoundError(f"`teacher.weights` is {path}, which is not a file; set it to the path of an ONNX file")
+    model, name = read_file(path.read_bytes(), f"`teacher.weights` {path}"), str(path)
+
+    def variant(kind: Preprocessing) -> OnnxTeacher:
+        expected = expectation(model, name, params.teacher.input.size, kind.mean, kind.std, kind.bgr, size)
+        return OnnxTeacher(standardised(model, name, expected, size, (MEAN, STD)).SerializeToString(deterministic=True))
+
+    teacher = variant(present)
+    if teacher.batch is not None and teacher.batch != params.export.batch:
+        raise TeacherError(
+            f"{name} takes exactly {teacher.batch} images in a call; export it with a variable number, or set "
+            f"`export.batch` to {teacher.batch} and `benchmark.batches` to [{teacher.batch}]"
+        )
+    log.info("%s: embedding of %d numbers", path, teacher.embedding_dim)
+    return teacher, variant
+
+
+def save(teacher: Teacher, folder: Path) -> None:
+    """Write a teacher."""
+    if isinstance(teacher, RetrievalNet):
+        checkpoint.save(folder, teacher)
+    else:
+        teacher.save(folder)
+
+
+def load(folder: Path) -> Teacher:
+    """Read the result of `save`, to the CPU and in evaluation mode.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    return OnnxTeacher.load(folder).eval() if (folder / FILE).is_file() else checkpoint.load(folder)
+
+
+def load_teacher(folder: Path, architecture: Architecture, identities: int) -> Teacher:
+    """Read a teacher to train a student with.
+
+    Args:
+        architecture: What the student starts as if the teacher is an ONNX file; else it starts as its teacher.
+        identities: Classes of the student's classifier.
+    """
+    teacher = load(folder)
+    if isinstance(teacher, OnnxTeacher):
+        teacher.spec = ArchSpec.full(
+            architecture.depth,
+            architecture.width,
+            teacher.embedding_dim,
+            architecture.last_stride,
+            identities,
+            cosine=True,
+            stem=architecture.stem,
+        )
+    return teacher
+
+
+def params_of(teacher: Teacher) -> int:
+    """Return the number of parameters, without the classifier."""
+    return cost.params(teacher.spec) if isinstance(teacher, RetrievalNet) else onnx_cost.params(teacher.model())
+
+
+def macs_of(teacher: Teacher, size: tuple[int, int]) -> int | None:
+    """Return the multiply-accumulates for one image; None if they cannot be counted."""
+    return cost.macs(teacher.spec, size) if isinstance(teacher, RetrievalNet) else onnx_cost.macs(teacher.model())

@@ -1,0 +1,238 @@
+"""An ONNX file of any architecture as a teacher: rewritten so that it takes the images of every other file here.
+
+The rewritten file takes float32 (batch, 3, height, width) of `data.image_size`, normalised with ImageNet's statistics,
+and returns L2-normalised embeddings. What the original expects is computed inside of the graph: other normalisation,
+order of channels, layout, type and size.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from pipeline.inference.session import INPUT, OUTPUT
+from pipeline.teachers.checks import TeacherError
+
+PREFIX = "given/"
+"""In front of the names of the original's nodes and tensors, which might be those that are added."""
+
+OLDEST_OPSET, RESIZES_AXES = 11, 18
+"""The first operator sets whose `Resize` works as needed here, and resizes single axes, with antialiasing."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The images that a file expects.
+
+    Attributes:
+        size: Height and width, pixels.
+        mean: Subtracted from pixels in [0, 1], in the order red, green, blue.
+        std: The difference is divided by it.
+        bgr: Whether the channels stand in the order blue, green, red.
+        channels_last: Whether the layout is (batch, height, width, channels).
+        type: ONNX's number of the element type.
+    """
+
+    size: tuple[int, int]
+    mean: Sequence[float]
+    std: Sequence[float]
+    bgr: bool
+    channels_last: bool
+    type: int
+
+
+def read_file(content: bytes, name: str) -> onnx.ModelProto:
+    """Read an ONNX file and check it.
+
+    Raises:
+        TeacherError: If it is not a valid ONNX file with one input of images.
+    """
+    try:
+        model = onnx.load_from_string(content)
+        onnx.checker.check_model(model)
+    except Exception as error:  # protobuf and onnx raise different ones
+        reason = str(error).partition("\n")[0][:200]
+        raise TeacherError(f"{name} is not a valid ONNX file ({reason}); export the network again") from error
+    inputs = images_of(model)
+    if len(inputs) != 1 or len(shape_of(inputs[0])) != 4:
+        found = ", ".join(f"{value.name} {shape_of(value)}" for value in inputs) or "none"
+        raise TeacherError(
+            f"{name} must have one input, of four dimensions, and has {found}; export it with images only"
+        )
+    return model
+
+
+def images_of(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """Return the inputs of a graph that are no weights."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    return [value for value in model.graph.input if value.name not in weights]
+
+
+def shape_of(value: onnx.ValueInfoProto) -> list[int | str]:
+    """Return the dimensions of an input or output, names or ``?`` for those that may vary."""
+    dimensions = value.type.tensor_type.shape.dim
+    return [entry.dim_value if entry.HasField("dim_value") else entry.dim_param or "?" for entry in dimensions]
+
+
+def expectation(
+    model: onnx.ModelProto,
+    name: str,
+    size: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    bgr: bool,
+    image_size: tuple[int, int],
+) -> Expected:
+    """Return what a file expects: layout, type and size by its input, the rest as given.
+
+    Args:
+        size: Height and width; empty for those of the file's input, or `image_size` if they may vary.
+        image_size: Height and width of this project's images.
+
+    Raises:
+        TeacherError: If the input contradicts `size`, or has no dimension for three channels.
+    """
+    (value,) = images_of(model)
+    shape = shape_of(value)
+    channels_last = shape[1] != 3 and shape[3] == 3
+    if not channels_last and shape[1] != 3 and isinstance(shape[1], int):
+        raise TeacherError(f"{name} takes images of the shape {shape}, without a dimension of 3 channels")
+    sides = shape[1:3] if channels_last else shape[2:4]
+    fixed = tuple(side for side in sides if isinstance(side, int) and side > 0)
+    if len(fixed) == 2 and size and fixed != tuple(size):
+        raise TeacherError(
+            f"`teacher.input.size` is {list(size)}, but {name} takes images of {list(fixed)}; set it to [] or to those"
+        )
+    height, width = fixed if len(fixed) == 2 else tuple(size) or image_size
+    kind = value.type.tensor_type.elem_type
+    if kind not in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8):
+        raise TeacherError(f"{name} takes {TensorProto.DataType.Name(kind)}; export it with an input of floats")
+    return Expected((height, width), mean, std, bgr, channels_last, kind)
+
+
+def embedding_of(model: onnx.ModelProto, name: str) -> tuple[str, int, bool]:
+    """Return name and length of the output with the embedding, and whether it must be flattened.
+
+    Raises:
+        TeacherError: If no output, or more than one, may be an embedding.
+    """
+    try:
+        outputs = onnx.shape_inference.infer_shapes(model).graph.output
+    except onnx.shape_inference.InferenceError:
+        outputs = model.graph.output
+    candidates = []
+    for value in outputs:
+        shape = shape_of(value)
+        if len(shape) == 2 and isinstance(shape[1], int):
+            candidates.append((value.name, shape[1], False))
+        elif len(shape) == 4 and shape[2:] == [1, 1] and isinstance(shape[1], int):
+            candidates.append((value.name, shape[1], True))
+    if len(candidates) != 1:
+        found = ", ".join(f"{value.name} {shape_of(value)}" for value in outputs)
+        raise TeacherError(
+            f"{name} must have one output (batch, D), the embedding, and has {found}; export it with that output alone"
+        )
+    return candidates[0]
+
+
+def standardised(
+    model: onnx.ModelProto,
+    name: str,
+    expected: Expected,
+    image_size: tuple[int, int],
+    normalisation: tuple[Sequence[float], Sequence[float]],
+) -> onnx.ModelProto:
+    """Return the same network with the input and output of this project's files.
+
+    Args:
+        model: See `read_file`.
+        image_size: Height and width of this project's images.
+        normalisation: This project's mean and standard deviation of RGB pixels in [0, 1].
+
+    Raises:
+        TeacherError: If it has no embedding, or its operator set is too old.
+    """
+    output, length, flatten = embedding_of(model, name)
+    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    if opset < OLDEST_OPSET:
+        raise TeacherError(f"{name} has operator set {opset}; export it with {OLDEST_OPSET} or later")
+    result = onnx.compose.add_prefix(model, PREFIX)
+    graph = result.graph
+    (given,) = images_of(result)
+    batch = shape_of(given)[0]
+    before = _before(expected, image_size, normalisation, opset)
+    after = [_Step("Flatten")] * flatten + [_Step("Cast", to=TensorProto.FLOAT), _Step("LpNormalization", axis=1, p=2)]
+    nodes = [
+        *_chain(before, INPUT, given.name, "before", graph),
+        *graph.node,
+        *_chain(after, PREFIX + output, OUTPUT, "after", graph),
+    ]
+    for field in (graph.node, graph.input, graph.output):
+        del field[:]
+    graph.node.extend(nodes)
+    count = batch if isinstance(batch, int) and batch > 0 else "batch"
+    graph.input.append(helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [count, 3, *image_size]))
+    graph.output.append(helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [count, length]))
+    return result
+
+
+class _Step:
+    """A node of a chain: its operator, further inputs by name, and attributes."""
+
+    def __init__(
+        self, operator: str, inputs: Mapping[str, npt.NDArray[Any] | None] | None = None, **attributes: Any
+    ) -> None:
+        self.operator, self.inputs, self.attributes = operator, inputs or {}, attributes
+
+
+def _before(
+    expected: Expected, image_size: tuple[int, int], normalisation: tuple[Sequence[float], Sequence[float]], opset: int
+) -> list[_Step]:
+    """Return the steps from this project's images to those that a file expects."""
+    mean, std, their_mean, their_std = (
+        np.array(values, np.float64)[:, None, None] for values in (*normalisation, expected.mean, expected.std)
+    )
+    steps = []
+    if expected.size != image_size and opset >= RESIZES_AXES:
+        sizes = {"roi": None, "scales": None, "sizes": np.array(expected.size, np.int64)}
+        steps.append(_Step("Resize", sizes, mode="linear", axes=[2, 3], antialias=1))
+    elif expected.size != image_size:
+        ratios = [after / before * (1 + 1e-6) for after, before in zip(expected.size, image_size, strict=True)]
+        steps.append(
+            _Step(
+                "Resize",
+                {"roi": np.zeros(0, np.float32), "scales": np.array([1, 1, *ratios], np.float32)},
+                mode="linear",
+            )
+        )
+    steps += [
+        _Step("Mul", {"scale": (std / their_std).astype(np.float32)}),
+        _Step("Add", {"shift": ((mean - their_mean) / their_std).astype(np.float32)}),
+    ]
+    if expected.bgr:
+        steps.append(_Step("Gather", {"order": np.array([2, 1, 0])}, axis=1))
+    if expected.channels_last:
+        steps.append(_Step("Transpose", perm=[0, 2, 3, 1]))
+    if expected.type == TensorProto.UINT8:
+        steps += [_Step("Round"), _Step("Clip", {"least": np.float32(0), "most": np.float32(255)})]
+    return [*steps, _Step("Cast", to=expected.type)]
+
+
+def _chain(steps: Sequence[_Step], first: str, last: str, name: str, graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """Return nodes that lead from the tensor `first` to the tensor `last`, and add their constants to the graph."""
+    nodes, source = [], first
+    for number, step in enumerate(steps):
+        label = f"{name}/{number}/{step.operator}"
+        inputs = [source]
+        for key, value in step.inputs.items():
+            inputs.append("" if value is None else f"{label}/{key}")
+            if value is not None:
+                graph.initializer.append(numpy_helper.from_array(np.asarray(value), inputs[-1]))
+        target = last if number == len(steps) - 1 else label
+        nodes.append(helper.make_node(step.operator, inputs, [target], name=label, **step.attributes))
+        source = target
+    return nodes

@@ -1,0 +1,90 @@
+"""Trained ResNets as teachers: folders of this project, and state dicts of other toolkits."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from pipeline import checkpoint
+from pipeline.config import Teacher
+from pipeline.data.augment import MEAN, STD
+from pipeline.models.resnet import RetrievalNet, convert
+from pipeline.models.toolkits import relative_input, translate
+from pipeline.teachers.checks import Preprocessing, TeacherError
+from pipeline.training.weights_file import read_tensors
+
+log = logging.getLogger(__name__)
+
+
+def load_checkpoint(config: Teacher) -> RetrievalNet:
+    """Load the network at `config.weights`, a folder of this project or a state dict of another toolkit.
+
+    Returns:
+        The network without a classifier, in evaluation mode.
+
+    Raises:
+        TeacherError: If it cannot be a teacher.
+        ValueError: If the file holds no state dict.
+        FileNotFoundError: If there is nothing at the path.
+    """
+    path = Path(config.weights)
+    if (path / checkpoint.SPEC).is_file():
+        net = checkpoint.load(path)
+        if net.spec.indicators:
+            raise TeacherError(
+                f"`teacher.weights` {path} is a student before surgery; set it to artifacts/surgery of its run"
+            )
+        return convert(net, net.spec.model_copy(update={"identities": 0}))
+    state = read_tensors(path)
+    try:
+        max_pool = None if config.max_pool == "auto" else config.max_pool
+        translation = translate(state, config.last_stride, (MEAN, STD), max_pool)
+    except ValueError as error:
+        raise TeacherError(
+            f"`teacher.weights` {path} cannot be used: {error}; export the network as ONNX, and set `teacher.source` "
+            "to onnx"
+        ) from error
+    net = RetrievalNet(translation.spec)
+    net.load_state_dict(net.state_dict() | translation.state, strict=True)
+    if translation.spec.input is None:
+        net = with_preprocessing(
+            net, Preprocessing(tuple(config.input.mean), tuple(config.input.std), config.input.bgr)
+        )
+    log.info("%s: a ResNet-%d, %d tensors used, embedding of %d numbers", path, net.spec.depth, len(translation.state),
+             net.spec.embedding_dim)  # fmt: skip
+    if translation.left_out:
+        log.info("%s: tensors that are not used: %s", path, ", ".join(translation.left_out))
+    return net.to(memory_format=torch.channels_last).eval()
+
+
+def with_preprocessing(net: RetrievalNet, kind: Preprocessing) -> RetrievalNet:
+    """Return the network with another input."""
+    expected = relative_input((MEAN, STD), kind.mean, kind.std, bgr=kind.bgr)
+    return convert(net, net.spec.model_copy(update={"input": expected}))
+
+
+def with_classifier(net: RetrievalNet, directions: npt.NDArray[np.float32]) -> RetrievalNet:
+    """Return the network with a classifier of cosines; see `class_directions`."""
+    spec = net.spec.model_copy(update={"identities": len(directions), "cosine": True})
+    weight = torch.from_numpy(directions).to(net.conv1.weight)
+    return convert(net, spec, net.state_dict() | {"classifier.weight": weight})
+
+
+def class_directions(embeddings: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """Return the directions of the mean embeddings of the identities, (identities, D).
+
+    As the weights of a classifier they let distillation compare how similar an image is to each training identity.
+
+    Source: Qi et al., "Low-Shot Learning with Imprinted Weights", CVPR 2018.
+
+    Args:
+        embeddings: (N, D) of the training images, normalised.
+        labels: (N,) class numbers.
+    """
+    sums = np.zeros((int(labels.max()) + 1, embeddings.shape[1]))
+    np.add.at(sums, labels, embeddings)
+    directions: npt.NDArray[np.float32] = nn.functional.normalize(torch.from_numpy(sums), dim=1).float().numpy()
+    return directions
