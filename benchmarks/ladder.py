@@ -331,9 +331,9 @@ def draw(table: Path, students: Sequence[str]) -> None:
     save(plot_rows(curves), table.with_suffix(".png"))
 
 
-def origin(files: Files) -> dict[str, str]:
-    """Return what a student is made of: a digest of the teacher's weights, the commit, and the processor."""
-    weights = (files.artifacts("teacher") / checkpoint.WEIGHTS).read_bytes()
+def origin(files: Files, name: str = checkpoint.WEIGHTS) -> dict[str, str]:
+    """Return what a student is made of: a digest of the teacher's file, the commit, and the processor."""
+    weights = (files.artifacts("teacher") / name).read_bytes()
     info = Path("/proc/cpuinfo")
     models = [line for line in info.read_text().splitlines() if "model name" in line] if info.is_file() else []
     return {

@@ -67,7 +67,7 @@ def test_a_network_of_this_project_is_a_folder(params: Params, tmp_path: Path) -
     assert net.classifier is None
     assert torch.equal(net.conv1.weight, teacher.conv1.weight)
     checkpoint.save(tmp_path / "student", attach(teacher, ["layer1"]))
-    with pytest.raises(TeacherError, match="is a student before surgery; use artifacts/surgery"):
+    with pytest.raises(TeacherError, match="is a student before surgery; set it to artifacts/surgery"):
         load_checkpoint(section(params, tmp_path / "student"))
 
 

@@ -1,0 +1,137 @@
+"""`dvc repro` with a teacher from elsewhere, through all six stages."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from ruamel.yaml import YAML
+from torch.nn import functional
+
+from pipeline.config import Params
+from pipeline.data.images import open_images
+from pipeline.files import Files
+from pipeline.stage.params_file import load
+from tests.models.other_toolkits import FastReid
+from tests.test_end_to_end import checkout, metrics, repro
+
+MORE_VEHICLES = {"data.vehicles.train_identities": 40, "data.vehicles.test_identities": 30}
+
+
+def with_params(folder: Path, changes: Mapping[str, Any]) -> None:
+    """Change values of params.yaml by dotted name."""
+    yaml, path = YAML(), folder / "params.yaml"
+    content = yaml.load(path)
+    for name, value in changes.items():
+        *sections, key = name.split(".")
+        section = content
+        for part in sections:
+            section = section[part]
+        section[key] = value
+    with path.open("w") as file:
+        yaml.dump(content, file)
+
+
+def stages_that_ran(output: str) -> list[str]:
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage '")]
+
+
+def write_fast_reid(folder: Path, seed: int) -> None:
+    """Train a network with the names of fast-reid for some seconds, on the images that stage `prepare` has rendered."""
+    params = load(folder / "params.yaml")
+    manifest, images = open_images(Files(folder, folder), params)
+    train = manifest.indices("train")
+    pixels = torch.from_numpy(images.batch(train)).permute(0, 3, 1, 2).float()
+    labels = torch.from_numpy(np.searchsorted(np.array(manifest.train_identities), manifest.identities(train)))
+    torch.manual_seed(seed)
+    net = FastReid((1, 1, 1, 1), 16, ibn=True).train()
+    directions = torch.nn.Parameter(torch.randn(len(manifest.train_identities), net.backbone.channels))
+    optimizer = torch.optim.AdamW([*net.parameters(), directions], lr=2e-3)
+    for _ in range(60):
+        chosen = torch.randperm(len(labels))[:64]
+        cosines = functional.normalize(net(pixels[chosen])) @ functional.normalize(directions).T
+        optimizer.zero_grad()
+        functional.cross_entropy(16 * cosines, labels[chosen]).backward()
+        optimizer.step()
+    torch.save({"model": net.state_dict(), "iteration": 60}, folder / "weights" / "model_best.pth")
+
+
+@pytest.fixture(scope="module")
+def from_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = checkout(tmp_path_factory.mktemp("checkpoint"))
+    with_params(folder, MORE_VEHICLES)
+    assert repro(folder, "prepare").returncode == 0
+    write_fast_reid(folder, 0)
+    with_params(folder, {"teacher.source": "checkpoint", "teacher.weights": "weights/model_best.pth"})
+    done = repro(folder)
+    assert done.returncode == 0, done.stdout
+    assert stages_that_ran(done.stdout) == ["teacher", "student", "surgery", "export", "benchmark"]
+    assert "tensors that are not used: heads.weight" in done.stdout
+    return folder
+
+
+def test_a_checkpoint_of_fast_reid_is_compressed(from_checkpoint: Path) -> None:
+    teacher, student, surgery, export = (
+        metrics(from_checkpoint, stage) for stage in ("teacher", "student", "surgery", "export")
+    )
+    assert 0.4 <= student["macs_reduction"] <= 0.41
+    assert surgery["max_abs_diff"] <= 1e-10
+    assert export["map_teacher"] == pytest.approx(teacher["map"], abs=1e-4)
+    assert export["map_student_on_teacher"] > 0
+
+
+def test_only_what_depends_on_a_change_runs_again(from_checkpoint: Path) -> None:
+    assert stages_that_ran(repro(from_checkpoint).stdout) == []
+    with_params(from_checkpoint, {"student.epochs": 3})
+    ran = stages_that_ran(repro(from_checkpoint, "--dry").stdout)
+    assert ran == ["student"]
+    with_params(from_checkpoint, {"student.epochs": 4})
+    write_fast_reid(from_checkpoint, 1)
+    ran = stages_that_ran(repro(from_checkpoint, "--dry").stdout)
+    assert ran == ["teacher"]
+
+
+@pytest.fixture(scope="module")
+def from_onnx(from_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The teacher is teacher.onnx of the other pipeline, with other names of input and output."""
+    folder = checkout(tmp_path_factory.mktemp("onnx"))
+    model = onnx.load(from_checkpoint / "artifacts" / "export" / "teacher.onnx")
+    renamed = onnx.compose.add_prefix(model, "net/")
+    onnx.save(renamed, folder / "weights" / "net.onnx")
+    changes = MORE_VEHICLES | {
+        "teacher.source": "onnx",
+        "teacher.weights": "weights/net.onnx",
+        "student.init": "random",
+        "student.architecture.depth": 14,
+        "student.architecture.width": 16,
+        "student.distill.feature": 0.0,
+        "student.distill.embedding": 20.0,
+    }
+    with_params(folder, changes)
+    done = repro(folder)
+    assert done.returncode == 0, done.stdout
+    return folder
+
+
+def test_a_student_learns_from_an_onnx_file_alone(from_onnx: Path, from_checkpoint: Path) -> None:
+    teacher, student, export = (metrics(from_onnx, stage) for stage in ("teacher", "student", "export"))
+    assert teacher["map"] == pytest.approx(metrics(from_checkpoint, "export")["map_teacher"], abs=1e-4)
+    assert teacher["macs"] == pytest.approx(metrics(from_checkpoint, "teacher")["macs"], rel=0.02)
+    assert 0.4 <= student["macs_reduction"] <= 0.41
+    assert export["macs_reduction"] == pytest.approx(1 - student["macs"] / teacher["macs"], abs=1e-9)
+    assert export["map_student_on_teacher"] > 0
+    report = (from_onnx / "artifacts" / "benchmark" / "report" / "index.html").read_text()
+    assert "unknown" not in report
+
+
+def test_params_that_do_not_fit_an_onnx_teacher_are_refused_at_once(from_onnx: Path) -> None:
+    content = YAML(typ="safe").load((from_onnx / "params.yaml").read_text())
+    content["student"] |= {"init": "teacher", "method": "paper"}
+    content["student"]["distill"]["feature"] = 0.5
+    with pytest.raises(ValueError, match="validation error") as error:
+        Params.model_validate(content)
+    for name in ("`student.init` must be", "`student.method` paper needs", "`student.distill.feature` must be 0"):
+        assert name in str(error.value)
