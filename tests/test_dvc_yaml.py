@@ -133,7 +133,7 @@ def test_what_a_stage_reads_of_params_it_tracks(stage: str) -> None:
 def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the checkout whose stages only make their outputs, after `dvc repro`."""
     root = tmp_path_factory.mktemp("graph")
-    for name in ("pipeline", "stages", "data"):
+    for name in ("pipeline", "stages", "data", "weights"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("params.yaml", "requirements.lock"):
         shutil.copy(ROOT / name, root)
