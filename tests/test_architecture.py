@@ -33,7 +33,7 @@ LIBRARY = {
     "export": BASE | {"models", "checkpoint", "inference"},
     "search": BASE | {"data", "export", "inference", "retrieval"},
     "report": BASE | {"export", "inference", "retrieval", "data", "models"},
-    "preview": BASE | {"data", "models", "retrieval", "training", "compress", "report", "system"},
+    "preview": BASE | {"data", "models", "retrieval", "training", "teachers", "compress", "report", "system"},
 }
 """Rooms that compute, and the rooms that each may import."""
 EDGES = {

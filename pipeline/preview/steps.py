@@ -27,6 +27,7 @@ from pipeline.preview.estimate import MANIFEST, PARAMS, Measured, Timed
 from pipeline.retrieval.embed import embed
 from pipeline.runtime import device_memory, launch, limit_threads
 from pipeline.system.process import die_with_parent, peak_memory
+from pipeline.teachers.given import Teacher, unchecked_teacher, with_student
 from pipeline.training.loop import Fit, Task
 from pipeline.training.state import Checkpoints
 from pipeline.training.teacher import TeacherTask, build_teacher
@@ -89,10 +90,11 @@ class Trial:
 
         The teacher is evaluated in each step, unless its outputs are stored.
         """
+        start = "random" if self.params.teacher.source == "onnx" else "teacher"
         config = self.params.student.model_copy(
             update={
                 "method": method,
-                "init": "teacher" if self.params.student.init == "imagenet" else self.params.student.init,
+                "init": "random" if "random" in (start, self.params.student.init) else "teacher",
                 # A latency budget takes a minute to measure, and leaves a network of about the same size.
                 "budget": self.params.student.budget.model_copy(
                     update={
@@ -102,7 +104,7 @@ class Trial:
             }
         )
         params = self.params.model_copy(update={"student": config})
-        teacher = self._build_teacher()
+        teacher = self._teacher_of_student()
         calibration = normalise(as_tensor(self._images.batch(list(range(CALIBRATION)))).to(self.fabric.device))
         budget_cost = cost_model(teacher.spec, config, self._size)
         task = student_task(self.fabric, params, teacher, budget_cost, 10**6, calibration, None)
@@ -115,6 +117,12 @@ class Trial:
         return build_teacher(
             self.params.teacher.model_copy(update={"weights": "none"}), len(self.manifest.train_identities)
         )
+
+    def _teacher_of_student(self) -> Teacher:
+        identities = len(self.manifest.train_identities)
+        if self.params.teacher.source == "train":
+            return self._build_teacher().eval()
+        return with_student(unchecked_teacher(self.params, identities), self.params.student.architecture, identities)
 
     def _time(self, stage: str, task: Task, start: Callable[[], RetrievalNet]) -> Timed:
         training = getattr(self.params, stage)

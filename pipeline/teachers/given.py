@@ -59,11 +59,7 @@ def given_teacher(params: Params, manifest: Manifest, images: Images, device: to
     of_test = embeddings(teacher, np.concatenate([manifest.indices("query"), manifest.indices("gallery")]))
     check_retrieval(score(of_test), score(np.random.default_rng(params.seed).permutation(of_test)), advice)
     labels = np.searchsorted(np.array(manifest.train_identities), names)
-    directions = class_directions(embeddings(teacher, train), labels)
-    if isinstance(teacher, RetrievalNet):
-        return with_classifier(teacher, directions)
-    teacher.classifier = torch.from_numpy(directions).to(device)
-    return teacher
+    return _complete(teacher, class_directions(embeddings(teacher, train), labels)).to(device)
 
 
 Variant = Callable[[Preprocessing], Teacher]
@@ -95,6 +91,29 @@ def _onnx(params: Params, present: Preprocessing) -> tuple[Teacher, Variant]:
     return teacher, variant
 
 
+def unchecked_teacher(params: Params, identities: int) -> Teacher:
+    """Load the teacher that params.yaml names, with a random classifier: enough to measure how long a step takes.
+
+    Raises:
+        TeacherError: If it cannot be used.
+        FileNotFoundError: If there is nothing at `teacher.weights`.
+    """
+    section = params.teacher.input
+    present = Preprocessing(tuple(section.mean), tuple(section.std), section.bgr)
+    teacher, _ = (_checkpoint if params.teacher.source == "checkpoint" else _onnx)(params, present)
+    dim = teacher.spec.embedding_dim if isinstance(teacher, RetrievalNet) else teacher.embedding_dim
+    directions = np.random.default_rng(0).standard_normal((identities, dim), dtype=np.float32)
+    return _complete(teacher, directions / np.linalg.norm(directions, axis=1, keepdims=True))
+
+
+def _complete(teacher: Teacher, directions: Vectors) -> Teacher:
+    """Return the teacher with a classifier of cosines to these directions."""
+    if isinstance(teacher, RetrievalNet):
+        return with_classifier(teacher, directions)
+    teacher.classifier = torch.from_numpy(directions)
+    return teacher
+
+
 def save(teacher: Teacher, folder: Path) -> None:
     """Write a teacher."""
     if isinstance(teacher, RetrievalNet):
@@ -119,16 +138,15 @@ def load_teacher(folder: Path, architecture: Architecture, identities: int) -> T
         architecture: What the student starts as if the teacher is an ONNX file; else it starts as its teacher.
         identities: Classes of the student's classifier.
     """
-    teacher = load(folder)
+    return with_student(load(folder), architecture, identities)
+
+
+def with_student(teacher: Teacher, architecture: Architecture, identities: int) -> Teacher:
+    """Set what a student of an ONNX file starts as; other teachers have that already."""
     if isinstance(teacher, OnnxTeacher):
+        dim, stride = teacher.embedding_dim, architecture.last_stride
         teacher.spec = ArchSpec.full(
-            architecture.depth,
-            architecture.width,
-            teacher.embedding_dim,
-            architecture.last_stride,
-            identities,
-            cosine=True,
-            stem=architecture.stem,
+            architecture.depth, architecture.width, dim, stride, identities, cosine=True, stem=architecture.stem
         )
     return teacher
 
