@@ -77,7 +77,7 @@ def train_mobilenet(params: Params, files: Files) -> None:
                 net.classifier(embedding), batch.labels, config.losses.scale, config.losses.margin
             ) + triplet.soft(embedding, batch.labels, config.losses.triplet_scale)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     height, width = params.data.image_size
     example = torch.zeros(2, 3, height, width)

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from benchmarks.short import Noise, preset, train
+from pipeline.compress.student import copy_of
 from pipeline.compress.surgery import run_surgery
 from pipeline.export.metadata import serialise
 from pipeline.export.to_onnx import to_onnx
@@ -44,7 +45,7 @@ def main() -> None:
                 task, net = train(params, noise, budget_cost)
                 probe = task.calibration[:2]
                 small = run_surgery(net, task.teacher.spec, params.surgery, probe).net
-                bare = convert(task.teacher, task.teacher.spec.model_copy(update={"identities": 0}))
+                bare = convert(copy_of(task.teacher), task.teacher.spec.model_copy(update={"identities": 0}))
                 files[str(target)] = Path(folder) / f"{target}.onnx"
                 files[str(target)].write_bytes(serialise(to_onnx(bare if target is None else small, size, 18)))
             runs = [{t.file: t.p50_ms for t in measure(files, size, [1], [0], REPEATS)} for _ in range(ROUNDS)]

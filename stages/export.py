@@ -21,7 +21,8 @@ from pipeline.export.files import OnnxExporter
 from pipeline.export.metadata import RENDERED_LICENCES, Metadata, params_digest
 from pipeline.export.parity import ParityCheck
 from pipeline.export.release import ALL_IN_ONE, INT8, STUDENT, TEACHER, sha256, write_release
-from pipeline.models.resnet import RetrievalNet
+from pipeline.models import cost
+from pipeline.models.resnet import TeacherNet
 from pipeline.protocols import conditions
 from pipeline.records import ExportRecord
 from pipeline.retrieval.compatibility import compare
@@ -29,7 +30,8 @@ from pipeline.retrieval.embed import embed
 from pipeline.retrieval.evaluate import evaluate_embedder, sides
 from pipeline.runtime import launch
 from pipeline.stage.run import Run, run_stage
-from pipeline.teachers.given import Teacher, load, macs_of, params_of
+from pipeline.teachers.given import dimension_of, load, macs_of, params_of
+from pipeline.teachers.onnx_teacher import OnnxTeacher
 
 MAX_ORIGINALS = 64
 """Test images at their original size that check the preprocessing inside `model.allinone.onnx`."""
@@ -61,7 +63,7 @@ def export(run: Run) -> ExportRecord:
             "`export.licence` is that of the rendered images; state the terms of your data, or cards say %s", licence
         )
 
-    def make_metadata(net: Teacher, test_map: float) -> Metadata:
+    def make_metadata(net: TeacherNet, test_map: float) -> Metadata:
         return Metadata(
             data=params.data.source,
             data_digest=manifest.digest,
@@ -73,12 +75,12 @@ def export(run: Run) -> ExportRecord:
             image_size=(height, width),
             mean=MEAN,
             std=STD,
-            embedding_dim=net.spec.embedding_dim if isinstance(net, RetrievalNet) else net.embedding_dim,
+            embedding_dim=dimension_of(net),
             params=params_of(net),
             macs=macs_of(net, (height, width)),
         )
 
-    def embed_test(net: Teacher) -> Embeddings:
+    def embed_test(net: TeacherNet) -> Embeddings:
         return embed(net.to(fabric.device), images, test, normalise, fabric.device)
 
     train = manifest.indices("train")
@@ -97,7 +99,7 @@ def export(run: Run) -> ExportRecord:
         originals=(images.original(index) for index in test[:: -(-len(test) // MAX_ORIGINALS)]),
     )
     student, teacher = checkpoint.load(run.files.artifacts("surgery")), load(run.files.artifacts("teacher"))
-    given = None if isinstance(teacher, RetrievalNet) else teacher.model()
+    given = teacher.model() if isinstance(teacher, OnnxTeacher) else None
     files, int8_result = exporter.export(student, teacher, given)
 
     compatibility = compare(
@@ -157,9 +159,9 @@ def export(run: Run) -> ExportRecord:
         bytes_int8=len(contents[INT8]) if INT8 in files else None,
         bytes_teacher=len(contents[TEACHER]),
         params=small.params,
-        macs=small.macs,
+        macs=cost.macs(student.spec, (height, width)),
         params_reduction=1 - small.params / full.params,
-        macs_reduction=1 - small.macs / full.macs if full.macs else None,
+        macs_reduction=1 - cost.macs(student.spec, (height, width)) / full.macs if full.macs else None,
         int8_published=int(INT8 in files),
     )
 

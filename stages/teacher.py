@@ -8,6 +8,7 @@ from pipeline.data.augment import normalise
 from pipeline.data.images import open_images
 from pipeline.data.loader import training_loader
 from pipeline.data.requirements import check_requirements
+from pipeline.models.resnet import TeacherNet
 from pipeline.records import TeacherRecord
 from pipeline.retrieval.embed import evaluate
 from pipeline.retrieval.scoring import scores
@@ -29,7 +30,7 @@ def teacher(run: Run) -> TeacherRecord:
         loader = training_loader(manifest, images, params.teacher, params, fabric.global_rank, fabric.world_size)
         task = TeacherTask(params.teacher, validate)
         fit = Fit(fabric, params.teacher, task, loader, normalise, run.checkpoints("data", "teacher"), run.curve)
-        net = fit.run(lambda: build_teacher(params.teacher, len(manifest.train_identities)))
+        net: TeacherNet = fit.run(lambda: build_teacher(params.teacher, len(manifest.train_identities)))
     else:
         net = given_teacher(params, manifest, images, fabric.device)
         run.curve({"epoch": 0.0, **({"validation_map": validate(net)} if validate else {})})

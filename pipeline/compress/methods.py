@@ -9,16 +9,17 @@ from pipeline.compress.shrinker import Shrinker
 from pipeline.compress.surgery import SurgeryPlan
 from pipeline.config import Student
 from pipeline.models.cost import CostModel
-from pipeline.models.resnet import RetrievalNet
+from pipeline.models.resnet import RetrievalNet, TeacherNet
 
 
 def build_compression(
-    config: Student, teacher: RetrievalNet, cost: CostModel, steps: int, seed: int, device: torch.device
+    config: Student, teacher: TeacherNet, cost: CostModel, steps: int, seed: int, device: torch.device
 ) -> Compression:
     """Build the method that params.yaml names, for a training of `steps` steps.
 
     Raises:
         BudgetError: If no widths keep the budget.
+        TypeError: If the teacher is no ResNet, and the method prunes it.
     """
     spec = teacher.spec
     if config.method == "budget":
@@ -27,6 +28,8 @@ def build_compression(
         return PaperMethod(spec, config, cost, steps, device)
     plan = SurgeryPlan({})
     if config.method == "static-magnitude":
+        if not isinstance(teacher, RetrievalNet):
+            raise TypeError("method static-magnitude prunes the teacher, which must be a ResNet")
         plan, cost = static_pruning.prune_by_magnitude(teacher, config, cost)
     elif config.method == "static-random":
         plan, cost = static_pruning.prune_uniformly(spec, config, cost)

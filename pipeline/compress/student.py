@@ -37,7 +37,7 @@ from pipeline.models import cost
 from pipeline.models.cost import CostModel
 from pipeline.models.feature_hooks import FeatureHooks, average_pool
 from pipeline.models.head import freeze_norms
-from pipeline.models.resnet import ChannelGate, Output, RetrievalNet, convert
+from pipeline.models.resnet import ChannelGate, Output, RetrievalNet, TeacherNet, convert
 from pipeline.models.spec import ArchSpec, indicator_name, is_inner
 from pipeline.retrieval.evaluate import Indices
 from pipeline.training.loop import Forward, Reshaped, Task
@@ -67,7 +67,7 @@ class StudentTask(Task):
 
     fabric: Fabric
     config: Student
-    teacher: RetrievalNet
+    teacher: TeacherNet
     image_size: tuple[int, int]
     compression: Compression
     calibration: Tensor
@@ -262,15 +262,19 @@ def evenly_spaced(indices: Indices, count: int) -> Indices:
     return indices[:: max(1, math.ceil(len(indices) / count))]
 
 
-def build_student(params: Params, teacher: RetrievalNet, compression: Compression) -> RetrievalNet:
-    """Build the student before its first epoch: pruned by a static method, or full-width with indicators."""
+def build_student(params: Params, teacher: TeacherNet, compression: Compression) -> RetrievalNet:
+    """Build the student before its first epoch: pruned by a static method, or full-width with indicators.
+
+    Raises:
+        TypeError: If the student should start as a teacher of another kind of network.
+    """
     config = params.student
     if config.method == "static-random":
         return RetrievalNet(cut_spec(teacher.spec, kept_plan(compression)))
     if config.method == "static-magnitude":
-        return cut(convert(teacher, teacher.spec), kept_plan(compression))
+        return cut(copy_of(teacher), kept_plan(compression))
     if config.init == "teacher":
-        net = convert(teacher, teacher.spec)
+        net = copy_of(teacher)
     else:
         net = RetrievalNet(teacher.spec)
         if config.init != "random":
@@ -278,10 +282,21 @@ def build_student(params: Params, teacher: RetrievalNet, compression: Compressio
     return attach(net, compression.kept)
 
 
+def copy_of(teacher: TeacherNet) -> RetrievalNet:
+    """Return a copy of a teacher.
+
+    Raises:
+        TypeError: If it is not a `RetrievalNet`.
+    """
+    if not isinstance(teacher, RetrievalNet):
+        raise TypeError("a student can only start as a teacher of its own architecture; set `student.init`")
+    return convert(teacher, teacher.spec)
+
+
 def student_task(
     fabric: Fabric,
     params: Params,
-    teacher: RetrievalNet,
+    teacher: TeacherNet,
     budget_cost: CostModel,
     steps: int,
     calibration: Tensor,

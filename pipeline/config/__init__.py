@@ -11,9 +11,30 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.section import Count, Fraction, Section
-from pipeline.config.training import Architecture, Augment, Batch, Budget, Optimizer, Student, Teacher, Training
+from pipeline.config.training import (
+    Architecture,
+    Augment,
+    Batch,
+    Budget,
+    Optimizer,
+    Student,
+    Teacher,
+    TeacherInput,
+    Training,
+)
 
-__all__ = ["Architecture", "Augment", "Batch", "Budget", "Optimizer", "Params", "Student", "Teacher", "Training"]
+__all__ = [
+    "Architecture",
+    "Augment",
+    "Batch",
+    "Budget",
+    "Optimizer",
+    "Params",
+    "Student",
+    "Teacher",
+    "TeacherInput",
+    "Training",
+]
 
 PUBLISHED = (18, 34, 50, 101, 152)
 """Depths with published torchvision weights, at width 64."""
@@ -362,11 +383,11 @@ class Params(Section):
         depth, width, stem = self.teacher.depth, self.teacher.width, self.teacher.stem
         if depth in (18, 34) and stem not in (0, width):
             complaints.append(f"`teacher.stem` must be 0 or {width} at `teacher.depth` {depth}, got {stem}")
-        section = "student.architecture" if self.teacher.source == "onnx" else "teacher"
+        start = "student.architecture" if self.teacher.source == "onnx" else "teacher"
         of_student = self.student.architecture if self.teacher.source == "onnx" else self.teacher
         for name, weights, where, net in (
             ("teacher.weights", self.teacher.weights, "teacher", self.teacher),
-            ("student.init", self.student.init, section, of_student),
+            ("student.init", self.student.init, start, of_student),
         ):
             published = net.depth in PUBLISHED and net.width == 64 and net.stem in (0, 64)
             if weights == "imagenet" and not published:

@@ -5,7 +5,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pipeline.config.section import Fraction, Section
 
@@ -119,21 +119,23 @@ class Training(Section):
 class TeacherInput(Section):
     """The images that a teacher from elsewhere expects."""
 
-    mean: Annotated[list[float], Field(min_length=3, max_length=3)]
-    """Subtracted from pixels in [0, 1], in the order red, green, blue."""
-    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
-    """The difference is divided by it, in the same order; 0.00392157 (1/255) for pixels in [0, 255]."""
+    mean: Annotated[list[float], Field(max_length=3)]
+    """Subtracted from pixels in [0, 1], in the order red, green, blue; [] for that of the file (`pixel_mean` of
+    fast-reid, metadata of ONNX files that were exported here), or ImageNet's if it has none."""
+    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(max_length=3)]
+    """The difference is divided by it; [] as for `mean`. 0.00392157 (1/255) for pixels in [0, 255]."""
     bgr: bool
     """Whether the channels stand in the order blue, green, red, as OpenCV reads them."""
     size: Annotated[list[Annotated[int, Field(ge=16, le=2048)]], Field(max_length=2)]
     """Source `onnx`: height and width, pixels; [] for those of the file, or `data.image_size` if it takes any."""
 
-    @field_validator("size")
+    @field_validator("mean", "std", "size")
     @classmethod
-    def _has_two_sides(cls, size: list[int]) -> list[int]:
-        if len(size) == 1:
-            raise ValueError(f"size must be [] or height and width, got {size}")
-        return size
+    def _is_empty_or_complete(cls, values: list[float], info: ValidationInfo) -> list[float]:
+        count = 2 if info.field_name == "size" else 3
+        if len(values) not in (0, count):
+            raise ValueError(f"must be [] or {count} numbers, got {values}")
+        return values
 
 
 class Architecture(Section):
@@ -158,8 +160,7 @@ class Teacher(Training):
     torchreid, fast-reid or reid-strong-baseline; `onnx`: `weights` is an ONNX file of any architecture that turns
     images into embeddings."""
     input: TeacherInput
-    """Sources `checkpoint` and `onnx`: the images that the network expects, unless its file tells (`pixel_mean` of
-    fast-reid)."""
+    """Sources `checkpoint` and `onnx`: the images that the network expects."""
     max_pool: Literal["auto", "padded", "unpadded"]
     """Source `checkpoint`: how the max pooling behind the stem treats the border; `auto`: unpadded for fast-reid, whose
     code is that since version 1.0, padded for the others."""

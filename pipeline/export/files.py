@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import onnx
-from torch import nn
 
 from pipeline.config import Export
 from pipeline.export import int8
@@ -20,7 +19,7 @@ from pipeline.export.sample import MIN_COSINE_INT8
 from pipeline.export.to_onnx import to_onnx
 from pipeline.inference.session import open_session
 from pipeline.inference.timing import Gain, gains
-from pipeline.models.resnet import RetrievalNet
+from pipeline.models.resnet import RetrievalNet, TeacherNet
 
 log = logging.getLogger(__name__)
 
@@ -63,13 +62,13 @@ class OnnxExporter:
     image_size: tuple[int, int]
     settings: Export
     check: ParityCheck
-    make_metadata: Callable[[nn.Module, float], Metadata]
-    embed: Callable[[nn.Module], Embeddings]
+    make_metadata: Callable[[TeacherNet, float], Metadata]
+    embed: Callable[[TeacherNet], Embeddings]
     calibration: Sequence[int8.Inputs]
     originals: Iterable[Pixels]
 
     def export(
-        self, student: RetrievalNet, teacher: nn.Module, given: onnx.ModelProto | None = None
+        self, student: RetrievalNet, teacher: TeacherNet, given: onnx.ModelProto | None = None
     ) -> tuple[dict[str, ExportedFile], int8.Int8Result | None]:
         """Export all files of a release.
 
@@ -104,7 +103,7 @@ class OnnxExporter:
         return to_onnx(net, self.image_size, self.settings.opset, batch)
 
     def _checked(
-        self, name: str, description: str, net: nn.Module, model: onnx.ModelProto, reference: Reference
+        self, name: str, description: str, net: TeacherNet, model: onnx.ModelProto, reference: Reference
     ) -> ExportedFile:
         """Check a float file and add its metadata.
 

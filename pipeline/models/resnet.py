@@ -37,6 +37,20 @@ class Output(NamedTuple):
         return Output(self.embedding[:count], None if self.logits is None else self.logits[:count])
 
 
+class TeacherNet(nn.Module):
+    """A network that a student can learn from.
+
+    Attributes:
+        spec: Architecture that the student starts with.
+    """
+
+    spec: ArchSpec
+
+    def __call__(self, images: Tensor) -> Output:
+        """Compute embeddings and logits of normalised images (B, 3, H, W)."""
+        return cast(Output, super().__call__(images))
+
+
 class Compactor(nn.Conv2d):
     """A 1x1 convolution initialised to the identity; a zero row marks an output channel that can be removed.
 
@@ -191,7 +205,7 @@ class Stage(nn.ModuleList):
         return x
 
 
-class RetrievalNet(nn.Module):
+class RetrievalNet(TeacherNet):
     """Backbone, embedding head and, if the spec has identities, an identity classifier."""
 
     def __init__(self, spec: ArchSpec) -> None:

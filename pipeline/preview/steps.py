@@ -22,12 +22,12 @@ from pipeline.data.augment import as_tensor, normalise
 from pipeline.data.images import Images, Pixels
 from pipeline.data.loader import TrainBatch, TrainLoader, training_loader
 from pipeline.data.manifest import Indices, Manifest
-from pipeline.models.resnet import RetrievalNet
+from pipeline.models.resnet import RetrievalNet, TeacherNet
 from pipeline.preview.estimate import MANIFEST, PARAMS, Measured, Timed
 from pipeline.retrieval.embed import embed
 from pipeline.runtime import device_memory, launch, limit_threads
 from pipeline.system.process import die_with_parent, peak_memory
-from pipeline.teachers.given import Teacher, unchecked_teacher, with_student
+from pipeline.teachers.given import unchecked_teacher, with_student
 from pipeline.training.loop import Fit, Task
 from pipeline.training.state import Checkpoints
 from pipeline.training.teacher import TeacherTask, build_teacher
@@ -118,7 +118,7 @@ class Trial:
             self.params.teacher.model_copy(update={"weights": "none"}), len(self.manifest.train_identities)
         )
 
-    def _teacher_of_student(self) -> Teacher:
+    def _teacher_of_student(self) -> TeacherNet:
         identities = len(self.manifest.train_identities)
         if self.params.teacher.source == "train":
             return self._build_teacher().eval()

@@ -1,12 +1,13 @@
 """Whether a teacher from elsewhere retrieves at all, and whether it gets the images that it expects."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.config import TeacherInput
 from pipeline.data.augment import MEAN, STD
 from pipeline.retrieval import scoring
 from pipeline.retrieval.metrics import Retrieval
@@ -45,6 +46,11 @@ class Preprocessing:
     std: tuple[float, ...]
     bgr: bool = False
 
+    @classmethod
+    def of(cls, section: TeacherInput, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> "Preprocessing":
+        """Return what params.yaml describes; `mean` and `std` are those of the file."""
+        return cls(tuple(section.mean or mean), tuple(section.std or std), section.bgr)
+
     def __str__(self) -> str:
         mean, std = ([round(value, 6) for value in values] for values in (self.mean, self.std))
         return f"{{mean: {mean}, std: {std}, bgr: {str(self.bgr).lower()}}}"
@@ -82,19 +88,19 @@ def check_retrieval(retrieval: Retrieval, shuffled: Retrieval, advice: str) -> N
         )
 
 
-def compare_preprocessing(present: Preprocessing, embed: Callable[[Preprocessing], Vectors], labels: Labels) -> str:
-    """Compare usual kinds of preprocessing on training images, and warn if another one is better than the present one.
+def compare_preprocessing(present: Vectors, embed: Callable[[Preprocessing], Vectors], labels: Labels) -> str:
+    """Compare usual kinds of preprocessing on training images, and warn if one of them is better than the present one.
 
     Args:
-        present: What the network gets.
-        embed: Embeds the images as the network sees them with a kind of preprocessing, (N, D).
+        present: (N, D) embeddings with the present preprocessing.
+        embed: Embeds the same images with another one, (N, D).
         labels: (N,) identities of the images.
 
     Returns:
         Advice for a message.
     """
-    before = _precisions(embed(present), labels)
-    others = {kind: _precisions(embed(kind), labels) for kind in USUAL.values() if kind != present}
+    before = _precisions(present, labels)
+    others = {kind: _precisions(embed(kind), labels) for kind in USUAL.values()}
     best = max(others, key=lambda kind: float(np.nanmean(others[kind])))
     maps = float(np.nanmean(before)), float(np.nanmean(others[best]))
     if not _is_better(others[best], before):

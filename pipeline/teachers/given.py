@@ -1,7 +1,7 @@
 """Stage `teacher` for a teacher that was trained elsewhere: it is checked instead of trained."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -15,36 +15,33 @@ from pipeline.data.augment import MEAN, STD, normalise
 from pipeline.data.images import Images
 from pipeline.data.manifest import Manifest
 from pipeline.models import cost
-from pipeline.models.resnet import RetrievalNet
+from pipeline.models.resnet import RetrievalNet, TeacherNet
 from pipeline.models.spec import ArchSpec
 from pipeline.retrieval.embed import embed
 from pipeline.retrieval.evaluate import evaluate_embedder
 from pipeline.retrieval.metrics import Retrieval
 from pipeline.teachers import onnx_cost
 from pipeline.teachers.checks import Preprocessing, TeacherError, check_retrieval, compare_preprocessing, probes
-from pipeline.teachers.onnx_file import expectation, read_file, standardised
+from pipeline.teachers.onnx_file import expectation, normalisation_of, read_file, standardised
 from pipeline.teachers.onnx_teacher import FILE, OnnxTeacher
 from pipeline.teachers.state_dict import class_directions, load_checkpoint, with_classifier, with_preprocessing
 
 log = logging.getLogger(__name__)
 
-Teacher = RetrievalNet | OnnxTeacher
 Vectors = npt.NDArray[np.float32]
 
 
-def given_teacher(params: Params, manifest: Manifest, images: Images, device: torch.device) -> Teacher:
+def given_teacher(params: Params, manifest: Manifest, images: Images, device: torch.device) -> TeacherNet:
     """Load the teacher that params.yaml names, check it, and give it a classifier of the training identities.
 
     Raises:
         TeacherError: If it cannot be used, or retrieves no better than chance.
         FileNotFoundError: If there is nothing at `teacher.weights`.
     """
-    section = params.teacher.input
-    present = Preprocessing(tuple(section.mean), tuple(section.std), section.bgr)
-    teacher, variant = (_checkpoint if params.teacher.source == "checkpoint" else _onnx)(params, present)
+    teacher, variant = LOADERS[params.teacher.source](params)
     teacher.to(device)
 
-    def embeddings(net: Teacher, indices: npt.NDArray[np.int64]) -> Vectors:
+    def embeddings(net: TeacherNet, indices: npt.NDArray[np.int64]) -> Vectors:
         return embed(net, images, indices, normalise, device)
 
     def score(vectors: Vectors) -> Retrieval:
@@ -53,8 +50,9 @@ def given_teacher(params: Params, manifest: Manifest, images: Images, device: to
     train = manifest.indices("train")
     names = manifest.identities(train)
     chosen = probes(names)
+    probed = train[chosen]
     advice = compare_preprocessing(
-        present, lambda kind: embeddings(variant(kind).to(device), train[chosen]), names[chosen]
+        embeddings(teacher, probed), lambda kind: embeddings(variant(kind).to(device), probed), names[chosen]
     )
     of_test = embeddings(teacher, np.concatenate([manifest.indices("query"), manifest.indices("gallery")]))
     check_retrieval(score(of_test), score(np.random.default_rng(params.seed).permutation(of_test)), advice)
@@ -62,16 +60,16 @@ def given_teacher(params: Params, manifest: Manifest, images: Images, device: to
     return _complete(teacher, class_directions(embeddings(teacher, train), labels)).to(device)
 
 
-Variant = Callable[[Preprocessing], Teacher]
+Variant = Callable[[Preprocessing], TeacherNet]
 """Returns the teacher with another kind of preprocessing."""
 
 
-def _checkpoint(params: Params, _present: Preprocessing) -> tuple[Teacher, Variant]:
+def _checkpoint(params: Params) -> tuple[TeacherNet, Variant]:
     net = load_checkpoint(params.teacher)
     return net, partial(with_preprocessing, net)
 
 
-def _onnx(params: Params, present: Preprocessing) -> tuple[Teacher, Variant]:
+def _onnx(params: Params) -> tuple[TeacherNet, Variant]:
     path, size = Path(params.teacher.weights), (params.data.image_size[0], params.data.image_size[1])
     if not path.is_file():
         raise FileNotFoundError(f"`teacher.weights` is {path}, which is not a file; set it to the path of an ONNX file")
@@ -81,7 +79,7 @@ def _onnx(params: Params, present: Preprocessing) -> tuple[Teacher, Variant]:
         expected = expectation(model, name, params.teacher.input.size, kind.mean, kind.std, kind.bgr, size)
         return OnnxTeacher(standardised(model, name, expected, size, (MEAN, STD)).SerializeToString(deterministic=True))
 
-    teacher = variant(present)
+    teacher = variant(Preprocessing.of(params.teacher.input, *normalisation_of(model)))
     if teacher.batch is not None and teacher.batch != params.export.batch:
         raise TeacherError(
             f"{name} takes exactly {teacher.batch} images in a call; export it with a variable number, or set "
@@ -91,38 +89,40 @@ def _onnx(params: Params, present: Preprocessing) -> tuple[Teacher, Variant]:
     return teacher, variant
 
 
-def unchecked_teacher(params: Params, identities: int) -> Teacher:
+LOADERS: Mapping[str, Callable[[Params], tuple[TeacherNet, Variant]]] = {"checkpoint": _checkpoint, "onnx": _onnx}
+
+
+def unchecked_teacher(params: Params, identities: int) -> TeacherNet:
     """Load the teacher that params.yaml names, with a random classifier: enough to measure how long a step takes.
 
     Raises:
         TeacherError: If it cannot be used.
         FileNotFoundError: If there is nothing at `teacher.weights`.
     """
-    section = params.teacher.input
-    present = Preprocessing(tuple(section.mean), tuple(section.std), section.bgr)
-    teacher, _ = (_checkpoint if params.teacher.source == "checkpoint" else _onnx)(params, present)
-    dim = teacher.spec.embedding_dim if isinstance(teacher, RetrievalNet) else teacher.embedding_dim
+    teacher, _ = LOADERS[params.teacher.source](params)
+    dim = dimension_of(teacher)
     directions = np.random.default_rng(0).standard_normal((identities, dim), dtype=np.float32)
     return _complete(teacher, directions / np.linalg.norm(directions, axis=1, keepdims=True))
 
 
-def _complete(teacher: Teacher, directions: Vectors) -> Teacher:
+def _complete(teacher: TeacherNet, directions: Vectors) -> TeacherNet:
     """Return the teacher with a classifier of cosines to these directions."""
     if isinstance(teacher, RetrievalNet):
         return with_classifier(teacher, directions)
-    teacher.classifier = torch.from_numpy(directions)
+    if isinstance(teacher, OnnxTeacher):
+        teacher.classifier = torch.from_numpy(directions)
     return teacher
 
 
-def save(teacher: Teacher, folder: Path) -> None:
+def save(teacher: TeacherNet, folder: Path) -> None:
     """Write a teacher."""
     if isinstance(teacher, RetrievalNet):
         checkpoint.save(folder, teacher)
-    else:
+    elif isinstance(teacher, OnnxTeacher):
         teacher.save(folder)
 
 
-def load(folder: Path) -> Teacher:
+def load(folder: Path) -> TeacherNet:
     """Read the result of `save`, to the CPU and in evaluation mode.
 
     Raises:
@@ -131,7 +131,7 @@ def load(folder: Path) -> Teacher:
     return OnnxTeacher.load(folder).eval() if (folder / FILE).is_file() else checkpoint.load(folder)
 
 
-def load_teacher(folder: Path, architecture: Architecture, identities: int) -> Teacher:
+def load_teacher(folder: Path, architecture: Architecture, identities: int) -> TeacherNet:
     """Read a teacher to train a student with.
 
     Args:
@@ -141,7 +141,7 @@ def load_teacher(folder: Path, architecture: Architecture, identities: int) -> T
     return with_student(load(folder), architecture, identities)
 
 
-def with_student(teacher: Teacher, architecture: Architecture, identities: int) -> Teacher:
+def with_student(teacher: TeacherNet, architecture: Architecture, identities: int) -> TeacherNet:
     """Set what a student of an ONNX file starts as; other teachers have that already."""
     if isinstance(teacher, OnnxTeacher):
         dim, stride = teacher.embedding_dim, architecture.last_stride
@@ -151,11 +151,16 @@ def with_student(teacher: Teacher, architecture: Architecture, identities: int) 
     return teacher
 
 
-def params_of(teacher: Teacher) -> int:
+def params_of(teacher: TeacherNet) -> int:
     """Return the number of parameters, without the classifier."""
-    return cost.params(teacher.spec) if isinstance(teacher, RetrievalNet) else onnx_cost.params(teacher.model())
+    return onnx_cost.params(teacher.model()) if isinstance(teacher, OnnxTeacher) else cost.params(teacher.spec)
 
 
-def macs_of(teacher: Teacher, size: tuple[int, int]) -> int | None:
+def macs_of(teacher: TeacherNet, size: tuple[int, int]) -> int | None:
     """Return the multiply-accumulates for one image; None if they cannot be counted."""
-    return cost.macs(teacher.spec, size) if isinstance(teacher, RetrievalNet) else onnx_cost.macs(teacher.model())
+    return onnx_cost.macs(teacher.model()) if isinstance(teacher, OnnxTeacher) else cost.macs(teacher.spec, size)
+
+
+def dimension_of(teacher: TeacherNet) -> int:
+    """Return the length of the embedding."""
+    return teacher.embedding_dim if isinstance(teacher, OnnxTeacher) else teacher.spec.embedding_dim

@@ -5,6 +5,7 @@ and returns L2-normalised embeddings. What the original expects is computed insi
 order of channels, layout, type and size.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from pipeline.data.augment import MEAN, STD
 from pipeline.inference.session import INPUT, OUTPUT
 from pipeline.teachers.checks import TeacherError
 
@@ -64,6 +66,16 @@ def read_file(content: bytes, name: str) -> onnx.ModelProto:
             f"{name} must have one input, of four dimensions, and has {found}; export it with images only"
         )
     return model
+
+
+def normalisation_of(model: onnx.ModelProto) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of pixels in [0, 1] in the metadata of a file; ImageNet's if it has none."""
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    try:
+        mean, std = (tuple(float(value) for value in json.loads(properties[name])) for name in ("mean", "std"))
+    except (KeyError, TypeError, ValueError):
+        return MEAN, STD
+    return (mean, std) if len(mean) == len(std) == 3 and min(std) > 0 else (MEAN, STD)
 
 
 def images_of(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
@@ -218,7 +230,7 @@ def _before(
     if expected.channels_last:
         steps.append(_Step("Transpose", perm=[0, 2, 3, 1]))
     if expected.type == TensorProto.UINT8:
-        steps += [_Step("Round"), _Step("Clip", {"least": np.float32(0), "most": np.float32(255)})]
+        steps += [_Step("Round"), _Step("Clip", {"least": np.array(0, np.float32), "most": np.array(255, np.float32)})]
     return [*steps, _Step("Cast", to=expected.type)]
 
 

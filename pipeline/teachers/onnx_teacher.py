@@ -6,18 +6,17 @@ import numpy as np
 import onnx
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from pipeline.files import write_atomically
 from pipeline.inference.session import INPUT, OUTPUT, open_session
-from pipeline.models.resnet import Output
-from pipeline.models.spec import ArchSpec
+from pipeline.models.resnet import Output, TeacherNet
 
 FILE, CLASSIFIER = "teacher.onnx", "classifier.safetensors"
 
 
-class OnnxTeacher(nn.Module):
+class OnnxTeacher(TeacherNet):
     """Embeddings by an ONNX file, and cosines to the training identities.
 
     Args:
@@ -28,7 +27,7 @@ class OnnxTeacher(nn.Module):
         content: The file.
         batch: Images in a call; None for any number.
         embedding_dim: Length of the embedding.
-        spec: Architecture that a student of this teacher starts with; set by who trains one.
+        spec: Architecture that the student starts with; set before one is trained.
     """
 
     classifier: Tensor | None
@@ -36,7 +35,6 @@ class OnnxTeacher(nn.Module):
     def __init__(self, content: bytes, classifier: Tensor | None = None) -> None:
         super().__init__()
         self.content = content
-        self.spec: ArchSpec | None = None
         self.register_buffer("classifier", classifier)
         self._session = open_session(content)
         batch, *_ = self._session.get_inputs()[0].shape

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pipeline import checkpoint
-from pipeline.config import Teacher
+from pipeline.config import Teacher, TeacherInput
 from pipeline.data.augment import MEAN, STD
 from pipeline.models.resnet import RetrievalNet, convert
 from pipeline.models.toolkits import relative_input, translate
@@ -37,7 +37,7 @@ def load_checkpoint(config: Teacher) -> RetrievalNet:
             raise TeacherError(
                 f"`teacher.weights` {path} is a student before surgery; set it to artifacts/surgery of its run"
             )
-        return convert(net, net.spec.model_copy(update={"identities": 0}))
+        return _as_given(convert(net, net.spec.model_copy(update={"identities": 0})), config.input)
     state = read_tensors(path)
     try:
         max_pool = None if config.max_pool == "auto" else config.max_pool
@@ -49,15 +49,16 @@ def load_checkpoint(config: Teacher) -> RetrievalNet:
         ) from error
     net = RetrievalNet(translation.spec)
     net.load_state_dict(net.state_dict() | translation.state, strict=True)
-    if translation.spec.input is None:
-        net = with_preprocessing(
-            net, Preprocessing(tuple(config.input.mean), tuple(config.input.std), config.input.bgr)
-        )
     log.info("%s: a ResNet-%d, %d tensors used, embedding of %d numbers", path, net.spec.depth, len(translation.state),
              net.spec.embedding_dim)  # fmt: skip
     if translation.left_out:
         log.info("%s: tensors that are not used: %s", path, ", ".join(translation.left_out))
-    return net.to(memory_format=torch.channels_last).eval()
+    return _as_given(net.to(memory_format=torch.channels_last).eval(), config.input)
+
+
+def _as_given(net: RetrievalNet, section: TeacherInput) -> RetrievalNet:
+    """Return the network with the input that params.yaml names, if it names one."""
+    return with_preprocessing(net, Preprocessing.of(section)) if section.mean or section.std or section.bgr else net
 
 
 def with_preprocessing(net: RetrievalNet, kind: Preprocessing) -> RetrievalNet:

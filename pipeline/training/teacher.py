@@ -15,7 +15,7 @@ from pipeline.data.images import Images
 from pipeline.data.loader import TrainBatch
 from pipeline.data.manifest import Manifest
 from pipeline.losses import identity, triplet
-from pipeline.models.resnet import Output, RetrievalNet
+from pipeline.models.resnet import Output, RetrievalNet, TeacherNet
 from pipeline.models.spec import ArchSpec
 from pipeline.retrieval.embed import evaluate
 from pipeline.training.loop import Forward, Task
@@ -23,7 +23,7 @@ from pipeline.training.weights_file import read_tensors
 
 log = logging.getLogger(__name__)
 
-Validate = Callable[[RetrievalNet], float]
+Validate = Callable[[TeacherNet], float]
 """Computes mAP of a network on the held-out training identities."""
 
 
@@ -76,7 +76,7 @@ def validator(
     if not len(manifest.indices("validation-query")):
         return None
 
-    def validate(net: RetrievalNet) -> float:
+    def validate(net: TeacherNet) -> float:
         splits = ("validation-query", "validation-gallery")
         return evaluate(net, manifest, images, *splits, protocol, preprocess, device).map
 

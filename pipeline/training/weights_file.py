@@ -3,7 +3,7 @@
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,10 +14,13 @@ from torch import Tensor
 INSIDE = ("state_dict", "model", "net", "model_state_dict")
 """Keys under which toolkits store the state dict beside that of the optimiser."""
 
+CORES = ("core", "_core")
+"""The name of a package of NumPy, before version 2 and since then."""
+
 SCALARS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     np.dtype,
     *(type(np.dtype(name)) for name in ("f4", "f8", "i4", "i8")),
-    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((cast(Callable[..., Any], np.float64(0).__reduce__()[0]), f"numpy.{core}.multiarray.scalar") for core in CORES),
 ]
 """What NumPy's scalars consist of, which training loops store as best scores; reading them runs no other code."""
 

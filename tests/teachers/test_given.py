@@ -122,12 +122,12 @@ def test_a_better_preprocessing_is_found_and_named(caplog) -> None:
         x = (image if adapter is None else adapter(image))[:, 2, 0, 0].numpy()
         return np.exp(-((x[:, None] - np.linspace(-3, 3, 40)) ** 2) / 0.02).astype(np.float32) + 1e-6
 
-    wrong = Preprocessing(MEAN, STD)
-    advice = compare_preprocessing(wrong, embed, names)
+    advice = compare_preprocessing(embed(Preprocessing(MEAN, STD)), embed, names)
     assert "set `teacher.input` to {mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225], bgr: true}" in advice
     assert "on training images the teacher has mAP" in caplog.text
     caplog.clear()
-    assert compare_preprocessing(Preprocessing(MEAN, STD, bgr=True), embed, names).startswith("check `teacher.input`")
+    right = embed(Preprocessing(MEAN, STD, bgr=True))
+    assert compare_preprocessing(right, embed, names).startswith("check `teacher.input`")
     assert not caplog.text
 
 
