@@ -33,7 +33,7 @@ from pipeline.retrieval.embed import evaluate
 from pipeline.retrieval.scoring import scores
 from pipeline.runtime import launch
 from pipeline.stage.run import Run, run_stage
-from pipeline.teachers.given import load_teacher
+from pipeline.teachers.given import load, student_spec
 from pipeline.training.loop import Fit
 from pipeline.training.teacher import validator
 
@@ -50,7 +50,8 @@ def student(run: Run) -> StudentRecord:
     manifest, images = open_images(run.files, params)
     check_requirements(manifest.items, params)
     loader = training_loader(manifest, images, params.student, params, fabric.global_rank, fabric.world_size)
-    teacher = load_teacher(run.files.artifacts("teacher"), config.architecture, len(manifest.train_identities))
+    teacher = load(run.files.artifacts("teacher"))
+    full = student_spec(teacher, params, len(manifest.train_identities))
     checkpoints = run.checkpoints("data", "teacher", "student")
 
     def on_first_device(function: Callable[[], T]) -> T:
@@ -62,20 +63,18 @@ def student(run: Run) -> StudentRecord:
 
         def ratio(widths: Mapping[str, int]) -> float:
             path = checkpoints.folder / MEASURED
-            return on_first_device(lambda: latency_model.stored_latency_ratio(path, teacher.spec, size, widths))
+            return on_first_device(lambda: latency_model.stored_latency_ratio(path, full, size, widths))
 
         path = checkpoints.folder / LATENCY
-        model = on_first_device(
-            lambda: latency_model.stored_latency_model(path, teacher.spec, size, config.channel_multiple)
-        )
+        model = on_first_device(lambda: latency_model.stored_latency_model(path, full, size, config.channel_multiple))
         return replace(model, measured=ratio)
 
-    budget_cost = cost_model(teacher.spec, config, size, measure_latency)
+    budget_cost = cost_model(full, config, size, measure_latency)
     validate = validator(manifest, images, params.data.protocol, normalise, fabric.device)
     indices = evenly_spaced(manifest.indices("train"), CALIBRATION)
     calibration = normalise(as_tensor(images.batch(indices)).to(fabric.device))
     steps = len(loader) * config.epochs
-    task = student_task(fabric, params, teacher, budget_cost, steps, calibration, validate)
+    task = student_task(fabric, params, teacher, budget_cost, steps, calibration, validate, full)
     outputs = run.files.teacher_outputs
     if config.distill.views:
         cache_teacher(task, loader, run.inputs_digest, outputs, params)
@@ -84,7 +83,7 @@ def student(run: Run) -> StudentRecord:
     task.check(net)
     task.plan().write(run.out)
     checkpoint.save(run.out, net)
-    checkpoint.save_spec(run.out / checkpoint.FULL, teacher.spec)
+    checkpoint.save_spec(run.out / checkpoint.FULL, full)
     latency = config.budgeted and config.budget.of == "latency"
     corrected_cost = task.compression.cost
     if latency and fabric.is_global_zero:  # stored, because a second measurement would differ
@@ -100,9 +99,9 @@ def student(run: Run) -> StudentRecord:
         **scores(protocol, retrieval).model_dump(),
         params=cost.params(small),
         macs=cost.macs(small, size),
-        params_reduction=1 - cost.params(small) / cost.params(teacher.spec),
-        macs_reduction=1 - cost.macs(small, size) / cost.macs(teacher.spec, size),
-        latency_reduction=corrected_cost.reduction(teacher.spec.widths, small.widths) if latency else None,
+        params_reduction=1 - cost.params(small) / cost.params(full),
+        macs_reduction=1 - cost.macs(small, size) / cost.macs(full, size),
+        latency_reduction=corrected_cost.reduction(full.widths, small.widths) if latency else None,
         target=config.budget.reduction if config.budgeted else 0.0,
     )
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from pipeline.models.cost import CostModel
 from pipeline.models.resnet import RetrievalNet
+from pipeline.models.spec import ArchSpec
 
 
 class Compression:
@@ -15,18 +16,19 @@ class Compression:
     all.
 
     Args:
+        full: Spec of the uncompressed student.
         cost: The cost that the budget limits.
         kept: Channels of the uncompressed network that the student starts with, (C,) int64 by site; all channels of
             sites that are missing.
     """
 
-    def __init__(self, cost: CostModel, kept: Mapping[str, Tensor] | None = None) -> None:
-        self.cost = cost
+    def __init__(self, full: ArchSpec, cost: CostModel, kept: Mapping[str, Tensor] | None = None) -> None:
+        self.full, self.cost = full, cost
         self._kept = dict(kept or {})
 
     @property
     def starts_full(self) -> bool:
-        """Whether the student starts with all channels of the teacher."""
+        """Whether the student starts with all channels."""
         return not self._kept
 
     @property

@@ -10,10 +10,17 @@ from pipeline.compress.surgery import SurgeryPlan
 from pipeline.config import Student
 from pipeline.models.cost import CostModel
 from pipeline.models.resnet import RetrievalNet, TeacherNet
+from pipeline.models.spec import ArchSpec
 
 
 def build_compression(
-    config: Student, teacher: TeacherNet, cost: CostModel, steps: int, seed: int, device: torch.device
+    config: Student,
+    teacher: TeacherNet,
+    full: ArchSpec,
+    cost: CostModel,
+    steps: int,
+    seed: int,
+    device: torch.device,
 ) -> Compression:
     """Build the method that params.yaml names, for a training of `steps` steps.
 
@@ -21,19 +28,20 @@ def build_compression(
         BudgetError: If no widths keep the budget.
         TypeError: If the teacher is no ResNet, and the method prunes it.
     """
-    spec = teacher.spec
     if config.method == "budget":
-        return Shrinker(spec, config, cost, steps, seed, device)
+        return Shrinker(full, config, cost, steps, seed, device)
     if config.method == "paper":
-        return PaperMethod(spec, config, cost, steps, device)
+        return PaperMethod(full, config, cost, steps, device)
     plan = SurgeryPlan({})
     if config.method == "static-magnitude":
         if not isinstance(teacher, RetrievalNet):
             raise TypeError("method static-magnitude prunes the teacher, which must be a ResNet")
         plan, cost = static_pruning.prune_by_magnitude(teacher, config, cost)
     elif config.method == "static-random":
-        plan, cost = static_pruning.prune_uniformly(spec, config, cost)
-    return Compression(cost, {site: torch.tensor(channels, device=device) for site, channels in plan.kept.items()})
+        plan, cost = static_pruning.prune_uniformly(full, config, cost)
+    return Compression(
+        full, cost, {site: torch.tensor(channels, device=device) for site, channels in plan.kept.items()}
+    )
 
 
 def kept_plan(compression: Compression) -> SurgeryPlan:

@@ -88,7 +88,7 @@ class PaperMethod(Compression):
     """Masks and lasso of the published method; channels are cut by stage surgery only, and there is no budget."""
 
     def __init__(self, spec: ArchSpec, config: Student, cost: CostModel, steps: int, device: torch.device) -> None:
-        super().__init__(cost)
+        super().__init__(spec, cost)
         self.spec, self.config, self.steps, self.progress = spec, config, steps, 0.0
         self.sites: dict[str, PaperSite] = {}
         for name in shrinking_sites(spec, config):

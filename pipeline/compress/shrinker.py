@@ -39,8 +39,8 @@ class Shrinker(Compression):
     def __init__(
         self, spec: ArchSpec, config: Student, cost: CostModel, steps: int, seed: int, device: torch.device
     ) -> None:
-        super().__init__(cost)
-        self.spec, self.config, self.table = spec, config, cost
+        super().__init__(spec, cost)
+        self.config, self.table = config, cost
         self.schedule = Schedule(config.budget, steps)
         sites = shrinking_sites(spec, config)
         self.masks = {site: ChannelMasks.start(spec.widths[site], device) for site in sites}
@@ -57,7 +57,7 @@ class Shrinker(Compression):
     @property
     def widths(self) -> dict[str, int]:
         """Widths of the whole network without the masked channels."""
-        return {**self.spec.widths, **{site: int((~masks.masked).sum()) for site, masks in self.masks.items()}}
+        return {**self.full.widths, **{site: int((~masks.masked).sum()) for site, masks in self.masks.items()}}
 
     @property
     def kept(self) -> dict[str, Tensor]:
@@ -116,7 +116,7 @@ class Shrinker(Compression):
             widths, self.cost = self._final_widths(free)
             self.finalized = True
         else:
-            allocation = WidthAllocation.of(self.spec, self.config, self.cost, free)
+            allocation = WidthAllocation.of(self.full, self.config, self.cost, free)
             target = self.schedule.reduction(step / self.schedule.steps)
             allocation.allocate(target, limit=self.config.budget.reduction)
             widths = allocation.widths
@@ -149,7 +149,7 @@ class Shrinker(Compression):
         Raises:
             BudgetMissedError: If they do not, with the reduction that was reached.
         """
-        target, reached = self.config.budget.reduction, self.cost.reduction(self.spec.widths, widths)
+        target, reached = self.config.budget.reduction, self.cost.reduction(self.full.widths, widths)
         if reached < target or (reached > target + WINDOW and dict(widths) != self.widths):
             raise BudgetMissedError(
                 f"the student ended at a reduction of {reached:.4f}, not in [{target:g}, {target + WINDOW:g}], because "
@@ -169,7 +169,7 @@ class Shrinker(Compression):
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore the result of `state_dict`."""
         self.finalized = bool(tensors["finalized"])
-        self.cost = self.table.corrected(self.spec.widths, float(tensors["latency_correction"]))
+        self.cost = self.table.corrected(self.full.widths, float(tensors["latency_correction"]))
         for site, masks in self.masks.items():
             values = {name: tensors[f"{site}/{name}"].to(value.device) for name, value in masks.tensors().items()}
             self.masks[site] = ChannelMasks(**values)
@@ -180,5 +180,5 @@ class Shrinker(Compression):
 
     def _final_widths(self, scores: Mapping[str, np.ndarray]) -> tuple[dict[str, int], CostModel]:
         """Return the widths that keep the budget, and the cost model that agrees with their timing."""
-        choose = partial(allocate_budget, self.spec, self.config, scores)
-        return final_widths(choose, self.spec, self.config, self.table, self.cost.correction)
+        choose = partial(allocate_budget, self.full, self.config, scores)
+        return final_widths(choose, self.full, self.config, self.table, self.cost.correction)

@@ -109,7 +109,9 @@ class StudentTask(Task):
             )
         kept, compared = self.compression.kept, self.compression.compared_channels
         distances = [
-            _feature_distance(student[site], teacher[site], kept.get(site), compared.get(site))
+            distill.features(net.projections[site](student[site]), teacher[site])
+            if site in net.spec.projections
+            else _feature_distance(student[site], teacher[site], kept.get(site), compared.get(site))
             for site in self.feature_modules
         ]
         total = torch.stack(distances).sum() if distances else output.embedding.new_zeros(())
@@ -167,7 +169,7 @@ class StudentTask(Task):
 
     def measure(self, net: RetrievalNet, progress: float, validate: bool) -> dict[str, float]:
         """Return the reductions without the channels selected for removal, and mAP on held-out identities."""
-        full = self.teacher.spec
+        full = self.compression.full
         small = full.narrowed(self.compression.remaining_widths(net))
         row = {
             "macs_reduction": 1 - cost.macs(small, self.image_size) / cost.macs(full, self.image_size),
@@ -197,7 +199,7 @@ class StudentTask(Task):
         """
         widths, target = remaining_spec(net).widths, self.config.budget.reduction
         self.compression.check(widths)
-        reached = self.compression.cost.reduction(self.teacher.spec.widths, widths)
+        reached = self.compression.cost.reduction(self.compression.full.widths, widths)
         if self.config.budgeted and reached > target + WINDOW:
             log.warning("the student saves %.1f %%, more than the requested %.1f %%: channels that were already "
                         "removed saved more than estimated, or no timed network came closer",
@@ -270,15 +272,15 @@ def build_student(params: Params, teacher: TeacherNet, compression: Compression)
     """
     config = params.student
     if config.method == "static-random":
-        return RetrievalNet(cut_spec(teacher.spec, kept_plan(compression)))
+        return RetrievalNet(cut_spec(compression.full, kept_plan(compression)))
     if config.method == "static-magnitude":
         return cut(copy_of(teacher), kept_plan(compression))
     if config.init == "teacher":
         net = copy_of(teacher)
     else:
-        net = RetrievalNet(teacher.spec)
+        net = RetrievalNet(compression.full)
         if config.init != "random":
-            net.load_backbone(pretrained_weights(config.init, teacher.spec.depth), config.init)
+            net.load_backbone(pretrained_weights(config.init, compression.full.depth), config.init)
     return attach(net, compression.kept)
 
 
@@ -301,10 +303,12 @@ def student_task(
     steps: int,
     calibration: Tensor,
     validate: Validate | None,
+    full: ArchSpec | None = None,
 ) -> StudentTask:
     """Set up the training of a student; the teacher is moved to the training device and frozen.
 
-    `budget_cost` is the cost that the budget limits, and `steps` the length of the whole training.
+    `budget_cost` is the cost that the budget limits, `steps` the length of the whole training, and `full` the spec of
+    the uncompressed student, by default that of the teacher.
 
     Raises:
         BudgetError: If no widths keep the budget.
@@ -312,7 +316,8 @@ def student_task(
     config = params.student
     teacher.to(fabric.device).eval().requires_grad_(False)
     size = (params.data.image_size[0], params.data.image_size[1])
-    compression = build_compression(config, teacher, budget_cost, steps, params.seed, fabric.device)
+    full = full or copy_of(teacher).spec
+    compression = build_compression(config, teacher, full, budget_cost, steps, params.seed, fabric.device)
     return StudentTask(fabric, config, teacher, size, compression, calibration, validate, params.seed)
 
 
@@ -356,4 +361,4 @@ def cache_teacher(task: StudentTask, loader: TrainLoader, inputs: str, folder: P
 def remaining_spec(net: RetrievalNet) -> ArchSpec:
     """Return the spec of a student after folding and cutting its zero channels, without the classifier."""
     plan = SurgeryPlan({site: tuple(channels.tolist()) for site, channels in nonzero_channels(net).items()})
-    return cut_spec(net.spec, plan).model_copy(update={"indicators": (), "identities": 0})
+    return cut_spec(net.spec, plan).bare()

@@ -95,7 +95,7 @@ def run_surgery(net: RetrievalNet, full: ArchSpec, config: Surgery, probe: Tenso
             f"surgery changes embeddings by {difference:.3g}, more than {EXACT:g} in float64, because channels that "
             f"are not zero were cut; lower `surgery.tolerance` ({config.tolerance:g})"
         )
-    bare = convert(narrow, narrow.spec.model_copy(update={"identities": 0})).float()
+    bare = convert(narrow, narrow.spec.bare()).float()
     return SurgeryResult(bare, plan, difference)
 
 
@@ -159,6 +159,8 @@ def slices(spec: ArchSpec, plan: SurgeryPlan) -> dict[str, list[tuple[int, Tenso
     for norm, channels in norms.items():
         for name in ("weight", "bias", "running_mean", "running_var"):
             indices[f"{norm}.{name}"] = [(0, channels)]
+    for site in set(spec.projections) & set(kept):
+        indices[f"projections.{site}.weight"] = [(1, kept[site])]
     for site in set(spec.indicators) & set(kept):
         rows, columns = (0, kept[site]), (1, kept[site])
         indices[f"{indicator_name(site)}.weight"] = [rows, columns] if spec.mixes(site) else [rows]

@@ -316,16 +316,27 @@ class Params(Section):
                 f"`teacher.recipe` and `student.recipe` must be scratch for `teacher.source` {source}: the classifier "
                 "of such a teacher compares cosines"
             )
-        if source == "checkpoint":
+        if source == "onnx" and not student.architecture.depth:
+            yield "`student.architecture.depth` must be that of a ResNet for `teacher.source` onnx, not 0"
+        if source == "onnx" and student.distill.feature:
+            yield "`student.distill.feature` must be 0 for `teacher.source` onnx, whose inner features are not known"
+
+    def _problems_of_an_own_architecture(self) -> Iterator[str]:
+        """Yield what does not agree with a student that does not start as its teacher."""
+        student, own = self.student, self.student.architecture
+        if not own.depth:
             return
         if student.init == "teacher":
-            yield "`student.init` must be imagenet, random or a path for `teacher.source` onnx"
+            yield "`student.init` must be imagenet, random or a path if `student.architecture.depth` is not 0"
         if student.method in ("paper", "static-magnitude"):
-            yield f"`student.method` {student.method} needs a teacher of the student's architecture, not one from ONNX"
-        if student.distill.feature:
-            yield "`student.distill.feature` must be 0 for `teacher.source` onnx, whose inner features are not known"
-        if student.architecture.depth in (18, 34) and student.architecture.stem not in (0, student.architecture.width):
-            yield "`student.architecture.stem` must be 0 at depth 18 and 34"
+            yield f"`student.architecture.depth` must be 0 for `student.method` {student.method}"
+        if own.depth in (18, 34) and own.stem not in (0, own.width):
+            yield f"`student.architecture.stem` must be 0 or {own.width} at depth {own.depth}, got {own.stem}"
+        if student.distill.feature and self.runtime.devices * self.runtime.nodes > 1:
+            yield (
+                "`student.distill.feature` must be 0 on several devices if `student.architecture.depth` is not 0: its "
+                "projections are trained on one device"
+            )
 
     @model_validator(mode="after")
     def _stages_agree(self) -> Self:
@@ -379,18 +390,19 @@ class Params(Section):
                 f"`student.recipe` ({self.student.recipe}) must equal `teacher.recipe` ({self.teacher.recipe}): "
                 "distillation compares their logits"
             )
-        complaints += self._problems_of_a_given_teacher()
+        complaints += [*self._problems_of_a_given_teacher(), *self._problems_of_an_own_architecture()]
         depth, width, stem = self.teacher.depth, self.teacher.width, self.teacher.stem
         if depth in (18, 34) and stem not in (0, width):
             complaints.append(f"`teacher.stem` must be 0 or {width} at `teacher.depth` {depth}, got {stem}")
-        start = "student.architecture" if self.teacher.source == "onnx" else "teacher"
-        of_student = self.student.architecture if self.teacher.source == "onnx" else self.teacher
+        own = self.student.architecture
+        start, of_student = ("student.architecture", own) if own.depth else ("teacher", self.teacher)
         for name, weights, where, net in (
             ("teacher.weights", self.teacher.weights, "teacher", self.teacher),
             ("student.init", self.student.init, start, of_student),
         ):
             published = net.depth in PUBLISHED and net.width == 64 and net.stem in (0, 64)
-            if weights == "imagenet" and not published:
+            read_from_file = self.teacher.source != "train" and net is self.teacher
+            if weights == "imagenet" and not published and not read_from_file:
                 complaints.append(
                     f"`{name}` is imagenet, but torchvision publishes no ResNet-{net.depth} of width {net.width}"
                     f"{f' and stem {net.stem}' if net.stem else ''}: set `{where}.depth` to one of "

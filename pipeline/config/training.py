@@ -139,10 +139,10 @@ class TeacherInput(Section):
 
 
 class Architecture(Section):
-    """The network that a student starts as, if its teacher is an ONNX file."""
+    """The network that a student starts as."""
 
-    depth: Literal[14, 18, 26, 34, 50, 101, 152]
-    """Depth of the ResNet, layers."""
+    depth: Literal[0, 14, 18, 26, 34, 50, 101, 152]
+    """Depth of the ResNet, layers; 0 for the teacher's architecture, unless the teacher is an ONNX file."""
     width: Annotated[int, Field(ge=8, le=512, multiple_of=8)]
     """Planes of the first stage (64 in torchvision)."""
     stem: Annotated[int, Field(ge=0, le=512, multiple_of=8)]

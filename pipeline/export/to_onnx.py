@@ -18,7 +18,7 @@ class Embedder(nn.Module):
 
     def __init__(self, net: RetrievalNet) -> None:
         super().__init__()
-        self.net = convert(net, net.spec.model_copy(update={"identities": 0})).cpu()
+        self.net = convert(net, net.spec.model_copy(update={"identities": 0, "projections": {}})).cpu()
 
     def forward(self, image: Tensor) -> Tensor:
         """Embed normalised images, (B, 3, H, W) -> (B, D).

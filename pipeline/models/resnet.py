@@ -38,13 +38,7 @@ class Output(NamedTuple):
 
 
 class TeacherNet(nn.Module):
-    """A network that a student can learn from.
-
-    Attributes:
-        spec: Architecture that the student starts with.
-    """
-
-    spec: ArchSpec
+    """A network that a student can learn from."""
 
     def __call__(self, images: Tensor) -> Output:
         """Compute embeddings and logits of normalised images (B, 3, H, W)."""
@@ -226,6 +220,9 @@ class RetrievalNet(TeacherNet):
             {name: ChannelGate(spec.widths[name]) if name in present else IdentityGate() for name in spec.stream}
         )
         self.head = EmbeddingHead(spec)
+        self.projections = nn.ModuleDict(
+            {stage: nn.Linear(spec.widths[stage], channels, bias=False) for stage, channels in spec.projections.items()}
+        )
         self.classifier = Classifier(spec.embedding_dim, spec.identities, spec.cosine) if spec.identities else None
 
     def forward(self, x: Tensor) -> Output:

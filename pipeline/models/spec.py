@@ -134,6 +134,8 @@ class ArchSpec(BaseModel):
         pool: Global pooling.
         head: What follows it.
         neck_bias: Whether the last batch norm of the head shifts.
+        projections: Channels of the teacher's stages that features are projected to while the student is trained, by
+            stage; for teachers of another architecture.
         input: Images that it expects; None for those of this project.
     """
 
@@ -152,6 +154,7 @@ class ArchSpec(BaseModel):
     pool: Pool = "average"
     head: Head = "bn-relu-fc-bn"
     neck_bias: bool = True
+    projections: dict[str, int] = Field(default_factory=dict)
     input: Input | None = None
 
     @classmethod
@@ -290,6 +293,10 @@ class ArchSpec(BaseModel):
         behind either cannot be folded.
         """
         return is_inner(site) and site not in self.instance_norms
+
+    def bare(self) -> Self:
+        """Return the spec without what only training needs: indicators, projections and the classifier."""
+        return self.model_copy(update={"indicators": (), "projections": {}, "identities": 0})
 
     def norm_parts(self, layer: Layer) -> dict[str, slice]:
         """Return the channels of each norm behind a layer, by module name: one norm, or instance and batch norm."""

@@ -27,7 +27,7 @@ from pipeline.preview.estimate import MANIFEST, PARAMS, Measured, Timed
 from pipeline.retrieval.embed import embed
 from pipeline.runtime import device_memory, launch, limit_threads
 from pipeline.system.process import die_with_parent, peak_memory
-from pipeline.teachers.given import unchecked_teacher, with_student
+from pipeline.teachers.given import student_spec, unchecked_teacher
 from pipeline.training.loop import Fit, Task
 from pipeline.training.state import Checkpoints
 from pipeline.training.teacher import TeacherTask, build_teacher
@@ -90,7 +90,8 @@ class Trial:
 
         The teacher is evaluated in each step, unless its outputs are stored.
         """
-        start = "random" if self.params.teacher.source == "onnx" else "teacher"
+        own = self.params.teacher.source == "onnx" or self.params.student.architecture.depth
+        start = "random" if own else "teacher"
         config = self.params.student.model_copy(
             update={
                 "method": method,
@@ -106,8 +107,9 @@ class Trial:
         params = self.params.model_copy(update={"student": config})
         teacher = self._teacher_of_student()
         calibration = normalise(as_tensor(self._images.batch(list(range(CALIBRATION)))).to(self.fabric.device))
-        budget_cost = cost_model(teacher.spec, config, self._size)
-        task = student_task(self.fabric, params, teacher, budget_cost, 10**6, calibration, None)
+        full = student_spec(teacher, params, len(self.manifest.train_identities))
+        budget_cost = cost_model(full, config, self._size)
+        task = student_task(self.fabric, params, teacher, budget_cost, 10**6, calibration, None, full)
         if config.distill.views:  # stored outputs are read in almost no time; the estimate adds that of the teacher
             outputs = cache(lambda images: task.teacher_outputs(calibration[torch.arange(images) % CALIBRATION]))
             task.cache = lambda batch: outputs(len(batch.images))
@@ -122,7 +124,7 @@ class Trial:
         identities = len(self.manifest.train_identities)
         if self.params.teacher.source == "train":
             return self._build_teacher().eval()
-        return with_student(unchecked_teacher(self.params, identities), self.params.student.architecture, identities)
+        return unchecked_teacher(self.params, identities)
 
     def _time(self, stage: str, task: Task, start: Callable[[], RetrievalNet]) -> Timed:
         training = getattr(self.params, stage)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline import checkpoint
-from pipeline.config import Architecture, Params
+from pipeline.config import Params
 from pipeline.data.augment import MEAN, STD, normalise
 from pipeline.data.images import Images
 from pipeline.data.manifest import Manifest
@@ -131,36 +131,45 @@ def load(folder: Path) -> TeacherNet:
     return OnnxTeacher.load(folder).eval() if (folder / FILE).is_file() else checkpoint.load(folder)
 
 
-def load_teacher(folder: Path, architecture: Architecture, identities: int) -> TeacherNet:
-    """Read a teacher to train a student with.
+def student_spec(teacher: TeacherNet, params: Params, identities: int) -> ArchSpec:
+    """Return the spec of the uncompressed student: the teacher's, unless `student.architecture` names another.
 
     Args:
-        architecture: What the student starts as if the teacher is an ONNX file; else it starts as its teacher.
         identities: Classes of the student's classifier.
     """
-    return with_student(load(folder), architecture, identities)
-
-
-def with_student(teacher: TeacherNet, architecture: Architecture, identities: int) -> TeacherNet:
-    """Set what a student of an ONNX file starts as; other teachers have that already."""
-    if isinstance(teacher, OnnxTeacher):
-        dim, stride = teacher.embedding_dim, architecture.last_stride
-        teacher.spec = ArchSpec.full(
-            architecture.depth, architecture.width, dim, stride, identities, cosine=True, stem=architecture.stem
-        )
-    return teacher
+    own = params.student.architecture
+    if isinstance(teacher, RetrievalNet) and not own.depth:
+        return teacher.spec
+    dim, cosine = dimension_of(teacher), params.student.recipe == "scratch"
+    spec = ArchSpec.full(own.depth, own.width, dim, own.last_stride, identities, cosine, own.stem)
+    if not (isinstance(teacher, RetrievalNet) and params.student.distill.feature):
+        return spec
+    stages = [site for site in spec.stream if site != "conv1"]
+    return spec.model_copy(update={"projections": {stage: teacher.spec.widths[stage] for stage in stages}})
 
 
 def params_of(teacher: TeacherNet) -> int:
     """Return the number of parameters, without the classifier."""
-    return onnx_cost.params(teacher.model()) if isinstance(teacher, OnnxTeacher) else cost.params(teacher.spec)
+    return (
+        cost.params(teacher.spec) if isinstance(teacher, RetrievalNet) else onnx_cost.params(_onnx_of(teacher).model())
+    )
 
 
 def macs_of(teacher: TeacherNet, size: tuple[int, int]) -> int | None:
     """Return the multiply-accumulates for one image; None if they cannot be counted."""
-    return onnx_cost.macs(teacher.model()) if isinstance(teacher, OnnxTeacher) else cost.macs(teacher.spec, size)
+    return (
+        cost.macs(teacher.spec, size)
+        if isinstance(teacher, RetrievalNet)
+        else onnx_cost.macs(_onnx_of(teacher).model())
+    )
 
 
 def dimension_of(teacher: TeacherNet) -> int:
     """Return the length of the embedding."""
-    return teacher.embedding_dim if isinstance(teacher, OnnxTeacher) else teacher.spec.embedding_dim
+    return teacher.spec.embedding_dim if isinstance(teacher, RetrievalNet) else _onnx_of(teacher).embedding_dim
+
+
+def _onnx_of(teacher: TeacherNet) -> OnnxTeacher:
+    if not isinstance(teacher, OnnxTeacher):
+        raise TypeError(f"a teacher is a ResNet or an ONNX file, not {type(teacher).__name__}")
+    return teacher

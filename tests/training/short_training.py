@@ -15,6 +15,7 @@ from pipeline.config import Params
 from pipeline.data.loader import TrainBatch
 from pipeline.models.cost import CostModel
 from pipeline.models.resnet import RetrievalNet
+from pipeline.models.spec import ArchSpec
 from pipeline.runtime import launch
 from pipeline.training.loop import Fit
 from pipeline.training.state import Checkpoints
@@ -67,12 +68,14 @@ def cost_of(params: Params, teacher: RetrievalNet) -> CostModel:
     return cost_model(teacher.spec, params.student, (32, 32))
 
 
-def prepared(params: Params, teacher: RetrievalNet, folder: Path) -> tuple[StudentTask, Fit, list[dict[str, float]]]:
+def prepared(
+    params: Params, teacher: RetrievalNet, folder: Path, full: ArchSpec | None = None
+) -> tuple[StudentTask, Fit, list[dict[str, float]]]:
     fabric = launch(params.runtime, params.seed)
     rows: list[dict[str, float]] = []
     calibration = preprocess(next(RandomImages().epoch(99)).images)
     steps = STEPS * params.student.epochs
-    budget_cost = cost_of(params, teacher)
-    task = student_task(fabric, params, teacher, budget_cost, steps, calibration, None)
+    budget_cost = cost_model((full or teacher.spec), params.student, (32, 32))
+    task = student_task(fabric, params, teacher, budget_cost, steps, calibration, None, full)
     fit = Fit(fabric, params.student, task, RandomImages(), preprocess, Checkpoints(folder), rows.append)
     return task, fit, rows

@@ -143,6 +143,26 @@ def test_the_architectures_of_other_toolkits_shrink_as_well(
     test_a_student_reaches_its_budget_and_does_not_change_its_teacher(params, teacher, tmp_path, "live")
 
 
+def test_a_student_of_another_architecture_learns_features_by_projections(
+    params: Params, teacher: RetrievalNet, tmp_path: Path
+) -> None:
+    params = change(params, "student", sites=["conv1", "conv2", "stream"], init="random")
+    stages = {stage: teacher.spec.widths[stage] for stage in ("layer1", "layer2", "layer3", "layer4")}
+    full = ArchSpec.full(14, 8, 16, identities=IDENTITIES, cosine=True).model_copy(update={"projections": stages})
+    task, fit, rows = prepared(params, teacher, tmp_path, full)
+    first = build_student(params, teacher, task.compression).projections["layer4"].weight.detach().clone()
+    net = fit.run(lambda: build_student(params, teacher, task.compression))
+    task.check(net)
+    assert all(row["feature"] > 0 for row in rows)
+    left = task.plan().kept["layer4"]
+    assert net.projections["layer4"].weight.shape == (teacher.spec.widths["layer4"], len(left))
+    assert not torch.equal(net.projections["layer4"].weight, first[:, list(left)])  # it learned
+    result = run_surgery(net, full, params.surgery, preprocess(next(RandomImages().epoch(7))[0]))
+    assert result.net.spec == remaining_spec(net)
+    assert not result.net.projections
+    assert 0.4 <= 1 - cost.macs(result.net.spec, (32, 32)) / cost.macs(full, (32, 32)) <= 0.41
+
+
 def test_retrieval_losses_use_the_images_with_labels_and_distillation_losses_all(
     params: Params, teacher: RetrievalNet, tmp_path: Path
 ) -> None:
