@@ -27,7 +27,7 @@ def main() -> None:
             student__budget__start=0.0, student__budget__end=0.5, student__budget__fade=0.3, student__budget__every=1,
         )  # fmt: skip
         task, net = train(params, noise)
-        small, full = remaining_spec(net), task.teacher.spec
+        small, full = remaining_spec(net), task.compression.full
         count = cost.params if of == "params" else lambda spec: cost.macs(spec, SIZE)
         reached = 1 - count(small) / count(full)
         inside = target <= reached <= target + WINDOWS[multiple]

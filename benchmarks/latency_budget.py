@@ -44,8 +44,8 @@ def main() -> None:
                 noise = Noise(3, 12, size)
                 task, net = train(params, noise, budget_cost)
                 probe = task.calibration[:2]
-                small = run_surgery(net, task.teacher.spec, params.surgery, probe).net
-                bare = convert(copy_of(task.teacher), task.teacher.spec.model_copy(update={"identities": 0}))
+                small = run_surgery(net, task.compression.full, params.surgery, probe).net
+                bare = convert(copy_of(task.teacher), task.compression.full.model_copy(update={"identities": 0}))
                 files[str(target)] = Path(folder) / f"{target}.onnx"
                 files[str(target)].write_bytes(serialise(to_onnx(bare if target is None else small, size, 18)))
             runs = [{t.file: t.p50_ms for t in measure(files, size, [1], [0], REPEATS)} for _ in range(ROUNDS)]

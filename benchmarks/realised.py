@@ -26,7 +26,7 @@ def main() -> None:
         student__budget__fade=0.3, student__budget__every=1,
     )  # fmt: skip
     task, net = train(params, Noise(3, 12, SIZE))
-    full, small = task.teacher.spec, remaining_spec(net)
+    full, small = task.compression.full, remaining_spec(net)
     ideal = cost.macs(full, SIZE) / cost.macs(small, SIZE)
     print(f"MACs {cost.macs(full, SIZE):,} -> {cost.macs(small, SIZE):,}, ratio {ideal:.2f}")
     print(f"parameters {cost.params(full):,} -> {cost.params(small):,}")
