@@ -1,5 +1,9 @@
 """`dvc repro` with a teacher from elsewhere, through all six stages."""
 
+import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,7 @@ from pipeline.data.images import open_images
 from pipeline.files import Files
 from pipeline.stage.params_file import load
 from tests.models.other_toolkits import FastReid
-from tests.test_end_to_end import checkout, metrics, repro
+from tests.test_end_to_end import checkout, command, environment, metrics, repro
 
 MORE_VEHICLES = {"data.vehicles.train_identities": 40, "data.vehicles.test_identities": 30}
 
@@ -125,6 +129,51 @@ def test_a_student_learns_from_an_onnx_file_alone(from_onnx: Path, from_checkpoi
     assert export["map_student_on_teacher"] > 0
     report = (from_onnx / "artifacts" / "benchmark" / "report" / "index.html").read_text()
     assert "unknown" not in report
+
+
+def test_a_network_of_this_project_is_compressed_further(from_checkpoint: Path, tmp_path: Path) -> None:
+    folder = checkout(tmp_path)
+    shutil.copytree(from_checkpoint / "artifacts" / "surgery", folder / "weights" / "first")
+    with_params(folder, MORE_VEHICLES | {"teacher.source": "checkpoint", "teacher.weights": "weights/first"})
+    done = repro(folder, "export")
+    assert done.returncode == 0, done.stdout
+    first, teacher, student = (
+        metrics(from_checkpoint, "surgery"),
+        metrics(folder, "teacher"),
+        metrics(folder, "student"),
+    )
+    assert teacher["map"] == pytest.approx(first["map"], abs=1e-4)
+    assert (teacher["params"], teacher["macs"]) == (first["params"], first["macs"])
+    assert 0.4 <= 1 - student["macs"] / teacher["macs"] <= 0.41
+
+
+def test_the_student_of_an_onnx_file_is_retrained_published_pulled_and_searched(
+    from_onnx: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkout"
+    shutil.copytree(from_onnx, folder, symlinks=True)
+    with_params(folder, {"student.epochs": 3})
+    retrained = subprocess.run(
+        [sys.executable, "-m", "pipeline", "retrain"],
+        cwd=folder, env=environment() | {"PREFECT_HOME": str(tmp_path / "prefect")}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert retrained.returncode == 0, retrained.stderr
+    assert "champion" in retrained.stdout + retrained.stderr
+    pulled = command(folder, "pull", "--out", str(tmp_path / "model"))
+    assert pulled.returncode == 0, pulled.stderr
+    gallery = folder / "artifacts" / "prepare" / "vehicles"
+    picture = next(path for path in sorted(gallery.rglob("*")) if path.suffix == ".jpg")
+    for embedder in ("model.onnx", "teacher.onnx"):
+        index, model = str(tmp_path / f"index of {embedder}"), str(tmp_path / "model" / embedder)
+        indexed = command(folder, "index", "--gallery", str(gallery), "--out", index, "--model", model)
+        assert indexed.returncode == 0, indexed.stderr
+        found = command(folder, "search", "--index", index, "--query", str(picture), "--top", "3", "--json")
+        assert found.returncode == 0, found.stderr
+        assert picture.name in json.dumps(json.loads(found.stdout)[0])
+    together = command(folder, "compatible", str(tmp_path / "model" / "teacher.onnx"))
+    assert together.returncode == 0, together.stderr
+    expected = metrics(folder, "export")["map_student_on_teacher"]
+    assert float(together.stdout.splitlines()[1].split()[-1]) == pytest.approx(expected, abs=6e-5)
 
 
 def test_params_that_do_not_fit_an_onnx_teacher_are_refused_at_once(from_onnx: Path) -> None:
