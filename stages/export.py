@@ -9,20 +9,21 @@ import logging
 import numpy as np
 
 from pipeline import checkpoint
+from pipeline.config import Params
 from pipeline.data.augment import MEAN, STD, normalise
 from pipeline.data.images import open_images
 from pipeline.data.manifest import UNLABELLED
 from pipeline.data.requirements import check_requirements
 from pipeline.data.sources import LAYOUTS
 from pipeline.export import int8, sample
-from pipeline.export.card import CardEntry, gallery_note, render_card
+from pipeline.export.card import CardEntry, gallery_note, render_card, teacher_note
 from pipeline.export.embed import Embeddings, fill, normalise_pixels
 from pipeline.export.files import OnnxExporter
 from pipeline.export.metadata import RENDERED_LICENCES, Metadata, params_digest
 from pipeline.export.parity import ParityCheck
 from pipeline.export.release import ALL_IN_ONE, INT8, STUDENT, TEACHER, sha256, write_release
 from pipeline.models import cost
-from pipeline.models.resnet import TeacherNet
+from pipeline.models.resnet import RetrievalNet, TeacherNet
 from pipeline.protocols import conditions
 from pipeline.records import ExportRecord
 from pipeline.retrieval.compatibility import compare
@@ -30,7 +31,7 @@ from pipeline.retrieval.embed import embed
 from pipeline.retrieval.evaluate import evaluate_embedder, sides
 from pipeline.runtime import launch
 from pipeline.stage.run import Run, run_stage
-from pipeline.teachers.given import dimension_of, load, macs_of, params_of
+from pipeline.teachers.given import dimension_of, load, macs_of, params_of, student_spec
 from pipeline.teachers.onnx_teacher import OnnxTeacher
 
 MAX_ORIGINALS = 64
@@ -117,6 +118,7 @@ def export(run: Run) -> ExportRecord:
             sha256(file.content),
             file.requirements,
             resizes=name == ALL_IN_ONE,
+            given=name == TEACHER and given is not None,
         )
         for name, file in files.items()
     }
@@ -125,6 +127,8 @@ def export(run: Run) -> ExportRecord:
             compatibility.old, compatibility.mixed
         )
     }
+    if params.teacher.source != "train":
+        notes["Which network was the teacher?"] = _teacher_note(params, teacher, student)
     if manifest.has_boxes:
         notes["Which part of a picture?"] = (
             "The images of training and test are boxes that were cut out of pictures: cut objects out of yours in the "
@@ -164,6 +168,22 @@ def export(run: Run) -> ExportRecord:
         macs_reduction=1 - cost.macs(student.spec, (height, width)) / full.macs if full.macs else None,
         int8_published=int(INT8 in files),
     )
+
+
+def _teacher_note(params: Params, teacher: TeacherNet, student: RetrievalNet) -> str:
+    size = (params.data.image_size[0], params.data.image_size[1])
+    costs: dict[str, tuple[int, int | None]] = {"the teacher": (params_of(teacher), macs_of(teacher, size))}
+    if params.student.architecture.depth:
+        full = student_spec(teacher, params, 0)
+        costs["its own network before compression"] = (cost.params(full), cost.macs(full, size))
+    reductions = {
+        name: {
+            "params": 1 - cost.params(student.spec) / weights,
+            "MACs": 1 - cost.macs(student.spec, size) / macs if macs else None,
+        }
+        for name, (weights, macs) in costs.items()
+    }
+    return teacher_note(params.teacher.weights, reductions)
 
 
 if __name__ == "__main__":

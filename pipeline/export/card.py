@@ -19,6 +19,7 @@ class CardEntry:
         sha256: Hexadecimal.
         requirements: What the file needs to run.
         resizes: Whether the model accepts images of any size.
+        given: Whether the network is one from elsewhere, of any operators, that was tried in ONNX Runtime only.
     """
 
     description: str
@@ -28,6 +29,7 @@ class CardEntry:
     sha256: str
     requirements: Requirements
     resizes: bool
+    given: bool = False
 
 
 def gallery_note(teacher_map: float, student_on_teacher_map: float | None) -> str:
@@ -45,6 +47,25 @@ def gallery_note(teacher_map: float, student_on_teacher_map: float | None) -> st
         f"teacher, queries of the student reach mAP {student_on_teacher_map:.4f} and queries of the teacher "
         f"{teacher_map:.4f}."
     )
+
+
+def teacher_note(source: str, reductions: Mapping[str, Mapping[str, float | None]]) -> str:
+    """Say which network from elsewhere was the teacher, and what the student saves.
+
+    Args:
+        source: The teacher's file.
+        reductions: Of the student compared with each network, by the name of what is counted; None if it cannot be
+            counted.
+    """
+    savings = "; ".join(
+        f"compared with {network}, it has "
+        + " and ".join(
+            f"an unknown share of the {counted}" if saved is None else f"{-100 * saved:+.1f} % {counted}"
+            for counted, saved in counts.items()
+        )
+        for network, counts in reductions.items()
+    )
+    return f"`{source}`, which was trained elsewhere. The student learned from its outputs; {savings}."
 
 
 def _count(number: int | None) -> str:
@@ -81,8 +102,12 @@ def render_card(files: Mapping[str, CardEntry], notes: Mapping[str, str]) -> str
         f"| {entry.metadata.params:,} | {_count(entry.metadata.macs)} | {entry.bytes:,} |"
         for file, entry in files.items()
     )
+    given = [f"`{name}`" for name, entry in files.items() if entry.given]
+    subject = f"All files but {given[0]}" if given else "The files"
+    only = f"{given[0]} is a network from elsewhere: no other runtime was tried. " if given else ""
+    exported = [name for name, entry in files.items() if not entry.given]
     runtimes = "\n".join(
-        f"| {runtime.name} | {', '.join(f'`{name}`' for name in runtime.files if name in files)} | {runtime.note} |"
+        f"| {runtime.name} | {', '.join(f'`{name}`' for name in runtime.files if name in exported)} | {runtime.note} |"
         for runtime in RUNTIMES
     )
     sums = "\n".join(f"{entry.sha256}  {file}" for file, entry in files.items())
@@ -149,14 +174,14 @@ embedding = session.run(["{OUTPUT}"], {{"{INPUT}": batch}})[0]
 
 ## Which file for which runtime?
 
-The files have ONNX operator set {needs.opset} and IR version {needs.ir_version}, the lowest that goes with it. All of
+{subject} have ONNX operator set {needs.opset} and IR version {needs.ir_version}, the lowest that goes with it. All of
 them run in ONNX Runtime {needs.onnxruntime} and later on the CPU.
 
 | other runtime | files | notes |
 |---|---|---|
 {runtimes}
 
-`{whole}` suits few of them, because it takes uint8 images and resizes with antialiasing. {batch}
+{only}`{whole}` suits few of them, because it takes uint8 images and resizes with antialiasing. {batch}
 
 {sections}
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import onnx
+import onnxruntime
 
 from pipeline.export.release import ALL_IN_ONE, INT8, STUDENT, TEACHER
 
@@ -81,9 +82,12 @@ class Requirements:
 
     @classmethod
     def of(cls, model: onnx.ModelProto) -> Self:
-        """Derive them from a model."""
-        (opset,) = (entry.version for entry in model.opset_import)
-        return cls(opset, model.ir_version, LEAST_ONNX_RUNTIME[opset], fixed_dimension(model))
+        """Derive them from a model, which may be one from elsewhere with operators of other sets too."""
+        opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+        known = max(opset, min(LEAST_ONNX_RUNTIME))  # earlier sets run in every version
+        return cls(
+            opset, model.ir_version, LEAST_ONNX_RUNTIME.get(known, onnxruntime.__version__), fixed_dimension(model)
+        )
 
     def properties(self) -> Mapping[str, str]:
         """Convert to ONNX metadata properties."""

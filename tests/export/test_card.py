@@ -11,7 +11,7 @@ import onnx
 import pytest
 from PIL import Image
 
-from pipeline.export.card import CardEntry, gallery_note, render_card
+from pipeline.export.card import CardEntry, gallery_note, render_card, teacher_note
 from pipeline.export.metadata import finish
 from pipeline.export.preprocessing import add_preprocessing
 from pipeline.export.release import sha256
@@ -104,6 +104,25 @@ def test_it_shows_protocols_map_size_input_licence_origin_and_checksums(entries,
     assert render_card(shown, {"Is there an int8 file?": "No."}) == text
     changed_first = {name: replace(entry, metadata=changed) for name, entry in shown.items()}
     assert f"Git commit `{'c' * 12}` with uncommitted changes" in render_card(changed_first, {})
+
+
+@pytest.mark.parametrize("batch", [None], indirect=True)
+def test_a_teacher_from_elsewhere_is_named_and_claims_no_other_runtime(entries, metadata):
+    teacher = CardEntry("the teacher", metadata, {"market": 0.7, "loo": 0.1}, 99, "b" * 64, NEEDS, False, given=True)
+    note = teacher_note(
+        "weights/net.onnx",
+        {"the teacher": {"params": 0.5, "MACs": None}, "its own network": {"params": 0.25, "MACs": -0.125}},
+    )
+    text = render_card(entries | {"teacher.onnx": teacher}, {"Which network was the teacher?": note})
+    for expected in (
+        "## Which network was the teacher?\n\n`weights/net.onnx`, which was trained elsewhere.",
+        "compared with the teacher, it has -50.0 % params and an unknown share of the MACs; ",
+        "compared with its own network, it has -25.0 % params and +12.5 % MACs.",
+        "All files but `teacher.onnx` have ONNX operator set 18",
+        "| TensorRT 10 | `model.onnx` | not tried",
+        "`teacher.onnx` is a network from elsewhere: no other runtime was tried.",
+    ):
+        assert expected in text
 
 
 @pytest.mark.parametrize("batch", [3], indirect=True)

@@ -1,6 +1,7 @@
 """The versions that a file needs."""
 
 import onnx
+import onnxruntime
 import pytest
 from onnx.helper import VERSION_TABLE
 
@@ -50,3 +51,14 @@ def test_requirements_are_read_from_the_model(translated, net):
     needs = Requirements.of(onnx.load_from_string(translated))
     assert (needs.opset, needs.onnxruntime, needs.batch) == (18, "1.15", None)
     assert Requirements.of(to_onnx(net, SIZE, 18, batch=5)).batch == 5
+
+
+@pytest.mark.parametrize(("opset", "version"), [(11, "1.15"), (21, "1.18"), (99, onnxruntime.__version__)])
+def test_requirements_of_a_network_from_elsewhere(translated, opset, version):
+    model = onnx.load_from_string(translated)
+    del model.opset_import[:]
+    model.opset_import.extend(
+        [onnx.helper.make_opsetid("com.microsoft", 1), onnx.helper.make_opsetid("ai.onnx", opset)]
+    )
+    needs = Requirements.of(model)
+    assert (needs.opset, needs.onnxruntime) == (opset, version)

@@ -129,6 +129,11 @@ def test_a_student_learns_from_an_onnx_file_alone(from_onnx: Path, from_checkpoi
     assert export["map_student_on_teacher"] > 0
     report = (from_onnx / "artifacts" / "benchmark" / "report" / "index.html").read_text()
     assert "unknown" not in report
+    card = (from_onnx / "artifacts" / "export" / "card.md").read_text()
+    assert "`weights/net.onnx`, which was trained elsewhere" in card
+    for network, record in (("the teacher", export), ("its own network before compression", student)):
+        saved = f"{-100 * record['params_reduction']:+.1f} % params and {-100 * record['macs_reduction']:+.1f} % MACs"
+        assert f"compared with {network}, it has {saved}" in card
 
 
 def test_a_network_of_this_project_is_compressed_further(from_checkpoint: Path, tmp_path: Path) -> None:
