@@ -98,6 +98,22 @@ def test_only_what_depends_on_a_change_runs_again(from_checkpoint: Path) -> None
     assert ran == ["teacher"]
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"teacher.input.bgr": True}, {"teacher.input.mean": [0.0] * 3, "teacher.input.std": [1 / 255] * 3}],
+    ids=["OpenCV's order", "bytes"],
+)
+def test_the_right_preprocessing_is_found_if_params_have_another(
+    from_checkpoint: Path, tmp_path: Path, wrong: Mapping[str, Any]
+) -> None:
+    folder = tmp_path / "checkout"
+    shutil.copytree(from_checkpoint, folder, symlinks=True)
+    with_params(folder, wrong)
+    done = repro(folder, "teacher")
+    right = "`teacher.input` {mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225], bgr: false}"
+    assert f"with {right} (ImageNet's" in done.stdout, done.stdout
+
+
 @pytest.fixture(scope="module")
 def from_onnx(from_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The teacher is teacher.onnx of the other pipeline, with other names of input and output."""
