@@ -83,8 +83,8 @@ def check_retrieval(retrieval: Retrieval, shuffled: Retrieval, advice: str) -> N
     """
     if not _is_better(retrieval.ap, shuffled.ap):
         raise TeacherError(
-            f"the teacher has mAP {retrieval.map:.4f} on the test set, which cannot be told from chance ({shuffled.map:.4f}); "
-            f"wrong preprocessing is the usual reason: {advice}"
+            f"the teacher has mAP {retrieval.map:.4f} on the test set, which cannot be told from chance "
+            f"({shuffled.map:.4f}); wrong preprocessing is the usual reason: {advice}"
         )
 
 
