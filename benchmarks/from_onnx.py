@@ -37,7 +37,7 @@ NEIGHBOURS = 10
 SETTINGS = {
     "runtime.threads": 1,
     "teacher.source": "onnx",
-    "teacher.weights": "weights/mobilenet.onnx",
+    "teacher.weights": "weights/teacher/mobilenet.onnx",
     "teacher.epochs": 40,
     "student.init": "random",
     "student.epochs": 60,

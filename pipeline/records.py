@@ -79,7 +79,7 @@ class TeacherRecord(Scores):
     """Metrics of stage `teacher`; `macs` is missing for an ONNX file whose operators cannot be counted."""
 
     params: int
-    macs: int | None
+    macs: int | None = None
 
 
 class StudentRecord(Scores):
@@ -128,7 +128,7 @@ class ExportRecord(Record):
     params: int
     macs: int
     params_reduction: float
-    macs_reduction: float | None
+    macs_reduction: float | None = None
     int8_published: int
 
 
@@ -155,8 +155,8 @@ class BenchmarkRecord(Record):
     speedup_high: float
     conclusive: int
     speedup_by_setting: dict[str, float]
-    ideal_speedup: float | None
-    realised: float | None
+    ideal_speedup: float | None = None
+    realised: float | None = None
     threads: int | None = None
     teacher: dict[str, Latency]
     student: dict[str, Latency]

@@ -118,7 +118,7 @@ def export(run: Run) -> ExportRecord:
             sha256(file.content),
             file.requirements,
             resizes=name == ALL_IN_ONE,
-            given=name == TEACHER and given is not None,
+            untried=not is_plain(teacher if name == TEACHER else student),
         )
         for name, file in files.items()
     }
@@ -168,6 +168,13 @@ def export(run: Run) -> ExportRecord:
         macs_reduction=1 - cost.macs(student.spec, (height, width)) / full.macs if full.macs else None,
         int8_published=int(INT8 in files),
     )
+
+
+def is_plain(net: TeacherNet) -> bool:
+    """Return whether a network has only layers that were tried in all runtimes of the card."""
+    if not isinstance(net, RetrievalNet):
+        return False
+    return not net.spec.instance_norms and net.spec.pool == "average" and net.spec.input is None
 
 
 def _teacher_note(params: Params, teacher: TeacherNet, student: RetrievalNet) -> str:

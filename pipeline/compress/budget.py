@@ -44,13 +44,14 @@ def removable_blocks(spec: ArchSpec, config: Student, sites: Iterable[str]) -> t
 def shrinking_sites(spec: ArchSpec, config: Student) -> tuple[str, ...]:
     """Return the sites that get an indicator, from input to output.
 
-    Without a linear map in the head, the last stream is the embedding and keeps its width.
+    Without a linear map in the head, the last stream is the embedding and keeps its width. Sites of removed blocks have
+    no channels.
 
     Raises:
         BudgetError: If there are none.
     """
     kinds = set(config.sites)
-    names = (name for name in spec.widths if spec.has_linear or name != LAST)
+    names = (name for name, width in spec.widths.items() if width and (spec.has_linear or name != LAST))
     sites = tuple(name for name in names if (name.rpartition(".")[2] if is_inner(name) else "stream") in kinds)
     if not sites:
         raise BudgetError(

@@ -280,7 +280,7 @@ def build_student(params: Params, teacher: TeacherNet, compression: Compression)
     else:
         net = RetrievalNet(compression.full)
         if config.init != "random":
-            net.load_backbone(pretrained_weights(config.init, compression.full.depth), config.init)
+            net.load_backbone(pretrained_weights(config.init, compression.full.depth, "student.init"), config.init)
     return attach(net, compression.kept)
 
 

@@ -311,6 +311,8 @@ class Params(Section):
             return
         if self.teacher.weights in ("none", "imagenet"):
             yield f"`teacher.weights` must be the path of the network for `teacher.source` {source}"
+        if source == "checkpoint" and self.teacher.input.size:
+            yield "`teacher.input.size` must be [] for `teacher.source` checkpoint: set `data.image_size` to its size"
         if self.teacher.recipe != "scratch":
             yield (
                 f"`teacher.recipe` and `student.recipe` must be scratch for `teacher.source` {source}: the classifier "

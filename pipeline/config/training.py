@@ -129,6 +129,9 @@ class TeacherInput(Section):
     size: Annotated[list[Annotated[int, Field(ge=16, le=2048)]], Field(max_length=2)]
     """Source `onnx`: height and width, pixels; [] for those of the file, or `data.image_size` if it takes any."""
 
+    layout: Literal["auto", "channels-first", "channels-last"]
+    """Source `onnx`: the order of the dimensions; `auto`: that in which the file's input has 3 channels."""
+
     @field_validator("mean", "std", "size")
     @classmethod
     def _is_empty_or_complete(cls, values: list[float], info: ValidationInfo) -> list[float]:
@@ -164,6 +167,9 @@ class Teacher(Training):
     max_pool: Literal["auto", "padded", "unpadded"]
     """Source `checkpoint`: how the max pooling behind the stem treats the border; `auto`: unpadded for fast-reid, whose
     code is that since version 1.0, padded for the others."""
+    pool: Literal["auto", "average", "gem"]
+    """Source `checkpoint`: how the last features are pooled; `auto`: by a generalised mean (`gem`) if the file has its
+    exponent, else by the average. A `gem` without one in the file has 3, as `GeneralizedMeanPooling` of fast-reid."""
     depth: Literal[14, 18, 26, 34, 50, 101, 152]
     """Depth of the ResNet, layers; 18 and 34 have basic blocks, the others bottlenecks."""
     width: Annotated[int, Field(ge=8, le=512, multiple_of=8)]
@@ -280,7 +286,7 @@ class Student(Training):
     `none`: distil only."""
     init: Annotated[str, Field(min_length=1)]
     """First weights of the student: `teacher`, `imagenet` (published by torchvision), `random`, or the path of a state
-    dict with torchvision's names; the static methods ignore it."""
+    dict with torchvision's names (put it into weights/student/); the static methods ignore it."""
     architecture: Architecture
     budget: Budget
     sites: Annotated[list[Literal["conv1", "conv2", "stream"]], Field(min_length=1, max_length=3)]
@@ -301,6 +307,13 @@ class Student(Training):
     a pruned network ignore it."""
     resetting: Resetting
     paper: Paper
+
+    @field_validator("init")
+    @classmethod
+    def _is_known_or_a_path(cls, init: str) -> str:
+        if init not in ("teacher", "imagenet", "random") and not any(mark in init for mark in "/\\."):
+            raise ValueError(f"must be teacher, imagenet, random or a path, got {init}")
+        return init
 
     @model_validator(mode="after")
     def _unlabelled_images_have_a_loss(self) -> Self:

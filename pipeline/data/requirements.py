@@ -35,6 +35,21 @@ def check_requirements(items: Sequence[Item], params: Params) -> None:
         raise DataError("\n".join(found))
 
 
+def _weights_problems(params: Params) -> Iterator[str]:
+    """Yield which files of weights are missing, or would change unnoticed."""
+    for stage, key, name in (
+        ("teacher", "teacher.weights", params.teacher.weights),
+        ("student", "student.init", params.student.init),
+    ):
+        path = Path(name)
+        if name in ("none", "imagenet", "teacher", "random"):
+            continue
+        if not (path.is_file() or (path / "spec.json").is_file()):
+            yield f"`{key}` is {name}, which is not a file, so stage {stage} will stop; set it to a path"
+        elif not path.resolve().is_relative_to(Path("weights", stage).resolve()):
+            yield f"`{key}` is {name}: put it into weights/{stage}/, because DVC does not see it change elsewhere"
+
+
 def problems(items: Sequence[Item], params: Params) -> Iterator[str]:
     """Yield what keeps a stage from running, each with its remedy."""
     yield from label_problems(items, params.data.closed_set)
@@ -54,8 +69,7 @@ def warnings(items: Sequence[Item], params: Params) -> Iterator[str]:
         yield "images without labels are not used, because `student.batch.unlabelled` is 0; raise it, to 48 for example"
     if params.data.source == "folder":
         yield from _identities_around(items, params.data.unlabelled)
-    if (weights := params.teacher.weights) not in ("none", "imagenet") and not Path(weights).is_file():
-        yield f"`teacher.weights` is {weights}, which is not a file, so stage teacher will stop; set it to a path"
+    yield from _weights_problems(params)
     items = [item for item in items if item.split != UNLABELLED]
     trained = _cameras_of(items, "train")
     held_out = {item.identity for item in items if item.split.startswith("validation-")}

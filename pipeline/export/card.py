@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.export.metadata import Metadata
+from pipeline.export.release import TEACHER
 from pipeline.export.runtimes import RUNTIMES, Requirements
 from pipeline.inference.session import INPUT, OUTPUT
 
@@ -19,7 +20,7 @@ class CardEntry:
         sha256: Hexadecimal.
         requirements: What the file needs to run.
         resizes: Whether the model accepts images of any size.
-        given: Whether the network is one from elsewhere, of any operators, that was tried in ONNX Runtime only.
+        untried: Whether the network has layers that were tried in ONNX Runtime only.
     """
 
     description: str
@@ -29,7 +30,7 @@ class CardEntry:
     sha256: str
     requirements: Requirements
     resizes: bool
-    given: bool = False
+    untried: bool = False
 
 
 def gallery_note(teacher_map: float, student_on_teacher_map: float | None) -> str:
@@ -65,7 +66,10 @@ def teacher_note(source: str, reductions: Mapping[str, Mapping[str, float | None
         )
         for network, counts in reductions.items()
     )
-    return f"`{source}`, which was trained elsewhere. The student learned from its outputs; {savings}."
+    return (
+        f"`{source}`, which was trained elsewhere. The student learned from its outputs; {savings}. Its authors "
+        f"decide about the use of `{TEACHER}`."
+    )
 
 
 def _count(number: int | None) -> str:
@@ -102,14 +106,15 @@ def render_card(files: Mapping[str, CardEntry], notes: Mapping[str, str]) -> str
         f"| {entry.metadata.params:,} | {_count(entry.metadata.macs)} | {entry.bytes:,} |"
         for file, entry in files.items()
     )
-    given = [f"`{name}`" for name, entry in files.items() if entry.given]
-    subject = f"All files but {given[0]}" if given else "The files"
-    only = f"{given[0]} is a network from elsewhere: no other runtime was tried. " if given else ""
-    exported = [name for name, entry in files.items() if not entry.given]
+    tried = [name for name, entry in files.items() if not entry.untried]
+    untried = ", ".join(f"`{name}`" for name in files if name not in tried)
+    only = f"Of {untried}, with layers of other toolkits, no other runtime was tried. " if untried else ""
+    suited = {runtime: [f"`{name}`" for name in runtime.files if name in tried] for runtime in RUNTIMES}
     runtimes = "\n".join(
-        f"| {runtime.name} | {', '.join(f'`{name}`' for name in runtime.files if name in exported)} | {runtime.note} |"
-        for runtime in RUNTIMES
+        f"| {runtime.name} | {', '.join(names) or 'not tried'} | {runtime.note} |" for runtime, names in suited.items()
     )
+    others = ", ".join(f"`{name}`" for name, entry in files.items() if entry.requirements.opset != needs.opset)
+    subject = f"All files but {others}" if others else "The files"
     sums = "\n".join(f"{entry.sha256}  {file}" for file, entry in files.items())
     seen = metadata.protocol.partition(", ")[2]
     identities = (

@@ -10,7 +10,7 @@ import onnx
 from pydantic import TypeAdapter
 
 from pipeline.config import Params
-from pipeline.export.runtimes import Requirements
+from pipeline.export.runtimes import STANDARD_DOMAINS, Requirements
 
 DIGEST_SECTIONS = ("data", "seed", "teacher", "student", "surgery", "export")
 """Sections of params.yaml that decide the content of a file; the others change speed or logging only."""
@@ -78,12 +78,14 @@ def finish(model: onnx.ModelProto, metadata: Metadata) -> bytes:
     """Set the metadata and the IR version of a model in place, check the model, and return the content of its file.
 
     The IR version is the lowest that the operator set allows, because a runtime refuses files with a later one than its
-    own. Exporter and quantiser write their own, so it is set last.
+    own. Exporter and quantiser write their own, so it is set last. A network from elsewhere with operators of another
+    domain keeps its own.
 
     Raises:
         onnx.checker.ValidationError: If the model is not valid ONNX.
     """
-    model.ir_version = onnx.helper.find_min_ir_version_for(model.opset_import)
+    if all(entry.domain in STANDARD_DOMAINS for entry in model.opset_import):
+        model.ir_version = onnx.helper.find_min_ir_version_for(model.opset_import)
     onnx.helper.set_model_props(model, {**metadata.properties(), **Requirements.of(model).properties()})
     onnx.checker.check_model(model, full_check=True)
     return serialise(model)

@@ -9,6 +9,9 @@ import onnxruntime
 
 from pipeline.export.release import ALL_IN_ONE, INT8, STUDENT, TEACHER
 
+STANDARD_DOMAINS = ("", "ai.onnx")
+"""Names of the domain of ONNX's own operators."""
+
 LEAST_ONNX_RUNTIME = {18: "1.15", 19: "1.16", 20: "1.17", 21: "1.18", 22: "1.21", 23: "1.24"}
 """Least version of ONNX Runtime that runs every file of a release on the CPU, by operator set.
 
@@ -83,7 +86,7 @@ class Requirements:
     @classmethod
     def of(cls, model: onnx.ModelProto) -> Self:
         """Derive them from a model, which may be one from elsewhere with operators of other sets too."""
-        opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+        opset = next(entry.version for entry in model.opset_import if entry.domain in STANDARD_DOMAINS)
         known = max(opset, min(LEAST_ONNX_RUNTIME))  # earlier sets run in every version
         return cls(
             opset, model.ir_version, LEAST_ONNX_RUNTIME.get(known, onnxruntime.__version__), fixed_dimension(model)

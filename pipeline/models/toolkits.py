@@ -7,13 +7,13 @@ facts of the public code of KaiyangZhou/deep-person-reid, JDAI-CV/fast-reid and 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from pipeline.models.resnet import RetrievalNet
-from pipeline.models.spec import BASIC, BLOCKS, INSTANCE, LAST, ArchSpec, Head, Input, MaxPool, is_inner
+from pipeline.models.spec import BASIC, BLOCKS, INSTANCE, LAST, ArchSpec, Head, Input, MaxPool, Pool, is_inner
 
 Triple = tuple[float, float, float]
 
@@ -36,6 +36,9 @@ HEADS = (
 
 CLASSIFIER = re.compile(r"((heads\.)?classifier|fc|heads)\.(weight|bias)")
 """Classifiers of the identities that a network was trained with."""
+
+GEM = 3.0
+"""Exponent of a generalised mean that is not trained, in fast-reid."""
 
 PIXELS = ("pixel_mean", "pixel_std")
 """Normalisation of RGB pixels in [0, 255], in files of fast-reid."""
@@ -61,6 +64,7 @@ def translate(
     last_stride: Literal[1, 2],
     normalisation: tuple[Triple, Triple],
     max_pool: MaxPool | None = None,
+    pool: Pool | None = None,
 ) -> Translation:
     """Translate a state dict.
 
@@ -69,6 +73,8 @@ def translate(
         last_stride: Stride of the last stage, which no tensor shows.
         normalisation: This project's mean and standard deviation of RGB pixels in [0, 1].
         max_pool: How the max pooling treats the border; None for what the toolkit does.
+        pool: How the features are pooled; None for a generalised mean if its exponent is a tensor, else the average. If
+            it is not, the exponent of a generalised mean is 3.
 
     Raises:
         ValueError: If it is not the state dict of a ResNet, lacks tensors, or has layers that are not supported.
@@ -82,6 +88,8 @@ def translate(
     unused = []
     for name, tensor in state.items():
         if ours := _our_name(name, prefix, outer, tensor):
+            if ours in translated:
+                raise ValueError(f"{name} is a second tensor of {ours}, so its head is not supported")
             translated[ours] = tensor
         elif not name.endswith(COUNTS) and name.removeprefix(outer) not in PIXELS:
             unused.append(name)
@@ -92,6 +100,10 @@ def translate(
         translated["head.bn2.running_mean"] = translated["head.bn2.running_mean"] - translated.pop("head.fc.bias")
     if "head.bn2.bias" in translated and not translated["head.bn2.bias"].any():  # was not trained
         del translated["head.bn2.bias"]
+    if pool == "gem":
+        translated.setdefault("head.pool.p", torch.tensor([GEM]))
+    elif pool == "average" and "head.pool.p" in translated:
+        raise ValueError("its pooling is a generalised mean, whose exponent is a tensor")
     pixels = [(state[f"{outer}{name}"].flatten() / 255).tolist() for name in PIXELS if f"{outer}{name}" in state]
     fast_reid = any(name.startswith(f"{outer}heads.") for name in state)
     spec = _spec(translated, last_stride).model_copy(
@@ -178,6 +190,16 @@ def _check(state: Mapping[str, Tensor], spec: ArchSpec, unknown: Sequence[str]) 
     for name, shape in expected.items():
         if state[name].shape != shape:
             raise ValueError(f"{name} has the shape {tuple(state[name].shape)}, not {tuple(shape)}")
+
+
+def normalisation_of(ours: tuple[Triple, Triple], given: Input | None) -> tuple[Triple, Triple]:
+    """Return mean and standard deviation, red first, that a network expects; the inverse of `relative_input`."""
+    if given is None:
+        return ours
+    (mean, std), scale, shift = ours, given.scale, given.shift
+    theirs = tuple(s / factor for s, factor in zip(std, scale, strict=True))
+    means = tuple(m - offset * t for m, offset, t in zip(mean, shift, theirs, strict=True))
+    return cast(tuple[Triple, Triple], (means, theirs))
 
 
 def relative_input(

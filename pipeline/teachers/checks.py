@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,21 +71,22 @@ USUAL: Mapping[str, Preprocessing] = {
 """Usual kinds of preprocessing."""
 
 
-def check_retrieval(retrieval: Retrieval, shuffled: Retrieval, advice: str) -> None:
+def check_retrieval(retrieval: Retrieval, shuffled: Sequence[Retrieval], advice: str) -> None:
     """Check that a network retrieves better than chance.
 
     Args:
         retrieval: Scores of the queries.
-        shuffled: Scores of the same queries with the embeddings of other images.
+        shuffled: Scores of the same queries with the embeddings of other images, in several random orders.
         advice: What to try, appended to the message.
 
     Raises:
         TeacherError: If it does not.
     """
-    if not _is_better(retrieval.ap, shuffled.ap):
+    chance = np.mean([scores.ap for scores in shuffled], axis=0)
+    if not _is_better(retrieval.ap, chance):
         raise TeacherError(
             f"the teacher has mAP {retrieval.map:.4f} on the test set, which cannot be told from chance "
-            f"({shuffled.map:.4f}); wrong preprocessing is the usual reason: {advice}"
+            f"({float(np.nanmean(chance)):.4f}); wrong preprocessing is the usual reason: {advice}"
         )
 
 
@@ -94,17 +96,22 @@ def compare_preprocessing(present: Vectors, embed: Callable[[Preprocessing], Vec
     Args:
         present: (N, D) embeddings with the present preprocessing.
         embed: Embeds the same images with another one, (N, D).
-        labels: (N,) identities of the images.
+        labels: (N,) identities of the images; without any, nothing is compared.
 
     Returns:
         Advice for a message.
     """
-    before = _precisions(present, labels)
-    others = {kind: _precisions(embed(kind), labels) for kind in USUAL.values()}
+    advice = "check `teacher.input`, `teacher.last_stride`, `teacher.max_pool`, `teacher.pool` and `data.image_size`"
+    if not len(labels):
+        return advice
+    before, others = _precisions(present, labels), {}
+    for kind in USUAL.values():
+        with suppress(ValueError):  # embeddings that are not finite: it is not the right one
+            others[kind] = _precisions(embed(kind), labels)
     best = max(others, key=lambda kind: float(np.nanmean(others[kind])))
     maps = float(np.nanmean(before)), float(np.nanmean(others[best]))
     if not _is_better(others[best], before):
-        return "check `teacher.input`, `teacher.last_stride`, `teacher.max_pool` and `data.image_size`"
+        return advice
     name = next(name for name, kind in USUAL.items() if kind == best)
     log.warning("on training images the teacher has mAP %.3f as it is, and %.3f with `teacher.input` %s (%s)", *maps,
                 best, name)  # fmt: skip

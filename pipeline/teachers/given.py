@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import torch
 
 from pipeline import checkpoint
@@ -23,12 +24,18 @@ from pipeline.retrieval.metrics import Retrieval
 from pipeline.teachers import onnx_cost
 from pipeline.teachers.checks import Preprocessing, TeacherError, check_retrieval, compare_preprocessing, probes
 from pipeline.teachers.onnx_file import expectation, normalisation_of, read_file, standardised
-from pipeline.teachers.onnx_teacher import FILE, OnnxTeacher
+from pipeline.teachers.onnx_teacher import FILE, RUNTIME_ERRORS, OnnxTeacher
 from pipeline.teachers.state_dict import class_directions, load_checkpoint, with_classifier, with_preprocessing
 
 log = logging.getLogger(__name__)
 
 Vectors = npt.NDArray[np.float32]
+
+ORDERS = 5
+"""Random orders of the embeddings that stand for chance."""
+
+MIN_COSINE = 0.99999
+"""Of the embeddings of an image in two batches, as stage `export` requires it of every file."""
 
 
 def given_teacher(params: Params, manifest: Manifest, images: Images, device: torch.device) -> TeacherNet:
@@ -51,11 +58,11 @@ def given_teacher(params: Params, manifest: Manifest, images: Images, device: to
     names = manifest.identities(train)
     chosen = probes(names)
     probed = train[chosen]
-    advice = compare_preprocessing(
-        embeddings(teacher, probed), lambda kind: embeddings(variant(kind).to(device), probed), names[chosen]
-    )
+    present = embeddings(teacher, probed) if len(probed) else np.zeros((0, dimension_of(teacher)), np.float32)
+    advice = compare_preprocessing(present, lambda kind: embeddings(variant(kind).to(device), probed), names[chosen])
     of_test = embeddings(teacher, np.concatenate([manifest.indices("query"), manifest.indices("gallery")]))
-    check_retrieval(score(of_test), score(np.random.default_rng(params.seed).permutation(of_test)), advice)
+    random = np.random.default_rng(params.seed)
+    check_retrieval(score(of_test), [score(random.permutation(of_test)) for _ in range(ORDERS)], advice)
     labels = np.searchsorted(np.array(manifest.train_identities), names)
     return _complete(teacher, class_directions(embeddings(teacher, train), labels)).to(device)
 
@@ -73,13 +80,22 @@ def _onnx(params: Params) -> tuple[TeacherNet, Variant]:
     path, size = Path(params.teacher.weights), (params.data.image_size[0], params.data.image_size[1])
     if not path.is_file():
         raise FileNotFoundError(f"`teacher.weights` is {path}, which is not a file; set it to the path of an ONNX file")
-    model, name = read_file(path.read_bytes(), f"`teacher.weights` {path}"), str(path)
+    model, name = read_file(path.read_bytes(), f"`teacher.weights` {path}", path.parent), str(path)
+    given = params.teacher.input
 
     def variant(kind: Preprocessing) -> OnnxTeacher:
-        expected = expectation(model, name, params.teacher.input.size, kind.mean, kind.std, kind.bgr, size)
+        expected = expectation(model, name, given.size, kind.mean, kind.std, kind.bgr, size, given.layout)
         return OnnxTeacher(standardised(model, name, expected, size, (MEAN, STD)).SerializeToString(deterministic=True))
 
-    teacher = variant(Preprocessing.of(params.teacher.input, *normalisation_of(model)))
+    try:
+        teacher = variant(Preprocessing.of(given, *normalisation_of(model)))
+        check_batches(teacher, name, size)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, *RUNTIME_ERRORS) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise TeacherError(
+            f"{name} cannot be run by ONNX Runtime ({reason}); export it again, with standard operators and a variable "
+            "number of images"
+        ) from error
     if teacher.batch is not None and teacher.batch != params.export.batch:
         raise TeacherError(
             f"{name} takes exactly {teacher.batch} images in a call; export it with a variable number, or set "
@@ -87,6 +103,24 @@ def _onnx(params: Params) -> tuple[TeacherNet, Variant]:
         )
     log.info("%s: embedding of %d numbers", path, teacher.embedding_dim)
     return teacher, variant
+
+
+def check_batches(teacher: OnnxTeacher, name: str, size: tuple[int, int]) -> None:
+    """Check that a file is valid, and that the embedding of an image does not depend on the others of its batch.
+
+    Raises:
+        TeacherError: If it does.
+        onnx.checker.ValidationError: If the file is not valid.
+    """
+    onnx.checker.check_model(teacher.model(), full_check=True)
+    images = torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(0))
+    alone = torch.cat([teacher(image[None]).embedding for image in images])
+    cosine = float((teacher(images).embedding * alone).sum(dim=1).min())
+    if not cosine >= MIN_COSINE:
+        raise TeacherError(
+            f"{name} embeds an image in a batch of 3 and alone with a cosine of {cosine:.6f}, below {MIN_COSINE}: "
+            "export it with float weights, since quantisation by the batch changes them"
+        )
 
 
 LOADERS: Mapping[str, Callable[[Params], tuple[TeacherNet, Variant]]] = {"checkpoint": _checkpoint, "onnx": _onnx}

@@ -6,8 +6,9 @@ order of channels, layout, type and size.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,18 +48,27 @@ class Expected:
     type: int
 
 
-def read_file(content: bytes, name: str) -> onnx.ModelProto:
+def read_file(content: bytes, name: str, folder: Path = Path()) -> onnx.ModelProto:
     """Read an ONNX file and check it.
+
+    Args:
+        folder: That of the file, where its weights may be in other files.
 
     Raises:
         TeacherError: If it is not a valid ONNX file with one input of images.
     """
     try:
         model = onnx.load_from_string(content)
+        onnx.load_external_data_for_model(model, str(folder))
         onnx.checker.check_model(model)
+    except (FileNotFoundError, onnx.checker.ValidationError) as error:
+        if others := sorted(set(_external_files(model))):
+            raise TeacherError(
+                f"{name} has its weights in {', '.join(others)}, which cannot be read; put them into the same folder"
+            ) from error
+        raise TeacherError(f"{name} is not a valid ONNX file ({_first_line(error)}); export it again") from error
     except Exception as error:  # protobuf and onnx raise different ones
-        reason = str(error).partition("\n")[0][:200]
-        raise TeacherError(f"{name} is not a valid ONNX file ({reason}); export the network again") from error
+        raise TeacherError(f"{name} is not a valid ONNX file ({_first_line(error)}); export it again") from error
     inputs = images_of(model)
     if len(inputs) != 1 or len(shape_of(inputs[0])) != 4:
         found = ", ".join(f"{value.name} {shape_of(value)}" for value in inputs) or "none"
@@ -68,8 +78,25 @@ def read_file(content: bytes, name: str) -> onnx.ModelProto:
     return model
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]
+
+
+def _external_files(model: onnx.ModelProto) -> Iterator[str]:
+    """Yield the names of the files that hold weights of a model."""
+    for tensor in model.graph.initializer:
+        yield from (entry.value for entry in tensor.external_data if entry.key == "location")
+
+
 def normalisation_of(model: onnx.ModelProto) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of pixels in [0, 1] in the metadata of a file; ImageNet's if it has none."""
+    """Return the mean and standard deviation of pixels in [0, 1] that a file expects, as far as it shows them.
+
+    Returns:
+        Those of pixels in [0, 255] if it takes bytes, else those in its metadata, or ImageNet's if it has none.
+    """
+    (value,) = images_of(model)
+    if value.type.tensor_type.elem_type == TensorProto.UINT8:
+        return (0.0,) * 3, (1 / 255,) * 3
     properties = {entry.key: entry.value for entry in model.metadata_props}
     try:
         mean, std = (tuple(float(value) for value in json.loads(properties[name])) for name in ("mean", "std"))
@@ -98,28 +125,34 @@ def expectation(
     std: Sequence[float],
     bgr: bool,
     image_size: tuple[int, int],
+    layout: str = "auto",
 ) -> Expected:
-    """Return what a file expects: layout, type and size by its input, the rest as given.
+    """Return what a file expects: type and size by its input, the rest as given.
 
     Args:
         size: Height and width; empty for those of the file's input, or `image_size` if they may vary.
         image_size: Height and width of this project's images.
+        layout: `channels-first`, `channels-last`, or `auto` for the one in which the input has 3 channels.
 
     Raises:
         TeacherError: If the input contradicts `size`, or has no dimension for three channels.
     """
     (value,) = images_of(model)
     shape = shape_of(value)
-    channels_last = shape[1] != 3 and shape[3] == 3
-    if not channels_last and shape[1] != 3 and isinstance(shape[1], int):
+    channels_last = layout == "channels-last" or (layout == "auto" and shape[1] != 3 and shape[3] == 3)
+    channels = shape[3 if channels_last else 1]
+    if channels != 3 and isinstance(channels, int):
         raise TeacherError(f"{name} takes images of the shape {shape}, without a dimension of 3 channels")
     sides = shape[1:3] if channels_last else shape[2:4]
-    fixed = tuple(side for side in sides if isinstance(side, int) and side > 0)
-    if len(fixed) == 2 and size and fixed != tuple(size):
+    height, width = (
+        side if isinstance(side, int) and side > 0 else wanted
+        for side, wanted in zip(sides, size or image_size, strict=True)
+    )
+    if size and (height, width) != tuple(size):
         raise TeacherError(
-            f"`teacher.input.size` is {list(size)}, but {name} takes images of {list(fixed)}; set it to [] or to those"
+            f"`teacher.input.size` is {list(size)}, but {name} takes images of {[height, width]}; set it to [] or to "
+            "those"
         )
-    height, width = fixed if len(fixed) == 2 else tuple(size) or image_size
     kind = value.type.tensor_type.elem_type
     if kind not in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8):
         raise TeacherError(f"{name} takes {TensorProto.DataType.Name(kind)}; export it with an input of floats")
@@ -133,7 +166,7 @@ def embedding_of(model: onnx.ModelProto, name: str) -> tuple[str, int, bool]:
         TeacherError: If no output, or more than one, may be an embedding.
     """
     try:
-        outputs = onnx.shape_inference.infer_shapes(model).graph.output
+        outputs = onnx.shape_inference.infer_shapes(model, data_prop=True).graph.output
     except onnx.shape_inference.InferenceError:
         outputs = model.graph.output
     candidates = []
@@ -174,6 +207,7 @@ def standardised(
         raise TeacherError(f"{name} has operator set {opset}; export it with {OLDEST_OPSET} or later")
     result = onnx.compose.add_prefix(model, PREFIX)
     graph = result.graph
+    del graph.value_info[:]  # notes of the exporter, which may be outdated
     (given,) = images_of(result)
     batch = shape_of(given)[0]
     before = _before(expected, image_size, normalisation, opset)

@@ -5,6 +5,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import (
+    Fail,
+    InvalidArgument,
+    InvalidGraph,
+    NotImplemented,
+    RuntimeException,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
@@ -13,6 +20,9 @@ from pipeline.files import write_atomically
 from pipeline.inference.session import INPUT, OUTPUT, open_session
 from pipeline.models.resnet import Output, TeacherNet
 
+RUNTIME_ERRORS = (Fail, InvalidArgument, InvalidGraph, NotImplemented, RuntimeException)
+"""What ONNX Runtime raises for a file that it cannot run."""
+
 FILE, CLASSIFIER = "teacher.onnx", "classifier.safetensors"
 
 
@@ -20,14 +30,13 @@ class OnnxTeacher(TeacherNet):
     """Embeddings by an ONNX file, and cosines to the training identities.
 
     Args:
-        content: A file with the input and output of this project; see `given_onnx.standardised`.
+        content: A file with the input and output of this project; see `onnx_file.standardised`.
         classifier: (identities, D), normalised; None before they are known.
 
     Attributes:
         content: The file.
         batch: Images in a call; None for any number.
         embedding_dim: Length of the embedding.
-        spec: Architecture that the student starts with; set before one is trained.
     """
 
     classifier: Tensor | None

@@ -12,7 +12,7 @@ from pipeline import checkpoint
 from pipeline.config import Teacher, TeacherInput
 from pipeline.data.augment import MEAN, STD
 from pipeline.models.resnet import RetrievalNet, convert
-from pipeline.models.toolkits import relative_input, translate
+from pipeline.models.toolkits import normalisation_of, relative_input, translate
 from pipeline.teachers.checks import Preprocessing, TeacherError
 from pipeline.training.weights_file import read_tensors
 
@@ -37,11 +37,12 @@ def load_checkpoint(config: Teacher) -> RetrievalNet:
             raise TeacherError(
                 f"`teacher.weights` {path} is a student before surgery; set it to artifacts/surgery of its run"
             )
-        return _as_given(convert(net, net.spec.model_copy(update={"identities": 0})), config.input)
-    state = read_tensors(path)
+        return _as_given(convert(net, net.spec.bare()), config.input)
+    state = read_tensors(path, "teacher.weights")
     try:
         max_pool = None if config.max_pool == "auto" else config.max_pool
-        translation = translate(state, config.last_stride, (MEAN, STD), max_pool)
+        pool = None if config.pool == "auto" else config.pool
+        translation = translate(state, config.last_stride, (MEAN, STD), max_pool, pool)
     except ValueError as error:
         raise TeacherError(
             f"`teacher.weights` {path} cannot be used: {error}; export the network as ONNX, and set `teacher.source` "
@@ -57,8 +58,10 @@ def load_checkpoint(config: Teacher) -> RetrievalNet:
 
 
 def _as_given(net: RetrievalNet, section: TeacherInput) -> RetrievalNet:
-    """Return the network with the input that params.yaml names, if it names one."""
-    return with_preprocessing(net, Preprocessing.of(section)) if section.mean or section.std or section.bgr else net
+    """Return the network with the input that params.yaml names, as far as it names one."""
+    if not (section.mean or section.std or section.bgr):
+        return net
+    return with_preprocessing(net, Preprocessing.of(section, *normalisation_of((MEAN, STD), net.spec.input)))
 
 
 def with_preprocessing(net: RetrievalNet, kind: Preprocessing) -> RetrievalNet:

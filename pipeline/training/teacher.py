@@ -93,12 +93,15 @@ def build_teacher(config: Teacher, identities: int) -> RetrievalNet:
     """
     net = RetrievalNet(ArchSpec.of(config, identities))
     if config.weights != "none":
-        net.load_backbone(pretrained_weights(config.weights, config.depth), config.weights)
+        net.load_backbone(pretrained_weights(config.weights, config.depth, "teacher.weights"), config.weights)
     return net
 
 
-def pretrained_weights(weights: str, depth: int) -> dict[str, Tensor]:
+def pretrained_weights(weights: str, depth: int, key: str) -> dict[str, Tensor]:
     """Load a torchvision-named state dict: torchvision's published weights (``imagenet``), or those of a file.
+
+    Args:
+        key: Name in params.yaml, for messages.
 
     Raises:
         ValueError: If torchvision publishes no weights of this depth, or the file holds no state dict.
@@ -118,4 +121,4 @@ def pretrained_weights(weights: str, depth: int) -> dict[str, Tensor]:
                 f"torchvision's weights of {name} cannot be downloaded ({error}); set `weights` to none or the path of "
                 "a file"
             ) from error
-    return read_tensors(Path(weights))
+    return read_tensors(Path(weights), key)

@@ -14,6 +14,9 @@ from torch import Tensor
 INSIDE = ("state_dict", "model", "net", "model_state_dict")
 """Keys under which toolkits store the state dict beside that of the optimiser."""
 
+MARKS = (b"PK\x03\x04", b"\x80")
+"""First bytes of files that `torch.save` writes: zip archives, before version 1.6 pickles."""
+
 CORES = ("core", "_core")
 """The name of a package of NumPy, before version 2 and since then."""
 
@@ -25,16 +28,23 @@ SCALARS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 """What NumPy's scalars consist of, which training loops store as best scores; reading them runs no other code."""
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, key: str) -> dict[str, Tensor]:
     """Read the state dict of a .safetensors, .pth, .pt or .pth.tar file to the CPU.
+
+    Args:
+        key: Name in params.yaml, for messages.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it holds no state dict, or more than tensors and numbers.
     """
-    name = f"`teacher.weights` is {path}, which"
+    name = f"`{key}` is {path}, which"
     if not path.is_file():
-        raise FileNotFoundError(f"{name} is not a file; set it to none, imagenet or a path")
+        raise FileNotFoundError(f"{name} is not a file; set it to the path of a state dict")
+    with path.open("rb") as file:
+        first = file.read(16)
+    if path.suffix != ".safetensors" and not first.startswith(MARKS):
+        raise ValueError(f"{name} is no file of torch, since it begins with {first!r}; download or write it again")
     try:
         content = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
     except pickle.UnpicklingError as error:
@@ -42,7 +52,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"{name} holds more than tensors, and loading it could run code; if you trust it, load it yourself, and "
             "write its state dict with `safetensors.torch.save_file`"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+    except (SafetensorError, RuntimeError, EOFError, ValueError, LookupError, AttributeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{name} is not a file of tensors ({reason}); write one with `torch.save`") from error
     tensors = _state_dict(content)

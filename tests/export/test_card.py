@@ -108,19 +108,29 @@ def test_it_shows_protocols_map_size_input_licence_origin_and_checksums(entries,
 
 @pytest.mark.parametrize("batch", [None], indirect=True)
 def test_a_teacher_from_elsewhere_is_named_and_claims_no_other_runtime(entries, metadata):
-    teacher = CardEntry("the teacher", metadata, {"market": 0.7, "loo": 0.1}, 99, "b" * 64, NEEDS, False, given=True)
+    teacher = CardEntry(
+        "the teacher",
+        metadata,
+        {"market": 0.7, "loo": 0.1},
+        99,
+        "b" * 64,
+        replace(NEEDS, opset=13),
+        False,
+        untried=True,
+    )
     note = teacher_note(
-        "weights/net.onnx",
+        "weights/teacher/net.onnx",
         {"the teacher": {"params": 0.5, "MACs": None}, "its own network": {"params": 0.25, "MACs": -0.125}},
     )
     text = render_card(entries | {"teacher.onnx": teacher}, {"Which network was the teacher?": note})
     for expected in (
-        "## Which network was the teacher?\n\n`weights/net.onnx`, which was trained elsewhere.",
+        "## Which network was the teacher?\n\n`weights/teacher/net.onnx`, which was trained elsewhere.",
         "compared with the teacher, it has -50.0 % params and an unknown share of the MACs; ",
         "compared with its own network, it has -25.0 % params and +12.5 % MACs.",
         "All files but `teacher.onnx` have ONNX operator set 18",
         "| TensorRT 10 | `model.onnx` | not tried",
-        "`teacher.onnx` is a network from elsewhere: no other runtime was tried.",
+        "Of `teacher.onnx`, with layers of other toolkits, no other runtime was tried.",
+        "Its authors decide about the use of `teacher.onnx`.",
     ):
         assert expected in text
 

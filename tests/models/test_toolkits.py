@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
-from pipeline.models.toolkits import Translation, relative_input, translate
+from pipeline.models.toolkits import Translation, normalisation_of, relative_input, translate
 from tests.models.other_toolkits import FastReid, StrongBaseline, TorchReid, randomised
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -82,14 +82,32 @@ def test_torchvision_gives_pooled_features() -> None:
         (lambda state: state | {"NL_2.0.g.weight": torch.zeros(1)}, r"1 tensors of layers .* NL_2\.0\.g\.weight"),
         (lambda state: {k: v for k, v in state.items() if k != "bn1.running_mean"}, "1 tensors are missing"),
         (lambda state: {k: v for k, v in state.items() if "layer4.1" not in k}, "2, 2, 2, 1 bottlenecks"),
+        (
+            lambda state: state | {"bottleneck.weight": torch.ones(256), "fc.1.weight": torch.ones(256)},
+            r"fc\.1\.weight is a second tensor of head\.bn2\.weight, so its head is not supported",
+        ),
         (lambda state: state | {"layer2.0.bn2.weight": torch.zeros(3)}, r"layer2\.0\.bn2\.weight has the shape \(3,\)"),
     ],
-    ids=["mlp", "squeeze-excitation", "non-local", "missing", "blocks", "shape"],
+    ids=["mlp", "squeeze-excitation", "non-local", "missing", "blocks", "two heads", "shape"],
 )
 def test_what_is_not_supported_is_named(change: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str) -> None:
     state = dict(TorchReid(R26, 8, 2, ibn=False).state_dict())
     with pytest.raises(ValueError, match=message):
         translate(change(state), 2, (MEAN, STD))
+
+
+def test_pooling_without_a_tensor_may_be_given() -> None:
+    theirs = randomised(FastReid(R14, 8, ibn=False))
+    with torch.no_grad():
+        theirs.heads.pool_layer.p.fill_(3.0)
+    state = {name: tensor for name, tensor in theirs.state_dict().items() if name != "heads.pool_layer.p"}
+    with torch.no_grad():
+        expected = theirs.double()(255 * PIXELS)
+        given = translate(state, 1, (MEAN, STD), pool="gem")
+        torch.testing.assert_close(loaded(given)(normalised(PIXELS)).embedding, expected, atol=1e-6, rtol=1e-5)
+    assert translate(state, 1, (MEAN, STD)).spec.pool == "average"
+    with pytest.raises(ValueError, match="its pooling is a generalised mean, whose exponent is a tensor"):
+        translate(theirs.state_dict(), 1, (MEAN, STD), pool="average")
 
 
 def test_images_of_another_normalisation_follow_from_ours() -> None:
@@ -101,3 +119,6 @@ def test_images_of_another_normalisation_follow_from_ours() -> None:
     expected = ((PIXELS - mean[:, None, None]) / std[:, None, None]).flip(1)
     torch.testing.assert_close(net.adapter(normalised(PIXELS)), expected, atol=1e-6, rtol=1e-6)
     assert relative_input((MEAN, STD), MEAN, STD) is None
+    for restored, values in zip(normalisation_of((MEAN, STD), given), (mean, std), strict=True):
+        torch.testing.assert_close(torch.tensor(restored).double(), values, atol=1e-6, rtol=1e-6)
+    assert normalisation_of((MEAN, STD), None) == (MEAN, STD)

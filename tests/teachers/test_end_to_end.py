@@ -60,7 +60,7 @@ def write_fast_reid(folder: Path, seed: int) -> None:
         optimizer.zero_grad()
         functional.cross_entropy(16 * cosines, labels[chosen]).backward()
         optimizer.step()
-    torch.save({"model": net.state_dict(), "iteration": 60}, folder / "weights" / "model_best.pth")
+    torch.save({"model": net.state_dict(), "iteration": 60}, folder / "weights" / "teacher" / "model_best.pth")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def from_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with_params(folder, MORE_VEHICLES)
     assert repro(folder, "prepare").returncode == 0
     write_fast_reid(folder, 0)
-    with_params(folder, {"teacher.source": "checkpoint", "teacher.weights": "weights/model_best.pth"})
+    with_params(folder, {"teacher.source": "checkpoint", "teacher.weights": "weights/teacher/model_best.pth"})
     done = repro(folder)
     assert done.returncode == 0, done.stdout
     assert stages_that_ran(done.stdout) == ["teacher", "student", "surgery", "export", "benchmark"]
@@ -84,7 +84,6 @@ def test_a_checkpoint_of_fast_reid_is_compressed(from_checkpoint: Path) -> None:
     assert 0.4 <= student["macs_reduction"] <= 0.41
     assert surgery["max_abs_diff"] <= 1e-10
     assert export["map_teacher"] == pytest.approx(teacher["map"], abs=1e-4)
-    assert export["map_student_on_teacher"] > 0
 
 
 def test_only_what_depends_on_a_change_runs_again(from_checkpoint: Path) -> None:
@@ -120,10 +119,10 @@ def from_onnx(from_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = checkout(tmp_path_factory.mktemp("onnx"))
     model = onnx.load(from_checkpoint / "artifacts" / "export" / "teacher.onnx")
     renamed = onnx.compose.add_prefix(model, "net/")
-    onnx.save(renamed, folder / "weights" / "net.onnx")
+    onnx.save(renamed, folder / "weights" / "teacher" / "net.onnx")
     changes = MORE_VEHICLES | {
         "teacher.source": "onnx",
-        "teacher.weights": "weights/net.onnx",
+        "teacher.weights": "weights/teacher/net.onnx",
         "student.init": "random",
         "student.architecture.depth": 14,
         "student.architecture.width": 16,
@@ -142,11 +141,10 @@ def test_a_student_learns_from_an_onnx_file_alone(from_onnx: Path, from_checkpoi
     assert teacher["macs"] == pytest.approx(metrics(from_checkpoint, "teacher")["macs"], rel=0.02)
     assert 0.4 <= student["macs_reduction"] <= 0.41
     assert export["macs_reduction"] == pytest.approx(1 - student["macs"] / teacher["macs"], abs=1e-9)
-    assert export["map_student_on_teacher"] > 0
     report = (from_onnx / "artifacts" / "benchmark" / "report" / "index.html").read_text()
     assert "unknown" not in report
     card = (from_onnx / "artifacts" / "export" / "card.md").read_text()
-    assert "`weights/net.onnx`, which was trained elsewhere" in card
+    assert "`weights/teacher/net.onnx`, which was trained elsewhere" in card
     for network, record in (("the teacher", export), ("its own network before compression", student)):
         saved = f"{-100 * record['params_reduction']:+.1f} % params and {-100 * record['macs_reduction']:+.1f} % MACs"
         assert f"compared with {network}, it has {saved}" in card
@@ -154,8 +152,8 @@ def test_a_student_learns_from_an_onnx_file_alone(from_onnx: Path, from_checkpoi
 
 def test_a_network_of_this_project_is_compressed_further(from_checkpoint: Path, tmp_path: Path) -> None:
     folder = checkout(tmp_path)
-    shutil.copytree(from_checkpoint / "artifacts" / "surgery", folder / "weights" / "first")
-    with_params(folder, MORE_VEHICLES | {"teacher.source": "checkpoint", "teacher.weights": "weights/first"})
+    shutil.copytree(from_checkpoint / "artifacts" / "surgery", folder / "weights" / "teacher" / "first")
+    with_params(folder, MORE_VEHICLES | {"teacher.source": "checkpoint", "teacher.weights": "weights/teacher/first"})
     done = repro(folder, "export")
     assert done.returncode == 0, done.stdout
     first, teacher, student = (
@@ -203,5 +201,9 @@ def test_params_that_do_not_fit_an_onnx_teacher_are_refused_at_once(from_onnx: P
     content["student"]["distill"]["feature"] = 0.5
     with pytest.raises(ValueError, match="validation error") as error:
         Params.model_validate(content)
-    for name in ("`student.init` must be", "`student.method` paper needs", "`student.distill.feature` must be 0"):
+    for name in (
+        "`student.init` must be",
+        "`student.architecture.depth` must be 0 for `student.method` paper",
+        "`student.distill.feature` must be 0",
+    ):
         assert name in str(error.value)

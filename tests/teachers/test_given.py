@@ -52,11 +52,23 @@ def test_a_checkpoint_of_fast_reid_gives_its_embeddings(params: Params, tmp_path
 def test_the_input_of_params_yaml_is_that_of_the_network(params: Params, tmp_path: Path) -> None:
     theirs = randomised(TorchReid((1, 1, 1, 1), 8, 2, ibn=False))
     torch.save({"state_dict": theirs.state_dict()}, tmp_path / "model.pth.tar")
-    given = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "bgr": True, "size": []}
+    given = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "bgr": True, "size": [], "layout": "auto"}
     net = load_checkpoint(section(params, tmp_path / "model.pth.tar", last_stride=2, input=given))
     mean, std = (torch.tensor(given[key])[:, None, None] for key in ("mean", "std"))
     with torch.no_grad():
         expected = theirs(((PIXELS / 255 - mean) / std).flip(1))
+        torch.testing.assert_close(net(normalise(PIXELS)).embedding, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_the_order_of_the_channels_alone_keeps_the_normalisation_of_the_file(params: Params, tmp_path: Path) -> None:
+    theirs = randomised(FastReid((1, 1, 1, 1), 8, ibn=False))
+    theirs.pixel_mean.fill_(127.5)
+    theirs.pixel_std.fill_(100.0)
+    torch.save(theirs.state_dict(), tmp_path / "model.pth")
+    net = load_checkpoint(section(params, tmp_path / "model.pth", input={"mean": [], "std": [], "bgr": True, "size": [],
+                                                                         "layout": "auto"}))  # fmt: skip
+    with torch.no_grad():
+        expected = theirs(PIXELS.flip(1).float())
         torch.testing.assert_close(net(normalise(PIXELS)).embedding, expected, atol=1e-3, rtol=1e-3)
 
 
@@ -101,10 +113,10 @@ def test_a_teacher_no_better_than_chance_is_refused() -> None:
     centres = np.repeat(random.standard_normal((20, 16)), 5, axis=0)
     noise = random.standard_normal((100, 16)).astype(np.float32)
     good = (centres + noise).astype(np.float32)
-    check_retrieval(scored(good, names), scored(random.permutation(good), names), "")
+    check_retrieval(scored(good, names), [scored(random.permutation(good), names) for _ in range(3)], "")
     for useless in (noise, np.ones((100, 16), np.float32)):
         with pytest.raises(TeacherError, match=r"cannot be told from chance .*: set it"):
-            check_retrieval(scored(useless, names), scored(random.permutation(useless), names), "set it")
+            check_retrieval(scored(useless, names), [scored(random.permutation(useless), names)], "set it")
 
 
 def test_a_better_preprocessing_is_found_and_named(caplog) -> None:

@@ -11,13 +11,16 @@ import pytest
 import torch
 import torchvision
 from onnx import TensorProto, helper
+from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.data.augment import MEAN, STD, normalise
+from pipeline.export.metadata import Metadata, finish
 from pipeline.teachers import onnx_cost
 from pipeline.teachers.checks import TeacherError
-from pipeline.teachers.onnx_file import embedding_of, expectation, read_file, standardised
+from pipeline.teachers.given import check_batches
+from pipeline.teachers.onnx_file import embedding_of, expectation, normalisation_of, read_file, standardised
 from pipeline.teachers.onnx_teacher import OnnxTeacher
 from tests.models.test_resnet import counted_macs
 
@@ -68,6 +71,12 @@ def exported(net: nn.Module, example: Tensor, batch: bool = True, sides: bool = 
 @pytest.fixture(scope="module")
 def mobile() -> Embedder:
     return Embedder().eval()
+
+
+@pytest.fixture
+def metadata() -> Metadata:
+    texts = dict.fromkeys(("data", "data_digest", "params_digest", "git_commit", "licence", "protocol"), "x")
+    return Metadata(**texts, map=0.5, image_size=(64, 48), mean=MEAN, std=STD, embedding_dim=576, params=1, macs=None)
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +142,65 @@ def test_a_file_of_bytes_in_channels_last_order(mobile: Embedder) -> None:
         agrees(teacher(content, mean=(0, 0, 0), std=(1 / 255,) * 3), mobile(PIXELS / 255))
 
 
+def test_a_file_of_bytes_gets_pixels_in_bytes_by_default() -> None:
+    content = graph_of([value("x", ["n", 3, 8, 8], TensorProto.UINT8)], [value("y", ["n", 192])], "Flatten")
+    assert normalisation_of(onnx.load_from_string(content)) == ((0, 0, 0), (1 / 255,) * 3)
+    assert normalisation_of(onnx.load_from_string(graph_of([IMAGES], [VECTORS]))) == (MEAN, STD)
+
+
+def test_the_layout_may_be_given_and_one_side_fixed() -> None:
+    def expected(shape: list[Any], layout: str = "auto", size: tuple[int, ...] = ()) -> tuple[tuple[int, int], bool]:
+        model = read_file(graph_of([value("x", shape)], [value("y", ["n", "d"])]), "a.onnx")
+        found = expectation(model, "a.onnx", size, image_size=(64, 48), layout=layout, **IMAGENET)
+        return found.size, found.channels_last
+
+    assert expected(["n", "h", "w", "c"], "channels-last") == ((64, 48), True)
+    assert expected(["n", "c", "h", "w"]) == ((64, 48), False)
+    assert expected(["n", 3, 16, "w"]) == ((16, 48), False)
+    assert expected(["n", 3, 16, "w"], size=(16, 20)) == ((16, 20), False)
+    with pytest.raises(
+        TeacherError, match=r"`teacher\.input\.size` is \[32, 20\], but a\.onnx takes images of \[16, 20\]"
+    ):
+        expected(["n", 3, 16, "w"], size=(32, 20))
+    with pytest.raises(TeacherError, match="without a dimension of 3 channels"):
+        expected(["n", 3, 16, 16], "channels-last")
+
+
+def test_weights_in_another_file_are_read_or_named(mobile: Embedder, tmp_path: Path) -> None:
+    model = onnx.load_from_string(exported(mobile, torch.zeros(2, 3, 64, 48)))
+    onnx.save(model, tmp_path / "a.onnx", save_as_external_data=True, location="a.data", size_threshold=0)
+    content = (tmp_path / "a.onnx").read_bytes()
+    read = read_file(content, "a.onnx", tmp_path)
+    assert onnx_cost.params(read) == 0 and sum(len(tensor.raw_data) for tensor in read.graph.initializer) > 10**6
+    (tmp_path / "a.data").unlink()
+    with pytest.raises(TeacherError, match=r"a\.onnx has its weights in a\.data, which cannot be read; put them into"):
+        read_file(content, "a.onnx", tmp_path)
+
+
+def test_a_file_whose_embeddings_depend_on_the_batch_is_refused(content: bytes) -> None:
+    check_batches(teacher(content), "a.onnx", (64, 48))
+    mean = helper.make_node("ReduceMean", ["f"], ["m"], axes=[0], keepdims=1)
+    nodes = [helper.make_node("Flatten", ["x"], ["f"]), mean, helper.make_node("Sub", ["f", "m"], ["s"])]
+    nodes.append(helper.make_node("Add", ["s", "s"], ["y"]))
+    graph = helper.make_graph(nodes, "g", [IMAGES], [VECTORS])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    with pytest.raises(
+        TeacherError, match=r"in a batch of 3 and alone with a cosine of .*, below 0\.99999: export it wi"
+    ):
+        check_batches(teacher(model.SerializeToString(), size=(8, 8)), "a.onnx", (8, 8))
+
+
+def test_outdated_notes_of_shapes_and_operators_of_other_domains_are_allowed(
+    content: bytes, metadata: Metadata
+) -> None:
+    model = onnx.load_from_string(content)
+    model.graph.value_info.append(value(model.graph.node[0].output[0], [1, 2, 3]))
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    given = teacher(model.SerializeToString())
+    check_batches(given, "a.onnx", (64, 48))
+    finish(given.model(), metadata)
+
+
 def test_a_file_with_a_fixed_number_of_images_is_called_as_often_as_needed(mobile: Embedder) -> None:
     content = exported(mobile, torch.zeros(2, 3, 64, 48), batch=False)
     fixed = teacher(content)
@@ -159,6 +227,17 @@ def test_params_and_macs_are_counted_in_the_graph(content: bytes, mobile: Embedd
     folded = sum(p.numel() for name, p in mobile.named_parameters())
     assert abs(onnx_cost.params(model) - folded) < 0.02 * folded  # exported norms are folded
     assert onnx_cost.macs(model) == counted_macs(mobile, (64, 48))
+
+
+def test_quantised_weights_are_counted_and_unknown_operators_are_not_guessed(content: bytes, tmp_path: Path) -> None:
+    plain, path = teacher(content).model(), tmp_path / "a.onnx"
+    path.write_bytes(content)
+    quantize_dynamic(path, tmp_path / "b.onnx", weight_type=QuantType.QUInt8)
+    quantised = teacher((tmp_path / "b.onnx").read_bytes()).model()
+    assert onnx_cost.params(quantised) == pytest.approx(onnx_cost.params(plain), rel=0.02)
+    assert onnx_cost.macs(quantised) == onnx_cost.macs(plain)
+    plain.graph.node[-1].domain = "com.microsoft"
+    assert onnx_cost.macs(plain) is None
 
 
 class Attention(nn.Module):

@@ -106,4 +106,4 @@ def test_a_teacher_starts_from_a_file_of_torchvision_weights(params: Params, tmp
 
 def test_weights_that_torchvision_does_not_publish_are_rejected_with_a_remedy() -> None:
     with pytest.raises(ValueError, match=r"torchvision publishes no resnet26"):
-        pretrained_weights("imagenet", 26)
+        pretrained_weights("imagenet", 26, "teacher.weights")

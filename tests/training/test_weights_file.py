@@ -33,7 +33,7 @@ class RunsCode:
 def test_a_state_dict_is_found_beside_other_things(tmp_path: Path, content: object) -> None:
     path = tmp_path / "model.pth.tar-60"
     torch.save(content, path)
-    (read,) = read_tensors(path).items()
+    (read,) = read_tensors(path, "teacher.weights").items()
     assert read[0] == "layer1.0.conv1.weight"
     assert torch.equal(read[1], STATE["layer1.0.conv1.weight"])
 
@@ -41,7 +41,8 @@ def test_a_state_dict_is_found_beside_other_things(tmp_path: Path, content: obje
 def test_safetensors_are_read(tmp_path: Path) -> None:
     save_file(STATE, tmp_path / "a.safetensors")
     assert torch.equal(
-        read_tensors(tmp_path / "a.safetensors")["layer1.0.conv1.weight"], STATE["layer1.0.conv1.weight"]
+        read_tensors(tmp_path / "a.safetensors", "teacher.weights")["layer1.0.conv1.weight"],
+        STATE["layer1.0.conv1.weight"],
     )
 
 
@@ -55,7 +56,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: pyte
     else:
         torch.save(content, path)
     with pytest.raises(ValueError, match=r"model\.pth, which holds more than tensors, and loading it could run code"):
-        read_tensors(path)
+        read_tensors(path, "teacher.weights")
     assert not (tmp_path / "created").exists()
 
 
@@ -63,11 +64,14 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: pyte
     ("name", "content", "message"),
     [
         ("a.safetensors", b"half", r"a\.safetensors, which is not a file of tensors \(.*\); write one"),
-        ("a.pth", b"", r"a\.pth, which is not a file of tensors"),
+        ("a.pth", b"", r"a\.pth, which is no file of torch, since it begins with b''; download or write it again"),
+        ("a.pth", b"<!DOCTYPE html>", r"which is no file of torch, since it begins with b'<!DOCTYPE html>'"),
+        ("a.pth", b"\x80\x02.", r"a\.pth, which is not a file of tensors"),
+        ("a.pth", b"\x80\x02h\x05.", r"a\.pth, which is not a file of tensors"),
         ("a.pth", {"epoch": 3}, r"a\.pth, which holds no state dict; write one with `torch\.save\(net\.state_dict"),
         ("a.pth", [1, 2], "holds no state dict"),
     ],
-    ids=["half", "empty", "no tensors", "list"],
+    ids=["half", "empty", "page", "empty pickle", "broken pickle", "no tensors", "list"],
 )
 def test_a_file_without_a_state_dict_is_refused(tmp_path: Path, name: str, content: object, message: str) -> None:
     path = tmp_path / name
@@ -76,17 +80,17 @@ def test_a_file_without_a_state_dict_is_refused(tmp_path: Path, name: str, conte
     else:
         torch.save(content, path)
     with pytest.raises(ValueError, match=message):
-        read_tensors(path)
+        read_tensors(path, "teacher.weights")
 
 
 def test_a_whole_network_is_refused_because_it_is_code(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 3), tmp_path / "net.pth")
     with pytest.raises(ValueError, match="holds more than tensors"):
-        read_tensors(tmp_path / "net.pth")
+        read_tensors(tmp_path / "net.pth", "teacher.weights")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(
-        FileNotFoundError, match=r"nowhere\.pth, which is not a file; set it to none, imagenet or a path"
+        FileNotFoundError, match=r"nowhere\.pth, which is not a file; set it to the path of a state dict"
     ):
-        read_tensors(tmp_path / "nowhere.pth")
+        read_tensors(tmp_path / "nowhere.pth", "teacher.weights")
