@@ -15,10 +15,12 @@ from pipeline.compress.budget import (
     minimum_widths,
     shrinking_sites,
 )
+from pipeline.compress.compactor import attach
 from pipeline.compress.schedule import cubic_schedule
 from pipeline.compress.width_allocation import Site, WidthAllocation
 from pipeline.config import Student
 from pipeline.models import cost
+from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
 from pipeline.stage.presets import load_preset
 
@@ -144,3 +146,14 @@ def test_the_schedule_rises_from_start_to_end() -> None:
     assert cubic_schedule(0.1, 0.1, 0.5) == 0.0
     assert cubic_schedule(0.3, 0.1, 0.5) == 1 - 0.5**3
     assert cubic_schedule(0.5, 0.1, 0.5) == cubic_schedule(1.0, 0.1, 0.5) == 1.0
+
+
+def test_a_network_with_removed_blocks_can_shrink_again() -> None:
+    spec = ArchSpec.full(26, 16, 24)
+    block = spec.removable[0]
+    spec = spec.model_copy(update={"widths": spec.widths | dict.fromkeys(block.sites, 0)})
+    sites = shrinking_sites(spec, student(("conv1", "conv2", "stream")))
+    assert set(sites) == set(spec.widths) - set(block.sites)
+    net = attach(RetrievalNet(spec), sites)
+    assert set(net.indicators()) == set(sites)
+    check(spec, student(("conv1", "conv2", "stream"), reduction=0.5, allow_block_removal=True))
