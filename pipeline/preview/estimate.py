@@ -32,6 +32,7 @@ class Timed(BaseModel):
         steps: Steps of an epoch.
         epoch: Seconds that an epoch takes beside its steps, such as those of saving the state.
         image: Seconds to embed one image; None if it was not measured.
+        teacher: Seconds that the teacher of a student takes for one; None if it was not measured.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -40,6 +41,7 @@ class Timed(BaseModel):
     steps: int
     epoch: float
     image: float | None = None
+    teacher: float | None = None
 
 
 class Measured(BaseModel):
@@ -140,9 +142,10 @@ def _extrapolate(stage: str, params: Params, manifest: Manifest, measured: Measu
     validations = -(-training.epochs // training.validate_every)
     embedded = validations * len(manifest.indices("validation-query", "validation-gallery"))
     embedded += len(manifest.indices("query", "gallery"))
-    if stage == "student" and (views := training.distill.views):  # the teacher embeds each of them once
+    viewed = 0
+    if stage == "student":  # the teacher embeds each view once
         splits = ("train", UNLABELLED) if training.batch.unlabelled else ("train",)
-        embedded += views * len(manifest.indices(*splits))
+        viewed = training.distill.views * len(manifest.indices(*splits))
 
     def bounds(timed: Timed) -> tuple[float, float]:
         low, high = (float(value) for value in np.quantile(timed.seconds, (0.25, 0.75)))
@@ -155,5 +158,6 @@ def _extrapolate(stage: str, params: Params, manifest: Manifest, measured: Measu
     if image is None:
         image = high / training.batch.size  # a step takes longer than that
     steps = measured.whole.steps * training.epochs
-    rest = embedded * image + training.epochs * measured.whole.epoch
+    teacher = measured.whole.teacher or image
+    rest = embedded * image + viewed * teacher + training.epochs * measured.whole.epoch
     return Estimate(steps, (low, high), (steps * low + rest, steps * high + rest), measured)

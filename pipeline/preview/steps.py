@@ -113,7 +113,7 @@ class Trial:
         if config.distill.views:  # stored outputs are read in almost no time; the estimate adds that of the teacher
             outputs = cache(lambda images: task.teacher_outputs(calibration[torch.arange(images) % CALIBRATION]))
             task.cache = lambda batch: outputs(len(batch.images))
-        return self._time("student", task, lambda: build_student(params, teacher, task.compression))
+        return self._time("student", task, lambda: build_student(params, teacher, task.compression), teacher)
 
     def _build_teacher(self) -> RetrievalNet:
         return build_teacher(
@@ -126,7 +126,9 @@ class Trial:
             return self._build_teacher().eval()
         return unchecked_teacher(self.params, identities)
 
-    def _time(self, stage: str, task: Task, start: Callable[[], RetrievalNet]) -> Timed:
+    def _time(
+        self, stage: str, task: Task, start: Callable[[], RetrievalNet], teacher: TeacherNet | None = None
+    ) -> Timed:
         training = getattr(self.params, stage)
         loader = training_loader(self.manifest, self._images, training, self.params)
         steps = FirstSteps(loader, lambda: device_memory(self.fabric.device))
@@ -139,14 +141,16 @@ class Trial:
         epoch = perf_counter() - began - sum(steps.seconds)
         checkpoints.clear()
         seconds = steps.seconds[1:] or steps.seconds
-        image = None
+        times: dict[str, float] = {}
         if min(seconds) * EVALUATED / training.batch.size < SECONDS:
             indices = self.manifest.indices("query", "gallery")
             some = indices[np.arange(EVALUATED) % len(indices)]
-            began = perf_counter()
-            embed(state.net.eval(), self._images, some, normalise, self.fabric.device)
-            image = (perf_counter() - began) / EVALUATED
-        return Timed(seconds=seconds, steps=len(loader), epoch=epoch, image=image)
+            for name, net in (("image", state.net.eval()), ("teacher", teacher)):
+                if net is not None:
+                    began = perf_counter()
+                    embed(net, self._images, some, normalise, self.fabric.device)
+                    times[name] = (perf_counter() - began) / EVALUATED
+        return Timed(seconds=seconds, steps=len(loader), epoch=epoch, **times)
 
 
 def main() -> None:

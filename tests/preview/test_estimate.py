@@ -1,12 +1,13 @@
 """Time and memory are those of real steps, and what goes wrong in them is one sentence."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pipeline.config import Params
-from pipeline.data.manifest import Item, Manifest
+from pipeline.data.manifest import UNLABELLED, Item, Manifest
 from pipeline.preview import estimate as module
 from pipeline.preview.estimate import EstimateError, Measured, Timed, estimate
 from pipeline.stage.presets import load_preset
@@ -82,7 +83,7 @@ def test_a_step_that_takes_too_long_gives_a_lower_bound(manifest: Manifest, monk
 
 
 def measured(whole: list[float], shrunk: list[float] | None = None) -> Measured:
-    rest = {"steps": 10, "epoch": 0.5, "image": 0.01}
+    rest = {"steps": 10, "epoch": 0.5, "image": 0.01, "teacher": 0.02}
     parts = {name: values and Timed(seconds=values, **rest) for name, values in (("whole", whole), ("shrunk", shrunk))}
     return Measured(**parts, memory=1, device_memory=None, threads=1)
 
@@ -90,7 +91,7 @@ def measured(whole: list[float], shrunk: list[float] | None = None) -> Measured:
 def test_the_times_are_bounds_of_steps_epochs_and_evaluations(manifest: Manifest) -> None:
     params = params_of(student__epochs=4, student__validate_every=3)  # validated after epochs 3 and 4
     views = 2 * len(manifest.indices("train"))  # the preset stores the outputs of the teacher for two views
-    rest = 4 * 0.5 + 0.01 * (2 * 8 + 12 + views)
+    rest = 4 * 0.5 + 0.01 * (2 * 8 + 12) + 0.02 * views
     same = module._extrapolate("student", params, manifest, measured([2.0, 2.0, 2.0]))
     assert same.seconds == pytest.approx((80 + rest, 80 + rest))
     shrinks = module._extrapolate("student", params, manifest, measured([2.0] * 5, [0.5] * 5))
@@ -99,3 +100,13 @@ def test_the_times_are_bounds_of_steps_epochs_and_evaluations(manifest: Manifest
     assert spread.step == (2.0, 4.0)
     stalled = module._extrapolate("student", params, manifest, measured([1.0] * 9 + [91.0]))
     assert stalled.step == (1.0, 10.0)
+
+
+def test_the_teacher_embeds_the_views_of_images_without_labels_too(manifest: Manifest) -> None:
+    more = [replace(item, path=f"more/{item.path}", identity=UNLABELLED, split=UNLABELLED) for item in manifest.items]
+    larger = Manifest([*manifest.items, *more], manifest.root)
+    steps, per_view = measured([2.0]), 2 * 0.02
+    for unlabelled, further in ((4, len(more)), (0, 0)):
+        params = params_of(student__batch__unlabelled=unlabelled)
+        plain, with_more = (module._extrapolate("student", params, part, steps) for part in (manifest, larger))
+        assert with_more.seconds[0] - plain.seconds[0] == pytest.approx(per_view * further)
