@@ -13,8 +13,8 @@ from pipeline.config import Teacher, TeacherInput
 from pipeline.data.augment import MEAN, STD
 from pipeline.models.resnet import RetrievalNet, convert
 from pipeline.models.toolkits import normalisation_of, relative_input, translate
+from pipeline.models.weights_file import read_tensors
 from pipeline.teachers.checks import Preprocessing, TeacherError
-from pipeline.training.weights_file import read_tensors
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from pipeline.data.manifest import Manifest
 from pipeline.losses import identity, triplet
 from pipeline.models.resnet import Output, RetrievalNet, TeacherNet
 from pipeline.models.spec import ArchSpec
+from pipeline.models.weights_file import read_tensors
 from pipeline.retrieval.embed import evaluate
 from pipeline.training.loop import Forward, Task
-from pipeline.training.weights_file import read_tensors
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from pipeline.training.weights_file import read_tensors
+from pipeline.models.weights_file import read_tensors
 
 STATE = {"layer1.0.conv1.weight": torch.arange(6.0).reshape(2, 3)}
 
