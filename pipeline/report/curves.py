@@ -49,7 +49,7 @@ def loss_names(curves: Curves) -> list[str]:
 
 
 def plot_capacity(student: Curves) -> Figure:
-    """Plot the remaining cost of the student, as a share of the teacher's, and its validation mAP by epoch.
+    """Plot the remaining cost of the student, as a share of that before compression, and its validation mAP by epoch.
 
     Args:
         student: Curves with some of `REDUCTIONS`, and with `VALIDATION` if identities were held out.

@@ -5,6 +5,7 @@ from pipeline.inference.timing import Gain
 NO_BREAK, TIMES = "\N{NO-BREAK SPACE}", "\N{MULTIPLICATION SIGN}"
 
 
+MINUS = "\N{MINUS SIGN}"
 UNKNOWN = "unknown"
 """In place of figures of a teacher whose operations cannot be counted."""
 
@@ -27,6 +28,11 @@ def fixed(number: float, digits: int) -> str:
 def percent(share: float | None) -> str:
     """Format a fraction in percent, with one decimal: ``65.3 %``."""
     return UNKNOWN if share is None else f"{100 * share:.1f}{NO_BREAK}%"
+
+
+def saving(share: float | None) -> str:
+    """Format a reduction as a change in percent, with a minus sign, or a plus where something became larger."""
+    return UNKNOWN if share is None else f"{MINUS if share >= 0 else '+'}{percent(abs(share))}"
 
 
 def times(factor: float | None) -> str:

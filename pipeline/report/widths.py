@@ -38,10 +38,8 @@ def plot_widths(teacher: Mapping[str, int], student: Mapping[str, int], sites: S
         figure = new_figure(1.3 + ROW_HEIGHT * len(sites))
         chart = figure.subplots()
         chart.hlines(rows, drawn, before, color="#9fb8c8", linewidth=3)
-        chart.plot(
-            before, rows, "s", color="white", markeredgecolor=TEACHER_COLOR, markeredgewidth=1.8, label="teacher"
-        )
-        chart.plot(drawn, rows, "o", color=STUDENT_COLOR, markersize=7, label="student")
+        chart.plot(before, rows, "s", color="white", markeredgecolor=TEACHER_COLOR, markeredgewidth=1.8, label="before")
+        chart.plot(drawn, rows, "o", color=STUDENT_COLOR, markersize=7, label="after")
         for row in rows:
             chart.annotate(
                 f"{after[row]} of {before[row]}",

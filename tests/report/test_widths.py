@@ -13,8 +13,8 @@ SITES = ["layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1"]
 def test_each_site_shows_both_widths_by_name():
     (chart,) = plot_widths(TEACHER, STUDENT, SITES).axes
     drawn = {line.get_label(): line.get_xdata() for line in chart.get_lines()}
-    assert_array_equal(drawn["teacher"], [32, 32, 64])
-    assert_array_equal(drawn["student"], [8, 32, 24])
+    assert_array_equal(drawn["before"], [32, 32, 64])
+    assert_array_equal(drawn["after"], [8, 32, 24])
     assert [text.get_text() for text in chart.texts] == ["8 of 32", "32 of 32", "24 of 64"]
     assert [label.get_text() for label in chart.get_yticklabels()] == SITES
     low, high = chart.get_xlim()
@@ -27,7 +27,7 @@ def test_a_removed_block_is_drawn_too():
     (chart,) = plot_widths(TEACHER, student, SITES).axes
     assert [text.get_text() for text in chart.texts] == ["0 of 32", "0 of 32", "24 of 64"]
     low, _ = chart.get_xlim()
-    drawn = {line.get_label(): line.get_xdata() for line in chart.get_lines()}["student"]
+    drawn = {line.get_label(): line.get_xdata() for line in chart.get_lines()}["after"]
     assert all(low < x < 16 for x in drawn[:2])
     assert drawn[2] == 24
 
