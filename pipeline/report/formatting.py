@@ -2,10 +2,7 @@
 
 from pipeline.inference.timing import Gain
 
-NO_BREAK, TIMES = "\N{NO-BREAK SPACE}", "\N{MULTIPLICATION SIGN}"
-
-
-MINUS = "\N{MINUS SIGN}"
+NO_BREAK, TIMES, MINUS = "\N{NO-BREAK SPACE}", "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
 UNKNOWN = "unknown"
 """In place of figures of a teacher whose operations cannot be counted."""
 

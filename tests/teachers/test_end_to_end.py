@@ -150,6 +150,40 @@ def test_a_student_learns_from_an_onnx_file_alone(from_onnx: Path, from_checkpoi
         assert f"compared with {network}, it has {saved}" in card
 
 
+def with_a_branch(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the same network behind an `If`, whose operations are not counted."""
+    graph, (output,) = model.graph, model.graph.output
+    inner = f"{output.name}/inner"
+    for node in graph.node:
+        node.output[:] = [inner if name == output.name else name for name in node.output]
+    branches = {}
+    for side in ("then", "else"):
+        result = onnx.ValueInfoProto()
+        result.CopyFrom(output)
+        result.name = f"{side}/{output.name}"
+        copy = onnx.helper.make_node("Identity", [inner], [result.name])
+        branches[f"{side}_branch"] = onnx.helper.make_graph([copy], side, [], [result])
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array(True), "condition"))
+    graph.node.append(onnx.helper.make_node("If", ["condition"], [output.name], **branches))
+    return model
+
+
+def test_a_teacher_whose_operations_cannot_be_counted(from_onnx: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkout"
+    shutil.copytree(from_onnx, folder, symlinks=True)
+    path = folder / "weights" / "teacher" / "net.onnx"
+    onnx.save(with_a_branch(onnx.load(path)), path)
+    done = repro(folder)
+    assert done.returncode == 0, done.stdout
+    teacher, before = metrics(folder, "teacher"), metrics(from_onnx, "teacher")
+    assert "macs" not in teacher and teacher["map"] == pytest.approx(before["map"], abs=1e-6)
+    assert "macs_reduction" not in metrics(folder, "export") and "realised" not in metrics(folder, "benchmark")
+    assert "unknown" in (folder / "artifacts" / "benchmark" / "report" / "index.html").read_text()
+    assert "an unknown share of the MACs" in (folder / "artifacts" / "export" / "card.md").read_text()
+    for words in (["compare"], ["publish"], ["compare", "--last", "1"]):
+        assert command(folder, *words).returncode == 0
+
+
 def test_a_network_of_this_project_is_compressed_further(from_checkpoint: Path, tmp_path: Path) -> None:
     folder = checkout(tmp_path)
     shutil.copytree(from_checkpoint / "artifacts" / "surgery", folder / "weights" / "teacher" / "first")
