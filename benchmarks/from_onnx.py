@@ -91,10 +91,14 @@ def train_mobilenet(params: Params, files: Files) -> None:
     )  # fmt: skip
 
 
-def neighbours(embeddings: npt.NDArray[np.float32], queries: int) -> npt.NDArray[np.int64]:
+def neighbours(queries: npt.NDArray[np.float32], gallery: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
     """Return the positions of the most similar gallery images of each query, (Q, `NEIGHBOURS`)."""
-    similarity = embeddings[:queries] @ embeddings[queries:].T
-    return np.argsort(-similarity, axis=1, kind="stable")[:, :NEIGHBOURS]
+    return np.argsort(-(queries @ gallery.T), axis=1, kind="stable")[:, :NEIGHBOURS]
+
+
+def recall(found: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]) -> float:
+    """Return the share of the wanted neighbours that are found, mean over the queries."""
+    return float(np.mean([len(set(a) & set(b)) for a, b in zip(found, wanted, strict=True)])) / NEIGHBOURS
 
 
 def compare(files: Files, params: Params) -> dict[str, float | str]:
@@ -104,7 +108,8 @@ def compare(files: Files, params: Params) -> dict[str, float | str]:
     test = np.concatenate([manifest.indices("query"), manifest.indices("gallery")])
     teacher, student = load(files.artifacts("teacher")), checkpoint.load(files.artifacts("surgery"))
     vectors = [embed(net, images, test, normalise) for net in (teacher, student)]
-    same = [len(set(a) & set(b)) for a, b in zip(*(neighbours(v, queries) for v in vectors), strict=True)]
+    (teacher_queries, teacher_gallery), (student_queries, student_gallery) = (np.split(v, [queries]) for v in vectors)
+    wanted = neighbours(teacher_queries, teacher_gallery)
     halves = [sides(v, manifest, "query", "gallery", params.data.protocol) for v in vectors]
     mixed = scoring.evaluate(params.data.protocol, halves[1][0], halves[0][1])
     surgery, export = (read_json(files.metrics(stage)) for stage in ("surgery", "export"))
@@ -112,7 +117,8 @@ def compare(files: Files, params: Params) -> dict[str, float | str]:
         "teacher_map": read_json(files.metrics("teacher"))["map"],
         "student_map": surgery["map"],
         "student_on_teacher_map": mixed.map,
-        "recall_of_neighbours": float(np.mean(same)) / NEIGHBOURS,
+        "recall_of_neighbours": recall(neighbours(student_queries, student_gallery), wanted),
+        "recall_in_teacher_gallery": recall(neighbours(student_queries, teacher_gallery), wanted),
         "distance": float(1 - np.einsum("nd,nd->n", *vectors).mean()),
         "params_reduction_to_itself": surgery["params_reduction"],
         "macs_reduction_to_itself": surgery["macs_reduction"],
