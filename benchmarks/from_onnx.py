@@ -39,6 +39,7 @@ SETTINGS = {
     "teacher.source": "onnx",
     "teacher.weights": "weights/teacher/mobilenet.onnx",
     "teacher.epochs": 40,
+    "student.architecture.depth": 26,
     "student.init": "random",
     "student.epochs": 60,
 }
