@@ -146,7 +146,8 @@ class BenchmarkRecord(Record):
     `speedup` is the ratio of p50 latencies at the smallest batch with all threads, `ideal_speedup` the ratio of MACs,
     and `realised` the quotient of the two. `conclusive` is 1 if the 95 % interval [`speedup_low`, `speedup_high`] is
     narrow. `teacher`, `student` and `int8` hold latencies by setting `batch<B>_threads<T>` (T is `all` or a number, and
-    `threads` is the number that `all` stands for).
+    `threads` is the number that `all` stands for); so does `uncompressed`, the network that the student was before it
+    shrank, if that is not the teacher.
     Memory is the peak in bytes of loading a file and running the largest batch once.
     """
 
@@ -161,7 +162,9 @@ class BenchmarkRecord(Record):
     teacher: dict[str, Latency]
     student: dict[str, Latency]
     int8: dict[str, Latency] | None = None
+    uncompressed: dict[str, Latency] | None = None
     speedup_int8: float | None = None
+    speedup_over_uncompressed: float | None = None
     memory_teacher: int | None = None
     memory_student: int | None = None
 

@@ -86,7 +86,7 @@ def export(run: Run) -> ExportRecord:
 
     train = manifest.indices("train")
     train = train[np.linspace(0, len(train) - 1, min(int8.CALIBRATION_IMAGES, len(train))).astype(int)]
-    size = int8.CALIBRATION_BATCH if params.export.batch == "dynamic" else params.export.batch
+    size = params.export.fixed_batch or int8.CALIBRATION_BATCH
     exporter = OnnxExporter(
         image_size=(height, width),
         settings=params.export,

@@ -181,6 +181,11 @@ class Export(Section):
     """Terms of use in the model card and the file's metadata; the licence of the training data may restrict them."""
     limits: Limits
 
+    @property
+    def fixed_batch(self) -> int | None:
+        """Images in each call, or None for any number."""
+        return None if self.batch == "dynamic" else self.batch
+
     @field_validator("batch", mode="before")
     @classmethod
     def _is_dynamic_or_a_number(cls, batch: object) -> object:

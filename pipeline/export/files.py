@@ -99,8 +99,7 @@ class OnnxExporter:
         return files | {TEACHER: self._checked(TEACHER, "the teacher", teacher, teacher_model, reference)}, int8_result
 
     def _to_onnx(self, net: RetrievalNet) -> onnx.ModelProto:
-        batch = None if self.settings.batch == "dynamic" else self.settings.batch
-        return to_onnx(net, self.image_size, self.settings.opset, batch)
+        return to_onnx(net, self.image_size, self.settings.opset, self.settings.fixed_batch)
 
     def _checked(
         self, name: str, description: str, net: TeacherNet, model: onnx.ModelProto, reference: Reference

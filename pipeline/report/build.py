@@ -13,7 +13,7 @@ from pipeline.inference.timing import Timing
 from pipeline.protocols import PROTOCOLS, conditions, seen_note
 from pipeline.records import BenchmarkRecord, ExportRecord, PrepareRecord, StudentRecord, SurgeryRecord, TeacherRecord
 from pipeline.report.curves import Curves, plot_capacity, plot_training
-from pipeline.report.latency import STUDENT, TEACHER, gains, headline_batch, setting_name
+from pipeline.report.latency import STUDENT, TEACHER, UNCOMPRESSED, gains, headline, headline_batch, setting_name
 from pipeline.report.panels import PanelQuery, Ranking, choose_queries, describe, plot_panel, rank
 from pipeline.report.pareto import Point, plot_pareto
 from pipeline.report.render import render
@@ -36,7 +36,7 @@ class RunResults:
         machine: Software and hardware of the latency measurement, as shown to the reader.
         footprints: Size and memory of each timed file, by name.
         curves: Training curves of teacher and student.
-        widths: Channels by dimension name, of the teacher and of the student after surgery.
+        widths: Channels by dimension name, of the student before it shrank and after surgery.
         sites: Dimensions that could be pruned, from input to output; empty if none could.
         embeddings: (query + gallery, D) by ONNX Runtime, of teacher and student.
         panels: Number of queries to show.
@@ -86,9 +86,9 @@ def write_report(folder: Path, run: RunResults) -> None:
     save(plot_capacity(run.curves[STUDENT]), folder / "capacity.png")
     save(plot_training(run.curves[TEACHER], run.curves[STUDENT]), folder / "training.png")
     if run.sites:
-        save(plot_widths(run.widths[TEACHER], run.widths[STUDENT], run.sites), folder / "widths.png")
+        save(plot_widths(run.widths[UNCOMPRESSED], run.widths[STUDENT], run.sites), folder / "widths.png")
     retrievals = {name: _evaluate(run, name) for name in (TEACHER, STUDENT)}
-    speedups, batch = gains(run.timings), headline_batch(run.timings)
+    batch = headline_batch(run.timings)
     html = render(
         "report.html.jinja",
         run=run,
@@ -98,8 +98,9 @@ def write_report(folder: Path, run: RunResults) -> None:
         protocol=PROTOCOLS[run.protocol],
         conditions=conditions(run.protocol, run.prepare.seen_identities, run.prepare.test_identities),
         seen=seen_note(run.prepare.seen_identities, run.prepare.test_identities),
-        gains=speedups,
-        headline=speedups[STUDENT][setting_name(batch, threads=0)],
+        gains=gains(run.timings),
+        headline=headline(run.timings),
+        headline_own=headline(run.timings, UNCOMPRESSED),
         call="one image" if batch == 1 else f"{batch} images",
         setting=setting_name,
     )

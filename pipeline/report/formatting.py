@@ -32,6 +32,11 @@ def saving(share: float | None) -> str:
     return UNKNOWN if share is None else f"{MINUS if share >= 0 else '+'}{percent(abs(share))}"
 
 
+def fewer(share: float) -> str:
+    """Format a reduction in words: ``65.3 % fewer``, or ``12.0 % more`` where something became larger."""
+    return f"{percent(abs(share))} {'fewer' if share >= 0 else 'more'}"
+
+
 def times(factor: float | None) -> str:
     """Format a factor, followed by a multiplication sign: ``2.42x``."""
     return UNKNOWN if factor is None else f"{factor:.2f}{TIMES}"

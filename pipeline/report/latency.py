@@ -9,6 +9,8 @@ from pipeline.inference.timing import Gain, Timing, gain
 from pipeline.records import BenchmarkRecord, Latency
 
 TEACHER, STUDENT, INT8 = "teacher", "student", "int8"
+UNCOMPRESSED = "uncompressed"
+"""The network that the student was before it shrank, timed if that is not the teacher."""
 
 
 def setting_name(batch: int, threads: int) -> str:
@@ -24,8 +26,8 @@ def headline_batch(timings: Sequence[Timing]) -> int:
     return min(timing.batch for timing in timings)
 
 
-def gains(timings: Sequence[Timing]) -> dict[str, dict[str, Gain]]:
-    """Compute the speed-up over the teacher, by file and setting.
+def gains(timings: Sequence[Timing], reference: str = TEACHER) -> dict[str, dict[str, Gain]]:
+    """Compute the speed-up of student and int8 file over another file, by file and setting.
 
     Raises:
         KeyError: If a setting was timed for some files only.
@@ -34,13 +36,27 @@ def gains(timings: Sequence[Timing]) -> dict[str, dict[str, Gain]]:
     for timing in timings:
         by_file.setdefault(timing.file, {})[setting_name(timing.batch, timing.threads)] = timing
     for file, by_setting in by_file.items():
-        if unpaired := set(by_setting) ^ set(by_file[TEACHER]):
-            raise KeyError(f"timed for only one of {TEACHER} and {file}: {', '.join(sorted(unpaired))}")
+        if unpaired := set(by_setting) ^ set(by_file[reference]):
+            raise KeyError(f"timed for only one of {reference} and {file}: {', '.join(sorted(unpaired))}")
     return {
-        file: {name: gain(by_file[TEACHER][name], timing) for name, timing in by_setting.items()}
-        for file, by_setting in by_file.items()
-        if file != TEACHER
+        file: {name: gain(by_file[reference][name], timing) for name, timing in by_file[file].items()}
+        for file in (STUDENT, INT8)
+        if file in by_file
     }
+
+
+def headline(timings: Sequence[Timing], reference: str = TEACHER) -> Gain | None:
+    """Return the speed-up of the student over another file, at the smallest batch with all threads.
+
+    Returns:
+        None if the other file was not timed.
+
+    Raises:
+        KeyError: If all threads were not timed.
+    """
+    if not any(timing.file == reference for timing in timings):
+        return None
+    return gains(timings, reference)[STUDENT][setting_name(headline_batch(timings), threads=0)]
 
 
 def benchmark_record(
@@ -53,7 +69,8 @@ def benchmark_record(
     """Compare the latency of the student with that of the teacher, and the speed-up with the ratio of MACs.
 
     Args:
-        timings: Of files `teacher` and `student`, optionally `int8`, at the same settings, also with all threads.
+        timings: Of files `teacher` and `student`, optionally `int8` and `uncompressed`, at the same settings, also with
+            all threads.
         footprints: Of the same files.
         teacher_macs: Multiply-accumulates per image; None if they are not known.
         student_macs: Multiply-accumulates per image.
@@ -68,20 +85,23 @@ def benchmark_record(
         latencies.setdefault(timing.file, {})[setting_name(timing.batch, timing.threads)] = latency
     speedups = gains(timings)
     setting = setting_name(headline_batch(timings), threads=0)
-    headline, ideal = speedups[STUDENT][setting], teacher_macs / student_macs if teacher_macs else None
+    first, ideal = speedups[STUDENT][setting], teacher_macs / student_macs if teacher_macs else None
+    own = headline(timings, UNCOMPRESSED)
     return BenchmarkRecord(
-        speedup=headline.ratio,
-        speedup_low=headline.low,
-        speedup_high=headline.high,
-        conclusive=int(headline.conclusive),
+        speedup=first.ratio,
+        speedup_low=first.low,
+        speedup_high=first.high,
+        conclusive=int(first.conclusive),
         speedup_by_setting={name: speedup.ratio for name, speedup in speedups[STUDENT].items()},
         speedup_int8=speedups[INT8][setting].ratio if INT8 in speedups else None,
+        speedup_over_uncompressed=None if own is None else own.ratio,
         ideal_speedup=ideal,
-        realised=headline.ratio / ideal if ideal else None,
+        realised=first.ratio / ideal if ideal else None,
         threads=threads,
         teacher=latencies[TEACHER],
         student=latencies[STUDENT],
         int8=latencies.get(INT8),
+        uncompressed=latencies.get(UNCOMPRESSED),
         memory_teacher=footprints[TEACHER].memory,
         memory_student=footprints[STUDENT].memory,
     )

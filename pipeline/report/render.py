@@ -13,7 +13,7 @@ ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-FILTERS = ("compact", "fixed", "percent", "saving", "times", "speedup", "interval", "threads")
+FILTERS = ("compact", "fixed", "percent", "saving", "fewer", "times", "speedup", "interval", "threads")
 ENVIRONMENT.filters.update({name: getattr(formatting, name) for name in FILTERS})
 
 

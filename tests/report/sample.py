@@ -96,7 +96,7 @@ def results(**changes):
         "timings": timings,
         "footprints": footprints,
         "curves": {"teacher": epochs, "student": epochs | curves},
-        "widths": {"teacher": WIDTHS, "student": dict.fromkeys(WIDTHS, 8)},
+        "widths": {"uncompressed": WIDTHS, "student": dict.fromkeys(WIDTHS, 8)},
         "sites": tuple(WIDTHS),
         "embeddings": {"teacher": embeddings(0.0), "student": embeddings(2.0)},
         "manifest": Manifest(),

@@ -7,6 +7,7 @@ from PIL import Image
 
 from pipeline.report.build import write_report
 from pipeline.report.formatting import compact, percent
+from pipeline.report.latency import benchmark_record
 from tests.report.sample import results, timed
 
 
@@ -78,6 +79,21 @@ def test_headline_and_table_show_an_inconclusive_speed_up(tmp_path):
     assert (
         "On one image it is between 2.00x and 4.00x as fast (inconclusive: too few or too noisy measurements)" in text
     )
+
+
+def test_a_student_of_another_architecture_is_compared_with_its_own_network_too(tmp_path):
+    given = results()
+    timings = [timed("teacher", *[3.0] * 8), timed("student", *[2.0] * 8), timed("uncompressed", *[5.0] * 8)]
+    export = given.export.model_copy(update={"params_reduction": -0.25, "macs_reduction": None})
+    benchmark = benchmark_record(timings, given.footprints, None, export.macs)
+    teacher = given.teacher.model_copy(update={"macs": None})
+    changes = {"timings": timings, "export": export, "benchmark": benchmark, "teacher": teacher}
+    write_report(tmp_path, results(**changes, panels=1))
+    header = plain((tmp_path / "index.html").read_text(encoding="utf-8").partition("</header>")[0])
+    assert (
+        "needs 20 M multiply-accumulates (MACs) and has 25.0 % more parameters. On one image it is 1.50x as" in header
+    )
+    assert "it needs 75.0 % fewer MACs and has 62.5 % fewer parameters; on one image it is 2.50x as fast." in header
 
 
 def test_panels_have_a_text_alternative(html):

@@ -5,7 +5,7 @@ import pytest
 from pipeline.inference.footprint import Footprint
 from pipeline.inference.timing import Timing
 from pipeline.records import BenchmarkRecord
-from pipeline.report.latency import benchmark_record, gains, headline_batch, setting_name, write_csv
+from pipeline.report.latency import benchmark_record, gains, headline, headline_batch, setting_name, write_csv
 
 FOOTPRINTS = {name: Footprint(number, 100 * number, ()) for number, name in enumerate(("teacher", "student"), start=1)}
 
@@ -60,6 +60,17 @@ def test_an_int8_file_adds_its_numbers_and_changes_no_others():
     assert record.int8["batch32_threads2"].p50 == 10.0
     without = benchmark_record(timings(), FOOTPRINTS, 80, 20)
     assert record.model_copy(update={"int8": None, "speedup_int8": None}) == without
+
+
+def test_the_student_is_also_compared_with_its_own_network_before_compression():
+    extra = [*timings(), timed("uncompressed", 1, 0, *[5.0] * 8), timed("uncompressed", 32, 2, *[120.0] * 8)]
+    record = benchmark_record(extra, FOOTPRINTS, 80, 20)
+    assert record.speedup_over_uncompressed == 5.0 / 2.0
+    assert record.uncompressed["batch32_threads2"].p50 == 120.0
+    assert set(gains(extra)) == {"student"}
+    without = benchmark_record(timings(), FOOTPRINTS, 80, 20)
+    assert (without.speedup_over_uncompressed, headline(timings(), "uncompressed")) == (None, None)
+    assert record.model_copy(update={"uncompressed": None, "speedup_over_uncompressed": None}) == without
 
 
 def test_noisy_timings_are_inconclusive():

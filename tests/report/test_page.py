@@ -89,7 +89,7 @@ def test_markup_in_labels_is_escaped(tmp_path):
         "data": MARKUP,
         "machine": MARKUP,
         "manifest": Manifest(suffix=MARKUP),
-        "widths": {"teacher": {MARKUP: 32}, "student": {MARKUP: 8}},
+        "widths": {"uncompressed": {MARKUP: 32}, "student": {MARKUP: 8}},
         "sites": (MARKUP,),
         "footprints": {MARKUP: Footprint(1, None, (MARKUP, MARKUP))},
     }
