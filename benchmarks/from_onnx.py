@@ -7,6 +7,7 @@ teacher's gallery. Run it again to resume.
 
 import argparse
 import json
+import logging
 
 import numpy as np
 import numpy.typing as npt
@@ -133,6 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.from_onnx", description=__doc__)
     parser.add_argument("--seed", type=int, required=True, help="seed of data, teacher and student")
     seed = parser.parse_args().seed
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     params = with_values(load_preset(ROOT, "evidence"), {**SETTINGS, "seed": seed})
     folder, result = ROOT / ".ladder" / f"from-onnx-{seed}", ROOT / "evidence" / "from-onnx" / f"{seed}.json"
     with locked(folder.with_suffix(".lock"), f"from-onnx {seed}"):

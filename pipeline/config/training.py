@@ -83,7 +83,7 @@ class Optimizer(Section):
     classifier_lr: Annotated[float, Field(gt=0, le=100)]
     """Factor on the learning rate of the identity classifier (1.5 in the paper)."""
     weight_decay: Annotated[float, Field(ge=0, lt=1)]
-    """Weight decay; compactors and channel gates have none."""
+    """Weight decay; compactors, channel gates and scales, and the exponent of a pooling have none."""
     momentum: Annotated[float, Field(ge=0, lt=1)]
     """Momentum of `sgd` (0.9 in the paper)."""
     warmup: Fraction

@@ -44,6 +44,9 @@ LAST = "layer4"
 HEAD_NORM = "head.bn1"
 """Batch norm in the head, on the residual stream of the last stage; no convolution precedes it."""
 
+EXPONENT = "head.pool.p"
+"""Exponent of a generalised mean."""
+
 Head = Literal["bn-relu-fc-bn", "fc-bn", "fc-bn-relu", "bn", "none"]
 """What follows global pooling (fc: a linear map without bias): that of Xie et al. (CVPR 2023); fast-reid's with
 `EMBEDDING_DIM`; torchreid's `resnet50_fc512`; the BNNeck of Luo et al. (CVPRW 2019); nothing, as in torchreid's

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.resnet import RetrievalNet
-from pipeline.models.spec import BASIC, BLOCKS, INSTANCE, LAST, ArchSpec, Head, Input, MaxPool, Pool, is_inner
+from pipeline.models.spec import BASIC, BLOCKS, EXPONENT, INSTANCE, LAST, ArchSpec, Head, Input, MaxPool, Pool, is_inner
 
 Triple = tuple[float, float, float]
 
@@ -26,7 +26,7 @@ COUNTS = "num_batches_tracked"
 BACKBONE = re.compile(r"(conv1|bn1|layer[1-4]\.\d+)\.")
 
 HEADS = (
-    (r"heads\.pool_layer\.p", "head.pool.p"),  # fast-reid
+    (r"heads\.pool_layer\.p", EXPONENT),  # fast-reid
     (r"heads\.(?:bottleneck\.\d|bnneck)\.(\w+)", r"head.bn2.\1"),
     (r"bottleneck\.(\w+)", r"head.bn2.\1"),  # reid-strong-baseline
     (r"fc\.0\.(\w+)", r"head.fc.\1"),  # torchreid
@@ -101,8 +101,8 @@ def translate(
     if "head.bn2.bias" in translated and not translated["head.bn2.bias"].any():  # was not trained
         del translated["head.bn2.bias"]
     if pool == "gem":
-        translated.setdefault("head.pool.p", torch.tensor([GEM]))
-    elif pool == "average" and "head.pool.p" in translated:
+        translated.setdefault(EXPONENT, torch.tensor([GEM]))
+    elif pool == "average" and EXPONENT in translated:
         raise ValueError("its pooling is a generalised mean, whose exponent is a tensor")
     pixels = [(state[f"{outer}{name}"].flatten() / 255).tolist() for name in PIXELS if f"{outer}{name}" in state]
     fast_reid = any(name.startswith(f"{outer}heads.") for name in state)
@@ -160,7 +160,7 @@ def _spec(state: Mapping[str, Tensor], last_stride: Literal[1, 2]) -> ArchSpec:
         indicators=(),
         widths=widths,
         instance_norms={site: len(state[name]) for site, name in norms.items() if name in state},
-        pool="gem" if "head.pool.p" in state else "average",
+        pool="gem" if EXPONENT in state else "average",
         neck_bias="head.bn2.bias" in state,
     )
 

@@ -8,19 +8,19 @@ from torch import Tensor
 
 from pipeline.config import Optimizer
 from pipeline.models.resnet import RetrievalNet
-from pipeline.models.spec import indicator_name
+from pipeline.models.spec import EXPONENT, indicator_name
 
 
 def build_optimizer(net: RetrievalNet, config: Optimizer) -> torch.optim.Optimizer:
-    """Build an optimiser: no weight decay on compactors and channel gates, a separate learning rate for the classifier.
+    """Build an optimiser: no weight decay on indicators and exponents, a separate learning rate for the classifier.
 
     The entry ``factor`` of each parameter group is multiplied with the learning rate.
     """
-    indicators = {f"{indicator_name(site)}.weight" for site in net.spec.indicators}
+    undecayed = {EXPONENT, *(f"{indicator_name(site)}.weight" for site in net.spec.indicators)}
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in net.named_parameters():
         factor = config.classifier_lr if name.startswith("classifier.") else 1.0
-        decay = 0.0 if name in indicators else config.weight_decay
+        decay = 0.0 if name in undecayed else config.weight_decay
         groups.setdefault((factor, decay), []).append(parameter)
     param_groups = [
         {"params": params, "factor": factor, "weight_decay": decay, "lr": config.lr * factor}
