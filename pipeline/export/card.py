@@ -51,7 +51,7 @@ def gallery_note(teacher_map: float, student_on_teacher_map: float | None) -> st
 
 
 def teacher_note(source: str, reductions: Mapping[str, Mapping[str, float | None]]) -> str:
-    """Say which network from elsewhere was the teacher, and what the student saves.
+    """Describe a teacher from elsewhere, and what the student saves.
 
     Args:
         source: The teacher's file.

@@ -85,7 +85,7 @@ def check_retrieval(retrieval: Retrieval, shuffled: Sequence[Retrieval], advice:
     chance = np.mean([scores.ap for scores in shuffled], axis=0)
     if not _is_better(retrieval.ap, chance):
         raise TeacherError(
-            f"the teacher has mAP {retrieval.map:.4f} on the test set, which cannot be told from chance "
+            f"the teacher has mAP {retrieval.map:.4f} on the test set, which cannot be distinguished from chance "
             f"({float(np.nanmean(chance)):.4f}); wrong preprocessing is the usual reason: {advice}"
         )
 

@@ -115,7 +115,7 @@ def test_a_teacher_no_better_than_chance_is_refused() -> None:
     good = (centres + noise).astype(np.float32)
     check_retrieval(scored(good, names), [scored(random.permutation(good), names) for _ in range(3)], "")
     for useless in (noise, np.ones((100, 16), np.float32)):
-        with pytest.raises(TeacherError, match=r"cannot be told from chance .*: set it"):
+        with pytest.raises(TeacherError, match=r"cannot be distinguished from chance .*: set it"):
             check_retrieval(scored(useless, names), [scored(random.permutation(useless), names)], "set it")
 
 
