@@ -27,6 +27,7 @@ from tests.test_end_to_end import checkout, command, environment, metrics, repro
 
 EMBEDDING_DIM = 32
 MORE_VEHICLES = {"data.vehicles.train_identities": 40, "data.vehicles.test_identities": 30}
+UPRIGHT = MORE_VEHICLES | {"data.image_size": [64, 48]}
 
 
 def with_params(folder: Path, changes: Mapping[str, Any]) -> None:
@@ -75,7 +76,7 @@ def write_fast_reid(folder: Path, seed: int) -> None:
 @pytest.fixture(scope="module")
 def from_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = checkout(tmp_path_factory.mktemp("checkpoint"))
-    with_params(folder, MORE_VEHICLES)
+    with_params(folder, UPRIGHT)
     assert repro(folder, "prepare").returncode == 0
     write_fast_reid(folder, 0)
     with_params(folder, {"teacher.source": "checkpoint", "teacher.weights": "weights/teacher/model_best.pth"})
@@ -122,14 +123,11 @@ def test_the_right_preprocessing_is_found_if_params_have_another(
     assert f"with {right} (ImageNet's" in done.stdout, done.stdout
 
 
-def write_mobilenet(folder: Path) -> None:
-    """Write a MobileNetV3 as an ONNX file."""
+def write_squeezenet(folder: Path) -> None:
+    """Write a SqueezeNet as an ONNX file."""
     torch.manual_seed(0)
-    net = torchvision.models.mobilenet_v3_small()
-    net.classifier = nn.Sequential(nn.Linear(576, EMBEDDING_DIM), nn.BatchNorm1d(EMBEDDING_DIM))
-    for norm in net.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.momentum = 0.1  # torchvision's 0.01 is for long trainings
+    pooling = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, EMBEDDING_DIM), nn.BatchNorm1d(EMBEDDING_DIM))
+    net = nn.Sequential(torchvision.models.squeezenet1_1().features, *pooling)
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
     train(net, folder, EMBEDDING_DIM, lambda pixels: (pixels / 255 - mean) / std)
     torch.onnx.export(
@@ -143,7 +141,7 @@ def from_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = checkout(tmp_path_factory.mktemp("onnx"))
     with_params(folder, MORE_VEHICLES)
     assert repro(folder, "prepare").returncode == 0
-    write_mobilenet(folder)
+    write_squeezenet(folder)
     changes = {
         "teacher.source": "onnx",
         "teacher.weights": "weights/teacher/net.onnx",
@@ -215,7 +213,7 @@ def test_a_teacher_whose_operations_cannot_be_counted(from_onnx: Path, tmp_path:
 def test_a_network_of_this_project_is_compressed_further(from_checkpoint: Path, tmp_path: Path) -> None:
     folder = checkout(tmp_path)
     shutil.copytree(from_checkpoint / "artifacts" / "surgery", folder / "weights" / "teacher" / "first")
-    with_params(folder, MORE_VEHICLES | {"teacher.source": "checkpoint", "teacher.weights": "weights/teacher/first"})
+    with_params(folder, UPRIGHT | {"teacher.source": "checkpoint", "teacher.weights": "weights/teacher/first"})
     done = repro(folder, "export")
     assert done.returncode == 0, done.stdout
     first, teacher, student = (
