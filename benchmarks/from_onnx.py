@@ -42,7 +42,6 @@ SETTINGS = {
     "teacher.epochs": 40,
     "student.architecture.depth": 26,
     "student.init": "random",
-    "student.epochs": 60,
 }
 
 
@@ -71,9 +70,8 @@ def train_mobilenet(params: Params, files: Files) -> None:
     steps = len(loader) * config.epochs
     for epoch in track(range(config.epochs), config.epochs, "training MobileNetV3"):
         for number, batch in enumerate(loader.epoch(epoch)):
-            factor = learning_rate((epoch * len(loader) + number) / steps, config.optimizer)
             for group in optimizer.param_groups:
-                group["lr"] = config.optimizer.lr * factor
+                group["lr"] = learning_rate((epoch * len(loader) + number) / steps, config.optimizer)
             embedding = net(normalise(batch.images))
             loss = identity.cosine_margin(
                 net.classifier(embedding), batch.labels, config.losses.scale, config.losses.margin
