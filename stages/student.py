@@ -7,6 +7,7 @@ With a latency budget the result depends on layer times measured on this machine
 these times, corrected by the timing of the final network.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TypeVar, cast
@@ -25,7 +26,7 @@ from pipeline.compress.teacher_cache import GIB, delete_outputs
 from pipeline.data.augment import as_tensor, normalise
 from pipeline.data.images import open_images
 from pipeline.data.loader import training_loader
-from pipeline.data.requirements import check_requirements
+from pipeline.data.requirements import check_requirements, weights_warnings
 from pipeline.models import cost
 from pipeline.models.cost import CostModel
 from pipeline.records import StudentRecord
@@ -41,6 +42,8 @@ LATENCY, MEASURED = "latency.json", "measured.json"
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 
 def student(run: Run) -> StudentRecord:
     """Train the student, write it, and evaluate it on the test set."""
@@ -49,6 +52,8 @@ def student(run: Run) -> StudentRecord:
     fabric = launch(params.runtime, params.seed)
     manifest, images = open_images(run.files, params)
     check_requirements(manifest.items, params)
+    for warning in weights_warnings("student", params):
+        log.warning(warning)
     loader = training_loader(manifest, images, params.student, params, fabric.global_rank, fabric.world_size)
     teacher = load(run.files.artifacts("teacher"))
     full = student_spec(teacher, params, len(manifest.train_identities))

@@ -4,10 +4,12 @@ Reads   artifacts/prepare/
 Writes  artifacts/teacher/, metrics/teacher.json, plots/teacher.csv
 """
 
+import logging
+
 from pipeline.data.augment import normalise
 from pipeline.data.images import open_images
 from pipeline.data.loader import training_loader
-from pipeline.data.requirements import check_requirements
+from pipeline.data.requirements import check_requirements, weights_warnings
 from pipeline.models.resnet import TeacherNet
 from pipeline.records import TeacherRecord
 from pipeline.retrieval.embed import evaluate
@@ -18,6 +20,8 @@ from pipeline.teachers.given import given_teacher, macs_of, params_of, save
 from pipeline.training.loop import Fit
 from pipeline.training.teacher import TeacherTask, build_teacher, validator
 
+log = logging.getLogger(__name__)
+
 
 def teacher(run: Run) -> TeacherRecord:
     """Train the teacher or load it, write it, and evaluate it on the test set."""
@@ -25,6 +29,8 @@ def teacher(run: Run) -> TeacherRecord:
     fabric = launch(params.runtime, params.seed)
     manifest, images = open_images(run.files, params)
     check_requirements(manifest.items, params)
+    for warning in weights_warnings("teacher", params):
+        log.warning(warning)
     validate = validator(manifest, images, params.data.protocol, normalise, fabric.device)
     if params.teacher.source == "train":
         loader = training_loader(manifest, images, params.teacher, params, fabric.global_rank, fabric.world_size)

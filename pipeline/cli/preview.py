@@ -98,7 +98,7 @@ def _show_cost(params: "Params", found: "Survey", root: Path, rendering: float) 
     inspected = rendering + found.seconds * len(manifest) * (2 if cached else 1)  # the cache decodes each once more
     rows = [{"stage": "prepare", "steps": "", "seconds a step": "", "time": duration(inspected), "memory": ""}]
     threads, failure, peak = 0, "", 0
-    for stage in ("teacher", "student") if params.teacher.source == "train" else ("student",):
+    for stage, _ in params.trainings:
         try:
             result = estimate(stage, params, manifest)
         except EstimateError as error:

@@ -309,6 +309,34 @@ class Params(Section):
     tracking: Tracking
     retrain: Retrain
 
+    @property
+    def trainings(self) -> tuple[tuple[str, Training], ...]:
+        """The stages that train a network, and their sections."""
+        student = ("student", self.student)
+        return (("teacher", self.teacher), student) if self.teacher.source == "train" else (student,)
+
+    def _problems_of_the_source(self) -> Iterator[str]:
+        """Yield which keys of the teacher have values that its source does not use."""
+        source, given = self.teacher.source, self.teacher.input
+        for key, value, neutral, sources in (
+            ("max_pool", self.teacher.max_pool, "auto", ("checkpoint",)),
+            ("pool", self.teacher.pool, "auto", ("checkpoint",)),
+            ("input.mean", given.mean, [], ("checkpoint", "onnx")),
+            ("input.std", given.std, [], ("checkpoint", "onnx")),
+            ("input.bgr", given.bgr, False, ("checkpoint", "onnx")),
+            ("input.layout", given.layout, "auto", ("onnx",)),
+        ):
+            if value != neutral and source not in sources:
+                yield (
+                    f"`teacher.{key}` is for `teacher.source` {' and '.join(sources)}: set it to "
+                    f"{str(neutral).lower()}, or correct `teacher.source`, which is {source}"
+                )
+        if source != "onnx" and given.size:
+            yield (
+                f"`teacher.input.size` is for `teacher.source` onnx: set it to [], and `data.image_size` to the size "
+                f"of the images of source {source}"
+            )
+
     def _problems_of_a_given_teacher(self) -> Iterator[str]:
         """Yield what does not agree with a teacher that is not trained here."""
         source, student = self.teacher.source, self.student
@@ -316,8 +344,9 @@ class Params(Section):
             return
         if self.teacher.weights in ("none", "imagenet"):
             yield f"`teacher.weights` must be the path of the network for `teacher.source` {source}"
-        if source == "checkpoint" and self.teacher.input.size:
-            yield "`teacher.input.size` must be [] for `teacher.source` checkpoint: set `data.image_size` to its size"
+        suffix = PurePosixPath(self.teacher.weights).suffix
+        if suffix in {"checkpoint": (".onnx",), "onnx": (".pth", ".pt", ".tar", ".safetensors")}[source]:
+            yield f"`teacher.weights` is {self.teacher.weights}, which `teacher.source` {source} does not read"
         if self.teacher.recipe != "scratch":
             yield (
                 f"`teacher.recipe` and `student.recipe` must be scratch for `teacher.source` {source}: the classifier "
@@ -356,7 +385,7 @@ class Params(Section):
                 )
             rendered = self.data.vehicles.train_identities
             training = rendered - int(self.data.validation * rendered)  # as `split_validation` rounds
-            for stage, section in (("teacher", self.teacher), ("student", self.student)):
+            for stage, section in self.trainings:
                 if section.batch.identities > training:
                     complaints.append(
                         f"`{stage}.batch.identities` ({section.batch.identities}) must not exceed the {training} "
@@ -397,9 +426,11 @@ class Params(Section):
                 f"`student.recipe` ({self.student.recipe}) must equal `teacher.recipe` ({self.teacher.recipe}): "
                 "distillation compares their logits"
             )
-        complaints += [*self._problems_of_a_given_teacher(), *self._problems_of_an_own_architecture()]
+        complaints += self._problems_of_the_source()
+        complaints += self._problems_of_a_given_teacher()
+        complaints += self._problems_of_an_own_architecture()
         depth, width, stem = self.teacher.depth, self.teacher.width, self.teacher.stem
-        if depth in (18, 34) and stem not in (0, width):
+        if self.teacher.source == "train" and depth in (18, 34) and stem not in (0, width):
             complaints.append(f"`teacher.stem` must be 0 or {width} at `teacher.depth` {depth}, got {stem}")
         own = self.student.architecture
         start, of_student = ("student.architecture", own) if own.depth else ("teacher", self.teacher)

@@ -119,10 +119,11 @@ class Training(Section):
 class TeacherInput(Section):
     """The images that a teacher from elsewhere expects."""
 
-    mean: Annotated[list[float], Field(max_length=3)]
+    mean: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(max_length=3)]
     """Subtracted from pixels in [0, 1], in the order red, green, blue; [] for that of the file (`pixel_mean` of
-    fast-reid, metadata of ONNX files that were exported here), or ImageNet's if it has none."""
-    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(max_length=3)]
+    fast-reid, metadata of ONNX files that were exported here), or ImageNet's if it has none. Divide statistics of
+    pixels in [0, 255] by 255."""
+    std: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(max_length=3)]
     """The difference is divided by it; [] as for `mean`. 0.00392157 (1/255) for pixels in [0, 255]."""
     bgr: bool
     """Whether the channels stand in the order blue, green, red, as OpenCV reads them."""

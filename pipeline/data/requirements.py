@@ -9,6 +9,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from pipeline.config import Batch, Params
 from pipeline.data.layout import UNKNOWN
@@ -35,19 +36,19 @@ def check_requirements(items: Sequence[Item], params: Params) -> None:
         raise DataError("\n".join(found))
 
 
-def _weights_problems(params: Params) -> Iterator[str]:
-    """Yield which files of weights are missing, or would change unnoticed."""
-    for stage, key, name in (
-        ("teacher", "teacher.weights", params.teacher.weights),
-        ("student", "student.init", params.student.init),
-    ):
-        path = Path(name)
-        if name in ("none", "imagenet", "teacher", "random"):
-            continue
-        if not (path.is_file() or (path / "spec.json").is_file()):
-            yield f"`{key}` is {name}, which is not a file, so stage {stage} will stop; set it to a path"
-        elif not path.resolve().is_relative_to(Path("weights", stage).resolve()):
-            yield f"`{key}` is {name}: put it into weights/{stage}/, because DVC does not see it change elsewhere"
+def weights_warnings(stage: Literal["teacher", "student"], params: Params) -> Iterator[str]:
+    """Yield that the file of weights that a stage begins with is missing, or may change unnoticed."""
+    key, name = {
+        "teacher": ("teacher.weights", params.teacher.weights),
+        "student": ("student.init", params.student.init),
+    }[stage]
+    path = Path(name)
+    if name in ("none", "imagenet", "teacher", "random"):
+        return
+    if not (path.is_file() or (path / "spec.json").is_file()):
+        yield f"`{key}` is {name}, which is not a file, so stage {stage} will stop; set it to a path"
+    elif not path.resolve().is_relative_to(Path("weights", stage).resolve()):
+        yield f"`{key}` is {name}: put it into weights/{stage}/, because DVC does not see it change elsewhere"
 
 
 def problems(items: Sequence[Item], params: Params) -> Iterator[str]:
@@ -69,7 +70,8 @@ def warnings(items: Sequence[Item], params: Params) -> Iterator[str]:
         yield "images without labels are not used, because `student.batch.unlabelled` is 0; raise it, to 48 for example"
     if params.data.source == "folder":
         yield from _identities_around(items, params.data.unlabelled)
-    yield from _weights_problems(params)
+    yield from weights_warnings("teacher", params)
+    yield from weights_warnings("student", params)
     items = [item for item in items if item.split != UNLABELLED]
     trained = _cameras_of(items, "train")
     held_out = {item.identity for item in items if item.split.startswith("validation-")}
@@ -123,7 +125,7 @@ def _unlisted(params: Params) -> str:
 
 
 def _batches(params: Params) -> tuple[tuple[str, Batch], ...]:
-    return ("teacher", params.teacher.batch), ("student", params.student.batch)
+    return tuple((stage, section.batch) for stage, section in params.trainings)
 
 
 def _cameras_of(items: Iterable[Item], *splits: str) -> dict[str, Counter[str]]:

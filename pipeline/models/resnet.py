@@ -242,7 +242,7 @@ class RetrievalNet(TeacherNet):
         return {site: module for site, module in modules.items() if isinstance(module, Indicator)}
 
     def load_backbone(self, state: Mapping[str, Tensor], origin: str) -> None:
-        """Load a torchvision state dict into the backbone; head and classifier keep their weights.
+        """Load a torchvision state dict into the backbone; all other parts keep their weights.
 
         Args:
             state: Tensors by torchvision name; ``fc.*`` is ignored.
@@ -255,7 +255,9 @@ class RetrievalNet(TeacherNet):
         # State dicts from before 2018 lack `num_batches_tracked`, and nothing here reads it.
         counts = "num_batches_tracked"
         expected = {
-            name for name in current if not name.startswith(("head.", "classifier.")) and not name.endswith(counts)
+            name
+            for name in current
+            if not name.startswith(("head.", "classifier.", "projections.")) and not name.endswith(counts)
         }
         loaded = {n: tensor for n, tensor in state.items() if not n.startswith("fc.") and not n.endswith(counts)}
         missing, unknown = sorted(expected - set(loaded)), sorted(set(loaded) - expected)

@@ -15,7 +15,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pipeline.config import Teacher
+from pipeline.config import Architecture, Teacher
 
 BLOCKS: dict[int, tuple[int, int, int, int]] = {
     14: (1, 1, 1, 1),
@@ -223,6 +223,13 @@ class ArchSpec(BaseModel):
             identities,
             cosine=config.recipe == "scratch",
             stem=config.stem,
+        )
+
+    @classmethod
+    def of_student(cls, config: Architecture, embedding_dim: int, identities: int = 0, cosine: bool = False) -> Self:
+        """Return the spec of an uncompressed student with an architecture of its own."""
+        return cls.full(
+            config.depth, config.width, embedding_dim, config.last_stride, identities, cosine, stem=config.stem
         )
 
     @model_validator(mode="after")

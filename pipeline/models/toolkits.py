@@ -20,8 +20,11 @@ Triple = tuple[float, float, float]
 FIRST_BLOCK = "layer1.0.conv1.weight"
 """A tensor of every ResNet; what stands in front of its name is the prefix of the backbone."""
 
-COUNTS = "num_batches_tracked"
-"""Steps of a batch norm: nothing here reads them, and files from before 2018 lack them."""
+COUNTS = ("num_batches_tracked", "n_averaged")
+"""Steps of a batch norm, and models in an average: nothing here reads them, and files from before 2018 lack them."""
+
+WRAPPERS = {"module", "_orig_mod"}
+"""Parts of names that `DataParallel`, `AveragedModel` and `torch.compile` add."""
 
 BACKBONE = re.compile(r"(conv1|bn1|layer[1-4]\.\d+)\.")
 
@@ -79,21 +82,25 @@ def translate(
     Raises:
         ValueError: If it is not the state dict of a ResNet, lacks tensors, or has layers that are not supported.
     """
+    state = {_without_wrappers(name): _plain(name, tensor) for name, tensor in state.items()}
     prefixes = [name.removesuffix(FIRST_BLOCK) for name in state if name.endswith(FIRST_BLOCK)]
     if not prefixes:
         raise ValueError(f"it is not a ResNet, because no tensor is named {FIRST_BLOCK}")
     prefix = min(prefixes, key=len)
     outer = prefix.removesuffix("backbone.").removesuffix("base.")
+    inner = {name.removeprefix(outer): tensor for name, tensor in state.items() if name.startswith(outer)}
+    unused = [name for name in state if not name.startswith(outer) and not name.endswith(COUNTS)]
+    if others := [name for name in unused if not CLASSIFIER.fullmatch(name)]:
+        raise ValueError(f"the names of the network begin with {outer}, but not {others[0]}")
     translated: dict[str, Tensor] = {}
-    unused = []
-    for name, tensor in state.items():
-        if ours := _our_name(name, prefix, outer, tensor):
+    for name, tensor in inner.items():
+        if ours := _our_name(name, prefix.removeprefix(outer), tensor):
             if ours in translated:
                 raise ValueError(f"{name} is a second tensor of {ours}, so its head is not supported")
             translated[ours] = tensor
-        elif not name.endswith(COUNTS) and name.removeprefix(outer) not in PIXELS:
+        elif not name.endswith(COUNTS) and name not in PIXELS:
             unused.append(name)
-    relu = f"{outer}fc.1.weight" in state
+    relu = "fc.1.weight" in inner
     if "head.fc.weight" in translated:
         translated["head.fc.weight"] = translated["head.fc.weight"].flatten(1)  # fast-reid's is a 1x1 convolution
     if "head.fc.bias" in translated and "head.bn2.running_mean" in translated:  # the norm subtracts it with its mean
@@ -104,8 +111,8 @@ def translate(
         translated.setdefault(EXPONENT, torch.tensor([GEM]))
     elif pool == "average" and EXPONENT in translated:
         raise ValueError("its pooling is a generalised mean, whose exponent is a tensor")
-    pixels = [(state[f"{outer}{name}"].flatten() / 255).tolist() for name in PIXELS if f"{outer}{name}" in state]
-    fast_reid = any(name.startswith(f"{outer}heads.") for name in state)
+    pixels = [(inner[name].flatten() / 255).tolist() for name in PIXELS if name in inner]
+    fast_reid = any(name.startswith("heads.") for name in inner)
     spec = _spec(translated, last_stride).model_copy(
         update={
             "head": _head(translated, relu),
@@ -114,20 +121,45 @@ def translate(
         }
     )
     spec = ArchSpec.model_validate(spec.model_dump())
-    unknown = [name for name in unused if not CLASSIFIER.fullmatch(name.removeprefix(outer))]
+    unknown = [name for name in unused if not CLASSIFIER.fullmatch(name)]
     _check(translated, spec, unknown)
     return Translation(spec, translated, tuple(unused))
 
 
-def _our_name(name: str, prefix: str, outer: str, tensor: Tensor) -> str | None:
-    """Return the name that a tensor has here; None if it belongs neither to the backbone nor to a known head."""
+def _without_wrappers(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def _plain(name: str, tensor: Tensor) -> Tensor:
+    """Return a tensor of float32, unless it is one of integers.
+
+    Raises:
+        ValueError: If it is sparse or quantised, or has values that are not finite.
+    """
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        raise ValueError(f"{name} is a sparse or quantised tensor, or has no values")
+    if not tensor.is_floating_point():
+        return tensor
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name} has values that are not finite")
+    if (name.endswith("running_var") and (tensor < 0).any()) or (name.endswith(PIXELS[1]) and (tensor <= 0).any()):
+        raise ValueError(f"{name} has values that are not positive")
+    return tensor.float()
+
+
+def _our_name(name: str, backbone: str, tensor: Tensor) -> str | None:
+    """Return the name that a tensor has here; None if it belongs neither to the backbone nor to a known head.
+
+    Args:
+        name: Its name in the network.
+        backbone: Prefix of the backbone's names.
+    """
     if name.endswith(COUNTS):
         return None
-    backbone = name.removeprefix(prefix)
-    if name.startswith(prefix) and BACKBONE.match(backbone):
-        return backbone
+    if name.startswith(backbone) and BACKBONE.match(name.removeprefix(backbone)):
+        return name.removeprefix(backbone)
     for pattern, replacement in HEADS:
-        if match := re.fullmatch(pattern, name.removeprefix(outer)):
+        if match := re.fullmatch(pattern, name):
             return "head.fc.weight" if tensor.dim() > 1 else match.expand(replacement)
     return None
 

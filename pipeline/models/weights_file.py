@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-INSIDE = ("state_dict", "model", "net", "model_state_dict")
-"""Keys under which toolkits store the state dict beside that of the optimiser."""
+INSIDE = ("state_dict", "model", "net", "model_state_dict", "ema", "ema_state_dict")
+"""Keys under which toolkits store the state dict beside that of the optimiser, in the order of preference."""
 
 MARKS = (b"PK\x03\x04", b"\x80")
 """First bytes of files that `torch.save` writes: zip archives, before version 1.6 pickles."""
@@ -26,6 +26,13 @@ SCALARS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     *((cast(Callable[..., Any], np.float64(0).__reduce__()[0]), f"numpy.{core}.multiarray.scalar") for core in CORES),
 ]
 """What NumPy's scalars consist of, which training loops store as best scores; reading them runs no other code."""
+
+
+UNREADABLE = (
+    *(SafetensorError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, AssertionError, TypeError),
+    RecursionError,
+)
+"""What is raised for a damaged file."""
 
 
 def read_tensors(path: Path, key: str) -> dict[str, Tensor]:
@@ -43,19 +50,21 @@ def read_tensors(path: Path, key: str) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{name} is not a file; set it to the path of a state dict")
     with path.open("rb") as file:
         first = file.read(16)
-    if path.suffix != ".safetensors" and not first.startswith(MARKS):
+    of_torch = first.startswith(MARKS)
+    safe = path.suffix == ".safetensors" or (not of_torch and first[8:9] == b"{")  # behind the length of the header
+    if not safe and not of_torch:
         raise ValueError(f"{name} is no file of torch, since it begins with {first!r}; download or write it again")
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
+        content = load_file(path) if safe else _unpickled(path)
+        tensors = _state_dict(content)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{name} holds more than tensors, and loading it could run code; if you trust it, load it yourself, and "
             "write its state dict with `safetensors.torch.save_file`"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, LookupError, AttributeError) as error:
+    except UNREADABLE as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{name} is not a file of tensors ({reason}); write one with `torch.save`") from error
-    tensors = _state_dict(content)
     if not tensors:
         raise ValueError(f"{name} holds no state dict; write one with `torch.save(net.state_dict(), PATH)`")
     return tensors
@@ -70,7 +79,6 @@ def _state_dict(content: Any) -> dict[str, Tensor]:
     """Return the tensors of a state dict, which may be inside of a dictionary; empty if there is none."""
     if not isinstance(content, dict):
         return {}
-    for key in INSIDE:
-        if isinstance(content.get(key), dict):
-            return _state_dict(content[key])
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    inside = (_state_dict(content.get(key)) for key in INSIDE)
+    own = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    return next((tensors for tensors in inside if tensors), own)

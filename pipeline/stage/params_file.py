@@ -212,10 +212,18 @@ def _rename(root: Node | None) -> Iterator[Renaming]:
             yield Renaming(old, new, key)
 
 
+SHORTEST = 8
+"""Length of an embedding that a file decides: with the shortest, a budget that can be reached is never rejected."""
+
+
 def _check_budget(params: Params) -> None:
     """Reject a budget that no choice of channels can reach, before anything is trained."""
     student, (height, width) = params.student, params.data.image_size
-    spec = ArchSpec.of(params.teacher)
+    own, trained = student.architecture, params.teacher.source == "train"
+    if not (own.depth or trained):  # the file decides; stage student checks it before it trains
+        return
+    dim = params.teacher.embedding_dim if trained else SHORTEST
+    spec = ArchSpec.of_student(own, dim) if own.depth else ArchSpec.of(params.teacher)
     if student.budgeted and student.budget.of == "latency":  # measured by stage student
         shrinking_sites(spec, student)
     else:

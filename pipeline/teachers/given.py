@@ -174,8 +174,7 @@ def student_spec(teacher: TeacherNet, params: Params, identities: int) -> ArchSp
     own = params.student.architecture
     if isinstance(teacher, RetrievalNet) and not own.depth:
         return teacher.spec
-    dim, cosine = dimension_of(teacher), params.student.recipe == "scratch"
-    spec = ArchSpec.full(own.depth, own.width, dim, own.last_stride, identities, cosine, own.stem)
+    spec = ArchSpec.of_student(own, dimension_of(teacher), identities, params.student.recipe == "scratch")
     if not (isinstance(teacher, RetrievalNet) and params.student.distill.feature):
         return spec
     stages = [site for site in spec.stream if site != "conv1"]

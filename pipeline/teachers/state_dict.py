@@ -1,11 +1,13 @@
 """Trained ResNets as teachers: folders of this project, and state dicts of other toolkits."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from pipeline import checkpoint
@@ -33,6 +35,11 @@ def load_checkpoint(config: Teacher) -> RetrievalNet:
     path = Path(config.weights)
     if (path / checkpoint.SPEC).is_file():
         net = checkpoint.load(path)
+        for key, value in (("max_pool", config.max_pool), ("pool", config.pool)):
+            if value != "auto":
+                raise TeacherError(
+                    f"`teacher.{key}` is {value}, but {path / checkpoint.SPEC} decides it; set it to auto"
+                )
         if net.spec.indicators:
             raise TeacherError(
                 f"`teacher.weights` {path} is a student before surgery; set it to artifacts/surgery of its run"
@@ -43,9 +50,10 @@ def load_checkpoint(config: Teacher) -> RetrievalNet:
         max_pool = None if config.max_pool == "auto" else config.max_pool
         pool = None if config.pool == "auto" else config.pool
         translation = translate(state, config.last_stride, (MEAN, STD), max_pool, pool)
-    except ValueError as error:
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:  # the last three: tensors of another shape
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error).partition("\n")[0]
         raise TeacherError(
-            f"`teacher.weights` {path} cannot be used: {error}; export the network as ONNX, and set `teacher.source` "
+            f"`teacher.weights` {path} cannot be used: {reason}; export the network as ONNX, and set `teacher.source` "
             "to onnx"
         ) from error
     net = RetrievalNet(translation.spec)
@@ -61,7 +69,9 @@ def _as_given(net: RetrievalNet, section: TeacherInput) -> RetrievalNet:
     """Return the network with the input that params.yaml names, as far as it names one."""
     if not (section.mean or section.std or section.bgr):
         return net
-    return with_preprocessing(net, Preprocessing.of(section, *normalisation_of((MEAN, STD), net.spec.input)))
+    kind = Preprocessing.of(section, *normalisation_of((MEAN, STD), net.spec.input))
+    already = net.spec.input is not None and net.spec.input.bgr
+    return with_preprocessing(net, replace(kind, bgr=kind.bgr or already))
 
 
 def with_preprocessing(net: RetrievalNet, kind: Preprocessing) -> RetrievalNet:

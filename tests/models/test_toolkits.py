@@ -16,6 +16,13 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PIXELS = torch.rand(3, 3, 70, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 R14, R18, R26 = (1, 1, 1, 1), (2, 2, 2, 2), (2, 2, 2, 2)
 
+WRAPS: list[Callable[[str], str]] = [
+    lambda name: name,
+    lambda name: f"module.{name}",
+    lambda name: f"_orig_mod.{name}",
+    lambda name: name.replace("backbone.", "backbone.module.").replace("base.", "base.module."),
+]
+
 
 def normalised(pixels: Tensor) -> Tensor:
     mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (MEAN, STD))
@@ -41,13 +48,13 @@ def loaded(translation: Translation) -> RetrievalNet:
     ],
     ids=["torchreid", "torchreid-ibn", "torchreid-fc", "fast-reid-ibn", "fast-reid-fc", "fast-reid-basic", "bnneck"],
 )
-@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("wrap", WRAPS, ids=["plain", "parallel", "compiled", "backbone alone parallel"])
 def test_a_translated_network_computes_the_embeddings_of_the_toolkit(
-    make: Callable[[], nn.Module], head: str, left_out: int, parallel: bool
+    make: Callable[[], nn.Module], head: str, left_out: int, wrap: Callable[[str], str]
 ) -> None:
     torch.manual_seed(0)
     theirs = randomised(make())
-    state = nn.DataParallel(theirs).state_dict() if parallel else theirs.state_dict()
+    state = {wrap(name): tensor for name, tensor in theirs.state_dict().items()}
     stride = theirs.layer4[0].conv2.stride[0] if isinstance(theirs, TorchReid) else 1
     translation = translate(state, stride, (MEAN, STD))
     theirs.double()
@@ -87,13 +94,53 @@ def test_torchvision_gives_pooled_features() -> None:
             r"fc\.1\.weight is a second tensor of head\.bn2\.weight, so its head is not supported",
         ),
         (lambda state: state | {"layer2.0.bn2.weight": torch.zeros(3)}, r"layer2\.0\.bn2\.weight has the shape \(3,\)"),
+        (
+            lambda state: state | {"conv1.weight": state["conv1.weight"] * torch.nan},
+            "values that are not finite",
+        ),
+        (
+            lambda state: state | {"bn1.running_var": -state["bn1.running_var"]},
+            "values that are not posit",
+        ),
+        (lambda state: state | {"pixel_std": torch.zeros(1, 3, 1, 1)}, "pixel_std has values that are not positive"),
+        (
+            lambda state: state | {"bn1.bias": state["bn1.bias"].to_sparse()},
+            r"bn1\.bias is a sparse or qua",
+        ),
+        (
+            lambda state: {f"model.{k}": v for k, v in state.items()} | {"fc.0.weight": torch.ones(8, 256)},
+            r"the names of the network begin with model\., but not fc\.0\.weight",
+        ),
     ],
-    ids=["mlp", "squeeze-excitation", "non-local", "missing", "blocks", "two heads", "shape"],
+    ids=[
+        "mlp",
+        "squeeze-excitation",
+        "non-local",
+        "missing",
+        "blocks",
+        "two heads",
+        "shape",
+        "not finite",
+        "negative",
+        "no deviation",
+        "sparse",
+        "outside",
+    ],
 )
 def test_what_is_not_supported_is_named(change: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str) -> None:
     state = dict(TorchReid(R26, 8, 2, ibn=False).state_dict())
     with pytest.raises(ValueError, match=message):
         translate(change(state), 2, (MEAN, STD))
+
+
+def test_half_precision_is_loaded_as_float32() -> None:
+    theirs = randomised(TorchReid(R14, 8, 1, ibn=False, fc_dim=24)).half()
+    translation = translate(theirs.state_dict(), 1, (MEAN, STD))
+    assert {tensor.dtype for tensor in translation.state.values()} == {torch.float32}
+    theirs.double()
+    with torch.no_grad():
+        expected = theirs(normalised(PIXELS))
+        torch.testing.assert_close(loaded(translation)(normalised(PIXELS)).embedding, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_pooling_without_a_tensor_may_be_given() -> None:

@@ -27,8 +27,11 @@ class RunsCode:
         {"state_dict": STATE, "epoch": 60, "rank1": np.float64(0.9), "best": np.float32(0.8)},  # torchreid
         {"model": STATE, "iteration": 7, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}},  # fast-reid
         {"net": {"model_state_dict": STATE}},
+        {"net": {"depth": 50}, "model_state_dict": STATE},
+        {"model": {"name": "a"}, **STATE},
+        {"ema": STATE, "epoch": 3},
     ],
-    ids=["plain", "torchreid", "fast-reid", "nested"],
+    ids=["plain", "torchreid", "fast-reid", "nested", "settings first", "beside settings", "moving average"],
 )
 def test_a_state_dict_is_found_beside_other_things(tmp_path: Path, content: object) -> None:
     path = tmp_path / "model.pth.tar-60"
@@ -38,12 +41,11 @@ def test_a_state_dict_is_found_beside_other_things(tmp_path: Path, content: obje
     assert torch.equal(read[1], STATE["layer1.0.conv1.weight"])
 
 
-def test_safetensors_are_read(tmp_path: Path) -> None:
-    save_file(STATE, tmp_path / "a.safetensors")
-    assert torch.equal(
-        read_tensors(tmp_path / "a.safetensors", "teacher.weights")["layer1.0.conv1.weight"],
-        STATE["layer1.0.conv1.weight"],
-    )
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
+def test_safetensors_are_read_whatever_their_name(tmp_path: Path, name: str) -> None:
+    save_file(STATE, tmp_path / name)
+    read = read_tensors(tmp_path / name, "teacher.weights")
+    assert torch.equal(read["layer1.0.conv1.weight"], STATE["layer1.0.conv1.weight"])
 
 
 @pytest.mark.parametrize("how", ["torch.save", "pickle"])
@@ -58,6 +60,14 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ValueError, match=r"model\.pth, which holds more than tensors, and loading it could run code"):
         read_tensors(path, "teacher.weights")
     assert not (tmp_path / "created").exists()
+
+
+def test_a_dictionary_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    content: dict[str, object] = {}
+    content["model"] = content
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a\.pth, which is not a file of tensors \(maximum recursion depth"):
+        read_tensors(tmp_path / "a.pth", "teacher.weights")
 
 
 @pytest.mark.parametrize(

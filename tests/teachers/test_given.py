@@ -15,6 +15,7 @@ from pipeline.config import Params
 from pipeline.data.augment import MEAN, STD, normalise
 from pipeline.models.resnet import RetrievalNet
 from pipeline.models.spec import ArchSpec
+from pipeline.models.toolkits import relative_input
 from pipeline.retrieval import scoring
 from pipeline.retrieval.scoring import Side
 from pipeline.stage.presets import load_preset
@@ -78,9 +79,42 @@ def test_a_network_of_this_project_is_a_folder(params: Params, tmp_path: Path) -
     net = load_checkpoint(section(params, tmp_path / "own"))
     assert net.classifier is None
     assert torch.equal(net.conv1.weight, teacher.conv1.weight)
+    with pytest.raises(TeacherError, match=r"`teacher\.pool` is gem, but .*spec\.json decides it; set it to auto"):
+        load_checkpoint(section(params, tmp_path / "own", pool="gem"))
     checkpoint.save(tmp_path / "student", attach(teacher, ["layer1"]))
     with pytest.raises(TeacherError, match="is a student before surgery; set it to artifacts/surgery"):
         load_checkpoint(section(params, tmp_path / "student"))
+
+
+def test_params_may_change_a_part_of_the_input_of_a_network_of_this_project(params: Params, tmp_path: Path) -> None:
+    spec = ArchSpec.full(14, 8, 24)
+    net = with_preprocessing(RetrievalNet(spec), Preprocessing((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), bgr=True))
+    checkpoint.save(tmp_path / "own", net)
+    given = {"mean": [], "std": [0.25] * 3, "bgr": False, "size": [], "layout": "auto"}
+    loaded = load_checkpoint(section(params, tmp_path / "own", input=given)).spec.input
+    assert loaded is not None
+    assert loaded.bgr
+    expected = relative_input((MEAN, STD), (0.5, 0.4, 0.3), (0.25, 0.25, 0.25), bgr=True)
+    assert expected is not None
+    np.testing.assert_allclose([*loaded.scale, *loaded.shift], [*expected.scale, *expected.shift], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("layer2.0.conv1.weight", torch.tensor(1.0)),
+        ("layer1.0.bn1.IN.weight", torch.ones(9)),
+        ("fc.0.weight", torch.ones(4)),
+    ],
+)
+def test_tensors_of_impossible_shapes_are_refused_in_one_line(
+    params: Params, tmp_path: Path, name: str, tensor: torch.Tensor
+) -> None:
+    state = TorchReid((1, 1, 1, 1), 8, 2, ibn=True).state_dict() | {name: tensor}
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(TeacherError, match=r"a\.pth cannot be used: .*; export the network as ONNX") as error:
+        load_checkpoint(section(params, tmp_path / "a.pth"))
+    assert "\n" not in str(error.value)
 
 
 def test_what_is_no_resnet_is_refused_by_name(params: Params, tmp_path: Path) -> None:
