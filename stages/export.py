@@ -31,7 +31,7 @@ from pipeline.retrieval.embed import embed
 from pipeline.retrieval.evaluate import evaluate_embedder, sides
 from pipeline.runtime import launch
 from pipeline.stage.run import Run, run_stage
-from pipeline.teachers.given import dimension_of, load, macs_of, params_of, student_spec
+from pipeline.teachers.given import load, student_spec
 from pipeline.teachers.onnx_teacher import OnnxTeacher
 
 MAX_ORIGINALS = 64
@@ -76,9 +76,9 @@ def export(run: Run) -> ExportRecord:
             image_size=(height, width),
             mean=MEAN,
             std=STD,
-            embedding_dim=dimension_of(net),
-            params=params_of(net),
-            macs=macs_of(net, (height, width)),
+            embedding_dim=net.embedding_dim,
+            params=net.count_params(),
+            macs=net.count_macs((height, width)),
         )
 
     def embed_test(net: TeacherNet) -> Embeddings:
@@ -179,7 +179,7 @@ def is_plain(net: TeacherNet) -> bool:
 
 def _teacher_note(params: Params, teacher: TeacherNet, student: RetrievalNet) -> str:
     size = (params.data.image_size[0], params.data.image_size[1])
-    costs: dict[str, tuple[int, int | None]] = {"the teacher": (params_of(teacher), macs_of(teacher, size))}
+    costs: dict[str, tuple[int, int | None]] = {"the teacher": (teacher.count_params(), teacher.count_macs(size))}
     if params.student.architecture.depth:
         full = student_spec(teacher, params, 0)
         costs["its own network before compression"] = (cost.params(full), cost.macs(full, size))

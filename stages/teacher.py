@@ -16,7 +16,7 @@ from pipeline.retrieval.embed import evaluate
 from pipeline.retrieval.scoring import scores
 from pipeline.runtime import launch
 from pipeline.stage.run import Run, run_stage
-from pipeline.teachers.given import given_teacher, macs_of, params_of, save
+from pipeline.teachers.given import given_teacher, save
 from pipeline.training.loop import Fit
 from pipeline.training.teacher import TeacherTask, build_teacher, validator
 
@@ -46,8 +46,8 @@ def teacher(run: Run) -> TeacherRecord:
     height, width = params.data.image_size
     return TeacherRecord(
         **scores(protocol, retrieval).model_dump(),
-        params=params_of(net),
-        macs=macs_of(net, (height, width)),
+        params=net.count_params(),
+        macs=net.count_macs((height, width)),
     )
 
 

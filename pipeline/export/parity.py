@@ -21,7 +21,7 @@ MAX_BATCH_IMAGES = 4096
 ROUNDING_GAP = 1e-5
 """Two gallery images may swap ranks if their similarities differ by less: rounding explains that."""
 MIN_COSINE_RESIZED = 0.999
-"""Smallest allowed cosine between resizing in ONNX Runtime and in Pillow, whose pixels differ in the last bits."""
+"""Smallest allowed cosine between resizing in ONNX Runtime and in Pillow, whose pixels differ by at most one level."""
 
 
 class ParityError(RuntimeError):

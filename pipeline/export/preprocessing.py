@@ -1,6 +1,6 @@
 """Preprocessing as part of the ONNX graph: users pass raw images and cannot resize or normalise them incorrectly.
 
-The graph resizes uint8 images with antialiasing, like Pillow's bilinear filter; the two differ in a few last bits.
+The graph resizes uint8 images with antialiasing, like Pillow's bilinear filter; pixels differ by at most one level.
 """
 
 from typing import Any
@@ -32,8 +32,9 @@ def add_preprocessing(
     }
     nodes = [
         # Resize comes before Transpose: ONNX Runtime resizes uint8 with antialiasing only in channels-last order.
+        # Without `exclude_outside`, pixels at the border are weighted again where the filter reaches beyond the image.
         _node("Resize", [INPUT, "", "", "preprocess/size"], "resized", mode="linear", antialias=1, axes=[1, 2],
-              coordinate_transformation_mode="half_pixel"),
+              coordinate_transformation_mode="half_pixel", exclude_outside=1),
         _node("Transpose", ["preprocess/resized"], "channels", perm=[0, 3, 1, 2]),
         _node("Cast", ["preprocess/channels"], "floats", to=TensorProto.FLOAT),
         _node("Sub", ["preprocess/floats", "preprocess/mean"], "centred"),

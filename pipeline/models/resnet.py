@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from pipeline.models import cost
 from pipeline.models.head import Classifier, EmbeddingHead
 from pipeline.models.input import InputAdapter
 from pipeline.models.spec import BATCH, BLOCKS, INSTANCE, ArchSpec, Block, indicator_name
@@ -43,6 +44,19 @@ class TeacherNet(nn.Module):
     def __call__(self, images: Tensor) -> Output:
         """Compute embeddings and logits of normalised images (B, 3, H, W)."""
         return cast(Output, super().__call__(images))
+
+    @property
+    def embedding_dim(self) -> int:
+        """Length of the embedding."""
+        raise NotImplementedError
+
+    def count_params(self) -> int:
+        """Return the number of parameters, without the classifier."""
+        raise NotImplementedError
+
+    def count_macs(self, image_size: tuple[int, int]) -> int | None:
+        """Return the multiply-accumulates for one image of this height and width; None if they cannot be counted."""
+        raise NotImplementedError
 
 
 class Compactor(nn.Conv2d):
@@ -235,6 +249,16 @@ class RetrievalNet(TeacherNet):
             x = self.get_submodule(name)(x, self.gates[name])
         embedding = self.head(x)
         return Output(embedding, None if self.classifier is None else self.classifier(embedding))
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.spec.embedding_dim
+
+    def count_params(self) -> int:
+        return cost.params(self.spec)
+
+    def count_macs(self, image_size: tuple[int, int]) -> int:
+        return cost.macs(self.spec, image_size)
 
     def indicators(self) -> dict[str, Indicator]:
         """Return the compactors and channel gates by site."""

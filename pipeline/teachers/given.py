@@ -9,22 +9,21 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
+from torch import Tensor
 
 from pipeline import checkpoint
 from pipeline.config import Params
-from pipeline.data.augment import MEAN, STD, normalise
+from pipeline.data.augment import MEAN, STD, as_tensor, normalise
 from pipeline.data.images import Images
 from pipeline.data.manifest import Manifest
-from pipeline.models import cost
 from pipeline.models.resnet import RetrievalNet, TeacherNet
 from pipeline.models.spec import ArchSpec
 from pipeline.retrieval.embed import embed
 from pipeline.retrieval.evaluate import evaluate_embedder
 from pipeline.retrieval.metrics import Retrieval
-from pipeline.teachers import onnx_cost
 from pipeline.teachers.checks import Preprocessing, TeacherError, check_retrieval, compare_preprocessing, probes
 from pipeline.teachers.onnx_file import expectation, normalisation_of, read_file, standardised
-from pipeline.teachers.onnx_teacher import FILE, RUNTIME_ERRORS, OnnxTeacher
+from pipeline.teachers.onnx_teacher import CLASSIFIER, FILE, RUNTIME_ERRORS, OnnxTeacher
 from pipeline.teachers.state_dict import class_directions, load_checkpoint, with_classifier, with_preprocessing
 
 log = logging.getLogger(__name__)
@@ -47,9 +46,16 @@ def given_teacher(params: Params, manifest: Manifest, images: Images, device: to
     """
     teacher, variant = LOADERS[params.teacher.source](params)
     teacher.to(device)
+    weights = f"`teacher.weights` {params.teacher.weights}"
+    if isinstance(teacher, OnnxTeacher):
+        check_batches(teacher, weights, normalise(as_tensor(images.batch(manifest.indices("train")[:3]))))
 
     def embeddings(net: TeacherNet, indices: npt.NDArray[np.int64]) -> Vectors:
-        return embed(net, images, indices, normalise, device)
+        vectors = embed(net, images, indices, normalise, device)
+        if not (finite := np.isfinite(vectors).all(axis=1)).all():
+            path = manifest.items[indices[~finite][0]].path
+            raise TeacherError(f"{weights} embeds {path} as values that are not finite; check `teacher.input`")
+        return vectors
 
     def score(vectors: Vectors) -> Retrieval:
         return evaluate_embedder(lambda _: vectors, manifest, "query", "gallery", params.data.protocol)
@@ -58,7 +64,7 @@ def given_teacher(params: Params, manifest: Manifest, images: Images, device: to
     names = manifest.identities(train)
     chosen = probes(names)
     probed = train[chosen]
-    present = embeddings(teacher, probed) if len(probed) else np.zeros((0, dimension_of(teacher)), np.float32)
+    present = embeddings(teacher, probed) if len(probed) else np.zeros((0, teacher.embedding_dim), np.float32)
     advice = compare_preprocessing(present, lambda kind: embeddings(variant(kind).to(device), probed), names[chosen])
     of_test = embeddings(teacher, np.concatenate([manifest.indices("query"), manifest.indices("gallery")]))
     random = np.random.default_rng(params.seed)
@@ -80,7 +86,8 @@ def _onnx(params: Params) -> tuple[TeacherNet, Variant]:
     path, size = Path(params.teacher.weights), (params.data.image_size[0], params.data.image_size[1])
     if not path.is_file():
         raise FileNotFoundError(f"`teacher.weights` is {path}, which is not a file; set it to the path of an ONNX file")
-    model, name = read_file(path.read_bytes(), f"`teacher.weights` {path}", path.parent), str(path)
+    name = f"`teacher.weights` {path}"
+    model = read_file(path.read_bytes(), name, path.parent, path.resolve().parent)
     given = params.teacher.input
 
     def variant(kind: Preprocessing) -> OnnxTeacher:
@@ -89,13 +96,11 @@ def _onnx(params: Params) -> tuple[TeacherNet, Variant]:
 
     try:
         teacher = variant(Preprocessing.of(given, *normalisation_of(model)))
-        check_batches(teacher, name, size)
+        onnx.checker.check_model(teacher.model(), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, *RUNTIME_ERRORS) as error:
-        reason = str(error).partition("\n")[0][:200]
-        raise TeacherError(
-            f"{name} cannot be run by ONNX Runtime ({reason}); export it again, with standard operators and a variable "
-            "number of images"
-        ) from error
+        raise _cannot_run(name, error) from error
+    if not teacher.count_params():
+        raise TeacherError(f"{name} has no weights, so there is nothing to compress; export a trained network")
     if teacher.batch is not None and teacher.batch != params.export.batch:
         raise TeacherError(
             f"{name} takes exactly {teacher.batch} images in a call; export it with a variable number, or set "
@@ -105,21 +110,41 @@ def _onnx(params: Params) -> tuple[TeacherNet, Variant]:
     return teacher, variant
 
 
-def check_batches(teacher: OnnxTeacher, name: str, size: tuple[int, int]) -> None:
-    """Check that a file is valid, and that the embedding of an image does not depend on the others of its batch.
+def _cannot_run(name: str, error: Exception) -> TeacherError:
+    reason = str(error).partition("\n")[0][:200]
+    return TeacherError(
+        f"{name} cannot be run by ONNX Runtime ({reason}); export it again, with standard operators and a variable "
+        "number of images"
+    )
+
+
+def check_batches(teacher: OnnxTeacher, name: str, images: Tensor) -> None:
+    """Check that a file runs, and that the embedding of an image does not depend on the others of its batch.
+
+    Args:
+        images: Normalised images (B, 3, H, W), more than one.
 
     Raises:
-        TeacherError: If it does.
-        onnx.checker.ValidationError: If the file is not valid.
+        TeacherError: If it does not run, or an embedding depends on other images.
     """
-    onnx.checker.check_model(teacher.model(), full_check=True)
-    images = torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(0))
-    alone = torch.cat([teacher(image[None]).embedding for image in images])
-    cosine = float((teacher(images).embedding * alone).sum(dim=1).min())
+    try:
+        together = teacher(images).embedding
+        alone = torch.cat([teacher(image[None]).embedding for image in images])
+    except RUNTIME_ERRORS as error:
+        raise _cannot_run(name, error) from error
+    if together.shape != alone.shape:
+        raise TeacherError(
+            f"{name} returns {tuple(together.shape)} for {len(images)} images instead of {tuple(alone.shape)}; export "
+            "it with a variable number of images"
+        )
+    if not torch.isfinite(alone).all() or not alone.any(dim=1).all():
+        raise TeacherError(f"{name} embeds an image as zeros, or as values that are not finite; check `teacher.input`")
+    cosine = float((together * alone).sum(dim=1).min())
     if not cosine >= MIN_COSINE:
         raise TeacherError(
-            f"{name} embeds an image in a batch of 3 and alone with a cosine of {cosine:.6f}, below {MIN_COSINE}: "
-            "export it with float weights, since quantisation by the batch changes them"
+            f"{name} embeds an image in a batch of {len(images)} and alone with a cosine of {cosine:.6f}, below "
+            f"{MIN_COSINE}: export it with float weights and without random operators, since quantisation by the batch "
+            "changes embeddings"
         )
 
 
@@ -134,7 +159,7 @@ def unchecked_teacher(params: Params, identities: int) -> TeacherNet:
         FileNotFoundError: If there is nothing at `teacher.weights`.
     """
     teacher, _ = LOADERS[params.teacher.source](params)
-    dim = dimension_of(teacher)
+    dim = teacher.embedding_dim
     directions = np.random.default_rng(0).standard_normal((identities, dim), dtype=np.float32)
     return _complete(teacher, directions / np.linalg.norm(directions, axis=1, keepdims=True))
 
@@ -149,7 +174,9 @@ def _complete(teacher: TeacherNet, directions: Vectors) -> TeacherNet:
 
 
 def save(teacher: TeacherNet, folder: Path) -> None:
-    """Write a teacher."""
+    """Write a teacher in place of another one."""
+    for name in (FILE, CLASSIFIER, checkpoint.SPEC, checkpoint.WEIGHTS):
+        (folder / name).unlink(missing_ok=True)
     if isinstance(teacher, RetrievalNet):
         checkpoint.save(folder, teacher)
     elif isinstance(teacher, OnnxTeacher):
@@ -174,35 +201,8 @@ def student_spec(teacher: TeacherNet, params: Params, identities: int) -> ArchSp
     own = params.student.architecture
     if isinstance(teacher, RetrievalNet) and not own.depth:
         return teacher.spec
-    spec = ArchSpec.of_student(own, dimension_of(teacher), identities, params.student.recipe == "scratch")
+    spec = ArchSpec.of_student(own, teacher.embedding_dim, identities, params.student.recipe == "scratch")
     if not (isinstance(teacher, RetrievalNet) and params.student.distill.feature):
         return spec
     stages = [site for site in spec.stream if site != "conv1"]
     return spec.model_copy(update={"projections": {stage: teacher.spec.widths[stage] for stage in stages}})
-
-
-def params_of(teacher: TeacherNet) -> int:
-    """Return the number of parameters, without the classifier."""
-    return (
-        cost.params(teacher.spec) if isinstance(teacher, RetrievalNet) else onnx_cost.params(_onnx_of(teacher).model())
-    )
-
-
-def macs_of(teacher: TeacherNet, size: tuple[int, int]) -> int | None:
-    """Return the multiply-accumulates for one image; None if they cannot be counted."""
-    return (
-        cost.macs(teacher.spec, size)
-        if isinstance(teacher, RetrievalNet)
-        else onnx_cost.macs(_onnx_of(teacher).model())
-    )
-
-
-def dimension_of(teacher: TeacherNet) -> int:
-    """Return the length of the embedding."""
-    return teacher.spec.embedding_dim if isinstance(teacher, RetrievalNet) else _onnx_of(teacher).embedding_dim
-
-
-def _onnx_of(teacher: TeacherNet) -> OnnxTeacher:
-    if not isinstance(teacher, OnnxTeacher):
-        raise TypeError(f"a teacher is a ResNet or an ONNX file, not {type(teacher).__name__}")
-    return teacher

@@ -1,7 +1,7 @@
 """Parameters and multiply-accumulates of a given ONNX file, counted in its graph."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import onnx
 from onnx import TensorProto
@@ -23,15 +23,29 @@ UNCOUNTED = ("Attention", "ConvTranspose", "DeformConv", "Einsum", "GRU", "LSTM"
 
 
 def params(model: onnx.ModelProto) -> int:
-    """Return the number of weights, floating-point or quantised; without the nodes that `onnx_file` adds."""
-    return sum(math.prod(tensor.dims) for tensor in _constants(model) if tensor.data_type in WEIGHTS)
+    """Return the number of weights, floating-point or quantised; without the nodes that `onnx_file` adds.
+
+    Those of branches, loops and local functions count once.
+    """
+    constants = [tensor for tensor in _constants(model.graph) if tensor.name.startswith(PREFIX)]
+    for function in model.functions:
+        constants += _values(function.node)
+    return sum(math.prod(tensor.dims) for tensor in constants if tensor.data_type in WEIGHTS)
 
 
-def _constants(model: onnx.ModelProto) -> Iterator[TensorProto]:
-    yield from (tensor for tensor in model.graph.initializer if tensor.name.startswith(PREFIX))
-    for node in model.graph.node:
-        if node.op_type == "Constant" and node.output[0].startswith(PREFIX):
-            yield from (attribute.t for attribute in node.attribute if attribute.name == "value")
+def _constants(graph: onnx.GraphProto) -> Iterator[TensorProto]:
+    """Yield the weights of a graph and of those inside of it; constants of nodes have the names of their outputs."""
+    yield from graph.initializer
+    yield from _values(graph.node)
+
+
+def _values(nodes: Iterable[onnx.NodeProto]) -> Iterator[TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs) if attribute.HasField("g") or attribute.graphs else ():
+                yield from _constants(inner)
+            if node.op_type == "Constant" and attribute.name == "value":
+                yield TensorProto(name=node.output[0], dims=attribute.t.dims, data_type=attribute.t.data_type)
 
 
 def macs(model: onnx.ModelProto) -> int | None:
@@ -42,7 +56,9 @@ def macs(model: onnx.ModelProto) -> int | None:
     """
     fixed = onnx.ModelProto()
     fixed.CopyFrom(model)
-    fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    batch = fixed.graph.input[0].type.tensor_type.shape.dim[0]
+    images = batch.dim_value or 1  # files for a fixed number have it in constants too
+    batch.dim_value = images
     del fixed.graph.value_info[:]
     for value in fixed.graph.output:
         value.type.tensor_type.shape.Clear()
@@ -69,4 +85,4 @@ def macs(model: onnx.ModelProto) -> int | None:
         else:
             transposed = any(a.name == "transA" and a.i for a in node.attribute)
             total += math.prod(out) * (left[0] if transposed else left[-1])
-    return total
+    return total // images

@@ -6,6 +6,8 @@ order of channels, layout, type and size.
 """
 
 import json
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,10 @@ PREFIX = "given/"
 
 OLDEST_OPSET, RESIZES_AXES = 11, 18
 """The first operator sets whose `Resize` works as needed here, and resizes single axes, with antialiasing."""
+
+
+UNLISTED_WEIGHTS = 4
+"""The first IR version in which weights need not be inputs of the graph."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +54,18 @@ class Expected:
     type: int
 
 
-def read_file(content: bytes, name: str, folder: Path = Path()) -> onnx.ModelProto:
+def read_file(content: bytes, name: str, *folders: Path) -> onnx.ModelProto:
     """Read an ONNX file and check it.
 
     Args:
-        folder: That of the file, where its weights may be in other files.
+        folders: Where its weights may be in other files.
 
     Raises:
         TeacherError: If it is not a valid ONNX file with one input of images.
     """
     try:
         model = onnx.load_from_string(content)
-        onnx.load_external_data_for_model(model, str(folder))
+        _load_external(model, folders)
         onnx.checker.check_model(model)
     except (FileNotFoundError, onnx.checker.ValidationError) as error:
         if others := sorted(set(_external_files(model))):
@@ -76,6 +82,30 @@ def read_file(content: bytes, name: str, folder: Path = Path()) -> onnx.ModelPro
             f"{name} must have one input, of four dimensions, and has {found}; export it with images only"
         )
     return model
+
+
+def _load_external(model: onnx.ModelProto, folders: Sequence[Path]) -> None:
+    """Read the weights of a model that are in other files.
+
+    onnx refuses links, which DVC may put in place of a file; so copies are read.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        onnx.checker.ValidationError: If a path leads out of the folders.
+    """
+    names = set(_external_files(model))
+    if not names:
+        return
+    with tempfile.TemporaryDirectory() as copies:
+        for name in names:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise onnx.checker.ValidationError(f"its weights are in {name}, which is not in the same folder")
+            (Path(copies) / name).parent.mkdir(parents=True, exist_ok=True)
+            found = next((folder / name for folder in folders if (folder / name).is_file()), None)
+            if found is None:
+                raise FileNotFoundError(name)
+            shutil.copyfile(found, Path(copies) / name)
+        onnx.load_external_data_for_model(model, copies)
 
 
 def _first_line(error: Exception) -> str:
@@ -102,7 +132,10 @@ def normalisation_of(model: onnx.ModelProto) -> tuple[tuple[float, ...], tuple[f
         mean, std = (tuple(float(value) for value in json.loads(properties[name])) for name in ("mean", "std"))
     except (KeyError, TypeError, ValueError):
         return MEAN, STD
-    return (mean, std) if len(mean) == len(std) == 3 and min(std) > 0 else (MEAN, STD)
+    if not (len(mean) == len(std) == 3 and min(std) > 0):
+        return MEAN, STD
+    scale = 255 if max(mean) > 1 else 1  # statistics of pixels in [0, 255]
+    return tuple(value / scale for value in mean), tuple(value / scale for value in std)
 
 
 def images_of(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
@@ -155,7 +188,10 @@ def expectation(
         )
     kind = value.type.tensor_type.elem_type
     if kind not in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8):
-        raise TeacherError(f"{name} takes {TensorProto.DataType.Name(kind)}; export it with an input of floats")
+        raise TeacherError(
+            f"{name} takes images of the type {TensorProto.DataType.Name(kind)}; export it with float32, float16 or "
+            "uint8"
+        )
     return Expected((height, width), mean, std, bgr, channels_last, kind)
 
 
@@ -169,13 +205,13 @@ def embedding_of(model: onnx.ModelProto, name: str) -> tuple[str, int, bool]:
         outputs = onnx.shape_inference.infer_shapes(model, data_prop=True).graph.output
     except onnx.shape_inference.InferenceError:
         outputs = model.graph.output
-    candidates = []
+    candidates: list[tuple[str, int, bool]] = []
     for value in outputs:
-        shape = shape_of(value)
-        if len(shape) == 2 and isinstance(shape[1], int):
-            candidates.append((value.name, shape[1], False))
-        elif len(shape) == 4 and shape[2:] == [1, 1] and isinstance(shape[1], int):
-            candidates.append((value.name, shape[1], True))
+        match shape_of(value):
+            case [_, int(length)] if length > 0:
+                candidates.append((value.name, length, False))
+            case [_, int(length), 1, 1] if length > 0:
+                candidates.append((value.name, length, True))
     if len(candidates) != 1:
         found = ", ".join(f"{value.name} {shape_of(value)}" for value in outputs)
         raise TeacherError(
@@ -202,10 +238,11 @@ def standardised(
         TeacherError: If it has no embedding, or its operator set is too old.
     """
     output, length, flatten = embedding_of(model, name)
-    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
     if opset < OLDEST_OPSET:
-        raise TeacherError(f"{name} has operator set {opset}; export it with {OLDEST_OPSET} or later")
-    result = onnx.compose.add_prefix(model, PREFIX)
+        raise TeacherError(f"{name} has operator set {opset or 'none'} of ONNX; export it with {OLDEST_OPSET} or later")
+    result = _prefixed(model)
+    result.ir_version = max(result.ir_version, UNLISTED_WEIGHTS)
     graph = result.graph
     del graph.value_info[:]  # notes of the exporter, which may be outdated
     (given,) = images_of(result)
@@ -224,6 +261,34 @@ def standardised(
     graph.input.append(helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [count, 3, *image_size]))
     graph.output.append(helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [count, length]))
     return result
+
+
+def _prefixed(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the same model with `PREFIX` in front of the names of all values.
+
+    `onnx.compose.add_prefix` leaves weights as they are that branches and loops use from outside.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    _add_prefix(result.graph)
+    return result
+
+
+def _add_prefix(graph: onnx.GraphProto) -> None:
+    for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        value.name = PREFIX + value.name
+    for sparse in graph.sparse_initializer:
+        sparse.values.name = PREFIX + sparse.values.name
+    del graph.quantization_annotation[:]  # notes of the exporter
+    for node in graph.node:
+        for names in (node.input, node.output):
+            names[:] = [name and PREFIX + name for name in names]  # an empty name: the input is left out
+        node.name = node.name and PREFIX + node.name
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _add_prefix(attribute.g)
+            for inner in attribute.graphs:
+                _add_prefix(inner)
 
 
 class _Step:
@@ -245,7 +310,7 @@ def _before(
     steps = []
     if expected.size != image_size and opset >= RESIZES_AXES:
         sizes = {"roi": None, "scales": None, "sizes": np.array(expected.size, np.int64)}
-        steps.append(_Step("Resize", sizes, mode="linear", axes=[2, 3], antialias=1))
+        steps.append(_Step("Resize", sizes, mode="linear", axes=[2, 3], antialias=1, exclude_outside=1))
     elif expected.size != image_size:
         ratios = [after / before * (1 + 1e-6) for after, before in zip(expected.size, image_size, strict=True)]
         steps.append(

@@ -19,6 +19,7 @@ from torch.nn import functional
 from pipeline.files import write_atomically
 from pipeline.inference.session import INPUT, OUTPUT, open_session
 from pipeline.models.resnet import Output, TeacherNet
+from pipeline.teachers import onnx_cost
 
 RUNTIME_ERRORS = (Fail, InvalidArgument, InvalidGraph, NotImplemented, RuntimeException)
 """What ONNX Runtime raises for a file that it cannot run."""
@@ -36,7 +37,6 @@ class OnnxTeacher(TeacherNet):
     Attributes:
         content: The file.
         batch: Images in a call; None for any number.
-        embedding_dim: Length of the embedding.
     """
 
     classifier: Tensor | None
@@ -48,7 +48,6 @@ class OnnxTeacher(TeacherNet):
         self._session = open_session(content)
         batch, *_ = self._session.get_inputs()[0].shape
         self.batch: int | None = batch if isinstance(batch, int) else None
-        self.embedding_dim = int(self._session.get_outputs()[0].shape[1])
 
     def forward(self, images: Tensor) -> Output:
         """Embed normalised images (B, 3, H, W), on any device."""
@@ -64,6 +63,16 @@ class OnnxTeacher(TeacherNet):
             None if self.classifier is None else functional.linear(functional.normalize(embedding), self.classifier)
         )
         return Output(embedding, logits)
+
+    @property
+    def embedding_dim(self) -> int:
+        return int(self._session.get_outputs()[0].shape[1])
+
+    def count_params(self) -> int:
+        return onnx_cost.params(self.model())
+
+    def count_macs(self, image_size: tuple[int, int]) -> int | None:
+        return onnx_cost.macs(self.model())
 
     def model(self) -> onnx.ModelProto:
         """Return the file as a model."""

@@ -20,6 +20,7 @@ from pipeline.retrieval import scoring
 from pipeline.retrieval.scoring import Side
 from pipeline.stage.presets import load_preset
 from pipeline.teachers.checks import Preprocessing, TeacherError, check_retrieval, compare_preprocessing, probes
+from pipeline.teachers.given import load, save
 from pipeline.teachers.state_dict import class_directions, load_checkpoint, with_classifier, with_preprocessing
 from tests.imports import ROOT
 from tests.models.other_toolkits import FastReid, TorchReid, randomised
@@ -148,7 +149,9 @@ def test_a_teacher_no_better_than_chance_is_refused() -> None:
     noise = random.standard_normal((100, 16)).astype(np.float32)
     good = (centres + noise).astype(np.float32)
     check_retrieval(scored(good, names), [scored(random.permutation(good), names) for _ in range(3)], "")
-    for useless in (noise, np.ones((100, 16), np.float32)):
+    lucky = noise.copy()  # one identity of twenty is found, which may be chance
+    lucky[:5] = lucky[:1]
+    for useless in (noise, lucky, np.ones((100, 16), np.float32)):
         with pytest.raises(TeacherError, match=r"cannot be distinguished from chance .*: set it"):
             check_retrieval(scored(useless, names), [scored(random.permutation(useless), names)], "set it")
 
@@ -175,6 +178,23 @@ def test_a_better_preprocessing_is_found_and_named(caplog) -> None:
     right = embed(Preprocessing(MEAN, STD, bgr=True))
     assert compare_preprocessing(right, embed, names).startswith("check `teacher.input`")
     assert not caplog.text
+
+
+def test_without_a_probe_nothing_is_compared() -> None:
+    def embed(kind: Preprocessing) -> npt.NDArray[np.float32]:
+        raise AssertionError(kind)
+
+    none = np.zeros((0, 4), np.float32)
+    assert compare_preprocessing(none, embed, np.array([], dtype=np.str_)).startswith("check `teacher.input`")
+
+
+def test_one_kind_of_teacher_takes_the_place_of_the_other(tmp_path: Path) -> None:
+    (tmp_path / "teacher.onnx").write_bytes(b"an earlier one")
+    net = RetrievalNet(ArchSpec.full(14, 8, 24))
+    save(net, tmp_path)
+    restored = load(tmp_path)
+    assert isinstance(restored, RetrievalNet)
+    assert torch.equal(restored.conv1.weight, net.conv1.weight)
 
 
 def test_probes_are_whole_identities_with_a_match() -> None:

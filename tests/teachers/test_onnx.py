@@ -15,13 +15,16 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.config import Params
 from pipeline.data.augment import MEAN, STD, normalise
 from pipeline.export.metadata import Metadata, finish
+from pipeline.stage.presets import load_preset
 from pipeline.teachers import onnx_cost
 from pipeline.teachers.checks import TeacherError
-from pipeline.teachers.given import check_batches
+from pipeline.teachers.given import check_batches, unchecked_teacher
 from pipeline.teachers.onnx_file import embedding_of, expectation, normalisation_of, read_file, standardised
 from pipeline.teachers.onnx_teacher import OnnxTeacher
+from tests.imports import ROOT
 from tests.models.test_resnet import counted_macs
 
 PIXELS = torch.randint(0, 256, (5, 3, 64, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -124,7 +127,7 @@ def test_images_are_resized_by_older_operator_sets_too(opset: int) -> None:
 
 
 def test_an_operator_set_that_is_too_old_is_refused() -> None:
-    with pytest.raises(TeacherError, match=r"a\.onnx has operator set 9; export it with 11 or later"):
+    with pytest.raises(TeacherError, match=r"a\.onnx has operator set 9 of ONNX; export it with 11 or later"):
         teacher(graph_of([IMAGES], [VECTORS], opset=9), size=(8, 8))
 
 
@@ -170,24 +173,53 @@ def test_weights_in_another_file_are_read_or_named(mobile: Embedder, tmp_path: P
     model = onnx.load_from_string(exported(mobile, torch.zeros(2, 3, 64, 48)))
     onnx.save(model, tmp_path / "a.onnx", save_as_external_data=True, location="a.data", size_threshold=0)
     content = (tmp_path / "a.onnx").read_bytes()
-    read = read_file(content, "a.onnx", tmp_path)
-    assert onnx_cost.params(read) == 0 and sum(len(tensor.raw_data) for tensor in read.graph.initializer) > 10**6
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "a.data").symlink_to(tmp_path / "a.data")  # as DVC may put them in place of files
+    for folders in ([tmp_path], [tmp_path / "links"], [tmp_path / "nowhere", tmp_path]):
+        read = read_file(content, "a.onnx", *folders)
+        assert sum(len(tensor.raw_data) for tensor in read.graph.initializer) > 10**6
     (tmp_path / "a.data").unlink()
     with pytest.raises(TeacherError, match=r"a\.onnx has its weights in a\.data, which cannot be read; put them into"):
         read_file(content, "a.onnx", tmp_path)
+    for entry in (entry for tensor in model.graph.initializer for entry in tensor.external_data):
+        entry.value = "../a.data" if entry.key == "location" else entry.value
+    (tmp_path.parent / "a.data").write_bytes(b"secret")
+    with pytest.raises(TeacherError, match=r"a\.onnx has its weights in \.\./a\.data, which cannot be read"):
+        read_file(model.SerializeToString(), "a.onnx", tmp_path)
 
 
 def test_a_file_whose_embeddings_depend_on_the_batch_is_refused(content: bytes) -> None:
-    check_batches(teacher(content), "a.onnx", (64, 48))
+    check_batches(teacher(content), "a.onnx", normalise(PIXELS))
     mean = helper.make_node("ReduceMean", ["f"], ["m"], axes=[0], keepdims=1)
     nodes = [helper.make_node("Flatten", ["x"], ["f"]), mean, helper.make_node("Sub", ["f", "m"], ["s"])]
-    nodes.append(helper.make_node("Add", ["s", "s"], ["y"]))
+    nodes.append(helper.make_node("Add", ["s", "f"], ["y"]))
     graph = helper.make_graph(nodes, "g", [IMAGES], [VECTORS])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     with pytest.raises(
         TeacherError, match=r"in a batch of 3 and alone with a cosine of .*, below 0\.99999: export it wi"
     ):
-        check_batches(teacher(model.SerializeToString(), size=(8, 8)), "a.onnx", (8, 8))
+        check_batches(teacher(model.SerializeToString(), size=(8, 8)), "a.onnx", torch.randn(3, 3, 8, 8))
+
+
+@pytest.mark.parametrize("node", ["Sub", "Div", "RandomNormalLike"])
+def test_a_file_of_zeros_of_nothing_finite_or_of_random_numbers_is_refused(node: str) -> None:
+    inputs = ["x"] if node == "RandomNormalLike" else ["x", "x"]
+    nodes = [helper.make_node(node, inputs, ["z"]), helper.make_node("Flatten", ["z"], ["y"])]
+    if node == "Div":
+        nodes = [helper.make_node("Sub", ["x", "x"], ["w"]), helper.make_node("Div", ["w", "w"], ["z"]), nodes[1]]
+    graph = helper.make_graph(nodes, "g", [IMAGES], [VECTORS])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    message = "without random operators" if node == "RandomNormalLike" else "embeds an image as zeros, or as values"
+    with pytest.raises(TeacherError, match=message):
+        check_batches(teacher(model.SerializeToString(), size=(8, 8)), "a.onnx", torch.rand(3, 3, 8, 8))
+
+
+def test_a_file_that_joins_the_embeddings_of_its_images_is_refused() -> None:
+    shape = onnx.numpy_helper.from_array(np.array([1, -1]), "shape")
+    graph = helper.make_graph([helper.make_node("Reshape", ["x", "shape"], ["y"])], "g", [IMAGES], [VECTORS], [shape])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    with pytest.raises(TeacherError, match=r"returns \(1, 576\) for 3 images instead of \(3, 192\); export it with"):
+        check_batches(teacher(model.SerializeToString(), size=(8, 8)), "a.onnx", torch.rand(3, 3, 8, 8))
 
 
 def test_outdated_notes_of_shapes_and_operators_of_other_domains_are_allowed(
@@ -197,7 +229,7 @@ def test_outdated_notes_of_shapes_and_operators_of_other_domains_are_allowed(
     model.graph.value_info.append(value(model.graph.node[0].output[0], [1, 2, 3]))
     model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     given = teacher(model.SerializeToString())
-    check_batches(given, "a.onnx", (64, 48))
+    check_batches(given, "a.onnx", normalise(PIXELS))
     finish(given.model(), metadata)
 
 
@@ -251,9 +283,91 @@ class Attention(nn.Module):
 
 
 def test_a_transformer_is_counted_as_well() -> None:
-    model = teacher(exported(Attention(), torch.zeros(2, 3, 64, 48))).model()
     projections, products = 64 * (48 * 32 + 4 * 32 * 32), 2 * 64 * 64 * 32
-    assert onnx_cost.macs(model) == projections + products
+    for variable in (True, False):
+        model = teacher(exported(Attention(), torch.zeros(2, 3, 64, 48), batch=variable)).model()
+        assert onnx_cost.macs(model) == projections + products
+
+
+def test_weights_that_a_branch_uses_from_outside_are_found_and_counted() -> None:
+    """One of them has the name of the rewritten file's input."""
+    random = np.random.default_rng(0)
+    weights = {name: random.standard_normal((192, 4)).astype(np.float32) for name in ("image", "other")}
+    inner = onnx.numpy_helper.from_array(weights["other"], "other")
+    branches = {
+        f"{side}_branch": helper.make_graph(
+            [helper.make_node("MatMul", ["f", name], [f"{side}/y"])],
+            side,
+            [],
+            [value(f"{side}/y", ["n", 4])],
+            constants,
+        )
+        for side, name, constants in (("then", "image", []), ("else", "other", [inner]))
+    }
+    nodes = [helper.make_node("Flatten", ["x"], ["f"]), helper.make_node("If", ["condition"], ["y"], **branches)]
+    for condition, name in ((True, "image"), (False, "other")):
+        outer = [
+            onnx.numpy_helper.from_array(weights["image"], "image"),
+            onnx.numpy_helper.from_array(np.array(condition), "condition"),
+        ]
+        graph = helper.make_graph(nodes, "g", [IMAGES], [value("y", ["n", 4])], outer)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+        given = teacher(model.SerializeToString(), size=(8, 8))
+        images = torch.rand(3, 3, 8, 8)
+        expected = functional.normalize(images.flatten(1) @ torch.from_numpy(weights[name]))
+        torch.testing.assert_close(given(images).embedding, expected, atol=2e-5, rtol=1e-3)
+        assert onnx_cost.params(given.model()) == 2 * 192 * 4
+        assert onnx_cost.macs(given.model()) is None
+
+
+def test_weights_that_are_inputs_too_are_weights() -> None:
+    weight = onnx.numpy_helper.from_array(np.ones((192, 4), np.float32), "w")
+    nodes = [helper.make_node("Flatten", ["x"], ["f"]), helper.make_node("MatMul", ["f", "w"], ["y"])]
+    graph = helper.make_graph(nodes, "g", [IMAGES, value("w", [192, 4])], [value("y", ["n", 4])], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=3)
+    assert teacher(model.SerializeToString(), size=(8, 8))(torch.rand(2, 3, 8, 8)).embedding.shape == (2, 4)
+
+
+def test_images_are_made_smaller_with_antialiasing_and_bytes_are_rounded(mobile: Embedder) -> None:
+    content = graph_of([value("x", ["n", 3, 16, 12])], [value("y", ["n", 3 * 16 * 12])])
+    smaller = functional.interpolate(normalise(PIXELS), (16, 12), mode="bilinear", antialias=True)
+    agrees(teacher(content), smaller.flatten(1))
+    cast = [helper.make_node("Cast", ["x"], ["c"], to=TensorProto.FLOAT), helper.make_node("Flatten", ["c"], ["y"])]
+    graph = helper.make_graph(cast, "g", [value("x", ["n", 3, 64, 48], TensorProto.UINT8)], [value("y", ["n", 9216])])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    given = teacher(model.SerializeToString(), mean=(0, 0, 0), std=(1 / 255,) * 3)
+    agrees(given, PIXELS.float().flatten(1))
+    beyond = normalise(PIXELS) * 3  # a resized image may leave the range of bytes
+    back = ((beyond * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]) * 255).round().clamp(0, 255)
+    torch.testing.assert_close(given(beyond).embedding, functional.normalize(back.flatten(1)), atol=1e-4, rtol=1e-2)
+
+
+def test_metadata_in_bytes_are_divided() -> None:
+    model = onnx.load_from_string(graph_of([IMAGES], [VECTORS]))
+    onnx.helper.set_model_props(model, {"mean": "[127.5, 127.5, 127.5]", "std": "[51, 102, 127.5]"})
+    assert normalisation_of(model) == ((0.5, 0.5, 0.5), (0.2, 0.4, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (nn.Flatten(), "has no weights, so there is nothing to compress"),
+        (
+            nn.Sequential(nn.Flatten(), nn.Linear(192, 4)),
+            r"takes exactly 2 images in .* `benchmark.batches` to \[2\]",
+        ),
+    ],
+    ids=["no weights", "fixed number"],
+)
+def test_what_the_pipeline_cannot_use_is_refused(tmp_path: Path, net: nn.Module, message: str) -> None:
+    (tmp_path / "a.onnx").write_bytes(exported(net, torch.zeros(2, 3, 8, 8), batch=isinstance(net, nn.Flatten)))
+    content = load_preset(ROOT, "smoke").model_dump()
+    content["data"]["image_size"] = [16, 16]
+    content["teacher"] |= {"source": "onnx", "weights": str(tmp_path / "a.onnx")}
+    content["student"] |= {"init": "random", "architecture": content["student"]["architecture"] | {"depth": 14}}
+    content["student"]["distill"]["feature"] = 0.0
+    with pytest.raises(TeacherError, match=message):
+        unchecked_teacher(Params.model_validate(content), 5)
 
 
 def graph_of(inputs: list[Any], outputs: list[Any], node: str = "Flatten", opset: int = 18) -> bytes:
@@ -275,7 +389,7 @@ IMAGES, VECTORS = value("x", ["n", 3, 8, 8]), value("y", ["n", 192])
         (lambda: graph_of([value("x", ["n", 192])], [VECTORS]), r"one input, of four dimensions, and has x \['n', 19"),
         (lambda: graph_of([value("x", ["n", 4, 8, 8])], [value("y", ["n", 256])]), "without a dimension of 3 channels"),
         (lambda: graph_of([value("x", ["n", 3, 8, 8], TensorProto.INT64)], [value("y", ["n", 192], TensorProto.INT64)]),
-         "takes INT64; export it with an input of floats"),
+         "takes images of the type INT64; export it with float32, float16 or uint8"),
         (lambda: graph_of([IMAGES], [value("y", ["n", 3, 8, 8])], "Relu"), r"must have one output \(batch, D\)"),
     ],
     ids=["no file", "vectors", "four channels", "integers", "maps"],
