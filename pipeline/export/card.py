@@ -114,6 +114,7 @@ def render_card(files: Mapping[str, CardEntry], notes: Mapping[str, str]) -> str
         f"| {runtime.name} | {', '.join(names) or 'not tried'} | {runtime.note} |" for runtime, names in suited.items()
     )
     others = ", ".join(f"`{name}`" for name, entry in files.items() if entry.requirements.opset != needs.opset)
+    newest = max((entry.requirements for entry in files.values()), key=lambda needs: needs.opset)
     subject = f"All files but {others}" if others else "The files"
     sums = "\n".join(f"{entry.sha256}  {file}" for file, entry in files.items())
     seen = metadata.protocol.partition(", ")[2]
@@ -180,7 +181,7 @@ embedding = session.run(["{OUTPUT}"], {{"{INPUT}": batch}})[0]
 ## Which file for which runtime?
 
 {subject} have ONNX operator set {needs.opset} and IR version {needs.ir_version}, the lowest that goes with it. All of
-them run in ONNX Runtime {needs.onnxruntime} and later on the CPU.
+them run in ONNX Runtime {newest.onnxruntime} and later on the CPU.
 
 | other runtime | files | notes |
 |---|---|---|

@@ -29,7 +29,8 @@ def counted_macs(net: nn.Module, size: tuple[int, int]) -> int:
 @pytest.mark.parametrize("depth", [18, 50])
 def test_torchvision_weights_give_torchvision_features(depth: int) -> None:
     theirs = getattr(torchvision.models, f"resnet{depth}")().eval()
-    ours = RetrievalNet(ArchSpec.full(depth, 64, 128, last_stride=2)).eval()
+    spec = ArchSpec.full(depth, 64, 128, last_stride=2)
+    ours = RetrievalNet(spec.model_copy(update={"projections": {"layer1": 8}})).eval()
     state = {name: tensor for name, tensor in theirs.state_dict().items() if depth == 50 or "num_batches" not in name}
     ours.load_backbone(state, "torchvision")  # with and without the counts that old files lack
     theirs.fc = nn.Identity()

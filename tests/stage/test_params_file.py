@@ -1,5 +1,8 @@
+import io
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -95,6 +98,55 @@ def test_params_that_no_network_can_satisfy_are_rejected(path: Path, old: str, n
         text = text.replace("sites: [conv1, conv2, stream]", "sites: [conv2]")
     (line,) = problems(path, text)
     assert line.startswith(problem)
+
+
+GIVEN = {
+    "source": "onnx", "weights": "weights/teacher/a.onnx", "depth": 18, "width": 8, "stem": 64, "embedding_dim": 8192,
+    "batch": {"identities": 4000, "instances": 4},
+}  # fmt: skip
+"""Keys that count for teachers that are trained here, with values that would not do for one."""
+
+
+def with_given_teacher(student: Mapping[str, object], teacher: Mapping[str, object]) -> str:
+    """Return params.yaml with a teacher from elsewhere."""
+    content = YAML(typ="safe").load(SMOKE)
+    content["teacher"] |= GIVEN | teacher
+    content["student"] |= {"init": "random", "sites": ["conv2"]} | student
+    content["student"]["distill"]["feature"] = 0.0
+    stream = io.StringIO()
+    YAML().dump(content, stream)
+    return stream.getvalue()
+
+
+def test_the_budget_of_a_given_teacher_is_that_of_the_students_architecture(path: Path) -> None:
+    own = {"depth": 50, "width": 64, "stem": 0, "last_stride": 1}
+    path.write_text(with_given_teacher({"architecture": own}, {}))
+    load(path)
+    path.write_text(with_given_teacher({}, {"source": "checkpoint", "weights": "weights/teacher/a.pth"}))
+    load(path)
+    (line,) = problems(path, with_given_teacher({"architecture": own | {"depth": 18}}, {}))
+    assert line.startswith("`student.sites` ['conv2'] names no site of a ResNet-18")
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "problem"),
+    [
+        ("train", {"pool": "gem", "weights": "none"}, "`teacher.pool` is for `teacher.source` checkpoint: set it to"),
+        ("onnx", {"max_pool": "padded"}, "`teacher.max_pool` is for `teacher.source` checkpoint: set it to"),
+        ("train", {"weights": "none", "input": {"bgr": True}}, "`teacher.input.bgr` is for `teacher.source` checkpo"),
+        ("checkpoint", {"weights": "a.pth", "input": {"size": [64, 64]}}, "`teacher.input.size` is for `teacher.sourc"),
+        ("checkpoint", {}, "`teacher.weights` is weights/teacher/a.onnx, which `teacher.source` checkpoint does no"),
+        ("onnx", {"weights": "a.pth"}, "`teacher.weights` is a.pth, which `teacher.source` onnx does not read"),
+        ("onnx", {"input": {"mean": [123.7, 116.3, 103.5]}}, "`teacher.input.mean"),
+    ],
+)  # fmt: skip
+def test_what_a_source_does_not_use_is_refused(path: Path, source: str, changes: dict[str, Any], problem: str) -> None:
+    neutral = {"mean": [], "std": [], "bgr": False, "size": [], "layout": "auto"}
+    sound = {"depth": 26, "stem": 0, "embedding_dim": 64, "batch": {"identities": 4, "instances": 4}}
+    changed = sound | changes | {"source": source, "input": neutral | changes.get("input", {})}
+    own = {"depth": 26, "width": 32, "stem": 0, "last_stride": 1}
+    lines = problems(path, with_given_teacher({"architecture": own}, changed))
+    assert any(line.startswith(problem) for line in lines), lines
 
 
 @pytest.mark.parametrize(
