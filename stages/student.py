@@ -26,7 +26,7 @@ from pipeline.compress.teacher_cache import GIB, delete_outputs
 from pipeline.data.augment import as_tensor, normalise
 from pipeline.data.images import open_images
 from pipeline.data.loader import training_loader
-from pipeline.data.requirements import check_requirements, weights_warnings
+from pipeline.data.requirements import check_requirements, unwatched_weights
 from pipeline.models import cost
 from pipeline.models.cost import CostModel
 from pipeline.records import StudentRecord
@@ -52,7 +52,7 @@ def student(run: Run) -> StudentRecord:
     fabric = launch(params.runtime, params.seed)
     manifest, images = open_images(run.files, params)
     check_requirements(manifest.items, params)
-    for warning in weights_warnings("student", params):
+    if warning := unwatched_weights("student", params):
         log.warning(warning)
     loader = training_loader(manifest, images, params.student, params, fabric.global_rank, fabric.world_size)
     teacher = load(run.files.artifacts("teacher"))

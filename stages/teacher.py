@@ -9,7 +9,7 @@ import logging
 from pipeline.data.augment import normalise
 from pipeline.data.images import open_images
 from pipeline.data.loader import training_loader
-from pipeline.data.requirements import check_requirements, weights_warnings
+from pipeline.data.requirements import check_requirements, unwatched_weights
 from pipeline.models.resnet import TeacherNet
 from pipeline.records import TeacherRecord
 from pipeline.retrieval.embed import evaluate
@@ -29,7 +29,7 @@ def teacher(run: Run) -> TeacherRecord:
     fabric = launch(params.runtime, params.seed)
     manifest, images = open_images(run.files, params)
     check_requirements(manifest.items, params)
-    for warning in weights_warnings("teacher", params):
+    if warning := unwatched_weights("teacher", params):
         log.warning(warning)
     validate = validator(manifest, images, params.data.protocol, normalise, fabric.device)
     if params.teacher.source == "train":

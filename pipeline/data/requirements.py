@@ -36,19 +36,29 @@ def check_requirements(items: Sequence[Item], params: Params) -> None:
         raise DataError("\n".join(found))
 
 
-def weights_warnings(stage: Literal["teacher", "student"], params: Params) -> Iterator[str]:
-    """Yield that the file of weights that a stage begins with is missing, or may change unnoticed."""
+def unwatched_weights(stage: Literal["teacher", "student"], params: Params) -> str | None:
+    """Return a warning if DVC does not see changes of the weights that a stage begins with."""
+    key, path = _weights(stage, params)
+    if path is None or path.resolve().is_relative_to(Path("weights", stage).resolve()):
+        return None
+    return f"`{key}` is {path}: put it into weights/{stage}/, because DVC does not see it change elsewhere"
+
+
+def _weights(stage: Literal["teacher", "student"], params: Params) -> tuple[str, Path | None]:
+    """Return the key of the weights that a stage begins with, and their path if they are in a file."""
     key, name = {
         "teacher": ("teacher.weights", params.teacher.weights),
         "student": ("student.init", params.student.init),
     }[stage]
-    path = Path(name)
-    if name in ("none", "imagenet", "teacher", "random"):
-        return
-    if not (path.is_file() or (path / "spec.json").is_file()):
-        yield f"`{key}` is {name}, which is not a file, so stage {stage} will stop; set it to a path"
-    elif not path.resolve().is_relative_to(Path("weights", stage).resolve()):
-        yield f"`{key}` is {name}: put it into weights/{stage}/, because DVC does not see it change elsewhere"
+    return key, None if name in ("none", "imagenet", "teacher", "random") else Path(name)
+
+
+def _weights_warnings(stage: Literal["teacher", "student"], params: Params) -> Iterator[str]:
+    key, path = _weights(stage, params)
+    if path is not None and not (path.is_file() or (path / "spec.json").is_file()):
+        yield f"`{key}` is {path}, which is not a file, so stage {stage} will stop; set it to a path"
+    elif unwatched := unwatched_weights(stage, params):
+        yield unwatched
 
 
 def problems(items: Sequence[Item], params: Params) -> Iterator[str]:
@@ -70,8 +80,8 @@ def warnings(items: Sequence[Item], params: Params) -> Iterator[str]:
         yield "images without labels are not used, because `student.batch.unlabelled` is 0; raise it, to 48 for example"
     if params.data.source == "folder":
         yield from _identities_around(items, params.data.unlabelled)
-    yield from weights_warnings("teacher", params)
-    yield from weights_warnings("student", params)
+    yield from _weights_warnings("teacher", params)
+    yield from _weights_warnings("student", params)
     items = [item for item in items if item.split != UNLABELLED]
     trained = _cameras_of(items, "train")
     held_out = {item.identity for item in items if item.split.startswith("validation-")}

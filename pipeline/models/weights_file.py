@@ -35,6 +35,12 @@ UNREADABLE = (
 """What is raised for a damaged file."""
 
 
+class WeightsError(ValueError):
+    """A file holds no state dict that can be read without running code from it."""
+
+    exit_code = 2
+
+
 def read_tensors(path: Path, key: str) -> dict[str, Tensor]:
     """Read the state dict of a .safetensors, .pth, .pt or .pth.tar file to the CPU.
 
@@ -43,7 +49,7 @@ def read_tensors(path: Path, key: str) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it holds no state dict, or more than tensors and numbers.
+        WeightsError: If it holds no state dict, or more than tensors and numbers.
     """
     name = f"`{key}` is {path}, which"
     if not path.is_file():
@@ -53,20 +59,20 @@ def read_tensors(path: Path, key: str) -> dict[str, Tensor]:
     of_torch = first.startswith(MARKS)
     safe = path.suffix == ".safetensors" or (not of_torch and first[8:9] == b"{")  # behind the length of the header
     if not safe and not of_torch:
-        raise ValueError(f"{name} is no file of torch, since it begins with {first!r}; download or write it again")
+        raise WeightsError(f"{name} is no file of torch, since it begins with {first!r}; download or write it again")
     try:
         content = load_file(path) if safe else _unpickled(path)
         tensors = _state_dict(content)
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise WeightsError(
             f"{name} holds more than tensors, and loading it could run code; if you trust it, load it yourself, and "
             "write its state dict with `safetensors.torch.save_file`"
         ) from error
     except UNREADABLE as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{name} is not a file of tensors ({reason}); write one with `torch.save`") from error
+        raise WeightsError(f"{name} is not a file of tensors ({reason}); write one with `torch.save`") from error
     if not tensors:
-        raise ValueError(f"{name} holds no state dict; write one with `torch.save(net.state_dict(), PATH)`")
+        raise WeightsError(f"{name} holds no state dict; write one with `torch.save(net.state_dict(), PATH)`")
     return tensors
 
 

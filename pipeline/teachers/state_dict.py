@@ -29,7 +29,7 @@ def load_checkpoint(config: Teacher) -> RetrievalNet:
 
     Raises:
         TeacherError: If it cannot be a teacher.
-        ValueError: If the file holds no state dict.
+        WeightsError: If the file holds no state dict.
         FileNotFoundError: If there is nothing at the path.
     """
     path = Path(config.weights)
