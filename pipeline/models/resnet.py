@@ -76,12 +76,8 @@ class Compactor(nn.Conv2d):
         return self.weight[:, :, 0, 0]
 
 
-class ChannelGate(nn.Module):
-    """A learnable scale of each channel of a residual stream, shared by all layers that write to it; initially 1.
-
-    A scale of 0 makes the channel zero throughout the stage, because every layer that writes to the stream is scaled by
-    it.
-    """
+class _Scales(nn.Module):
+    """A learnable scale of each channel, initially 1."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -91,6 +87,14 @@ class ChannelGate(nn.Module):
     def matrix(self) -> Tensor:
         """The scales as rows (C, 1); a view."""
         return self.weight[:, None]
+
+
+class ChannelGate(_Scales):
+    """A learnable scale of each channel of a residual stream, shared by all layers that write to it; initially 1.
+
+    A scale of 0 makes the channel zero throughout the stage, because every layer that writes to the stream is scaled by
+    it.
+    """
 
     def forward(self, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
         """Normalise and scale, (B, C, H, W) -> same; the gate multiplies the norm's scale and shift, not the map."""
@@ -98,17 +102,8 @@ class ChannelGate(nn.Module):
         return cast(Tensor, functional_call(norm, scaled, (x,)))
 
 
-class ChannelScale(nn.Module):
+class ChannelScale(_Scales):
     """A learnable scale of each channel, initially 1: takes the place of a compactor behind an instance norm."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-
-    @property
-    def matrix(self) -> Tensor:
-        """The scales as rows (C, 1); a view."""
-        return self.weight[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale, (B, C, H, W) -> same."""
