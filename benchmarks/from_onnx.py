@@ -112,7 +112,7 @@ def compare(files: Files, params: Params) -> dict[str, float | str]:
     wanted = neighbours(teacher_queries, teacher_gallery)
     halves = [sides(v, manifest, "query", "gallery", params.data.protocol) for v in vectors]
     mixed = scoring.evaluate(params.data.protocol, halves[1][0], halves[0][1])
-    surgery, export = (read_json(files.metrics(stage)) for stage in ("surgery", "export"))
+    surgery, export, latency = (read_json(files.metrics(stage)) for stage in ("surgery", "export", "benchmark"))
     return {
         "teacher_map": read_json(files.metrics("teacher"))["map"],
         "student_map": surgery["map"],
@@ -124,6 +124,8 @@ def compare(files: Files, params: Params) -> dict[str, float | str]:
         "macs_reduction_to_itself": surgery["macs_reduction"],
         "params_reduction_to_teacher": export["params_reduction"],
         "macs_reduction_to_teacher": export["macs_reduction"],
+        "speedup_over_itself": latency["speedup_over_uncompressed"],
+        "speedup_over_teacher": latency["speedup"],
     }
 
 
@@ -141,7 +143,7 @@ def main() -> None:
         prepare(files, params)
         if not (folder / params.teacher.weights).is_file():
             train_mobilenet(params, files)
-        for stage in ("teacher", "student", "surgery", "export"):
+        for stage in ("teacher", "student", "surgery", "export", "benchmark"):
             if not files.metrics(stage).is_file():
                 run(stage, files, params)
         figures = compare(files, params)
