@@ -40,7 +40,7 @@ def chosen(
     """Final widths of a method, the corrected cost model, and the savings timed in the last search."""
     model, savings = timed(share)
     config = section(reduction=reduction).model_copy(update={"method": method})
-    compression = build_compression(config, RetrievalNet(SPEC), model, STEPS, 0, torch.device("cpu"))
+    compression = build_compression(config, RetrievalNet(SPEC), SPEC, model, STEPS, 0, torch.device("cpu"))
     if isinstance(compression, Shrinker):
         for masks in compression.masks.values():
             masks.score = torch.rand(len(masks.score), generator=torch.Generator().manual_seed(0))
@@ -166,5 +166,7 @@ def test_budgets_of_macs_and_params_are_not_corrected() -> None:
 
 def test_a_budget_of_zero_needs_no_timing() -> None:
     model, savings = timed(SHARES["exact"])
-    compression = build_compression(section(reduction=0.0), RetrievalNet(SPEC), model, STEPS, 0, torch.device("cpu"))
+    compression = build_compression(
+        section(reduction=0.0), RetrievalNet(SPEC), SPEC, model, STEPS, 0, torch.device("cpu")
+    )
     assert compression.cost is model and not savings
