@@ -1,4 +1,4 @@
-"""Stage `benchmark`: time the ONNX files of teacher and student, and write the report of the run.
+"""Stage `benchmark`: time the ONNX files of teacher and student, and of the student before it shrank; write the report.
 
 Reads   artifacts/prepare/, artifacts/student/full.json, artifacts/surgery/spec.json, artifacts/surgery/plan.json,
         artifacts/export/, metrics/*.json, plots/teacher.csv, plots/student.csv

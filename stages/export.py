@@ -1,10 +1,11 @@
 """Stage `export`: write student and teacher as ONNX files that reproduce the trained networks.
 
-Reads   artifacts/prepare/, artifacts/surgery/, artifacts/teacher/
+Reads   artifacts/prepare/, artifacts/student/full.json, artifacts/surgery/, artifacts/teacher/
 Writes  artifacts/export/, metrics/export.json
 """
 
 import logging
+from pathlib import Path
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from pipeline.export.parity import ParityCheck
 from pipeline.export.release import ALL_IN_ONE, INT8, STUDENT, TEACHER, sha256, write_release
 from pipeline.models import cost
 from pipeline.models.resnet import RetrievalNet, TeacherNet
+from pipeline.models.spec import ArchSpec
 from pipeline.protocols import conditions
 from pipeline.records import ExportRecord
 from pipeline.retrieval.compatibility import compare
@@ -31,7 +33,7 @@ from pipeline.retrieval.embed import embed
 from pipeline.retrieval.evaluate import evaluate_embedder, sides
 from pipeline.runtime import launch
 from pipeline.stage.run import Run, run_stage
-from pipeline.teachers.given import load, student_spec
+from pipeline.teachers.given import load
 from pipeline.teachers.onnx_teacher import OnnxTeacher
 
 MAX_ORIGINALS = 64
@@ -128,7 +130,9 @@ def export(run: Run) -> ExportRecord:
         )
     }
     if params.teacher.source != "train":
-        notes["Which network was the teacher?"] = _teacher_note(params, teacher, student)
+        own = params.student.architecture.depth
+        before = checkpoint.load_spec(run.files.artifacts("student"), checkpoint.FULL) if own else None
+        notes["Which network was the teacher?"] = _teacher_note(params, teacher, student, before)
     if manifest.has_boxes:
         notes["Which part of a picture?"] = (
             "The images of training and test are boxes that were cut out of pictures: cut objects out of yours in the "
@@ -171,26 +175,29 @@ def export(run: Run) -> ExportRecord:
 
 
 def is_plain(net: TeacherNet) -> bool:
-    """Return whether a network has only layers that were tried in all runtimes of the card."""
+    """Return whether a network has only layers that were tried in all runtimes of the card.
+
+    All heads consist of the same operators.
+    """
     if not isinstance(net, RetrievalNet):
         return False
-    return not net.spec.instance_norms and net.spec.pool == "average" and net.spec.input is None
+    spec = net.spec
+    return not spec.instance_norms and spec.pool == "average" and spec.max_pool == "padded" and spec.input is None
 
 
-def _teacher_note(params: Params, teacher: TeacherNet, student: RetrievalNet) -> str:
+def _teacher_note(params: Params, teacher: TeacherNet, student: RetrievalNet, before: ArchSpec | None) -> str:
     size = (params.data.image_size[0], params.data.image_size[1])
     costs: dict[str, tuple[int, int | None]] = {"the teacher": (teacher.count_params(), teacher.count_macs(size))}
-    if params.student.architecture.depth:
-        full = student_spec(teacher, params, 0)
-        costs["its own network before compression"] = (cost.params(full), cost.macs(full, size))
+    if before is not None:
+        costs["its own network before compression"] = (cost.params(before), cost.macs(before, size))
     reductions = {
         name: {
-            "params": 1 - cost.params(student.spec) / weights,
+            "parameters": 1 - cost.params(student.spec) / weights,
             "MACs": 1 - cost.macs(student.spec, size) / macs if macs else None,
         }
         for name, (weights, macs) in costs.items()
     }
-    return teacher_note(params.teacher.weights, reductions)
+    return teacher_note(Path(params.teacher.weights).name, reductions)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def scale_rows(net: RetrievalNet, factors: Mapping[str, Tensor]) -> RetrievalNet
 
 
 def attach(net: RetrievalNet, sites: Iterable[str]) -> RetrievalNet:
-    """Return the same function with compactors and channel gates at more sites, initialised to the identity.
+    """Return the same function with indicators at more sites, initialised to the identity.
 
     Sites are names such as ``layer1.0.conv2`` (gets a compactor) or ``layer1`` (gets a channel gate); those that have
     one already keep it.

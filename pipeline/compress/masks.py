@@ -19,7 +19,7 @@ from pipeline.models.resnet import Indicator
 
 @dataclass
 class ChannelMasks:
-    """The present channels of one site, in the order of the rows of its compactor or channel gate.
+    """The present channels of one site, in the order of the rows of its indicator.
 
     Attributes:
         kept: (C,) int64, index of each channel in the uncompressed network; on the device.

@@ -103,7 +103,7 @@ class PaperMethod(Compression):
 
     @property
     def observed_sites(self) -> tuple[str, ...]:
-        """All sites with a compactor or channel gate."""
+        """All sites with an indicator."""
         return tuple(self.sites)
 
     def remaining_widths(self, net: RetrievalNet) -> dict[str, int]:

@@ -175,7 +175,7 @@ class Shrinker(Compression):
             self.masks[site] = ChannelMasks(**values)
 
     def _present(self, net: RetrievalNet) -> list[tuple[str, Indicator, ChannelMasks]]:
-        """Return the sites that are in the network, each with its compactor or channel gate and its masks."""
+        """Return the sites that are in the network, each with its indicator and its masks."""
         return [(site, indicator, self.masks[site]) for site, indicator in net.indicators().items()]
 
     def _final_widths(self, scores: Mapping[str, np.ndarray]) -> tuple[dict[str, int], CostModel]:

@@ -255,7 +255,7 @@ def feature_module(site: str) -> str:
 
 
 def observed_module(site: str) -> str:
-    """Return the name of the module that outputs the features of a site, behind its compactor or channel gate."""
+    """Return the name of the module that outputs the features of a site, behind its indicator."""
     return indicator_name(site) if is_inner(site) else "maxpool" if site == "conv1" else site
 
 
@@ -280,7 +280,7 @@ def build_student(params: Params, teacher: TeacherNet, compression: Compression)
     else:
         net = RetrievalNet(compression.full)
         if config.init != "random":
-            net.load_backbone(pretrained_weights(config.init, compression.full.depth, "student.init"), config.init)
+            net.load_backbone(pretrained_weights(config.init, compression.full.depth, "student.init"), "`student.init`")
     return attach(net, compression.kept)
 
 

@@ -1,4 +1,4 @@
-"""Surgery: folds compactors and channel gates, and cuts channels out of a network.
+"""Surgery: folds indicators, and cuts channels out of a network.
 
 A plan lists the channels to keep at each site. It determines the new spec and, for every tensor by name, the indices to
 select along each dimension; weights and optimiser state are sliced in the same way.
@@ -210,7 +210,7 @@ def _head_constant(head: EmbeddingHead, zero: Tensor) -> Tensor:
 
 
 def fold_and_cut(net: RetrievalNet, plan: SurgeryPlan) -> RetrievalNet:
-    """Fold compactors and channel gates at the sites of the plan, then cut."""
+    """Fold the indicators at the sites of the plan, then cut."""
     return cut(fold(net, [site for site in net.spec.indicators if site in plan.kept]), plan)
 
 

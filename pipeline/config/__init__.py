@@ -352,7 +352,9 @@ class Params(Section):
                 f"`teacher.recipe` and `student.recipe` must be scratch for `teacher.source` {source}: the classifier "
                 "of such a teacher compares cosines"
             )
-        if source == "onnx" and not student.architecture.depth:
+        if source == "onnx" and student.method in ("paper", "static-magnitude"):
+            yield f"`student.method` must be budget, static-random or none for source onnx, not {student.method}"
+        elif source == "onnx" and not student.architecture.depth:
             yield "`student.architecture.depth` must be that of a ResNet for `teacher.source` onnx, not 0"
         if source == "onnx" and student.distill.feature:
             yield "`student.distill.feature` must be 0 for `teacher.source` onnx, whose inner features are not known"
@@ -360,11 +362,11 @@ class Params(Section):
     def _problems_of_an_own_architecture(self) -> Iterator[str]:
         """Yield what does not agree with a student that does not start as its teacher."""
         student, own = self.student, self.student.architecture
-        if not own.depth:
+        if not own.depth and self.teacher.source != "onnx":
             return
-        if student.init == "teacher":
-            yield "`student.init` must be imagenet, random or a path if `student.architecture.depth` is not 0"
-        if student.method in ("paper", "static-magnitude"):
+        if student.init == "teacher" and student.method != "static-random":  # which trains random weights
+            yield "`student.init` must be imagenet, random or a path for a student of another architecture"
+        if student.method in ("paper", "static-magnitude") and self.teacher.source != "onnx":
             yield f"`student.architecture.depth` must be 0 for `student.method` {student.method}"
         if own.depth in (18, 34) and own.stem not in (0, own.width):
             yield f"`student.architecture.stem` must be 0 or {own.width} at depth {own.depth}, got {own.stem}"

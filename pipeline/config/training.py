@@ -166,8 +166,8 @@ class Teacher(Training):
     input: TeacherInput
     """Sources `checkpoint` and `onnx`: the images that the network expects."""
     max_pool: Literal["auto", "padded", "unpadded"]
-    """Source `checkpoint`: how the max pooling behind the stem treats the border; `auto`: unpadded for fast-reid, whose
-    code is that since version 1.0, padded for the others."""
+    """Source `checkpoint`: how the max pooling behind the stem treats the border; `auto`: unpadded for fast-reid,
+    which has pooled without padding since version 1.0, padded for the others."""
     pool: Literal["auto", "average", "gem"]
     """Source `checkpoint`: how the last features are pooled; `auto`: by a generalised mean (`gem`) if the file has its
     exponent, else by the average. A `gem` without one in the file has 3, as `GeneralizedMeanPooling` of fast-reid."""
@@ -180,10 +180,11 @@ class Teacher(Training):
     embedding_dim: Annotated[int, Field(ge=8, le=8192)]
     """Length of the embedding (512 in the paper)."""
     last_stride: Literal[1, 2]
-    """Stride of the last stage; 1, the usual choice in re-identification, keeps larger maps and retrieves better."""
+    """Stride of the last stage; 1, the usual choice in re-identification, keeps larger maps and retrieves better. State
+    dicts of source `checkpoint` need it too, since no tensor shows it."""
     weights: Annotated[str, Field(min_length=1)]
     """First weights of the backbone: `none` (random), `imagenet` (published by torchvision) or the path of a state dict
-    with torchvision's names (.safetensors, .pth). Source `checkpoint`: path of the trained network."""
+    with torchvision's names (.safetensors, .pth). Sources `checkpoint` and `onnx`: path of the trained network."""
 
 
 class Budget(Section):
@@ -291,8 +292,9 @@ class Student(Training):
     architecture: Architecture
     budget: Budget
     sites: Annotated[list[Literal["conv1", "conv2", "stream"]], Field(min_length=1, max_length=3)]
-    """What may become narrower: the outputs of a block's first and second convolution, which get compactors, and the
-    residual stream of each stage, which gets a channel gate."""
+    """What may become narrower: the outputs of a block's first and second convolution, which get compactors (behind
+    an instance norm, a scale of each channel), and the residual stream of each stage, which gets a channel gate; that
+    of the last stage keeps its width if it is the embedding."""
     channel_multiple: Annotated[int, Field(ge=1, le=64)]
     """Number that every reduced width is a multiple of (ONNX Runtime computes blocks of 8 channels with AVX2)."""
     batch: StudentBatch

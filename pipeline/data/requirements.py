@@ -6,6 +6,7 @@ checks it once more before it begins.
 
 import logging
 import math
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -39,7 +40,8 @@ def check_requirements(items: Sequence[Item], params: Params) -> None:
 def unwatched_weights(stage: Literal["teacher", "student"], params: Params) -> str | None:
     """Return a warning if DVC does not see changes of the weights that a stage begins with."""
     key, path = _weights(stage, params)
-    if path is None or path.resolve().is_relative_to(Path("weights", stage).resolve()):
+    # Links, which DVC may put in place of files, are not followed.
+    if path is None or Path(os.path.abspath(path)).is_relative_to(os.path.abspath(Path("weights", stage))):
         return None
     return f"`{key}` is {path}: put it into weights/{stage}/, because DVC does not see it change elsewhere"
 
@@ -50,12 +52,14 @@ def _weights(stage: Literal["teacher", "student"], params: Params) -> tuple[str,
         "teacher": ("teacher.weights", params.teacher.weights),
         "student": ("student.init", params.student.init),
     }[stage]
-    return key, None if name in ("none", "imagenet", "teacher", "random") else Path(name)
+    unused = stage == "student" and params.student.method in ("static-magnitude", "static-random")
+    return key, None if unused or name in ("none", "imagenet", "teacher", "random") else Path(name)
 
 
 def _weights_warnings(stage: Literal["teacher", "student"], params: Params) -> Iterator[str]:
     key, path = _weights(stage, params)
-    if path is not None and not (path.is_file() or (path / "spec.json").is_file()):
+    folders = stage == "teacher" and params.teacher.source == "checkpoint"  # of this project
+    if path is not None and not (path.is_file() or (folders and (path / "spec.json").is_file())):
         yield f"`{key}` is {path}, which is not a file, so stage {stage} will stop; set it to a path"
     elif unwatched := unwatched_weights(stage, params):
         yield unwatched

@@ -54,22 +54,24 @@ def teacher_note(source: str, reductions: Mapping[str, Mapping[str, float | None
     """Describe a teacher from elsewhere, and what the student saves.
 
     Args:
-        source: The teacher's file.
+        source: Name of the teacher's file.
         reductions: Of the student compared with each network, by the name of what is counted; None if it cannot be
             counted.
     """
     savings = "; ".join(
-        f"compared with {network}, it has "
-        + " and ".join(
-            f"an unknown share of the {counted}" if saved is None else f"{-100 * saved:+.1f} % {counted}"
-            for counted, saved in counts.items()
-        )
+        f"compared with {network}, it has {' and '.join(_fewer(counted, saved) for counted, saved in counts.items())}"
         for network, counts in reductions.items()
     )
     return (
         f"`{source}`, which was trained elsewhere. The student learned from its outputs; {savings}. Its authors "
         f"decide about the use of `{TEACHER}`."
     )
+
+
+def _fewer(counted: str, saved: float | None) -> str:
+    if saved is None:
+        return f"an unknown share of the {counted}"
+    return f"{100 * abs(saved):.1f} % {'fewer' if saved >= 0 else 'more'} {counted}"
 
 
 def _count(number: int | None) -> str:

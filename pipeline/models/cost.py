@@ -1,7 +1,7 @@
 """Parameters and multiply-accumulates of a network, computed from its spec without building it.
 
 The cost is a sum over layers, each a function of its input and output width, so the budget can compare widths quickly.
-Backbone and embedding head count; the classifier, compactors and channel gates do not.
+Backbone and embedding head count; the classifier and indicators do not.
 """
 
 from collections.abc import Callable, Iterator, Mapping

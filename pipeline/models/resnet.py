@@ -256,7 +256,7 @@ class RetrievalNet(TeacherNet):
         return cost.macs(self.spec, image_size)
 
     def indicators(self) -> dict[str, Indicator]:
-        """Return the compactors and channel gates by site."""
+        """Return the indicators by site."""
         modules = {site: self.get_submodule(indicator_name(site)) for site in self.spec.indicators}
         return {site: module for site, module in modules.items() if isinstance(module, Indicator)}
 
@@ -265,7 +265,7 @@ class RetrievalNet(TeacherNet):
 
         Args:
             state: Tensors by torchvision name; ``fc.*`` is ignored.
-            origin: Where the weights come from, for the error message.
+            origin: The key of params.yaml that names the weights, for the error message.
 
         Raises:
             ValueError: If names or shapes differ from those of this network.
@@ -292,9 +292,9 @@ class RetrievalNet(TeacherNet):
                 if names
             ]
             raise ValueError(
-                f"the weights from {origin} do not fit a ResNet-{self.spec.depth} with a stem of "
-                f"{self.spec.widths[self.spec.stem]} channels: {', '.join(mismatches)}; set `depth`, `width` and "
-                "`stem` to those of the weights"
+                f"the weights of {origin} do not fit a ResNet-{self.spec.depth} with a stem of "
+                f"{self.spec.widths[self.spec.stem]} channels: {', '.join(mismatches)}; use weights of that "
+                "network, or set its depth, width and stem to theirs"
             )
         self.load_state_dict(current | loaded, strict=True)
 
@@ -304,13 +304,13 @@ def convert(net: RetrievalNet, spec: ArchSpec, state: Mapping[str, Tensor] | Non
 
     Args:
         net: Network to copy; not changed.
-        spec: Spec to build; it may add or lack compactors and channel gates (new ones are the identity) and the
+        spec: Spec to build; it may add or lack indicators (new ones are the identity) and the
             classifier.
         state: Weights to load instead of those of `net`.
 
     Raises:
         RuntimeError: If a shape does not fit.
-        KeyError: If the weights lack a tensor that does not belong to a compactor or channel gate.
+        KeyError: If the weights lack a tensor that does not belong to an indicator.
     """
     reference = net.conv1.weight
     converted = RetrievalNet(spec).to(device=reference.device, dtype=reference.dtype)

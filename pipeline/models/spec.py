@@ -370,7 +370,7 @@ def is_inner(site: str) -> bool:
 
 
 def indicator_name(site: str) -> str:
-    """Return the module name of the compactor or channel gate of a site.
+    """Return the module name of the indicator of a site.
 
     ``layer1.0.conv2`` -> ``layer1.0.compactor2`` (a 1x1 convolution), ``layer1`` -> ``gates.layer1`` (a vector).
     """

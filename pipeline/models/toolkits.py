@@ -5,6 +5,7 @@ facts of the public code of KaiyangZhou/deep-person-reid, JDAI-CV/fast-reid and 
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -82,7 +83,10 @@ def translate(
     Raises:
         ValueError: If it is not the state dict of a ResNet, lacks tensors, or has layers that are not supported.
     """
-    state = {_without_wrappers(name): _plain(name, tensor) for name, tensor in state.items()}
+    plain = {name: _without_wrappers(name) for name in state}
+    if twice := [name for name, count in Counter(plain.values()).items() if count > 1]:
+        raise ValueError(f"it has more than one tensor {twice[0]}, with and without the prefixes of wrappers")
+    state = {plain[name]: tensor for name, tensor in state.items()}
     prefixes = [name.removesuffix(FIRST_BLOCK) for name in state if name.endswith(FIRST_BLOCK)]
     if not prefixes:
         raise ValueError(f"it is not a ResNet, because no tensor is named {FIRST_BLOCK}")
@@ -97,7 +101,7 @@ def translate(
         if ours := _our_name(name, prefix.removeprefix(outer), tensor):
             if ours in translated:
                 raise ValueError(f"{name} is a second tensor of {ours}, so its head is not supported")
-            translated[ours] = tensor
+            translated[ours] = _plain(name, tensor)
         elif not name.endswith(COUNTS) and name not in PIXELS:
             unused.append(name)
     relu = "fc.1.weight" in inner
@@ -111,7 +115,7 @@ def translate(
         translated.setdefault(EXPONENT, torch.tensor([GEM]))
     elif pool == "average" and EXPONENT in translated:
         raise ValueError("its pooling is a generalised mean, whose exponent is a tensor")
-    pixels = [(inner[name].flatten() / 255).tolist() for name in PIXELS if name in inner]
+    pixels = [(_plain(name, inner[name]).flatten() / 255).tolist() for name in PIXELS if name in inner]
     fast_reid = any(name.startswith("heads.") for name in inner)
     spec = _spec(translated, last_stride).model_copy(
         update={
@@ -142,7 +146,9 @@ def _plain(name: str, tensor: Tensor) -> Tensor:
         return tensor
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name} has values that are not finite")
-    if (name.endswith("running_var") and (tensor < 0).any()) or (name.endswith(PIXELS[1]) and (tensor <= 0).any()):
+    if name.endswith("running_var") and (tensor < 0).any():
+        raise ValueError(f"{name} has negative values")
+    if name == PIXELS[1] and (tensor <= 0).any():
         raise ValueError(f"{name} has values that are not positive")
     return tensor.float()
 

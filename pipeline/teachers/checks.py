@@ -95,7 +95,7 @@ def compare_preprocessing(present: Vectors, embed: Callable[[Preprocessing], Vec
 
     Args:
         present: (N, D) embeddings with the present preprocessing.
-        embed: Embeds the same images with another one, (N, D).
+        embed: Embeds the same images with another one, (N, D), or raises `TeacherError`.
         labels: (N,) identities of the images; without any, nothing is compared.
 
     Returns:
@@ -106,8 +106,10 @@ def compare_preprocessing(present: Vectors, embed: Callable[[Preprocessing], Vec
         return advice
     before, others = _precisions(present, labels), {}
     for kind in USUAL.values():
-        with suppress(ValueError):  # embeddings that are not finite: it is not the right one
+        with suppress(TeacherError):  # embeddings that are not finite: it is not the right one
             others[kind] = _precisions(embed(kind), labels)
+    if not others:
+        return advice
     best = max(others, key=lambda kind: float(np.nanmean(others[kind])))
     maps = float(np.nanmean(before)), float(np.nanmean(others[best]))
     if not _is_better(others[best], before):

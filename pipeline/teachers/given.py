@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -166,21 +167,20 @@ def unchecked_teacher(params: Params, identities: int) -> TeacherNet:
 
 def _complete(teacher: TeacherNet, directions: Vectors) -> TeacherNet:
     """Return the teacher with a classifier of cosines to these directions."""
-    if isinstance(teacher, RetrievalNet):
-        return with_classifier(teacher, directions)
     if isinstance(teacher, OnnxTeacher):
         teacher.classifier = torch.from_numpy(directions)
-    return teacher
+        return teacher
+    return with_classifier(cast(RetrievalNet, teacher), directions)
 
 
 def save(teacher: TeacherNet, folder: Path) -> None:
     """Write a teacher in place of another one."""
     for name in (FILE, CLASSIFIER, checkpoint.SPEC, checkpoint.WEIGHTS):
         (folder / name).unlink(missing_ok=True)
-    if isinstance(teacher, RetrievalNet):
-        checkpoint.save(folder, teacher)
-    elif isinstance(teacher, OnnxTeacher):
+    if isinstance(teacher, OnnxTeacher):
         teacher.save(folder)
+    else:
+        checkpoint.save(folder, cast(RetrievalNet, teacher))
 
 
 def load(folder: Path) -> TeacherNet:

@@ -1,12 +1,11 @@
 """Parameters and multiply-accumulates of a given ONNX file, counted in its graph."""
 
 import math
-from collections.abc import Iterable, Iterator
 
 import onnx
 from onnx import TensorProto
 
-from pipeline.teachers.onnx_file import PREFIX
+from pipeline.teachers.onnx_file import PREFIX, graph_tensors, node_tensors
 
 WEIGHTS = (
     *(TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE),
@@ -27,29 +26,16 @@ def params(model: onnx.ModelProto) -> int:
 
     Those of branches, loops and local functions count once.
     """
-    constants = [tensor for tensor in _constants(model.graph) if tensor.name.startswith(PREFIX)]
+    constants = [tensor for name, tensor in graph_tensors(model.graph) if name.startswith(PREFIX)]
     for function in model.functions:
-        constants += _values(function.node)
+        constants += [tensor for name, tensor in node_tensors(function.node) if name]
     return sum(math.prod(tensor.dims) for tensor in constants if tensor.data_type in WEIGHTS)
-
-
-def _constants(graph: onnx.GraphProto) -> Iterator[TensorProto]:
-    """Yield the weights of a graph and of those inside of it; constants of nodes have the names of their outputs."""
-    yield from graph.initializer
-    yield from _values(graph.node)
-
-
-def _values(nodes: Iterable[onnx.NodeProto]) -> Iterator[TensorProto]:
-    for node in nodes:
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs) if attribute.HasField("g") or attribute.graphs else ():
-                yield from _constants(inner)
-            if node.op_type == "Constant" and attribute.name == "value":
-                yield TensorProto(name=node.output[0], dims=attribute.t.dims, data_type=attribute.t.data_type)
 
 
 def macs(model: onnx.ModelProto) -> int | None:
     """Return the multiply-accumulates of convolutions and matrix products for one image.
+
+    Products of constants count as well, although a runtime computes them once.
 
     Returns:
         None if a shape is unknown, or an operator might compute something that is not counted.
@@ -78,11 +64,14 @@ def macs(model: onnx.ModelProto) -> int | None:
         if second is None:
             continue
         left, right, out = (shapes.get(name, []) for name in (node.input[0], node.input[second], node.output[0]))
-        if not (left and right and out and all(out)):
+        if not (left and right and out):
             return None
         if node.op_type in CONVOLUTIONS:  # (out, in / groups, height, width)
-            total += math.prod(out) * math.prod(right[1:])
+            product = math.prod(out) * math.prod(right[1:])
         else:
             transposed = any(a.name == "transA" and a.i for a in node.attribute)
-            total += math.prod(out) * (left[0] if transposed else left[-1])
+            product = math.prod(out) * (left[0] if transposed else left[-1])
+        if not product:  # a dimension is not known
+            return None
+        total += product
     return total // images

@@ -8,7 +8,7 @@ order of channels, layout, type and size.
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,8 +114,29 @@ def _first_line(error: Exception) -> str:
 
 def _external_files(model: onnx.ModelProto) -> Iterator[str]:
     """Yield the names of the files that hold weights of a model."""
-    for tensor in model.graph.initializer:
+    for _, tensor in graph_tensors(model.graph):
         yield from (entry.value for entry in tensor.external_data if entry.key == "location")
+
+
+def graph_tensors(graph: onnx.GraphProto) -> Iterator[tuple[str, TensorProto]]:
+    """Yield names and values of the constants of a graph and of its branches and loops; see `node_tensors`."""
+    yield from ((tensor.name, tensor) for tensor in graph.initializer)
+    yield from node_tensors(graph.node)
+
+
+def node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[tuple[str, TensorProto]]:
+    """Yield names and values of constants in nodes; an attribute of another node than `Constant` has an empty name."""
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                yield node.output[0] if node.op_type == "Constant" else "", attribute.t
+            for inner in _graphs(attribute):
+                yield from graph_tensors(inner)
+
+
+def _graphs(attribute: onnx.AttributeProto) -> list[onnx.GraphProto]:
+    """Return the branches or the loop in an attribute of a node."""
+    return [*([attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else []), *attribute.graphs]
 
 
 def normalisation_of(model: onnx.ModelProto) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -285,9 +306,7 @@ def _add_prefix(graph: onnx.GraphProto) -> None:
             names[:] = [name and PREFIX + name for name in names]  # an empty name: the input is left out
         node.name = node.name and PREFIX + node.name
         for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                _add_prefix(attribute.g)
-            for inner in attribute.graphs:
+            for inner in _graphs(attribute):
                 _add_prefix(inner)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from torch import nn
 
 from pipeline import checkpoint
@@ -34,7 +35,13 @@ def load_checkpoint(config: Teacher) -> RetrievalNet:
     """
     path = Path(config.weights)
     if (path / checkpoint.SPEC).is_file():
-        net = checkpoint.load(path)
+        try:
+            net = checkpoint.load(path)
+        except (ValueError, OSError, SafetensorError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise TeacherError(
+                f"`teacher.weights` {path} is damaged ({reason}); copy the folder again, or `dvc pull` it"
+            ) from error
         for key, value in (("max_pool", config.max_pool), ("pool", config.pool)):
             if value != "auto":
                 raise TeacherError(

@@ -93,7 +93,7 @@ def build_teacher(config: Teacher, identities: int) -> RetrievalNet:
     """
     net = RetrievalNet(ArchSpec.of(config, identities))
     if config.weights != "none":
-        net.load_backbone(pretrained_weights(config.weights, config.depth, "teacher.weights"), config.weights)
+        net.load_backbone(pretrained_weights(config.weights, config.depth, "teacher.weights"), "`teacher.weights`")
     return net
 
 
@@ -112,13 +112,13 @@ def pretrained_weights(weights: str, depth: int, key: str) -> dict[str, Tensor]:
         name = f"resnet{depth}"
         if name not in torchvision.models.list_models():
             raise ValueError(
-                f"torchvision publishes no {name}; set `depth` to 18, 34, 50, 101 or 152, or `weights` to none"
+                f"`{key}` is imagenet, but torchvision publishes no {name}; take the path of a file, or no weights"
             )
         try:
             return dict(torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(check_hash=True))
         except (URLError, OSError) as error:
             raise ConnectionError(
-                f"torchvision's weights of {name} cannot be downloaded ({error}); set `weights` to none or the path of "
-                "a file"
+                f"torchvision's weights of {name} cannot be downloaded ({error}); set `{key}` to the path of a file, "
+                "or take no weights"
             ) from error
     return read_tensors(Path(weights), key)

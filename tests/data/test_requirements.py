@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pipeline.config import Params
 from pipeline.data.layout import UNASSIGNED
 from pipeline.data.manifest import DataError, Item
-from pipeline.data.requirements import check_requirements, problems, warnings
+from pipeline.data.requirements import check_requirements, problems, unwatched_weights, warnings
 from pipeline.data.splits import split_test, split_validation
 from pipeline.stage.presets import load_preset
 from tests.imports import ROOT
@@ -222,3 +222,29 @@ def test_a_hundred_thousand_images_are_checked_within_seconds(tmp_path: Path) ->
     began = time.monotonic()
     assert list(problems(items, params)) == []
     assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    ("weights", "seen"),
+    [
+        ("weights/teacher/a.pth", True),
+        ("weights/teacher/link.pth", True),
+        ("a.pth", False),
+        ("weights/student/a.pth", False),
+    ],
+)
+def test_weights_that_dvc_does_not_watch_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str, seen: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("weights/teacher", "weights/student"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("a.pth", "weights/teacher/a.pth", "weights/student/a.pth"):
+        (tmp_path / file).touch()
+    (tmp_path / "weights" / "teacher" / "link.pth").symlink_to(tmp_path / "a.pth")  # as DVC may put it
+    warning = unwatched_weights("teacher", params_of(teacher__weights=weights))
+    message = (
+        f"`teacher.weights` is {weights}: put it into weights/teacher/, because DVC does not see it change elsewhere"
+    )
+    assert warning == (None if seen else message)
+    assert unwatched_weights("student", params_of(student__init="a.pth", student__method="static-random")) is None

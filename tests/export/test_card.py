@@ -119,14 +119,14 @@ def test_a_teacher_from_elsewhere_is_named_and_claims_no_other_runtime(entries, 
         untried=True,
     )
     note = teacher_note(
-        "weights/teacher/net.onnx",
-        {"the teacher": {"params": 0.5, "MACs": None}, "its own network": {"params": 0.25, "MACs": -0.125}},
+        "net.onnx",
+        {"the teacher": {"parameters": 0.5, "MACs": None}, "its own network": {"parameters": 0.25, "MACs": -0.125}},
     )
     text = render_card(entries | {"teacher.onnx": teacher}, {"Which network was the teacher?": note})
     for expected in (
-        "## Which network was the teacher?\n\n`weights/teacher/net.onnx`, which was trained elsewhere.",
-        "compared with the teacher, it has -50.0 % params and an unknown share of the MACs; ",
-        "compared with its own network, it has -25.0 % params and +12.5 % MACs.",
+        "## Which network was the teacher?\n\n`net.onnx`, which was trained elsewhere.",
+        "compared with the teacher, it has 50.0 % fewer parameters and an unknown share of the MACs; ",
+        "compared with its own network, it has 25.0 % fewer parameters and 12.5 % more MACs.",
         "All files but `teacher.onnx` have ONNX operator set 18",
         "| TensorRT 10 | `model.onnx` | not tried",
         "Of `teacher.onnx`, with layers of other toolkits, no other runtime was tried.",

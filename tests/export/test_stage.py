@@ -19,6 +19,8 @@ from pipeline.export.sample import check_release
 from pipeline.files import Files, write_atomically
 from pipeline.inference.timing import Gain
 from pipeline.models import cost
+from pipeline.models.resnet import RetrievalNet
+from pipeline.models.spec import ArchSpec, Input
 from pipeline.retrieval.evaluate import evaluate_embedder
 from pipeline.stage.presets import load_preset
 from pipeline.stage.run import Run
@@ -148,3 +150,15 @@ def test_nothing_is_written_if_the_last_file_fails_its_check(run, translated, mo
         stage.export(run)
     assert caught.value.exit_code == 4
     assert written(run) == {}
+
+
+def test_only_plain_networks_count_as_tried_in_other_runtimes() -> None:
+    plain = ArchSpec.full(14, 8, 24)
+    assert stage.is_plain(RetrievalNet(plain))
+    for change in (
+        {"max_pool": "unpadded"},
+        {"pool": "gem"},
+        {"instance_norms": {"layer1.0.conv1": 4}},
+        {"input": Input(scale=(1, 1, 1), shift=(0, 0, 0), bgr=True)},
+    ):
+        assert not stage.is_plain(RetrievalNet(plain.model_copy(update=change)))

@@ -42,7 +42,7 @@ def test_torchvision_weights_give_torchvision_features(depth: int) -> None:
 
 def test_weights_of_another_depth_are_rejected_with_names_and_remedy() -> None:
     net = RetrievalNet(ArchSpec.full(50, 64, 128))
-    with pytest.raises(ValueError, match=r"do not fit a ResNet-50.*missing.*set `depth`, `width` and `stem`"):
+    with pytest.raises(ValueError, match=r"do not fit a ResNet-50.*missing.*or set its depth, width and stem"):
         net.load_backbone(torchvision.models.resnet18().state_dict(), "resnet18.pth")
 
 

@@ -100,7 +100,7 @@ def test_torchvision_gives_pooled_features() -> None:
         ),
         (
             lambda state: state | {"bn1.running_var": -state["bn1.running_var"]},
-            "values that are not posit",
+            "running_var has negative values",
         ),
         (lambda state: state | {"pixel_std": torch.zeros(1, 3, 1, 1)}, "pixel_std has values that are not positive"),
         (
@@ -131,6 +131,14 @@ def test_what_is_not_supported_is_named(change: Callable[[dict[str, Tensor]], di
     state = dict(TorchReid(R26, 8, 2, ibn=False).state_dict())
     with pytest.raises(ValueError, match=message):
         translate(change(state), 2, (MEAN, STD))
+
+
+def test_what_is_not_used_may_have_any_values() -> None:
+    state = TorchReid(R14, 8, 1, ibn=False).state_dict()
+    state["classifier.weight"] = state["classifier.weight"] * torch.nan
+    assert "classifier.weight" in translate(state, 1, (MEAN, STD)).left_out
+    with pytest.raises(ValueError, match=r"more than one tensor conv1\.weight, with and without"):
+        translate(state | {"module.conv1.weight": state["conv1.weight"]}, 1, (MEAN, STD))
 
 
 def test_half_precision_is_loaded_as_float32() -> None:

@@ -170,9 +170,10 @@ def test_a_student_learns_from_an_onnx_file_alone(from_onnx: Path) -> None:
     assert "unknown" not in report
     assert "Before it shrank, the student was another network than its teacher." in report
     card = (from_onnx / "artifacts" / "export" / "card.md").read_text()
-    assert "`weights/teacher/net.onnx`, which was trained elsewhere" in card
+    assert "`net.onnx`, which was trained elsewhere" in card
     for network, record in (("the teacher", export), ("its own network before compression", student)):
-        saved = f"{-100 * record['params_reduction']:+.1f} % params and {-100 * record['macs_reduction']:+.1f} % MACs"
+        params, macs = (100 * record[f"{name}_reduction"] for name in ("params", "macs"))
+        saved = f"{params:.1f} % fewer parameters and {macs:.1f} % fewer MACs"
         assert f"compared with {network}, it has {saved}" in card
 
 

@@ -87,6 +87,15 @@ def test_a_network_of_this_project_is_a_folder(params: Params, tmp_path: Path) -
         load_checkpoint(section(params, tmp_path / "student"))
 
 
+def test_a_damaged_folder_is_named(params: Params, tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "own", RetrievalNet(ArchSpec.full(14, 8, 24)))
+    for name, content in (("weights.safetensors", b"half"), ("spec.json", b"{}")):
+        (tmp_path / "own" / name).write_bytes(content)
+        with pytest.raises(TeacherError, match=r"`teacher\.weights` .*own is damaged \(.*\); copy the folder") as error:
+            load_checkpoint(section(params, tmp_path / "own"))
+        assert "\n" not in str(error.value)
+
+
 def test_params_may_change_a_part_of_the_input_of_a_network_of_this_project(params: Params, tmp_path: Path) -> None:
     spec = ArchSpec.full(14, 8, 24)
     net = with_preprocessing(RetrievalNet(spec), Preprocessing((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), bgr=True))
@@ -178,6 +187,14 @@ def test_a_better_preprocessing_is_found_and_named(caplog) -> None:
     right = embed(Preprocessing(MEAN, STD, bgr=True))
     assert compare_preprocessing(right, embed, names).startswith("check `teacher.input`")
     assert not caplog.text
+
+
+def test_if_no_other_preprocessing_gives_embeddings_nothing_is_compared() -> None:
+    def embed(kind: Preprocessing) -> npt.NDArray[np.float32]:
+        raise TeacherError(str(kind))
+
+    present = np.eye(4, dtype=np.float32)
+    assert compare_preprocessing(present, embed, np.array(["a", "a", "b", "b"])).startswith("check `teacher.input`")
 
 
 def test_without_a_probe_nothing_is_compared() -> None:

@@ -22,7 +22,14 @@ from pipeline.stage.presets import load_preset
 from pipeline.teachers import onnx_cost
 from pipeline.teachers.checks import TeacherError
 from pipeline.teachers.given import check_batches, unchecked_teacher
-from pipeline.teachers.onnx_file import embedding_of, expectation, normalisation_of, read_file, standardised
+from pipeline.teachers.onnx_file import (
+    embedding_of,
+    expectation,
+    graph_tensors,
+    normalisation_of,
+    read_file,
+    standardised,
+)
 from pipeline.teachers.onnx_teacher import OnnxTeacher
 from tests.imports import ROOT
 from tests.models.test_resnet import counted_macs
@@ -289,7 +296,7 @@ def test_a_transformer_is_counted_as_well() -> None:
         assert onnx_cost.macs(model) == projections + products
 
 
-def test_weights_that_a_branch_uses_from_outside_are_found_and_counted() -> None:
+def test_weights_that_a_branch_uses_from_outside_are_found_and_counted(tmp_path: Path) -> None:
     """One of them has the name of the rewritten file's input."""
     random = np.random.default_rng(0)
     weights = {name: random.standard_normal((192, 4)).astype(np.float32) for name in ("image", "other")}
@@ -312,12 +319,34 @@ def test_weights_that_a_branch_uses_from_outside_are_found_and_counted() -> None
         ]
         graph = helper.make_graph(nodes, "g", [IMAGES], [value("y", ["n", 4])], outer)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
-        given = teacher(model.SerializeToString(), size=(8, 8))
+        onnx.save(model, tmp_path / "b.onnx", save_as_external_data=True, location="b.data", size_threshold=0)
+        read = read_file((tmp_path / "b.onnx").read_bytes(), "b.onnx", tmp_path)
+        values = {name: onnx.numpy_helper.to_array(tensor) for name, tensor in graph_tensors(read.graph)}
+        assert all(np.array_equal(values[key], weights[key]) for key in weights)
+        (tmp_path / "b.data").unlink()
+        given = teacher(onnx.load_from_string(model.SerializeToString()).SerializeToString(), size=(8, 8))
         images = torch.rand(3, 3, 8, 8)
         expected = functional.normalize(images.flatten(1) @ torch.from_numpy(weights[name]))
         torch.testing.assert_close(given(images).embedding, expected, atol=2e-5, rtol=1e-3)
         assert onnx_cost.params(given.model()) == 2 * 192 * 4
         assert onnx_cost.macs(given.model()) is None
+
+
+def test_macs_are_unknown_if_a_factor_is() -> None:
+    ends = onnx.numpy_helper.from_array(np.array([0]), "zero")
+    weight = onnx.numpy_helper.from_array(np.ones((192, 4), np.float32), "w")
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["f"]),
+        helper.make_node("NonZero", ["f"], ["positions"]),  # as many as there happen to be
+        helper.make_node("Cast", ["positions"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["floats", "g"], ["z"]),
+        helper.make_node("Transpose", ["floats"], ["g"]),
+        helper.make_node("MatMul", ["f", "w"], ["y"]),
+    ]
+    nodes[3], nodes[4] = nodes[4], nodes[3]
+    graph = helper.make_graph(nodes, "g", [IMAGES], [value("y", ["n", 4])], [weight, ends])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    assert onnx_cost.macs(teacher(model.SerializeToString(), size=(8, 8)).model()) is None
 
 
 def test_weights_that_are_inputs_too_are_weights() -> None:
