@@ -122,8 +122,8 @@ def compare(files: Files, params: Params) -> dict[str, float | str]:
         "distance": float(1 - np.einsum("nd,nd->n", *vectors).mean()),
         "params_reduction_to_itself": surgery["params_reduction"],
         "macs_reduction_to_itself": surgery["macs_reduction"],
-        "params_reduction_to_teacher": export["params_reduction"],
-        "macs_reduction_to_teacher": export["macs_reduction"],
+        "params_reduction_to_teacher": export["params_reduction_to_teacher"],
+        "macs_reduction_to_teacher": export["macs_reduction_to_teacher"],
         "speedup_over_itself": latency["speedup_over_uncompressed"],
         "speedup_over_teacher": latency["speedup"],
     }

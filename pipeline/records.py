@@ -112,7 +112,8 @@ class ExportRecord(Record):
 
     `min_cosine` is the smallest cosine similarity between the embeddings of a float file and those of torch;
     `map_student_on_teacher` searches a gallery embedded by the teacher with queries embedded by the student. Reductions
-    are relative to the teacher, that of MACs is missing if the teacher's cannot be counted.
+    are relative to the uncompressed student, as in the other stages, and those `_to_teacher` to the teacher, which may
+    be another network; that of MACs is missing if the teacher's cannot be counted.
     """
 
     map: float
@@ -128,7 +129,9 @@ class ExportRecord(Record):
     params: int
     macs: int
     params_reduction: float
-    macs_reduction: float | None = None
+    macs_reduction: float
+    params_reduction_to_teacher: float | None = None
+    macs_reduction_to_teacher: float | None = None
     int8_published: int
 
 

@@ -102,6 +102,7 @@ def export(run: Run) -> ExportRecord:
         originals=(images.original(index) for index in test[:: -(-len(test) // MAX_ORIGINALS)]),
     )
     student, teacher = checkpoint.load(run.files.artifacts("surgery")), load(run.files.artifacts("teacher"))
+    before = checkpoint.load_spec(run.files.artifacts("student"), checkpoint.FULL)
     given = teacher.model() if isinstance(teacher, OnnxTeacher) else None
     files, int8_result = exporter.export(student, teacher, given)
 
@@ -130,8 +131,6 @@ def export(run: Run) -> ExportRecord:
         )
     }
     if params.teacher.source != "train":
-        own = params.student.architecture.depth
-        before = checkpoint.load_spec(run.files.artifacts("student"), checkpoint.FULL) if own else None
         notes["Which network was the teacher?"] = _teacher_note(params, teacher, student, before)
     if manifest.has_boxes:
         notes["Which part of a picture?"] = (
@@ -168,8 +167,10 @@ def export(run: Run) -> ExportRecord:
         bytes_teacher=len(contents[TEACHER]),
         params=small.params,
         macs=cost.macs(student.spec, (height, width)),
-        params_reduction=1 - small.params / full.params,
-        macs_reduction=1 - cost.macs(student.spec, (height, width)) / full.macs if full.macs else None,
+        params_reduction=1 - cost.params(student.spec) / cost.params(before),
+        macs_reduction=1 - cost.macs(student.spec, (height, width)) / cost.macs(before, (height, width)),
+        params_reduction_to_teacher=1 - small.params / full.params,
+        macs_reduction_to_teacher=1 - cost.macs(student.spec, (height, width)) / full.macs if full.macs else None,
         int8_published=int(INT8 in files),
     )
 
@@ -185,10 +186,10 @@ def is_plain(net: TeacherNet) -> bool:
     return not spec.instance_norms and spec.pool == "average" and spec.max_pool == "padded" and spec.input is None
 
 
-def _teacher_note(params: Params, teacher: TeacherNet, student: RetrievalNet, before: ArchSpec | None) -> str:
+def _teacher_note(params: Params, teacher: TeacherNet, student: RetrievalNet, before: ArchSpec) -> str:
     size = (params.data.image_size[0], params.data.image_size[1])
     costs: dict[str, tuple[int, int | None]] = {"the teacher": (teacher.count_params(), teacher.count_macs(size))}
-    if before is not None:
+    if params.student.architecture.depth:
         costs["its own network before compression"] = (cost.params(before), cost.macs(before, size))
     reductions = {
         name: {
@@ -197,7 +198,7 @@ def _teacher_note(params: Params, teacher: TeacherNet, student: RetrievalNet, be
         }
         for name, (weights, macs) in costs.items()
     }
-    return teacher_note(Path(params.teacher.weights).name, reductions)
+    return teacher_note(Path(params.teacher.weights).name, reductions, params.student.init == "teacher")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from pipeline.retrieval.embed import evaluate
 from pipeline.retrieval.scoring import scores
 from pipeline.runtime import launch
 from pipeline.stage.run import Run, run_stage
-from pipeline.teachers.given import load, student_spec
+from pipeline.teachers.given import larger_student, load, student_spec
 from pipeline.training.loop import Fit
 from pipeline.training.teacher import validator
 
@@ -57,6 +57,8 @@ def student(run: Run) -> StudentRecord:
     loader = training_loader(manifest, images, params.student, params, fabric.global_rank, fabric.world_size)
     teacher = load(run.files.artifacts("teacher"))
     full = student_spec(teacher, params, len(manifest.train_identities))
+    if warning := larger_student(teacher, full, params):
+        log.warning(warning)
     checkpoints = run.checkpoints("data", "teacher", "student")
 
     def on_first_device(function: Callable[[], T]) -> T:

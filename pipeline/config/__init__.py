@@ -346,7 +346,8 @@ class Params(Section):
             yield f"`teacher.weights` must be the path of the network for `teacher.source` {source}"
         suffix = PurePosixPath(self.teacher.weights).suffix
         if suffix in {"checkpoint": (".onnx",), "onnx": (".pth", ".pt", ".tar", ".safetensors")}[source]:
-            yield f"`teacher.weights` is {self.teacher.weights}, which `teacher.source` {source} does not read"
+            other = "onnx" if source == "checkpoint" else "checkpoint"
+            yield f"`teacher.source` {source} does not read {self.teacher.weights}: set it to {other}"
         if self.teacher.recipe != "scratch":
             yield (
                 f"`teacher.recipe` and `student.recipe` must be scratch for `teacher.source` {source}: the classifier "

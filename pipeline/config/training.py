@@ -133,6 +133,14 @@ class TeacherInput(Section):
     layout: Literal["auto", "channels-first", "channels-last"]
     """Source `onnx`: the order of the dimensions; `auto`: that in which the file's input has 3 channels."""
 
+    @field_validator("mean", "std", mode="before")
+    @classmethod
+    def _is_of_unit_pixels(cls, values: object) -> object:
+        # Checked before the entries, so that there is one problem, with its remedy.
+        if isinstance(values, list) and any(isinstance(value, int | float) and value > 1 for value in values):
+            raise ValueError(f"must be at most 1, got {values}: divide statistics of pixels in [0, 255] by 255")
+        return values
+
     @field_validator("mean", "std", "size")
     @classmethod
     def _is_empty_or_complete(cls, values: list[float], info: ValidationInfo) -> list[float]:

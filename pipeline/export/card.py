@@ -50,13 +50,14 @@ def gallery_note(teacher_map: float, student_on_teacher_map: float | None) -> st
     )
 
 
-def teacher_note(source: str, reductions: Mapping[str, Mapping[str, float | None]]) -> str:
+def teacher_note(source: str, reductions: Mapping[str, Mapping[str, float | None]], inherited: bool = False) -> str:
     """Describe a teacher from elsewhere, and what the student saves.
 
     Args:
         source: Name of the teacher's file.
         reductions: Of the student compared with each network, by the name of what is counted; None if it cannot be
             counted.
+        inherited: Whether the student began with the weights of the teacher.
     """
     savings = "; ".join(
         f"compared with {network}, it has {' and '.join(_fewer(counted, saved) for counted, saved in counts.items())}"
@@ -64,7 +65,7 @@ def teacher_note(source: str, reductions: Mapping[str, Mapping[str, float | None
     )
     return (
         f"`{source}`, which was trained elsewhere. The student learned from its outputs; {savings}. Its authors "
-        f"decide about the use of `{TEACHER}`."
+        f"decide about the use of `{TEACHER}`{' and of all other files, which began with its weights' * inherited}."
     )
 
 

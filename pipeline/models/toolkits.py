@@ -226,6 +226,8 @@ def _check(state: Mapping[str, Tensor], spec: ArchSpec, unknown: Sequence[str]) 
     if missing := sorted(set(expected) - set(state)):
         raise ValueError(f"{len(missing)} tensors are missing, such as {missing[0]}")
     for name, shape in expected.items():
+        if len(shape) == 4 and state[name].shape[0] == shape[0] and state[name].shape[1] < shape[1]:
+            raise ValueError(f"{name} is a grouped convolution, which is not supported")
         if state[name].shape != shape:
             raise ValueError(f"{name} has the shape {tuple(state[name].shape)}, not {tuple(shape)}")
 

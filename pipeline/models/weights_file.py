@@ -69,8 +69,10 @@ def read_tensors(path: Path, key: str) -> dict[str, Tensor]:
             "write its state dict with `safetensors.torch.save_file`"
         ) from error
     except UNREADABLE as error:
-        reason = str(error).partition("\n")[0]
-        raise WeightsError(f"{name} is not a file of tensors ({reason}); write one with `torch.save`") from error
+        reason = str(error).partition("\n")[0][:100]
+        raise WeightsError(
+            f"{name} is not a file of tensors ({reason}); copy it again, or write one with `torch.save`"
+        ) from error
     if not tensors:
         raise WeightsError(f"{name} holds no state dict; write one with `torch.save(net.state_dict(), PATH)`")
     return tensors

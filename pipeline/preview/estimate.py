@@ -5,6 +5,7 @@ pixels where the images are cached and on the real images where each step decode
 stage, as far as the first steps and an evaluation batch reach it.
 """
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -127,7 +128,9 @@ def estimate(stage: str, params: Params, manifest: Manifest) -> Estimate:
 
 
 def _last(text: str) -> str:
-    return text.strip().splitlines()[-1] if text.strip() else "no message"
+    """Return the last line of a traceback, without the module of the exception."""
+    line = text.strip().splitlines()[-1] if text.strip() else "no message"
+    return re.sub(r"^[\w.]+Error: ", "", line)
 
 
 def _steps(stage: str, params: Params, manifest: Manifest) -> int:

@@ -54,20 +54,20 @@ class Preprocessing:
 
     def __str__(self) -> str:
         mean, std = ([round(value, 6) for value in values] for values in (self.mean, self.std))
-        return f"{{mean: {mean}, std: {std}, bgr: {str(self.bgr).lower()}}}"
+        return f"`teacher.input.mean` {mean}, `std` {std} and `bgr` {str(self.bgr).lower()}"
 
 
 UNIT, BYTE = (1.0,) * 3, (1 / 255,) * 3
-USUAL: Mapping[str, Preprocessing] = {
-    "ImageNet's, as most networks of torch": Preprocessing(MEAN, STD),
-    "the same in OpenCV's order": Preprocessing(MEAN, STD, bgr=True),
-    "[-1, 1]": Preprocessing((0.5,) * 3, (0.5,) * 3),
-    "[0, 1]": Preprocessing((0.0,) * 3, UNIT),
-    "[0, 1] in OpenCV's order": Preprocessing((0.0,) * 3, UNIT, bgr=True),
-    "[0, 255]": Preprocessing((0.0,) * 3, BYTE),
-    "[0, 255] in OpenCV's order": Preprocessing((0.0,) * 3, BYTE, bgr=True),
-    "Caffe's": Preprocessing((0.485, 0.458, 0.408), BYTE, bgr=True),
-}
+USUAL = (
+    Preprocessing(MEAN, STD),  # ImageNet's, as most networks of torch
+    Preprocessing(MEAN, STD, bgr=True),  # the same in OpenCV's order
+    Preprocessing((0.5,) * 3, (0.5,) * 3),  # [-1, 1]
+    Preprocessing((0.0,) * 3, UNIT),
+    Preprocessing((0.0,) * 3, UNIT, bgr=True),
+    Preprocessing((0.0,) * 3, BYTE),
+    Preprocessing((0.0,) * 3, BYTE, bgr=True),
+    Preprocessing((0.485, 0.458, 0.408), BYTE, bgr=True),  # Caffe's
+)
 """Usual kinds of preprocessing."""
 
 
@@ -90,12 +90,12 @@ def check_retrieval(retrieval: Retrieval, shuffled: Sequence[Retrieval], advice:
         )
 
 
-def compare_preprocessing(present: Vectors, embed: Callable[[Preprocessing], Vectors], labels: Labels) -> str:
-    """Compare usual kinds of preprocessing on training images, and warn if one of them is better than the present one.
+def compare_settings(present: Vectors, others: Mapping[str, Callable[[], Vectors]], labels: Labels) -> str:
+    """Compare other settings of a network on training images, and warn if one of them is better than the present one.
 
     Args:
-        present: (N, D) embeddings with the present preprocessing.
-        embed: Embeds the same images with another one, (N, D), or raises `TeacherError`.
+        present: (N, D) embeddings with the present settings.
+        others: Embed the same images with other ones, (N, D), or raise `TeacherError`; by keys and values in words.
         labels: (N,) identities of the images; without any, nothing is compared.
 
     Returns:
@@ -104,20 +104,17 @@ def compare_preprocessing(present: Vectors, embed: Callable[[Preprocessing], Vec
     advice = "check `teacher.input`, `teacher.last_stride`, `teacher.max_pool`, `teacher.pool` and `data.image_size`"
     if not len(labels):
         return advice
-    before, others = _precisions(present, labels), {}
-    for kind in USUAL.values():
-        with suppress(TeacherError):  # embeddings that are not finite: it is not the right one
-            others[kind] = _precisions(embed(kind), labels)
-    if not others:
+    before, precisions = _precisions(present, labels), {}
+    for settings, embed in others.items():
+        with suppress(TeacherError):  # embeddings that are not finite: they are not the right ones
+            precisions[settings] = _precisions(embed(), labels)
+    best = max(precisions, key=lambda settings: float(np.nanmean(precisions[settings])), default="")
+    if not best or not _is_better(precisions[best], before):
         return advice
-    best = max(others, key=lambda kind: float(np.nanmean(others[kind])))
-    maps = float(np.nanmean(before)), float(np.nanmean(others[best]))
-    if not _is_better(others[best], before):
-        return advice
-    name = next(name for name, kind in USUAL.items() if kind == best)
-    log.warning("on training images the teacher has mAP %.3f as it is, and %.3f with `teacher.input` %s (%s)", *maps,
-                best, name)  # fmt: skip
-    return f"set `teacher.input` to {best}: on training images mAP is {maps[1]:.3f} then, instead of {maps[0]:.3f}"
+    maps = float(np.nanmean(before)), float(np.nanmean(precisions[best]))
+    log.warning("wrong settings of the teacher? On training images it has mAP %.3f as it is, and %.3f with %s", *maps,
+                best)  # fmt: skip
+    return f"set {best}: on training images mAP is {maps[1]:.3f} then, instead of {maps[0]:.3f}"
 
 
 def _precisions(embeddings: Vectors, labels: Labels) -> Precisions:

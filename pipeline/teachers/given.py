@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +17,13 @@ from pipeline.config import Params
 from pipeline.data.augment import MEAN, STD, as_tensor, normalise
 from pipeline.data.images import Images
 from pipeline.data.manifest import Manifest
-from pipeline.models.resnet import RetrievalNet, TeacherNet
-from pipeline.models.spec import ArchSpec
+from pipeline.models import cost
+from pipeline.models.resnet import RetrievalNet, TeacherNet, convert
+from pipeline.models.spec import ArchSpec, MaxPool
 from pipeline.retrieval.embed import embed
 from pipeline.retrieval.evaluate import evaluate_embedder
 from pipeline.retrieval.metrics import Retrieval
-from pipeline.teachers.checks import Preprocessing, TeacherError, check_retrieval, compare_preprocessing, probes
+from pipeline.teachers.checks import USUAL, Preprocessing, TeacherError, check_retrieval, compare_settings, probes
 from pipeline.teachers.onnx_file import expectation, normalisation_of, read_file, standardised
 from pipeline.teachers.onnx_teacher import CLASSIFIER, FILE, RUNTIME_ERRORS, OnnxTeacher
 from pipeline.teachers.state_dict import class_directions, load_checkpoint, with_classifier, with_preprocessing
@@ -45,7 +46,7 @@ def given_teacher(params: Params, manifest: Manifest, images: Images, device: to
         TeacherError: If it cannot be used, or retrieves no better than chance.
         FileNotFoundError: If there is nothing at `teacher.weights`.
     """
-    teacher, variant = LOADERS[params.teacher.source](params)
+    teacher, variants = LOADERS[params.teacher.source](params)
     teacher.to(device)
     weights = f"`teacher.weights` {params.teacher.weights}"
     if isinstance(teacher, OnnxTeacher):
@@ -66,24 +67,38 @@ def given_teacher(params: Params, manifest: Manifest, images: Images, device: to
     chosen = probes(names)
     probed = train[chosen]
     present = embeddings(teacher, probed) if len(probed) else np.zeros((0, teacher.embedding_dim), np.float32)
-    advice = compare_preprocessing(present, lambda kind: embeddings(variant(kind).to(device), probed), names[chosen])
+    others = {
+        settings: lambda build=build: embeddings(build().to(device), probed) for settings, build in variants.items()
+    }
+    advice = compare_settings(present, others, names[chosen])
     of_test = embeddings(teacher, np.concatenate([manifest.indices("query"), manifest.indices("gallery")]))
+    retrieval = score(of_test)
+    log.info("%s: mAP %.4f on the test set", params.teacher.weights, retrieval.map)
     random = np.random.default_rng(params.seed)
-    check_retrieval(score(of_test), [score(random.permutation(of_test)) for _ in range(ORDERS)], advice)
+    check_retrieval(retrieval, [score(random.permutation(of_test)) for _ in range(ORDERS)], advice)
     labels = np.searchsorted(np.array(manifest.train_identities), names)
     return _complete(teacher, class_directions(embeddings(teacher, train), labels)).to(device)
 
 
-Variant = Callable[[Preprocessing], TeacherNet]
-"""Returns the teacher with another kind of preprocessing."""
+Variants = Mapping[str, Callable[[], TeacherNet]]
+"""Build the teacher with other settings, by keys and values in words."""
 
 
-def _checkpoint(params: Params) -> tuple[TeacherNet, Variant]:
+def _checkpoint(params: Params) -> tuple[TeacherNet, Variants]:
     net = load_checkpoint(params.teacher)
-    return net, partial(with_preprocessing, net)
+    variants: dict[str, Callable[[], TeacherNet]] = {
+        str(kind): partial(with_preprocessing, net, kind) for kind in USUAL
+    }
+    stride: Literal[1, 2] = 1 if net.spec.last_stride == 2 else 2
+    max_pool: MaxPool = "padded" if net.spec.max_pool == "unpadded" else "unpadded"
+    if Path(params.teacher.weights).is_file():  # no tensor of a state dict shows them
+        for key, value in (("last_stride", stride), ("max_pool", max_pool)):
+            spec = net.spec.model_copy(update={key: value})
+            variants[f"`teacher.{key}` {value}"] = partial(convert, net, spec)
+    return net, variants
 
 
-def _onnx(params: Params) -> tuple[TeacherNet, Variant]:
+def _onnx(params: Params) -> tuple[TeacherNet, Variants]:
     path, size = Path(params.teacher.weights), (params.data.image_size[0], params.data.image_size[1])
     if not path.is_file():
         raise FileNotFoundError(f"`teacher.weights` is {path}, which is not a file; set it to the path of an ONNX file")
@@ -108,7 +123,7 @@ def _onnx(params: Params) -> tuple[TeacherNet, Variant]:
             f"`export.batch` to {teacher.batch} and `benchmark.batches` to [{teacher.batch}]"
         )
     log.info("%s: embedding of %d numbers", path, teacher.embedding_dim)
-    return teacher, variant
+    return teacher, {str(kind): partial(variant, kind) for kind in USUAL}
 
 
 def _cannot_run(name: str, error: Exception) -> TeacherError:
@@ -149,7 +164,7 @@ def check_batches(teacher: OnnxTeacher, name: str, images: Tensor) -> None:
         )
 
 
-LOADERS: Mapping[str, Callable[[Params], tuple[TeacherNet, Variant]]] = {"checkpoint": _checkpoint, "onnx": _onnx}
+LOADERS: Mapping[str, Callable[[Params], tuple[TeacherNet, Variants]]] = {"checkpoint": _checkpoint, "onnx": _onnx}
 
 
 def unchecked_teacher(params: Params, identities: int) -> TeacherNet:
@@ -171,6 +186,19 @@ def _complete(teacher: TeacherNet, directions: Vectors) -> TeacherNet:
         teacher.classifier = torch.from_numpy(directions)
         return teacher
     return with_classifier(cast(RetrievalNet, teacher), directions)
+
+
+def larger_student(teacher: TeacherNet, full: ArchSpec, params: Params) -> str | None:
+    """Return a warning if the compressed student will need more multiply-accumulates than its teacher."""
+    size, student = (params.data.image_size[0], params.data.image_size[1]), params.student
+    before, limit = cost.macs(full, size), teacher.count_macs(size)
+    kept = 1 - student.budget.reduction if student.budgeted and student.budget.of == "macs" else 1.0
+    if limit is None or kept * before <= limit:
+        return None
+    return (
+        f"the student will need up to {kept * before / 1e6:,.1f} M multiply-accumulates, its teacher needs "
+        f"{limit / 1e6:,.1f} M: choose a smaller `student.architecture`, or raise `student.budget.reduction`"
+    )
 
 
 def save(teacher: TeacherNet, folder: Path) -> None:

@@ -52,6 +52,11 @@ def load_checkpoint(config: Teacher) -> RetrievalNet:
                 f"`teacher.weights` {path} is a student before surgery; set it to artifacts/surgery of its run"
             )
         return _as_given(convert(net, net.spec.bare()), config.input)
+    if path.is_dir():
+        raise TeacherError(
+            f"`teacher.weights` {path} is a folder without {checkpoint.SPEC}; set it to a state dict, or to a copy of "
+            "artifacts/teacher or artifacts/surgery"
+        )
     state = read_tensors(path, "teacher.weights")
     try:
         max_pool = None if config.max_pool == "auto" else config.max_pool

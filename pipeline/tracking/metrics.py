@@ -27,6 +27,8 @@ SHARED = {
     "macs": "model/macs",
     "params_reduction": "model/params_reduction",
     "macs_reduction": "model/flops_reduction",
+    "params_reduction_to_teacher": "model/params_reduction_to_teacher",
+    "macs_reduction_to_teacher": "model/flops_reduction_to_teacher",
     "bytes": "model/bytes",
 }
 """Metric key of each field of metrics/<stage>.json that means the same in every stage."""

@@ -122,6 +122,7 @@ def test_a_teacher_from_elsewhere_is_named_and_claims_no_other_runtime(entries, 
         "net.onnx",
         {"the teacher": {"parameters": 0.5, "MACs": None}, "its own network": {"parameters": 0.25, "MACs": -0.125}},
     )
+    assert "decide about the use of `teacher.onnx` and of all other files" in teacher_note("a.pth", {}, inherited=True)
     text = render_card(entries | {"teacher.onnx": teacher}, {"Which network was the teacher?": note})
     for expected in (
         "## Which network was the teacher?\n\n`net.onnx`, which was trained elsewhere.",

@@ -73,7 +73,7 @@ def test_a_dictionary_that_holds_itself_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.safetensors", b"half", r"a\.safetensors, which is not a file of tensors \(.*\); write one"),
+        ("a.safetensors", b"half", r"a\.safetensors, which is not a file of tensors \(.*\); copy it again"),
         ("a.pth", b"", r"a\.pth, which is no file of torch, since it begins with b''; download or write it again"),
         ("a.pth", b"<!DOCTYPE html>", r"which is no file of torch, since it begins with b'<!DOCTYPE html>'"),
         ("a.pth", b"\x80\x02.", r"a\.pth, which is not a file of tensors"),

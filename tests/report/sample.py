@@ -91,6 +91,7 @@ def results(**changes):
             bytes_teacher=16,
             int8_published=0,
             **small,
+            **{f"{name}_to_teacher": value for name, value in reductions.items()},
         ),
         "benchmark": benchmark_record(timings, footprints, teacher.macs, small["macs"]),
         "timings": timings,

@@ -84,7 +84,7 @@ def test_headline_and_table_show_an_inconclusive_speed_up(tmp_path):
 def test_a_student_of_another_architecture_is_compared_with_its_own_network_too(tmp_path):
     given = results()
     timings = [timed("teacher", *[3.0] * 8), timed("student", *[2.0] * 8), timed("uncompressed", *[5.0] * 8)]
-    export = given.export.model_copy(update={"params_reduction": -0.25, "macs_reduction": None})
+    export = given.export.model_copy(update={"params_reduction_to_teacher": -0.25, "macs_reduction_to_teacher": None})
     benchmark = benchmark_record(timings, given.footprints, None, export.macs)
     teacher = given.teacher.model_copy(update={"macs": None})
     changes = {"timings": timings, "export": export, "benchmark": benchmark, "teacher": teacher}

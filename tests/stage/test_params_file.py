@@ -135,9 +135,9 @@ def test_the_budget_of_a_given_teacher_is_that_of_the_students_architecture(path
         ("onnx", {"max_pool": "padded"}, "`teacher.max_pool` is for `teacher.source` checkpoint: set it to"),
         ("train", {"weights": "none", "input": {"bgr": True}}, "`teacher.input.bgr` is for `teacher.source` checkpo"),
         ("checkpoint", {"weights": "a.pth", "input": {"size": [64, 64]}}, "`teacher.input.size` is for `teacher.sourc"),
-        ("checkpoint", {}, "`teacher.weights` is weights/teacher/a.onnx, which `teacher.source` checkpoint does no"),
-        ("onnx", {"weights": "a.pth"}, "`teacher.weights` is a.pth, which `teacher.source` onnx does not read"),
-        ("onnx", {"input": {"mean": [123.7, 116.3, 103.5]}}, "`teacher.input.mean"),
+        ("checkpoint", {}, "`teacher.source` checkpoint does not read weights/teacher/a.onnx: set it to onnx"),
+        ("onnx", {"weights": "a.pth"}, "`teacher.source` onnx does not read a.pth: set it to checkpoint"),
+        ("onnx", {"input": {"mean": [123.7, 116.3, 103.5]}}, "`teacher.input.mean` must be at most 1, got [123.7, 116.3, 103.5]: divide"),
     ],
 )  # fmt: skip
 def test_what_a_source_does_not_use_is_refused(path: Path, source: str, changes: dict[str, Any], problem: str) -> None:

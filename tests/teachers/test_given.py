@@ -1,6 +1,7 @@
 """A teacher from elsewhere: it is loaded with a report, checked against chance and wrong preprocessing."""
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from pipeline.models.toolkits import relative_input
 from pipeline.retrieval import scoring
 from pipeline.retrieval.scoring import Side
 from pipeline.stage.presets import load_preset
-from pipeline.teachers.checks import Preprocessing, TeacherError, check_retrieval, compare_preprocessing, probes
+from pipeline.teachers.checks import USUAL, Preprocessing, TeacherError, check_retrieval, compare_settings, probes
 from pipeline.teachers.given import load, save
 from pipeline.teachers.state_dict import class_directions, load_checkpoint, with_classifier, with_preprocessing
 from tests.imports import ROOT
@@ -180,29 +181,30 @@ def test_a_better_preprocessing_is_found_and_named(caplog) -> None:
         x = (image if adapter is None else adapter(image))[:, 2, 0, 0].numpy()
         return np.exp(-((x[:, None] - np.linspace(-3, 3, 40)) ** 2) / 0.02).astype(np.float32) + 1e-6
 
-    advice = compare_preprocessing(embed(Preprocessing(MEAN, STD)), embed, names)
-    assert "set `teacher.input` to {mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225], bgr: true}" in advice
-    assert "on training images the teacher has mAP" in caplog.text
+    others = {str(kind): partial(embed, kind) for kind in USUAL}
+    advice = compare_settings(embed(Preprocessing(MEAN, STD)), others, names)
+    assert "set `teacher.input.mean` [0.485, 0.456, 0.406], `std` [0.229, 0.224, 0.225] and `bgr` true: on" in advice
+    assert "On training images it has mAP" in caplog.text
     caplog.clear()
     right = embed(Preprocessing(MEAN, STD, bgr=True))
-    assert compare_preprocessing(right, embed, names).startswith("check `teacher.input`")
+    assert compare_settings(right, others, names).startswith("check `teacher.input`")
     assert not caplog.text
 
 
 def test_if_no_other_preprocessing_gives_embeddings_nothing_is_compared() -> None:
-    def embed(kind: Preprocessing) -> npt.NDArray[np.float32]:
-        raise TeacherError(str(kind))
+    def embed() -> npt.NDArray[np.float32]:
+        raise TeacherError
 
     present = np.eye(4, dtype=np.float32)
-    assert compare_preprocessing(present, embed, np.array(["a", "a", "b", "b"])).startswith("check `teacher.input`")
+    assert compare_settings(present, {"a": embed}, np.array(["a", "a", "b", "b"])).startswith("check `teacher.input`")
 
 
 def test_without_a_probe_nothing_is_compared() -> None:
-    def embed(kind: Preprocessing) -> npt.NDArray[np.float32]:
-        raise AssertionError(kind)
+    def embed() -> npt.NDArray[np.float32]:
+        raise AssertionError
 
     none = np.zeros((0, 4), np.float32)
-    assert compare_preprocessing(none, embed, np.array([], dtype=np.str_)).startswith("check `teacher.input`")
+    assert compare_settings(none, {"a": embed}, np.array([], dtype=np.str_)).startswith("check `teacher.input`")
 
 
 def test_one_kind_of_teacher_takes_the_place_of_the_other(tmp_path: Path) -> None:
