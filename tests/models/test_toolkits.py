@@ -90,6 +90,10 @@ def test_torchvision_gives_pooled_features() -> None:
         (lambda state: {k: v for k, v in state.items() if k != "bn1.running_mean"}, "1 tensors are missing"),
         (lambda state: {k: v for k, v in state.items() if "layer4.1" not in k}, "2, 2, 2, 1 bottlenecks"),
         (
+            lambda state: state | {"layer1.0.conv2.weight": torch.zeros(8, 2, 3, 3)},
+            r"layer1\.0\.conv2\.weight is a grouped convolution, which is not supported",
+        ),
+        (
             lambda state: state | {"bottleneck.weight": torch.ones(256), "fc.1.weight": torch.ones(256)},
             r"fc\.1\.weight is a second tensor of head\.bn2\.weight, so its head is not supported",
         ),
@@ -118,6 +122,7 @@ def test_torchvision_gives_pooled_features() -> None:
         "non-local",
         "missing",
         "blocks",
+        "grouped",
         "two heads",
         "shape",
         "not finite",

@@ -21,7 +21,7 @@ from pipeline.retrieval import scoring
 from pipeline.retrieval.scoring import Side
 from pipeline.stage.presets import load_preset
 from pipeline.teachers.checks import USUAL, Preprocessing, TeacherError, check_retrieval, compare_settings, probes
-from pipeline.teachers.given import load, save
+from pipeline.teachers.given import LOADERS, larger_student, load, save
 from pipeline.teachers.state_dict import class_directions, load_checkpoint, with_classifier, with_preprocessing
 from tests.imports import ROOT
 from tests.models.other_toolkits import FastReid, TorchReid, randomised
@@ -128,6 +128,11 @@ def test_tensors_of_impossible_shapes_are_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
+def test_a_folder_without_a_spec_is_named(params: Params, tmp_path: Path) -> None:
+    with pytest.raises(TeacherError, match=r"is a folder without spec\.json; set it to a state dict, or to a copy of"):
+        load_checkpoint(section(params, tmp_path))
+
+
 def test_what_is_no_resnet_is_refused_by_name(params: Params, tmp_path: Path) -> None:
     torch.save(nn.Linear(3, 4).state_dict(), tmp_path / "mlp.pth")
     with pytest.raises(TeacherError, match=r"mlp\.pth cannot be used: it is not a ResNet"):
@@ -197,6 +202,34 @@ def test_if_no_other_preprocessing_gives_embeddings_nothing_is_compared() -> Non
 
     present = np.eye(4, dtype=np.float32)
     assert compare_settings(present, {"a": embed}, np.array(["a", "a", "b", "b"])).startswith("check `teacher.input`")
+
+
+def test_the_other_stride_and_max_pooling_of_a_state_dict_are_tried(params: Params, tmp_path: Path) -> None:
+    torch.save(randomised(TorchReid((1, 1, 1, 1), 8, 2, ibn=False)).state_dict(), tmp_path / "a.pth")
+    given = params.model_copy(update={"teacher": section(params, tmp_path / "a.pth", last_stride=1)})
+    net, variants = LOADERS["checkpoint"](given)
+    assert isinstance(net, RetrievalNet)
+    assert [name for name in variants if "input" not in name] == [
+        "`teacher.last_stride` 2", "`teacher.max_pool` unpadded"
+    ]  # fmt: skip
+    with torch.no_grad():
+        expected = randomised(TorchReid((1, 1, 1, 1), 8, 2, ibn=False))
+        expected.load_state_dict(torch.load(tmp_path / "a.pth"))
+        embedding = variants["`teacher.last_stride` 2"]()(normalise(PIXELS)).embedding
+        torch.testing.assert_close(embedding, expected(normalise(PIXELS)), atol=1e-4, rtol=1e-3)
+    checkpoint.save(tmp_path / "own", net)
+    own = params.model_copy(update={"teacher": section(params, tmp_path / "own")})
+    assert all("input" in name for name in LOADERS["checkpoint"](own)[1])  # spec.json has them
+
+
+def test_a_student_that_needs_more_than_its_teacher_is_named(params: Params) -> None:
+    teacher, full = RetrievalNet(ArchSpec.full(14, 8, 24)), ArchSpec.full(50, 16, 24)
+    budget = params.student.budget.model_copy(update={"reduction": 0.0})
+    given = params.model_copy(update={"student": params.student.model_copy(update={"budget": budget})})
+    warning = larger_student(teacher, full, given)
+    assert warning is not None
+    assert "its teacher needs" in warning and warning.endswith("or raise `student.budget.reduction`")
+    assert larger_student(teacher, teacher.spec, given) is None
 
 
 def test_without_a_probe_nothing_is_compared() -> None:
