@@ -31,6 +31,7 @@ ARTIFACTS = {
     "warnings.csv",
     "teacher/spec.json",
     "teacher/weights.safetensors",
+    "student/full.json",
     "student/plan.json",
     "student/spec.json",
     "student/weights.safetensors",

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Self
 
 import onnx
-import onnxruntime
 
 from pipeline.export.release import ALL_IN_ONE, INT8, STUDENT, TEACHER
 
@@ -89,7 +89,7 @@ class Requirements:
         opset = next(entry.version for entry in model.opset_import if entry.domain in STANDARD_DOMAINS)
         known = max(opset, min(LEAST_ONNX_RUNTIME))  # earlier sets run in every version
         return cls(
-            opset, model.ir_version, LEAST_ONNX_RUNTIME.get(known, onnxruntime.__version__), fixed_dimension(model)
+            opset, model.ir_version, LEAST_ONNX_RUNTIME.get(known, version("onnxruntime")), fixed_dimension(model)
         )
 
     def properties(self) -> Mapping[str, str]:

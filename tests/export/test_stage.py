@@ -48,6 +48,7 @@ def run(tmp_path: Path) -> Run:
         Image.fromarray(Pictures.pixels[row]).save(paths.vehicles / item.path, format="PNG")
     for name in ("teacher", "surgery"):
         checkpoint.save(paths.artifacts(name), tiny_net(0))
+    checkpoint.save_spec(paths.artifacts("student") / checkpoint.FULL, tiny_net(0).spec)
     return Run("export", Params.model_validate(smoke), paths, paths.artifacts("export"))
 
 

@@ -267,7 +267,7 @@ def test_params_that_do_not_fit_an_onnx_teacher_are_refused_at_once(from_onnx: P
         Params.model_validate(content)
     for name in (
         "`student.init` must be",
-        "`student.architecture.depth` must be 0 for `student.method` paper",
+        "`student.method` must be budget, static-random or none for source onnx, not paper",
         "`student.distill.feature` must be 0",
     ):
         assert name in str(error.value)
