@@ -6,13 +6,19 @@ from pathlib import Path
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read only once, when the library is loaded
 
 from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
+from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from pipeline.runtime import available_threads
 
-__all__ = ["INPUT", "OUTPUT", "InferenceSession", "open_session"]
+__all__ = ["INPUT", "OUTPUT", "RUNTIME_ERRORS", "InferenceSession", "open_session"]
 
 INPUT, OUTPUT = "image", "embedding"
 """Names of the input and the output of every exported file."""
+
+RUNTIME_ERRORS = (
+    *(errors.Fail, errors.InvalidArgument, errors.InvalidGraph, errors.NotImplemented, errors.RuntimeException),
+)
+"""What ONNX Runtime raises for a file that it cannot run."""
 
 
 def open_session(

@@ -17,6 +17,7 @@ from pipeline.config import Params
 from pipeline.data.augment import MEAN, STD, as_tensor, normalise
 from pipeline.data.images import Images
 from pipeline.data.manifest import Manifest
+from pipeline.inference.session import RUNTIME_ERRORS
 from pipeline.models import cost
 from pipeline.models.resnet import RetrievalNet, TeacherNet, convert
 from pipeline.models.spec import ArchSpec, MaxPool
@@ -25,7 +26,7 @@ from pipeline.retrieval.evaluate import evaluate_embedder
 from pipeline.retrieval.metrics import Retrieval
 from pipeline.teachers.checks import USUAL, Preprocessing, TeacherError, check_retrieval, compare_settings, probes
 from pipeline.teachers.onnx_file import expectation, normalisation_of, read_file, standardised
-from pipeline.teachers.onnx_teacher import CLASSIFIER, FILE, RUNTIME_ERRORS, OnnxTeacher
+from pipeline.teachers.onnx_teacher import CLASSIFIER, FILE, OnnxTeacher
 from pipeline.teachers.state_dict import class_directions, load_checkpoint, with_classifier, with_preprocessing
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
-from onnxruntime.capi import onnxruntime_pybind11_state as errors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
@@ -14,11 +13,6 @@ from pipeline.files import write_atomically
 from pipeline.inference.session import INPUT, OUTPUT, open_session
 from pipeline.models.resnet import Output, TeacherNet
 from pipeline.teachers import onnx_cost
-
-RUNTIME_ERRORS = (
-    *(errors.Fail, errors.InvalidArgument, errors.InvalidGraph, errors.NotImplemented, errors.RuntimeException),
-)
-"""What ONNX Runtime raises for a file that it cannot run."""
 
 FILE, CLASSIFIER = "teacher.onnx", "classifier.safetensors"
 

@@ -126,6 +126,7 @@ def release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     prepare(Run("prepare", checked, paths, paths.artifacts("prepare")))
     for seed, name in enumerate(("surgery", "teacher")):
         checkpoint.save(paths.artifacts(name), net(seed))
+    checkpoint.save_spec(paths.artifacts("student") / checkpoint.FULL, net(0).spec)
     out = paths.artifacts("export")
     with pytest.MonkeyPatch.context() as patch:  # an int8 file is wanted, whether it is faster here or not
         patch.setattr(exporter, "gains", lambda files, *_: dict.fromkeys(files, Gain(2.0, 2.0, 2.0, 8)))
