@@ -37,15 +37,15 @@ def teacher(run: Run) -> TeacherRecord:
         task = TeacherTask(params.teacher, validate)
         fit = Fit(fabric, params.teacher, task, loader, normalise, run.checkpoints("data", "teacher"), run.curve)
         net: TeacherNet = fit.run(lambda: build_teacher(params.teacher, len(manifest.train_identities)))
+        splits = ("query", "gallery")
+        retrieval = evaluate(net, manifest, images, *splits, params.data.protocol, normalise, fabric.device)
     else:
-        net = given_teacher(params, manifest, images, fabric.device)
+        net, retrieval = given_teacher(params, manifest, images, fabric.device)
         run.curve({"epoch": 0.0, **({"validation_map": validate(net)} if validate else {})})
     save(net, run.out)
-    protocol = params.data.protocol
-    retrieval = evaluate(net, manifest, images, "query", "gallery", protocol, normalise, fabric.device)
     height, width = params.data.image_size
     return TeacherRecord(
-        **scores(protocol, retrieval).model_dump(),
+        **scores(params.data.protocol, retrieval).model_dump(),
         params=net.count_params(),
         macs=net.count_macs((height, width)),
     )

@@ -4,12 +4,12 @@ There are no defaults: the file that DVC tracks determines a run completely, so 
 """
 
 import re
-from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from pipeline.config.agreement import problems
 from pipeline.config.section import Count, Fraction, Section
 from pipeline.config.training import (
     Architecture,
@@ -35,9 +35,6 @@ __all__ = [
     "TeacherInput",
     "Training",
 ]
-
-PUBLISHED = (18, 34, 50, 101, 152)
-"""Depths with published torchvision weights, at width 64."""
 
 
 class Vehicles(Section):
@@ -315,140 +312,8 @@ class Params(Section):
         student = ("student", self.student)
         return (("teacher", self.teacher), student) if self.teacher.source == "train" else (student,)
 
-    def _problems_of_the_source(self) -> Iterator[str]:
-        """Yield which keys of the teacher have values that its source does not use."""
-        source, given = self.teacher.source, self.teacher.input
-        for key, value, neutral, sources in (
-            ("max_pool", self.teacher.max_pool, "auto", ("checkpoint",)),
-            ("pool", self.teacher.pool, "auto", ("checkpoint",)),
-            ("input.mean", given.mean, [], ("checkpoint", "onnx")),
-            ("input.std", given.std, [], ("checkpoint", "onnx")),
-            ("input.bgr", given.bgr, False, ("checkpoint", "onnx")),
-            ("input.layout", given.layout, "auto", ("onnx",)),
-        ):
-            if value != neutral and source not in sources:
-                yield (
-                    f"`teacher.{key}` is for `teacher.source` {' and '.join(sources)}: set it to "
-                    f"{str(neutral).lower()}, or correct `teacher.source`, which is {source}"
-                )
-        if source != "onnx" and given.size:
-            yield (
-                f"`teacher.input.size` is for `teacher.source` onnx: set it to [], and `data.image_size` to the size "
-                f"of the images of source {source}"
-            )
-
-    def _problems_of_a_given_teacher(self) -> Iterator[str]:
-        """Yield what does not agree with a teacher that is not trained here."""
-        source, student = self.teacher.source, self.student
-        if source == "train":
-            return
-        if self.teacher.weights in ("none", "imagenet"):
-            yield f"`teacher.weights` must be the path of the network for `teacher.source` {source}"
-        suffix = PurePosixPath(self.teacher.weights).suffix
-        if suffix in {"checkpoint": (".onnx",), "onnx": (".pth", ".pt", ".tar", ".safetensors")}[source]:
-            other = "onnx" if source == "checkpoint" else "checkpoint"
-            yield f"`teacher.source` {source} does not read {self.teacher.weights}: set it to {other}"
-        if self.teacher.recipe != "scratch":
-            yield (
-                f"`teacher.recipe` and `student.recipe` must be scratch for `teacher.source` {source}: the classifier "
-                "of such a teacher compares cosines"
-            )
-        if source == "onnx" and student.method in ("paper", "static-magnitude"):
-            yield f"`student.method` must be budget, static-random or none for source onnx, not {student.method}"
-        elif source == "onnx" and not student.architecture.depth:
-            yield "`student.architecture.depth` must be that of a ResNet for `teacher.source` onnx, not 0"
-        if source == "onnx" and student.distill.feature:
-            yield "`student.distill.feature` must be 0 for `teacher.source` onnx, whose inner features are not known"
-
-    def _problems_of_an_own_architecture(self) -> Iterator[str]:
-        """Yield what does not agree with a student that does not start as its teacher."""
-        student, own = self.student, self.student.architecture
-        if not own.depth and self.teacher.source != "onnx":
-            return
-        if student.init == "teacher" and student.method != "static-random":  # which trains random weights
-            yield "`student.init` must be imagenet, random or a path for a student of another architecture"
-        if student.method in ("paper", "static-magnitude") and self.teacher.source != "onnx":
-            yield f"`student.architecture.depth` must be 0 for `student.method` {student.method}"
-        if own.depth in (18, 34) and own.stem not in (0, own.width):
-            yield f"`student.architecture.stem` must be 0 or {own.width} at depth {own.depth}, got {own.stem}"
-        if student.distill.feature and self.runtime.devices * self.runtime.nodes > 1:
-            yield (
-                "`student.distill.feature` must be 0 on several devices if `student.architecture.depth` is not 0: its "
-                "projections are trained on one device"
-            )
-
     @model_validator(mode="after")
-    def _stages_agree(self) -> Self:
-        complaints = []
-        if self.data.source == "vehicles":
-            if self.data.unlabelled:
-                complaints.append(
-                    "`data.unlabelled` must be [] for source vehicles, which renders its images: set "
-                    "`data.vehicles.unlabelled_identities`"
-                )
-            rendered = self.data.vehicles.train_identities
-            training = rendered - int(self.data.validation * rendered)  # as `split_validation` rounds
-            for stage, section in self.trainings:
-                if section.batch.identities > training:
-                    complaints.append(
-                        f"`{stage}.batch.identities` ({section.batch.identities}) must not exceed the {training} "
-                        "identities left for training: lower it, or raise `data.vehicles.train_identities` "
-                        f"({rendered})"
-                    )
-        if self.student.channel_multiple % self.surgery.channel_multiple:
-            complaints.append(
-                f"`surgery.channel_multiple` ({self.surgery.channel_multiple}) must divide `student.channel_multiple` "
-                f"({self.student.channel_multiple})"
-            )
-        if self.export.batch == "dynamic":
-            if 1 not in self.benchmark.batches:
-                complaints.append(f"`benchmark.batches` must contain 1, got {self.benchmark.batches}")
-        elif self.benchmark.batches != [self.export.batch]:
-            complaints.append(
-                f"`benchmark.batches` must be [{self.export.batch}], got {self.benchmark.batches}, because files with "
-                f"`export.batch` {self.export.batch} take no other batch"
-            )
-        if self.student.method == "paper" and self.runtime.devices * self.runtime.nodes > 1:
-            complaints.append(
-                "`student.method` paper works on one device only, because its memory of features is not shared; set "
-                "`runtime.devices` and `runtime.nodes` to 1"
-            )
-        if self.student.method == "paper" and self.student.distill.views:
-            complaints.append(
-                f"`student.distill.views` ({self.student.distill.views}) must be 0, and `average_views` false, "
-                "for method paper: an image would be its own nearest neighbours, as the teacher's features of a view "
-                "would be the same each time"
-            )
-        if self.student.method == "paper" and self.surgery.tolerance > self.student.paper.threshold:
-            complaints.append(
-                f"`surgery.tolerance` ({self.surgery.tolerance:g}) must not exceed `student.paper.threshold` "
-                f"({self.student.paper.threshold:g}), or surgery would cut channels that make a width a multiple"
-            )
-        if self.student.recipe != self.teacher.recipe:
-            complaints.append(
-                f"`student.recipe` ({self.student.recipe}) must equal `teacher.recipe` ({self.teacher.recipe}): "
-                "distillation compares their logits"
-            )
-        complaints += self._problems_of_the_source()
-        complaints += self._problems_of_a_given_teacher()
-        complaints += self._problems_of_an_own_architecture()
-        depth, width, stem = self.teacher.depth, self.teacher.width, self.teacher.stem
-        if self.teacher.source == "train" and depth in (18, 34) and stem not in (0, width):
-            complaints.append(f"`teacher.stem` must be 0 or {width} at `teacher.depth` {depth}, got {stem}")
-        own = self.student.architecture
-        start, of_student = ("student.architecture", own) if own.depth else ("teacher", self.teacher)
-        for name, weights, where, net in (
-            ("teacher.weights", self.teacher.weights, "teacher", self.teacher),
-            ("student.init", self.student.init, start, of_student),
-        ):
-            published = net.depth in PUBLISHED and net.width == 64 and net.stem in (0, 64)
-            read_from_file = self.teacher.source != "train" and net is self.teacher
-            if weights == "imagenet" and not published and not read_from_file:
-                complaints.append(
-                    f"`{name}` is imagenet, but torchvision publishes no ResNet-{net.depth} of width {net.width}"
-                    f"{f' and stem {net.stem}' if net.stem else ''}: set `{where}.depth` to one of "
-                    f"{', '.join(map(str, PUBLISHED))} and `{where}.width` to 64, or use other weights"
-                )
-        if complaints:
-            raise ValueError("; ".join(complaints))
+    def _sections_agree(self) -> Self:
+        if found := "; ".join(problems(self)):
+            raise ValueError(found)
         return self

@@ -8,6 +8,7 @@ Source: He et al., CVPR 2016; slots for compactors: Ding et al., ICCV 2021.
 """
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import NamedTuple, cast
 
@@ -38,7 +39,7 @@ class Output(NamedTuple):
         return Output(self.embedding[:count], None if self.logits is None else self.logits[:count])
 
 
-class TeacherNet(nn.Module):
+class TeacherNet(nn.Module, ABC):
     """A network that a student can learn from."""
 
     def __call__(self, images: Tensor) -> Output:
@@ -46,17 +47,17 @@ class TeacherNet(nn.Module):
         return cast(Output, super().__call__(images))
 
     @property
+    @abstractmethod
     def embedding_dim(self) -> int:
         """Length of the embedding."""
-        raise NotImplementedError
 
+    @abstractmethod
     def count_params(self) -> int:
         """Return the number of parameters, without the classifier."""
-        raise NotImplementedError
 
+    @abstractmethod
     def count_macs(self, image_size: tuple[int, int]) -> int | None:
         """Return the multiply-accumulates for one image of this height and width; None if they cannot be counted."""
-        raise NotImplementedError
 
 
 class Compactor(nn.Conv2d):

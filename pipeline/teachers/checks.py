@@ -33,6 +33,11 @@ class TeacherError(ValueError):
     exit_code = 2
 
 
+def first_line(error: Exception) -> str:
+    """Return the beginning of a message, which may be long."""
+    return str(error).partition("\n")[0][:200]
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """The images that a network expects.

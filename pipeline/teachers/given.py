@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline import checkpoint
 from pipeline.config import Params
-from pipeline.data.augment import MEAN, STD, as_tensor, normalise
+from pipeline.data.augment import as_tensor, normalise
 from pipeline.data.images import Images
 from pipeline.data.manifest import Manifest
 from pipeline.inference.session import RUNTIME_ERRORS
@@ -24,8 +24,17 @@ from pipeline.models.spec import ArchSpec, MaxPool
 from pipeline.retrieval.embed import embed
 from pipeline.retrieval.evaluate import evaluate_embedder
 from pipeline.retrieval.metrics import Retrieval
-from pipeline.teachers.checks import USUAL, Preprocessing, TeacherError, check_retrieval, compare_settings, probes
-from pipeline.teachers.onnx_file import expectation, normalisation_of, read_file, standardised
+from pipeline.teachers.checks import (
+    USUAL,
+    Preprocessing,
+    TeacherError,
+    check_retrieval,
+    compare_settings,
+    first_line,
+    probes,
+)
+from pipeline.teachers.onnx_file import normalisation_of, read_file
+from pipeline.teachers.onnx_rewriting import expectation, standardised
 from pipeline.teachers.onnx_teacher import CLASSIFIER, FILE, OnnxTeacher
 from pipeline.teachers.state_dict import class_directions, load_checkpoint, with_classifier, with_preprocessing
 
@@ -40,8 +49,13 @@ MIN_COSINE = 0.99999
 """Of the embeddings of an image in two batches, as stage `export` requires it of every file."""
 
 
-def given_teacher(params: Params, manifest: Manifest, images: Images, device: torch.device) -> TeacherNet:
+def given_teacher(
+    params: Params, manifest: Manifest, images: Images, device: torch.device
+) -> tuple[TeacherNet, Retrieval]:
     """Load the teacher that params.yaml names, check it, and give it a classifier of the training identities.
+
+    Returns:
+        The teacher, and its scores on the test set.
 
     Raises:
         TeacherError: If it cannot be used, or retrieves no better than chance.
@@ -78,7 +92,7 @@ def given_teacher(params: Params, manifest: Manifest, images: Images, device: to
     random = np.random.default_rng(params.seed)
     check_retrieval(retrieval, [score(random.permutation(of_test)) for _ in range(ORDERS)], advice)
     labels = np.searchsorted(np.array(manifest.train_identities), names)
-    return _complete(teacher, class_directions(embeddings(teacher, train), labels)).to(device)
+    return _complete(teacher, class_directions(embeddings(teacher, train), labels)).to(device), retrieval
 
 
 Variants = Mapping[str, Callable[[], TeacherNet]]
@@ -108,8 +122,8 @@ def _onnx(params: Params) -> tuple[TeacherNet, Variants]:
     given = params.teacher.input
 
     def variant(kind: Preprocessing) -> OnnxTeacher:
-        expected = expectation(model, name, given.size, kind.mean, kind.std, kind.bgr, size, given.layout)
-        return OnnxTeacher(standardised(model, name, expected, size, (MEAN, STD)).SerializeToString(deterministic=True))
+        expected = expectation(model, name, kind, size, given.size, given.layout)
+        return OnnxTeacher(standardised(model, name, expected, size).SerializeToString(deterministic=True))
 
     try:
         teacher = variant(Preprocessing.of(given, *normalisation_of(model)))
@@ -128,10 +142,9 @@ def _onnx(params: Params) -> tuple[TeacherNet, Variants]:
 
 
 def _cannot_run(name: str, error: Exception) -> TeacherError:
-    reason = str(error).partition("\n")[0][:200]
     return TeacherError(
-        f"{name} cannot be run by ONNX Runtime ({reason}); export it again, with standard operators and a variable "
-        "number of images"
+        f"{name} cannot be run by ONNX Runtime ({first_line(error)}); export it again, with standard operators and "
+        "a variable number of images"
     )
 
 

@@ -5,7 +5,8 @@ import math
 import onnx
 from onnx import TensorProto
 
-from pipeline.teachers.onnx_file import PREFIX, graph_tensors, node_tensors
+from pipeline.teachers.onnx_file import graph_tensors, node_tensors
+from pipeline.teachers.onnx_rewriting import PREFIX
 
 WEIGHTS = (
     *(TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE),
@@ -22,7 +23,7 @@ UNCOUNTED = ("Attention", "ConvTranspose", "DeformConv", "Einsum", "GRU", "LSTM"
 
 
 def params(model: onnx.ModelProto) -> int:
-    """Return the number of weights, floating-point or quantised; without the nodes that `onnx_file` adds.
+    """Return the number of weights, floating-point or quantised; without the nodes that `onnx_rewriting` adds.
 
     Those of branches, loops and local functions count once.
     """

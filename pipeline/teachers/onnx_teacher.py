@@ -21,7 +21,7 @@ class OnnxTeacher(TeacherNet):
     """Embeddings by an ONNX file, and cosines to the training identities.
 
     Args:
-        content: A file with the input and output of this project; see `onnx_file.standardised`.
+        content: A file with the input and output of this project; see `onnx_rewriting.standardised`.
         classifier: (identities, D), normalised; None before they are known.
 
     Attributes:

@@ -17,7 +17,7 @@ from pipeline.data.augment import MEAN, STD
 from pipeline.models.resnet import RetrievalNet, convert
 from pipeline.models.toolkits import normalisation_of, relative_input, translate
 from pipeline.models.weights_file import read_tensors
-from pipeline.teachers.checks import Preprocessing, TeacherError
+from pipeline.teachers.checks import Preprocessing, TeacherError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +38,8 @@ def load_checkpoint(config: Teacher) -> RetrievalNet:
         try:
             net = checkpoint.load(path)
         except (ValueError, OSError, SafetensorError, RuntimeError) as error:
-            reason = str(error).partition("\n")[0]
             raise TeacherError(
-                f"`teacher.weights` {path} is damaged ({reason}); copy the folder again, or `dvc pull` it"
+                f"`teacher.weights` {path} is damaged ({first_line(error)}); copy the folder again, or `dvc pull` it"
             ) from error
         for key, value in (("max_pool", config.max_pool), ("pool", config.pool)):
             if value != "auto":
@@ -63,7 +62,7 @@ def load_checkpoint(config: Teacher) -> RetrievalNet:
         pool = None if config.pool == "auto" else config.pool
         translation = translate(state, config.last_stride, (MEAN, STD), max_pool, pool)
     except (ValueError, TypeError, IndexError, RuntimeError) as error:  # the last three: tensors of another shape
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error).partition("\n")[0]
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else first_line(error)
         raise TeacherError(
             f"`teacher.weights` {path} cannot be used: {reason}; export the network as ONNX, and set `teacher.source` "
             "to onnx"

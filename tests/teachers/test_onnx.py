@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,16 @@ from pipeline.data.augment import MEAN, STD, normalise
 from pipeline.export.metadata import Metadata, finish
 from pipeline.stage.presets import load_preset
 from pipeline.teachers import onnx_cost
-from pipeline.teachers.checks import TeacherError
+from pipeline.teachers.checks import Preprocessing, TeacherError
 from pipeline.teachers.given import check_batches, unchecked_teacher
-from pipeline.teachers.onnx_file import (
-    embedding_of,
-    expectation,
-    graph_tensors,
-    normalisation_of,
-    read_file,
-    standardised,
-)
+from pipeline.teachers.onnx_file import embedding_of, graph_tensors, normalisation_of, read_file
+from pipeline.teachers.onnx_rewriting import expectation, standardised
 from pipeline.teachers.onnx_teacher import OnnxTeacher
 from tests.imports import ROOT
 from tests.models.test_resnet import counted_macs
 
 PIXELS = torch.randint(0, 256, (5, 3, 64, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-IMAGENET = {"mean": MEAN, "std": STD, "bgr": False}
+IMAGENET = Preprocessing(MEAN, STD)
 
 
 class Embedder(nn.Module):
@@ -96,8 +91,8 @@ def content(mobile: Embedder) -> bytes:
 
 def teacher(content: bytes, size: tuple[int, int] = (64, 48), given: tuple[int, ...] = (), **kind: Any) -> OnnxTeacher:
     model = read_file(content, "a.onnx")
-    expected = expectation(model, "a.onnx", given, image_size=size, **(IMAGENET | kind))
-    whole = standardised(model, "a.onnx", expected, size, (MEAN, STD))
+    expected = expectation(model, "a.onnx", replace(IMAGENET, **kind), size, given)
+    whole = standardised(model, "a.onnx", expected, size)
     onnx.checker.check_model(whole, full_check=True)
     return OnnxTeacher(whole.SerializeToString())
 
@@ -161,7 +156,7 @@ def test_a_file_of_bytes_gets_pixels_in_bytes_by_default() -> None:
 def test_the_layout_may_be_given_and_one_side_fixed() -> None:
     def expected(shape: list[Any], layout: str = "auto", size: tuple[int, ...] = ()) -> tuple[tuple[int, int], bool]:
         model = read_file(graph_of([value("x", shape)], [value("y", ["n", "d"])]), "a.onnx")
-        found = expectation(model, "a.onnx", size, image_size=(64, 48), layout=layout, **IMAGENET)
+        found = expectation(model, "a.onnx", IMAGENET, (64, 48), size, layout)
         return found.size, found.channels_last
 
     assert expected(["n", "h", "w", "c"], "channels-last") == ((64, 48), True)
