@@ -87,6 +87,8 @@ def compare(
     protocol = metrics.last_conditions(files)
     title = f"{f'Protocol {protocol}, batch' if protocol else 'Batch'} {metrics.timed_batch(files)}, all threads"
     console.print(to_table(rows, title))
+    if note := metrics.teacher_note(files):
+        console.print(note, highlight=False)
     for label, path in (("report", files.report / "index.html"), ("ONNX", files.artifacts("export") / "model.onnx")):
         if path.is_file():
             console.print(f"{label}: {short(path)}", highlight=False, soft_wrap=True)

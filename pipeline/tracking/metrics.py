@@ -124,6 +124,17 @@ def result_table(files: Files) -> list[dict[str, str]]:
     ]
 
 
+def teacher_note(files: Files) -> str:
+    """Return what the student saves compared with its teacher, if the table's figures are not that; else nothing."""
+    values = final_metrics(files, "export") if files.metrics("export").is_file() else {}
+    own = values.get("model/params_reduction")
+    params, macs = (values.get(f"model/{name}_reduction_to_teacher") for name in ("params", "flops"))
+    if params is None or params == own:
+        return ""
+    saved = f"{params:.1%} of the params, " + ("MACs unknown" if macs is None else f"{macs:.1%} of the MACs")
+    return f"cut: compared with the student before it shrank; compared with the teacher: {saved}"
+
+
 def cells(values: Mapping[str, float], columns: Mapping[str, tuple[str, str, float]]) -> dict[str, str]:
     """Format values by heading; missing ones are empty."""
     return {

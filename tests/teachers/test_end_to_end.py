@@ -167,6 +167,9 @@ def test_a_student_learns_from_an_onnx_file_alone(from_onnx: Path) -> None:
     assert export["macs_reduction"] == student["macs_reduction"]
     medians = [benchmark[name]["batch1_threadsall"]["p50"] for name in ("uncompressed", "student")]
     assert benchmark["speedup_over_uncompressed"] == pytest.approx(medians[0] / medians[1])
+    params, macs = (f"{export[f'{name}_reduction_to_teacher']:.1%}" for name in ("params", "macs"))
+    compared = " ".join(command(from_onnx, "compare").stdout.split())
+    assert f"compared with the teacher: {params} of the params, {macs} of the MACs" in compared
     report = (from_onnx / "artifacts" / "benchmark" / "report" / "index.html").read_text()
     assert "unknown" not in report
     assert "Before it shrank, the student was another network than its teacher." in report
